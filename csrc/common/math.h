@@ -1,0 +1,134 @@
+// Scalar elementary functions for both compilers.
+//
+// On a GPU (and for double everywhere) they are the standard library's. For float on a CPU they are written out, because
+// libm's are calls that no loop vectorises across: branch-free polynomials, within 2 units in the last place, which g++ turns into
+// AVX2 or AVX-512 code when they stand in a loop. They need strict NaN and infinity: never compile them with -ffast-math.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define GK_HOST_DEVICE __host__ __device__ __attribute__((always_inline))  // __forceinline__ would say inline a second time
+#else
+#define GK_HOST_DEVICE __attribute__((always_inline))
+#endif
+
+namespace genkernels {
+namespace math {
+
+template <typename T>
+GK_HOST_DEVICE inline T select(bool condition, T a, T b) {
+  return condition ? a : b;
+}
+
+template <typename T>
+GK_HOST_DEVICE inline T abs(T x) {
+  return ::fabs(x);
+}
+template <>
+GK_HOST_DEVICE inline float abs<float>(float x) {
+  return ::fabsf(x);
+}
+
+// min(x, 0) that keeps a NaN.
+template <typename T>
+GK_HOST_DEVICE inline T min_zero(T x) {
+  return x > T(0) ? T(0) : x;
+}
+
+GK_HOST_DEVICE inline double exp(double x) { return ::exp(x); }
+GK_HOST_DEVICE inline double log1p_unit(double e) { return ::log1p(e); }
+GK_HOST_DEVICE inline void tanh_sech2(double x, double& tanh_x, double& sech2) {
+  tanh_x = ::tanh(x);
+  const double e = ::exp(-2.0 * ::fabs(x));
+  const double d = 1.0 / (1.0 + e);
+  sech2 = 4.0 * e * d * d;
+}
+
+#if defined(__CUDA_ARCH__)
+
+GK_HOST_DEVICE inline float exp(float x) { return ::expf(x); }
+GK_HOST_DEVICE inline float log1p_unit(float e) { return ::log1pf(e); }
+GK_HOST_DEVICE inline void tanh_sech2(float x, float& tanh_x, float& sech2) {
+  tanh_x = ::tanhf(x);
+  const float e = ::expf(-2.0f * ::fabsf(x));
+  const float d = 1.0f / (1.0f + e);
+  sech2 = 4.0f * e * d * d;
+}
+
+#else
+
+GK_HOST_DEVICE inline float bits_to_float(int32_t i) {
+  float f;
+  std::memcpy(&f, &i, sizeof f);
+  return f;
+}
+GK_HOST_DEVICE inline int32_t float_to_bits(float f) {
+  int32_t i;
+  std::memcpy(&i, &f, sizeof i);
+  return i;
+}
+
+// e^x = 2^n · e^r with n = round(x / ln 2), |r| ≤ ln2/2; e^r by a degree-6 polynomial (Cephes). 2^n is applied as two factors, so
+// that results down to the smallest denormal are rounded once and overflow gives inf.
+GK_HOST_DEVICE inline float exp(float x) {
+  constexpr float kLog2e = 1.44269504088896341f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5·2^23: adding and subtracting it rounds to the nearest integer
+  float c = x > 89.0f ? 89.0f : x;       // comparisons are false for NaN, which so passes through
+  c = c < -104.0f ? -104.0f : c;
+  const float shifted = c * kLog2e + kRound;
+  const int32_t n = float_to_bits(shifted) - float_to_bits(kRound);
+  const float fn = shifted - kRound;
+  float r = c - fn * kLn2High;
+  r = r - fn * kLn2Low;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const int32_t half = n >> 1;
+  return p * bits_to_float((half + 127) << 23) * bits_to_float((n - half + 127) << 23);
+}
+
+// log(1 + e) for e in [0, 1]: 2·atanh(w), w = e / (2 + e) ≤ 1/3, whose series in w² has positive terms and never cancels.
+GK_HOST_DEVICE inline float log1p_unit(float e) {
+  const float w = e / (2.0f + e);
+  const float w2 = w * w;
+  float p = 2.0f / 15.0f;
+  p = p * w2 + 2.0f / 13.0f;
+  p = p * w2 + 2.0f / 11.0f;
+  p = p * w2 + 2.0f / 9.0f;
+  p = p * w2 + 2.0f / 7.0f;
+  p = p * w2 + 2.0f / 5.0f;
+  p = p * w2 + 2.0f / 3.0f;
+  return 2.0f * w + w * w2 * p;
+}
+
+// tanh(x) and 1 − tanh²(x). Below 0.625 an odd polynomial (Cephes) keeps relative accuracy, above it (1 − e)/(1 + e), e = e^{−2|x|}.
+GK_HOST_DEVICE inline void tanh_sech2(float x, float& tanh_x, float& sech2) {
+  const float a = ::fabsf(x);
+  const float e = exp(-2.0f * a);
+  const float d = 1.0f / (1.0f + e);
+  const float large = (1.0f - e) * d;
+  const float x2 = a * a;
+  float p = -5.70498872745e-3f;
+  p = p * x2 + 2.06390887954e-2f;
+  p = p * x2 - 5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 - 3.33332819422e-1f;
+  const float small = a + a * x2 * p;
+  const float magnitude = a < 0.625f ? small : large;
+  tanh_x = ::copysignf(magnitude, x);
+  sech2 = 4.0f * e * d * d;
+}
+
+#endif
+
+}  // namespace math
+}  // namespace genkernels

@@ -1,0 +1,102 @@
+// What the CPU kernels share: conversion between storage and arithmetic types, and thin names for the stable ABI.
+//
+// One source, three builds (setup.py): x86-64-v3, AVX-512 and, on other processors, generic. Nothing here may be shared between the
+// builds at run time: exactly one of them is loaded.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#if defined(__F16C__) && defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace genkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+// load: n values of storage type S into arithmetic type T. store: back, rounded to nearest even.
+template <typename T>
+inline void load(const T* from, T* to, int64_t n) {
+  std::memcpy(to, from, n * sizeof(T));
+}
+template <typename T>
+inline void store(const T* from, T* to, int64_t n) {
+  std::memcpy(to, from, n * sizeof(T));
+}
+
+inline void load(const BFloat16* from, float* to, int64_t n) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
+  uint32_t* out = reinterpret_cast<uint32_t*>(to);
+  for (int64_t i = 0; i < n; ++i) out[i] = uint32_t(bits[i]) << 16;
+}
+
+inline void store(const float* from, BFloat16* to, int64_t n) {
+  const uint32_t* in = reinterpret_cast<const uint32_t*>(from);
+  uint16_t* bits = reinterpret_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = in[i];
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+    bits[i] = uint16_t(is_nan ? 0x7fc0u : rounded);
+  }
+}
+
+inline void load(const Half* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__) && defined(__AVX2__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+inline void store(const float* from, Half* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__) && defined(__AVX2__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < n; ++i) to[i] = Half(from[i]);
+}
+
+template <typename S>
+const S* data(const Tensor& t) {
+  return static_cast<const S*>(t.data_ptr());
+}
+template <typename S>
+S* mutable_data(const Tensor& t) {
+  return static_cast<S*>(t.data_ptr());
+}
+template <typename S>
+const S* data(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<S>(*t) : nullptr;
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  std::vector<int64_t> shape(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
+  return shape;
+}
+
+// A fresh contiguous tensor on like's device.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+}  // namespace genkernels

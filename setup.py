@@ -1,0 +1,195 @@
+"""Builds the compiled kernels beside the Python package.
+
+``GENKERNELS_BUILD`` says what: ``auto`` (default: whatever can be built, and why the rest cannot), ``none`` (pure Python), ``cpu``,
+``cuda`` (the CPU library as well). An explicit wish that cannot be met fails and names the missing thing.
+
+The libraries are not Python extensions: they register operators through torch's stable ABI when torch loads them, so one
+build serves every Python and every torch from 2.10 on. They land in ``genkernels/_lib``:
+
+    libgenkernels_cpu_avx512.so, libgenkernels_cpu_avx2.so   x86-64, chosen at load by the processor
+    libgenkernels_cpu_generic.so                             any other processor
+    libgenkernels_cuda.so                                    TORCH_CUDA_ARCH_LIST, default 8.0;9.0a;10.0+PTX
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+WISHES = ("auto", "none", "cpu", "cuda")
+COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# Vectorised selects need no-trapping-math; NaN and infinity keep their meaning: -ffast-math is out of the question.
+CPU_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
+CPU_VARIANTS = {
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "avx2": ["-march=x86-64-v3"],
+}
+CUDA_FLAGS = ["--expt-relaxed-constexpr", "--extended-lambda", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+
+
+def torch_folder() -> Path | None:
+    """Where torch's headers and libraries lie, without importing it (importing takes a second and a half)."""
+    found = importlib.util.find_spec("torch")
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    default = Path("/usr/local/cuda/bin/nvcc")
+    return shutil.which("nvcc") or (str(default) if default.exists() else None)
+
+
+def cuda_home(compiler: str) -> Path:
+    """The toolkit's root, asked of nvcc itself: what is on PATH may be a wrapper script elsewhere."""
+    shown = subprocess.run([compiler, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull],
+                           capture_output=True, text=True)  # fmt: skip
+    for line in shown.stderr.splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.split("=", 1)[1].strip()).resolve()
+    return Path(compiler).resolve().parent.parent
+
+
+def architecture_flags(wanted: str | None = None) -> list[str]:
+    """``8.0;9.0a;10.0+PTX`` as nvcc's ``-gencode`` flags."""
+    wanted = wanted or os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    flags = []
+    for entry in wanted.replace(",", ";").replace(" ", ";").split(";"):
+        if not entry:
+            continue
+        number = entry.removesuffix("+PTX").replace(".", "")
+        if not number.rstrip("af").isdigit():
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must list numbers such as 9.0a, got {entry!r}")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cpu_variants() -> dict[str, list[str]]:
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return CPU_VARIANTS if on_x86 else {"generic": []}
+
+
+def torch_flags(torch_at: Path) -> tuple[list[str], list[str]]:
+    """Flags to compile against and to link with torch's stable ABI."""
+    include = ["-I", str(torch_at / "include"), "-I", str(CSRC)]
+    return include, ["-L", str(torch_at / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def run(job: tuple[str, list[str]]) -> None:
+    """Runs one compiler call; `job` names what it makes."""
+    made, command = job
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.stdout or done.stderr:
+        print((done.stdout + done.stderr).rstrip(), flush=True)
+    if done.returncode:
+        raise BuildFailed(f"{Path(command[0]).name} failed on {made} (its messages stand above)")
+
+
+class BuildFailed(Exception):
+    pass
+
+
+class Missing(Exception):
+    """A library cannot be built here; the message names what is missing."""
+
+
+class BuildLibraries(build_ext):
+    """Compiles ``csrc`` by calling g++ and nvcc directly: a handful of files, one process a core."""
+
+    def run(self) -> None:
+        wish = os.environ.get("GENKERNELS_BUILD", "auto") or "auto"
+        if wish not in WISHES:
+            raise SystemExit(f"GENKERNELS_BUILD must be one of {', '.join(WISHES)}, got {wish!r}")
+        target = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "genkernels" / "_lib"
+        work = Path(self.build_temp)
+        work.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        for stale in target.glob("libgenkernels_*.so"):
+            stale.unlink()
+        for kind, build in (("cpu", self.build_cpu), ("cuda", self.build_cuda)):
+            if wish == "none" or (wish == "cpu" and kind == "cuda"):
+                continue
+            try:
+                build(target, work)
+            except (Missing, BuildFailed) as problem:
+                sentence = f"genkernels: the {kind.upper()} library was not built: {problem}"
+                if wish == kind or (wish == "cuda" and kind == "cpu"):
+                    raise SystemExit(sentence) from None
+                print(sentence, file=sys.stderr, flush=True)
+
+    def _torch(self) -> Path:
+        folder = torch_folder()
+        if folder is None:
+            raise Missing(
+                "torch is not importable while building; install torch first, then pip install --no-build-isolation"
+            )
+        return folder
+
+    def _sources(self, folder: str, suffix: str) -> list[Path]:
+        sources = sorted((CSRC / folder).glob(f"*{suffix}"))
+        if not sources:
+            raise Missing(f"there are no sources in csrc/{folder}")
+        return sources
+
+    def _make(self, jobs: list[tuple[str, list[str]]], links: list[tuple[str, list[str]]]) -> None:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(run, jobs))
+            list(pool.map(run, links))
+
+    def build_cpu(self, target: Path, work: Path) -> None:
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+        if not compiler:
+            raise Missing("there is no C++ compiler (g++) on PATH")
+        include, link = torch_flags(self._torch())
+        jobs, links = [], []
+        for variant, flags in cpu_variants().items():
+            objects = []
+            for source in self._sources("cpu", ".cpp"):
+                objects.append(str(work / f"{source.stem}.{variant}.o"))
+                command = [compiler, *COMMON_FLAGS, *CPU_FLAGS, *flags, *include, "-c", str(source), "-o", objects[-1]]
+                jobs.append((source.name, command))
+            library = target / f"libgenkernels_cpu_{variant}.so"
+            links.append((library.name, [compiler, "-shared", *objects, "-o", str(library), *link]))
+        self._make(jobs, links)
+        print(f"genkernels: built the CPU library ({', '.join(cpu_variants())})", flush=True)
+
+    def build_cuda(self, target: Path, work: Path) -> None:
+        compiler = nvcc()
+        if not compiler:
+            raise Missing("there is no CUDA compiler (nvcc) on PATH or in CUDA_HOME")
+        include, link = torch_flags(self._torch())
+        include += ["-I", str(cuda_home(compiler) / "include")]
+        objects, jobs, flags = [], [], architecture_flags()
+        for source in self._sources("cuda", ".cu"):
+            objects.append(str(work / f"{source.stem}.cuda.o"))
+            command = [compiler, *COMMON_FLAGS, *CUDA_FLAGS, *flags, *include, "-c", str(source), "-o", objects[-1]]
+            jobs.append((source.name, command))
+        library = target / "libgenkernels_cuda.so"
+        self._make(jobs, [(library.name, [compiler, "-shared", *objects, "-o", str(library), *link])])
+        print(f"genkernels: built the CUDA library ({' '.join(flags)})", flush=True)
+
+
+class BinaryDistribution(Distribution):
+    """Makes setuptools run build_ext and tag the wheel for this platform, though no Extension is declared."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+if __name__ == "__main__":
+    setup(cmdclass={"build_ext": BuildLibraries}, distclass=BinaryDistribution)
