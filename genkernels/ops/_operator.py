@@ -64,7 +64,7 @@ def transforms_active() -> bool:
     """
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._are_functorch_transforms_active()
 
 
 def backend_for(operator: Operator, tensor: Tensor) -> str:

@@ -159,8 +159,8 @@ def affine_coupling_backward(
     grad_output = torch.zeros_like(input) if grad_output is None else grad_output
     g = halves.moved(grad_output).to(work)
     if s is None:
-        grad_params = (-g if inverse else g).to(params.dtype)
-        return halves.join(grad_output, g), grad_params
+        grad_params = (-g if inverse else g.clone(memory_format=torch.contiguous_format)).to(params.dtype)
+        return halves.join(grad_output, g), grad_params.contiguous()
     ell = log_scale(s, scale_map)
     slope = log_scale_slope(s, scale_map)
     g_ldj = input.new_zeros(input.shape[0], dtype=work) if grad_ldj is None else grad_ldj.to(work)

@@ -1,0 +1,187 @@
+"""`npz:PATH[?layout=nchw|nhwc]`: arrays in a numpy archive. Python objects in it are never unpickled.
+
+Names: ``x`` alone (about a tenth is held out, chosen by a hash of each row's bytes, so that equal rows stay
+together), or ``train`` and ``test``, or ``x_train`` and ``x_test``. Labels, if any, are integers from 0:
+``y``, or ``y_train`` and ``y_test``. ``levels``, one integer from 2 to 256, says how many values a pixel can
+take (else 256).
+
+What the data are follows from their type and shape:
+
+==========================  ==========================================================
+uint8 ``[N, H, W]``         grey images
+uint8 ``[N, A, B, C]``      images; channels first if A is 1 or 3, last if C is 1 or 3;
+                            where both or neither are, ``?layout=`` has to say
+float ``[N, D]``            points, kept as they are, in float32
+anything else               refused, with what would be taken
+==========================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genkernels.data.bundle import DataBundle, TensorPairs, make_bundle
+from genkernels.data.spec import DataError, reason, resolve, split_options
+from genkernels.data.split import held_out
+
+_NAMINGS = (("x", "x"), ("train", "test"), ("x_train", "x_test"))
+_CHOICE = "x, or train and test, or x_train and x_test"
+_KNOWN = ("x", "train", "test", "x_train", "x_test", "y", "y_train", "y_test", "levels")
+
+
+def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
+    path, options = split_options(spec, rest, {"layout": _layout})
+    if not path:
+        raise DataError(f"{spec}: the spec must name a file, as in npz:images.npz")
+    arrays = _read(spec, resolve(spec, path, root))
+    train_name, test_name = _naming(spec, arrays)
+    names = list(dict.fromkeys((train_name, test_name)))
+    xs = [_check(spec, name, arrays[name], options.get("layout")) for name in names]
+    labels, num_classes = _labels(spec, arrays, names, xs)
+    if xs[0].shape[1:] != xs[-1].shape[1:] or xs[0].dtype != xs[-1].dtype:
+        raise DataError(
+            f"{spec}: {train_name} and {test_name} must agree in shape and type, "
+            f"got {_form(xs[0])} and {_form(xs[-1])}"
+        )
+    images = xs[0].dtype == np.uint8
+    levels = _levels(spec, arrays, names, xs) if images else None
+    if len(xs) == 1:
+        orders = held_out(spec, (row.tobytes() for row in xs[0]), "rows")
+        xs, labels = [xs[0][order] for order in orders], [labels[0][order] for order in orders]
+    parts = [TensorPairs(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(xs, labels, strict=True)]
+    shape = xs[0].shape[1:]
+    what = f"images {'x'.join(map(str, shape))}" if images else f"points of {shape[0]} numbers"
+    return make_bundle(spec, f"{what} from {path!r}", parts, shape, levels=levels, num_classes=num_classes)
+
+
+def _layout(value: str) -> str:
+    if value not in ("nchw", "nhwc"):
+        raise ValueError("nchw or nhwc")
+    return value
+
+
+def _read(spec: str, path: Path) -> dict[str, np.ndarray]:
+    """The arrays with a name that means something here."""
+    if not os.path.exists(path):
+        raise DataError(f"{spec}: there is no file {str(path)!r}")
+    if not os.path.isfile(path):
+        raise DataError(f"{spec}: {str(path)!r} must be a file, and is a folder")
+    what = repr(str(path))
+    try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise DataError(f"{spec}: {what} must be an archive of numpy.savez, and is none or is cut")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {}
+                for name in filter(_KNOWN.__contains__, archive.files):
+                    what = f"the array {name!r} of {str(path)!r}"
+                    arrays[name] = archive[name]
+                if not arrays:
+                    raise DataError(f"{spec}: {what} must hold {_CHOICE}, got {_listed(archive.files)}")
+                return arrays
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive raises from zipfile, zlib, struct, ast or numpy
+        if "allow_pickle" in str(error):
+            raise DataError(f"{spec}: {what} holds Python objects, which are never unpickled") from None
+        raise DataError(f"{spec}: {what} cannot be read ({reason(error)})") from error
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") if names else "nothing"
+
+
+def _naming(spec: str, arrays: dict[str, np.ndarray]) -> tuple[str, str]:
+    whole = [pair for pair in _NAMINGS if pair[0] in arrays and pair[1] in arrays]
+    started = [name for pair in _NAMINGS for name in dict.fromkeys(pair) if name in arrays]
+    if len(whole) == 1 and set(started) == set(whole[0]):
+        return whole[0]
+    raise DataError(f"{spec}: the archive must hold either {_CHOICE}, got {_listed(started)}")
+
+
+def _form(x: np.ndarray) -> str:
+    return f"{x.dtype} {list(x.shape)}"
+
+
+def _check(spec: str, name: str, x: np.ndarray, layout: str | None) -> np.ndarray:
+    """Images as contiguous uint8 ``[N, C, H, W]``, points as contiguous finite float32 ``[N, D]``."""
+    if x.size == 0:
+        raise DataError(f"{spec}: {name} must hold something, got {_form(x)}")
+    if x.dtype == np.uint8 and x.ndim == 3:
+        return np.ascontiguousarray(x)[:, None]
+    if x.dtype == np.uint8 and x.ndim == 4:
+        return np.ascontiguousarray(x if _channels_first(spec, name, x, layout) else x.transpose(0, 3, 1, 2))
+    if np.issubdtype(x.dtype, np.floating) and x.ndim == 2:
+        with np.errstate(over="ignore"):  # a double beyond float32 becomes inf and is told below
+            points = np.ascontiguousarray(x, dtype=np.float32)
+        bad = np.argwhere(~np.isfinite(points))
+        if len(bad):
+            raise DataError(
+                f"{spec}: {name} must be finite in float32, got {len(bad)} numbers that are not, "
+                f"the first at {bad[0].tolist()}"
+            )
+        return points
+    raise DataError(
+        f"{spec}: {name} must be uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W], or float points "
+        f"[N, D], got {_form(x)}"
+    )
+
+
+def _channels_first(spec: str, name: str, x: np.ndarray, layout: str | None) -> bool:
+    if layout is not None:
+        return layout == "nchw"
+    first, last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
+    if first == last:
+        raise DataError(
+            f"{spec}: {name} must have 1 or 3 channels either second or last, got {_form(x)} "
+            "(end the spec with ?layout=nchw or ?layout=nhwc)"
+        )
+    return first
+
+
+def _labels(
+    spec: str, arrays: dict[str, np.ndarray], names: list[str], xs: list[np.ndarray]
+) -> tuple[list[np.ndarray], int | None]:
+    """Labels int64 ``[N]`` of each part and their number; zeros and None where the archive has none."""
+    wanted = ["y"] if names == ["x"] else ["y_train", "y_test"]
+    present = [name for name in ("y", "y_train", "y_test") if name in arrays]
+    if not present:
+        return [np.zeros(len(x), dtype=np.int64) for x in xs], None
+    if present != wanted:
+        beside = " and ".join(names)
+        raise DataError(
+            f"{spec}: labels beside {beside} must be {' and '.join(wanted)}, got {_listed(present)}"
+        )
+    found = []
+    for label, name, x in zip(wanted, names, xs, strict=True):
+        y = arrays[label]
+        if not np.issubdtype(y.dtype, np.integer) or y.shape not in ((len(x),), (len(x), 1)):
+            raise DataError(
+                f"{spec}: {label} must be integers [{len(x)}], one a row of {name}, got {_form(y)}"
+            )
+        if y.min() < 0 or y.max() >= 2**31:
+            raise DataError(f"{spec}: {label} must count from 0, got {y.min()} to {y.max()}")
+        found.append(y.reshape(-1).astype(np.int64))
+    return found, int(max(y.max() for y in found)) + 1
+
+
+def _levels(spec: str, arrays: dict[str, np.ndarray], names: list[str], xs: list[np.ndarray]) -> int:
+    if "levels" not in arrays:
+        return 256
+    given = arrays["levels"]
+    if given.size != 1 or not np.issubdtype(given.dtype, np.integer) or not 2 <= int(given.item()) <= 256:
+        raise DataError(f"{spec}: levels must be one integer from 2 to 256, got {given.tolist()!r:.40}")
+    levels = int(given.item())
+    for name, x in zip(names, xs, strict=True):
+        if x.max() >= levels:
+            raise DataError(
+                f"{spec}: with {levels} levels {name} must lie in 0 to {levels - 1}, got {x.max()}"
+            )
+    return levels
