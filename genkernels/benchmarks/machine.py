@@ -1,0 +1,166 @@
+"""The machine a run took place on: what it is, and how fast it moved bytes and multiplied in that same run.
+
+Two ceilings give every row its share of the peak: a copy of a buffer larger than the last-level cache (bytes read plus
+bytes written) and a square matrix product, each the best of several tries, at the start of the run and again at its end.
+A row's share is the larger of (bytes/s ÷ copy) and (flop/s ÷ product). It can pass 100 % where a row's tensors stay in
+the cache or are written past it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("triton", "nflows", "normflows", "FrEIA")
+_GUESSED_CACHE = 32 << 20
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache before memory: a GPU's L2, a processor's largest."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [_GUESSED_CACHE]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text or 0))
+    return max(sizes)
+
+
+def spare_bytes(device: torch.device) -> int:
+    """How much memory a row's rotating inputs may take: a sixteenth of what is free, 1 GiB (GPU: 4 GiB) at most."""
+    if device.type == "cuda":
+        return min(torch.cuda.mem_get_info(device)[0] // 16, 4 << 30)
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        free = 4 << 30
+    return min(max(free, 1 << 30) // 16, 1 << 30)
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, ``-dirty`` where files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # an installed package may lie inside somebody else's repository
+    if (top := git("rev-parse", "--show-toplevel")) is None or Path(top).resolve() != root:
+        return None
+    head = git("rev-parse", "--short=12", "HEAD")
+    return f"{head}-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
+
+
+def versions() -> dict[str, str]:
+    from genkernels._version import __version__
+
+    found = {"genkernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class Ceilings:
+    """Bytes and flops a second that this machine reached in this run; `measure` may be called again and keeps the best."""
+
+    device: torch.device
+    copy: float = 0.0
+    product: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, dtypes: Iterable[torch.dtype], seconds: float = 0.4) -> None:
+        self.copy = max(self.copy, self._copy(seconds))
+        for dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+            self.product[name] = max(self.product.get(name, 0.0), self._product(dtype, seconds))
+
+    def share(self, nbytes: int, flops: int, dtype: str, seconds: float) -> float | None:
+        shares = [nbytes / seconds / self.copy] if self.copy else []
+        if self.product.get(dtype):
+            shares.append(flops / seconds / self.product[dtype])
+        return max(shares, default=None)
+
+    def _copy(self, seconds: float) -> float:
+        each = max(64 << 20, min(cache_bytes(self.device), spare_bytes(self.device) // 2))
+        if self.device.type == "cuda":
+            each = max(each, min(1 << 30, spare_bytes(self.device) // 2))
+        source = torch.ones(each // 4, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * each / self._best(lambda: target.copy_(source), seconds)
+
+    def _product(self, dtype: torch.dtype, seconds: float) -> float:
+        # from small to large: some types have no fast product here, and one large try of those would take minutes
+        best = 0.0
+        for size in (512, 2048, 8192):
+            a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+            took = self._best(lambda a=a, b=b: a @ b, seconds / 2)
+            best = max(best, 2 * size**3 / took)
+            if took * 64 > seconds:
+                break
+        return best
+
+    def _best(self, run: Callable[[], object], seconds: float) -> float:
+        # several at once on a GPU, so that waiting for it does not count as its work
+        several = 10 if self.device.type == "cuda" else 1
+        run()
+        best, spent = float("inf"), 0.0
+        while spent < seconds:
+            self._settle()
+            began = time.perf_counter()
+            for _ in range(several):
+                run()
+            self._settle()
+            took = time.perf_counter() - began
+            best, spent = min(best, took / several), spent + took
+        return best
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def describe(device: torch.device, ceilings: Ceilings, quick: bool) -> dict:
+    """Everything about a run that is not a row, plain values for JSON."""
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cache_bytes": cache_bytes(device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "quick": quick,
+        "copy_bytes_per_s": ceilings.copy,
+        "product_flops_per_s": dict(ceilings.product),
+    }

@@ -1,0 +1,177 @@
+"""What a run shows and leaves: the table, the JSON file, the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import IO
+
+WIDTH = 100
+_PICTURES = (".png", ".svg", ".pdf")
+_HEAD = f"  {'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}{'of peak':>9}{'peak MiB':>11}"
+_LEGEND = (
+    "Medians and 20/80 % quantiles of interleaved calls. × reference, × compiled: how many times as fast as eager and "
+    "compiled PyTorch. Of peak: bytes/s (or flop/s) as a share of the copy (or product) above. Peak MiB: "
+    "memory held at once beyond the inputs. A provider whose values are wrong shows no speed."
+)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def lines(results) -> Iterator[tuple[str, str]]:
+    """The table, line by line: ``(style, text)``, no text wider than `WIDTH`."""
+    for line in conditions(results.machine):
+        yield from (("note", part) for part in textwrap.wrap(line, WIDTH))
+    for title, group in groupby(results.rows, key=lambda row: row.title):
+        rows = list(group)
+        yield "", ""
+        yield "title", title
+        yield "head", _HEAD
+        times = {row.provider: row.median_s for row in rows if row.median_s}
+        best = min(times.values(), default=None)
+        for row in rows:
+            if row.gate == "fail":
+                text = textwrap.wrap(f"FAIL {row.fault}; no speed is shown", WIDTH - 15)
+                yield "fail", f"  {row.provider:<11}  {text[0]}"
+                yield from (("fail", " " * 20 + part) for part in text[1:])
+            else:
+                yield ("best" if row.median_s == best else "row"), _line(row, times)
+    yield "", ""
+    notes = [*unsteady(results.rows), *(f"not measured: {note}" for note in results.notes)]
+    notes += [_LEGEND] if results.rows else ["nothing was measured"]
+    for note in notes:
+        yield from (("note", part) for part in textwrap.wrap(note, WIDTH, subsequent_indent="  "))
+
+
+def unsteady(rows) -> list[str]:
+    """A warning where many samples disagree with each other: the machine had other work to do."""
+    timed = [row for row in rows if row.median_s]
+    wide = [row for row in timed if row.q80_s > 1.5 * row.q20_s]
+    if 4 * len(wide) <= len(timed):
+        return []
+    return [f"UNSTEADY: {len(wide)} of {len(timed)} timings spread by more than half; measure again on a quiet machine"]
+
+
+def _line(row, times: dict[str, float]) -> str:
+    def ratio(base: str) -> str:
+        return f"{times[base] / row.median_s:.2f}" if base in times else "–"
+
+    spread = f"{milliseconds(row.q20_s)} – {milliseconds(row.q80_s)}"
+    share = "–" if row.share_of_peak is None else f"{100 * row.share_of_peak:.0f} %"
+    peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
+    return (
+        f"  {row.provider:<11}{milliseconds(row.median_s):>11}{spread:>21}{ratio('reference'):>13}{ratio('compiled'):>12}"
+        f"{share:>9}{peak:>11}"
+    )
+
+
+def milliseconds(seconds: float) -> str:
+    """Four significant digits, no exponent."""
+    value = seconds * 1e3
+    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
+
+
+def conditions(machine: dict) -> list[str]:
+    """Where and when the numbers were taken, in two or three lines."""
+    if not machine:
+        return []
+    count = machine["threads"]
+    threads = f"{count} thread{'s' * (count > 1)}" if machine["device_type"] == "cpu" else ""
+    versions = machine["versions"]
+    commit = f"commit {machine['commit']}" if machine["commit"] else ""
+    date = machine["date"].replace("T", " ").replace("+00:00", " UTC")
+    products = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["product_flops_per_s"].items())
+    return [
+        " · ".join(filter(None, (machine["device"], threads, f"torch {versions['torch']}"))),
+        " · ".join(filter(None, (f"genkernels {versions['genkernels']}", commit, date))),
+        f"reached in this run: copy {machine['copy_bytes_per_s'] / 1e9:,.1f} GB/s (read + written), "
+        f"matrix product {products} Gflop/s",
+    ]
+
+
+def show(results, file: IO[str] | None = None) -> None:
+    """Prints the table, in colours where `file` is a terminal and rich is installed."""
+    file = file or sys.stdout
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        Console = None
+    styles = {"title": "bold", "head": "dim", "best": "bold green", "fail": "bold red", "note": "dim"}
+    if Console is None or not file.isatty():
+        print("\n".join(text for _, text in lines(results)), file=file)
+        return
+    console = Console(file=file, highlight=False)
+    for style, text in lines(results):
+        console.print(Text(text, style=styles.get(style, "")), soft_wrap=True)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def check_writable(option: str, path: str | os.PathLike) -> None:
+    """Finds out by trying, before anything is measured.
+
+    Raises:
+        ValueError: `path` cannot be written; says why.
+    """
+    path = Path(path)
+    why = "it is a folder" if path.is_dir() else ""
+    if not why:
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            why = error.strerror.lower() if error.strerror else str(error)
+    if why:
+        raise ValueError(f"bench: {option} must name a file that can be written, got {str(path)!r}: {why}")
+
+
+def check_plot(path: str | os.PathLike) -> None:
+    """Likewise for the picture, which also needs a known ending and matplotlib."""
+    check_writable("plot", path)
+    if Path(path).suffix.lower() not in _PICTURES:
+        raise ValueError(f"bench: plot must end in {', '.join(_PICTURES)}, got {str(path)!r}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "bench: plot needs matplotlib, which is not installed (pip install 'genkernels[train]')"
+        ) from None
+
+
+def _replace(path: str | os.PathLike, write) -> None:
+    """Writes beside `path`, then moves it there: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(results, path: str | os.PathLike) -> None:
+    text = json.dumps(results.to_json(), indent=1, allow_nan=False)
+    _replace(path, lambda name: Path(name).write_text(text + "\n"))
+
+
+def write_plot(results, path: str | os.PathLike) -> None:
+    from genkernels.benchmarks.plot import draw
+
+    _replace(path, lambda name: draw(groups(results.rows), conditions(results.machine) + unsteady(results.rows), name))
+
+
+def groups(rows: Iterable) -> list[tuple[str, list]]:
+    """``(title, rows)`` for each case, in the table's order."""
+    return [(title, list(group)) for title, group in groupby(rows, key=lambda row: row.title)]

@@ -1,0 +1,52 @@
+"""What a run found, as the table, the JSON file and the picture take it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Row:
+    """One provider on one case; the fields down to `share_of_peak` are the JSON's."""
+
+    case: str
+    shape: list[int]
+    dtype: str
+    direction: str
+    provider: str
+    gate: str
+    median_s: float | None = None
+    q20_s: float | None = None
+    q80_s: float | None = None
+    peak_bytes: int | None = None
+    bytes: int = 0
+    flops: int = 0
+    share_of_peak: float | None = None
+    fault: str = ""
+    ours: bool = False
+
+    def to_json(self) -> dict:
+        values = asdict(self)
+        del values["fault"], values["ours"]
+        return values
+
+    @property
+    def title(self) -> str:
+        return "  ".join((self.case, "×".join(map(str, self.shape)), self.dtype, self.direction))
+
+
+@dataclass
+class Results:
+    """A run: the machine, the rows in the order of the table, and what was left out and why."""
+
+    machine: dict
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ours_fail(self) -> bool:
+        return any(row.ours and row.gate == "fail" for row in self.rows)
+
+    def to_json(self) -> dict:
+        faults = [f"{row.title}: {row.provider} fails the gate: {row.fault}" for row in self.rows if row.fault]
+        return {"machine": {**self.machine, "notes": self.notes + faults}, "rows": [row.to_json() for row in self.rows]}

@@ -1,0 +1,284 @@
+"""The one runner: draws a case's inputs, holds every provider against the gate, then lets them take turns under the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from genkernels.backends import use_backend
+from genkernels.benchmarks import cases as catalogue
+from genkernels.benchmarks import machine, peers, providers, report
+from genkernels.benchmarks.cases import Case
+from genkernels.benchmarks.measure import Inputs, Standard, differentiates, named, quantiles, rotation
+from genkernels.benchmarks.providers import Problem, Provider, Session, Unavailable, first_line
+from genkernels.benchmarks.results import Results, Row
+
+_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: seconds for each provider of a row, and the fewest samples of each."""
+
+    seconds: float
+    samples: int
+
+
+FULL, QUICK = Effort(0.6, 20), Effort(0.1, 7)
+#: A provider that took this many times its seconds leaves early, with no fewer than `_FEWEST` samples.
+_PATIENCE, _FEWEST = 3.0, 3
+
+
+def main(
+    cases: Sequence[str] = (),
+    *,
+    json: str | os.PathLike | None = None,
+    plot: str | os.PathLike | None = None,
+    quick: bool = False,
+    device: str | torch.device | None = None,
+    dtypes: Sequence[str | torch.dtype] | None = None,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+) -> int:
+    """Measures, prints the table, and writes the JSON file and the picture where asked.
+
+    Args:
+        cases: operators (``affine_coupling``) or variants (``affine_coupling/exp``); all of them when empty.
+        json: file for the numbers. plot: file for the picture (``.png``, ``.svg`` or ``.pdf``).
+        quick: a few small rows, measured briefly.
+        device: ``"cpu"`` or ``"cuda"``; a GPU when there is one.
+        dtypes: only rows of these, ``"float32"``, ``"bf16"``, ….
+        providers: only these: ``reference``, ``compiled``, a backend, a peer. The gate holds all the same.
+        threads: CPU threads; torch's own choice by default.
+
+    Returns:
+        0; 1 where one of our own backends fails its gate, or where nothing could be measured.
+
+    Raises:
+        ValueError: an argument is unknown or a file could not be written, said before anything is measured.
+    """
+    place = _device(device)
+    rows = _of_dtypes(catalogue.find(cases, device=place.type, quick=quick), dtypes)
+    chosen = _providers(place.type, providers)
+    if json is not None:
+        report.check_writable("json", json)
+    if plot is not None:
+        report.check_plot(plot)
+    with _threads(threads), torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+        results = measure(rows, chosen, place, QUICK if quick else FULL, quick=quick)
+    report.show(results)
+    if json is not None:
+        report.write_json(results, json)
+    if plot is not None:
+        report.write_plot(results, plot)
+    return 1 if results.ours_fail or not results.rows else 0
+
+
+def measure(
+    cases: Sequence[Case], chosen: Sequence[Provider], device: torch.device, effort: Effort, quick: bool = False
+) -> Results:
+    """Every provider on every case."""
+    ceilings = machine.Ceilings(device)
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+    seconds = min(0.4, 2 * effort.seconds)
+    ceilings.measure(dtypes, seconds)
+    results, left_out = Results({}), {}
+    try:
+        for index, case in enumerate(cases):
+            _progress(f"[{index + 1}/{len(cases)}] {case.title}")
+            rows, skipped = run_case(case, chosen, device, effort)
+            results.rows += rows
+            for provider, reason in skipped:
+                left_out.setdefault(provider, {}).setdefault(reason, []).append(case.name)
+    finally:
+        _progress("")
+        for provider in chosen:
+            if isinstance(provider, peers.Peer):
+                provider.close()
+    ceilings.measure(dtypes, seconds)
+    for row in results.rows:
+        if row.median_s:
+            row.share_of_peak = ceilings.share(row.bytes, row.flops, row.dtype, row.median_s)
+    results.machine = machine.describe(device, ceilings, quick)
+    results.notes = _summary(left_out, len(cases))
+    return results
+
+
+def _summary(left_out: dict[str, dict[str, list[str]]], cases: int) -> list[str]:
+    """One sentence a provider: why it was left out, and where if not everywhere."""
+    sentences = []
+    for provider, reasons in left_out.items():
+        parts = []
+        for reason, names in reasons.items():
+            shown = ", ".join(dict.fromkeys(names))
+            parts.append(reason if len(names) == cases or len(shown) > 200 else f"{reason} ({shown})")
+        sentences.append(f"{provider} {'; '.join(parts)}")
+    return sentences
+
+
+def run_case(
+    case: Case, chosen: Sequence[Provider], device: torch.device, effort: Effort
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """One case: its rows, and the providers left out with their reasons."""
+    problem = draw(case, device)
+    rows, skipped, sessions = [], [], {}
+    for provider in chosen:
+        if isinstance(provider, peers.Peer) and provider.name not in peers.of(case):
+            continue
+        row = Row(case.name, list(case.shape), case.dtype_name, case.direction, provider.name, "pass",
+                  bytes=case.bytes, flops=case.flops, ours=provider.ours)  # fmt: skip
+        try:
+            session = provider.open(problem)
+            row.fault = session.check()
+        except Unavailable as reason:
+            skipped.append((provider.name, str(reason)))
+            continue
+        except Exception as error:
+            row.fault = f"raised {type(error).__name__}: {first_line(error)}"
+        rows.append(row)
+        if row.fault:
+            row.gate = "fail"
+        else:
+            sessions[row.provider] = session
+    by_provider = {row.provider: row for row in rows}
+    try:
+        samples, lost = take_turns(sessions, effort)
+        for name, taken in samples.items():
+            row = by_provider[name]
+            row.median_s, row.q20_s, row.q80_s = quantiles(taken)
+            try:
+                row.peak_bytes = sessions[name].peak_bytes()
+            except Unavailable as reason:
+                lost[name] = str(reason)
+        rows = [row for row in rows if row.provider not in lost]
+        skipped += lost.items()
+    finally:
+        for session in sessions.values():
+            session.close()
+        problem.close()
+        del problem, sessions
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows, skipped
+
+
+def draw(case: Case, device: torch.device) -> Problem:
+    """The case's inputs (the same in every run), the gradients of its outputs, and the standard for the gate."""
+    rng = torch.Generator(device).manual_seed(zlib.crc32(case.title.encode()))
+    drawn = case.inputs(rng)
+    inputs = Inputs(tuple(drawn.values()))
+    with use_backend("reference"):
+        if differentiates(case.direction):
+            with torch.no_grad():
+                outputs = case.op(*inputs.args)
+            outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+            inputs.cotangents = tuple(
+                torch.randn(o.shape, generator=rng, device=device, dtype=torch.float32).to(o.dtype) for o in outputs
+            )
+        standard = Standard.of(case, case.op, inputs, named(drawn))
+    sets = rotation(inputs.nbytes, machine.cache_bytes(device), machine.spare_bytes(device))
+    return Problem(case, inputs, standard, sets)
+
+
+def take_turns(sessions: dict[str, Session], effort: Effort) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Samples of every session, taken in rounds in which each has one turn, so that all see the same machine.
+
+    Returns:
+        The samples, and why a provider was lost on the way (a peer's process may die).
+    """
+    samples: dict[str, list[float]] = {name: [] for name in sessions}
+    spent = dict.fromkeys(sessions, 0.0)
+    lost: dict[str, str] = {}
+    active = list(sessions)
+
+    def attempt(name: str, action: str):
+        try:
+            return getattr(sessions[name], action)()
+        except Unavailable as reason:
+            lost[name] = str(reason)
+            active.remove(name)
+            del samples[name]
+
+    for name in list(active):
+        attempt(name, "warm_up")
+    while active:
+        for name in list(active):
+            began = time.perf_counter()
+            if (taken := attempt(name, "turn")) is None:
+                continue
+            samples[name] += taken
+            spent[name] += time.perf_counter() - began
+            if spent[name] > _PATIENCE * effort.seconds and len(samples[name]) >= _FEWEST:
+                active.remove(name)
+        enough = all(len(samples[name]) >= effort.samples for name in active)
+        if enough and sum(spent.values()) >= effort.seconds * len(samples):
+            break
+    return samples, lost
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _device(device) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = SimpleNamespace(type=None)
+    if place.type == "cpu" or (place.type == "cuda" and torch.cuda.is_available()):
+        return place
+    options = "cpu or cuda" if torch.cuda.is_available() else "cpu (no CUDA device is available)"
+    raise ValueError(f"bench: device must be {options}, got {str(device)!r}")
+
+
+def _of_dtypes(found: list[Case], dtypes) -> list[Case]:
+    if dtypes is None:
+        return found
+    names = {_DTYPES.get(name, name) for name in (str(dtype).removeprefix("torch.") for dtype in dtypes)}
+    kept = [case for case in found if case.dtype_name in names]
+    if not kept:
+        options = ", ".join(dict.fromkeys(case.dtype_name for case in found))
+        raise ValueError(f"bench: dtypes must be among those of the cases ({options}), got {', '.join(sorted(names))}")
+    return kept
+
+
+def _providers(device: str, wanted: Sequence[str] | None) -> list[Provider]:
+    offered: list[Provider] = [*providers.local(device), *(peers.Peer(name) for name in peers.PACKAGES)]
+    if wanted is None:
+        return offered
+    names = [provider.name for provider in offered]
+    for name in wanted:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"bench: providers must be among {', '.join(names)} on {device}, got {name!r}{hint}")
+    return [provider for provider in offered if provider.name in wanted]
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    if count is not None and count < 1:
+        raise ValueError(f"bench: threads must be at least 1, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,67 @@
+"""Peers answer from a process of their own, and a peer that dies or is missing costs its row and nothing else."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from genkernels.benchmarks.cases import affine_coupling
+from genkernels.benchmarks.peers import PACKAGES, Peer
+from genkernels.benchmarks.providers import Unavailable
+from genkernels.benchmarks.runner import draw, run_case
+
+CPU = torch.device("cpu")
+
+
+def coupling(scale_map="sigmoid", direction="forward+backward", dtype=torch.float32, **options):
+    return affine_coupling.case((4, 6, 5, 3), scale_map, direction, dtype, options)
+
+
+def test_reasons(monkeypatch):
+    problem = draw(coupling("tanh"), CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=importlib.util.find_spec: (
+        None if name in PACKAGES else found(name)))  # fmt: skip
+    with pytest.raises(Unavailable, match="is not installed"):
+        Peer("nflows").open(problem)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(Unavailable, match="has no tanh scale map"):
+        Peer("nflows").open(problem)
+
+
+def test_a_process_that_raises_or_dies_is_a_reason_not_a_crash():
+    peer = Peer("json")  # any module will do for a peer that fails
+    try:
+        with pytest.raises(Unavailable, match="raised FileNotFoundError"):
+            peer.ask(do="open", file="/nonexistent")
+        peer._process.kill()
+        peer._process.wait()
+        with pytest.raises(Unavailable, match="ended|[Pp]ipe"):
+            peer.ask(do="turn")
+        assert peer._process is None
+    finally:
+        peer.close()
+
+
+COMPUTED = {"nflows": 2, "normflows": 3, "FrEIA": 2}  # scale maps
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_real_peer_computes_our_function(name, effort):
+    """Every scale map and direction that it offers passes the gate. Skipped where it is not installed (extra `bench`)."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    peer = Peer(name)
+    passed = []
+    try:
+        for scale_map in ("exp", "sigmoid", "tanh", "additive"):
+            for direction in ("forward", "inverse", "forward+backward"):
+                rows, skipped = run_case(coupling(scale_map, direction), [peer], CPU, effort)
+                assert [row.fault for row in rows] == [""] * len(rows)
+                assert [reason for _, reason in skipped] == [f"has no {scale_map} scale map"] * (1 - len(rows))
+                passed += [row.case for row in rows if row.median_s and row.peak_bytes]
+        if name == "normflows":
+            rows, _ = run_case(coupling(layout="interleaved"), [peer], CPU, effort)
+            assert [row.fault for row in rows] == [""]
+    finally:
+        peer.close()
+    assert len(passed) == 3 * COMPUTED[name]
