@@ -140,8 +140,9 @@ Geometry geometry_of(const Tensor& x, int64_t map, int64_t split, int64_t layout
     g.moved = g.kept = 0;
     const int64_t height = x.size(2), width = x.size(3);
     g.mask.resize(per_sample);
-    for (int64_t i = 0; i < per_sample; ++i)
-      g.mask[i] = uint8_t(((i / width % height + i % width) & 1) == (flip ? 0 : 1));
+    for (int64_t c = 0, i = 0; c < channels; ++c)
+      for (int64_t h = 0; h < height; ++h)
+        for (int64_t w = 0; w < width; ++w) g.mask[i++] = uint8_t(((h + w) & 1) == (flip ? 0 : 1));
   }
   g.p_stride = g.additive ? g.length : 2 * g.length;
   return g;

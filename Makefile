@@ -1,0 +1,50 @@
+# Everything starts from a bare machine with Python >= 3.10, g++ and make:
+#   make demo        trains Glow on real digits, fused and reference path, and shows what it cost and gave
+#   make test        the whole test suite
+#   make bench       the speed table (benchmarks/results holds committed ones)
+#   make gpu-check   on a machine with an NVIDIA GPU, with that machine's own Python packages (PYTHON=…, RESULTS=…, PARTS=…)
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+RESULTS ?= gpu-check
+PARTS ?= build test sanitize bench
+BENCH ?=
+
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test bench lint gpu-check clean
+
+demo: $(VENV)/train
+	$(RUN) tools/demo.py
+
+test: $(VENV)/test
+	$(RUN) -m pytest tests
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton
+
+bench: $(VENV)/train
+	$(VENV)/bin/genkernels bench $(BENCH)
+
+lint: $(VENV)/test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+
+gpu-check:
+	$(PYTHON) tools/gpu_check.py --results $(RESULTS) --parts $(PARTS)
+
+$(VENV)/base: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q "setuptools>=77" wheel numpy "$(TORCH)"
+	@touch $@
+
+$(VENV)/train: $(VENV)/base
+	$(RUN) -m pip install -q --no-build-isolation -e ".[train]"
+	@touch $@
+
+$(VENV)/test: $(VENV)/train
+	$(RUN) -m pip install -q --no-build-isolation -e ".[train,test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build genkernels/_lib demo gpu-check

@@ -1,0 +1,49 @@
+"""The pages in docs/ say what the docstrings say, the docstrings' examples run, and the README's names exist."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import genkernels
+
+ROOT = Path(genkernels.__file__).parent.parent
+OPTIONAL = {"genkernels.triton", "genkernels.__main__"}
+
+
+def modules():
+    for found in pkgutil.walk_packages(genkernels.__path__, "genkernels."):
+        if not any(found.name.startswith(skipped) for skipped in OPTIONAL):
+            yield found.name
+
+
+def test_the_pages_are_up_to_date():
+    done = subprocess.run([sys.executable, "tools/build_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_run(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert not failed
+
+
+def test_the_python_in_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert len(blocks) == 3
+    drop_in, equivalent, deep = blocks
+    space: dict = {}
+    exec(drop_in, space)
+    fused = space["layer"](space["x"])
+    exec(equivalent, space)
+    import torch
+
+    torch.testing.assert_close(space["z"], fused[0])
+    torch.testing.assert_close(space["ldj"], fused[1])
+    exec(deep, space)
+    space["ldj"].sum().backward()
