@@ -40,6 +40,7 @@ GK_HOST_DEVICE inline T min_zero(T x) {
 }
 
 GK_HOST_DEVICE inline double exp(double x) { return ::exp(x); }
+GK_HOST_DEVICE inline double quotient(double a, double d) { return a / d; }
 GK_HOST_DEVICE inline double log1p_unit(double e) { return ::log1p(e); }
 GK_HOST_DEVICE inline void tanh_sech2(double x, double& tanh_x, double& sech2) {
   tanh_x = ::tanh(x);
@@ -51,12 +52,14 @@ GK_HOST_DEVICE inline void tanh_sech2(double x, double& tanh_x, double& sech2) {
 #if defined(__CUDA_ARCH__)
 
 GK_HOST_DEVICE inline float exp(float x) { return ::expf(x); }
-GK_HOST_DEVICE inline float log1p_unit(float e) { return ::log1pf(e); }
-GK_HOST_DEVICE inline void tanh_sech2(float x, float& tanh_x, float& sech2) {
-  tanh_x = ::tanhf(x);
-  const float e = ::expf(-2.0f * ::fabsf(x));
-  const float d = 1.0f / (1.0f + e);
-  sech2 = 4.0f * e * d * d;
+
+// a / d for d in [1, 3], to an ulp: the hardware's reciprocal and one correction. The division operator has a slow path for
+// denormals and infinities that cannot arise here, and its branch would keep a thread's lanes from overlapping.
+GK_HOST_DEVICE inline float quotient(float a, float d) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  const float q = a * r;
+  return ::fmaf(::fmaf(-d, q, a), r, q);
 }
 
 #else
@@ -96,9 +99,13 @@ GK_HOST_DEVICE inline float exp(float x) {
   return p * bits_to_float((half + 127) << 23) * bits_to_float((n - half + 127) << 23);
 }
 
+GK_HOST_DEVICE inline float quotient(float a, float d) { return a / d; }
+
+#endif
+
 // log(1 + e) for e in [0, 1]: 2·atanh(w), w = e / (2 + e) ≤ 1/3, whose series in w² has positive terms and never cancels.
 GK_HOST_DEVICE inline float log1p_unit(float e) {
-  const float w = e / (2.0f + e);
+  const float w = quotient(e, 2.0f + e);
   const float w2 = w * w;
   float p = 2.0f / 15.0f;
   p = p * w2 + 2.0f / 13.0f;
@@ -114,7 +121,7 @@ GK_HOST_DEVICE inline float log1p_unit(float e) {
 GK_HOST_DEVICE inline void tanh_sech2(float x, float& tanh_x, float& sech2) {
   const float a = ::fabsf(x);
   const float e = exp(-2.0f * a);
-  const float d = 1.0f / (1.0f + e);
+  const float d = quotient(1.0f, 1.0f + e);
   const float large = (1.0f - e) * d;
   const float x2 = a * a;
   float p = -5.70498872745e-3f;
@@ -127,8 +134,6 @@ GK_HOST_DEVICE inline void tanh_sech2(float x, float& tanh_x, float& sech2) {
   tanh_x = ::copysignf(magnitude, x);
   sech2 = 4.0f * e * d * d;
 }
-
-#endif
 
 }  // namespace math
 }  // namespace genkernels

@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Compiles every Triton kernel ahead of time, for several GPUs, on a machine that needs none.
+
+    python tools/compile_triton.py [--targets 80 90 100] [--only TEXT] [--jobs N]
+
+Walks `kernel_specs()` of each module of `genkernels.triton`, compiles each configuration for each compute capability
+and reads registers, spilled bytes and shared memory off the machine code. Exits with 1 if anything fails to compile or
+spills a register. Compiled kernels land in Triton's cache, so a second run is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a fresh clone, nothing installed
+
+WARP_SIZE = 32
+
+
+class Result(NamedTuple):
+    kernel: str
+    label: str
+    target: int
+    registers: int = 0
+    spilled: int = 0  #: bytes of stack and local memory a thread
+    shared: int = 0
+    error: str = ""
+
+
+def load_specs(only: str) -> list:
+    from genkernels.triton import kernel_modules
+
+    specs = []
+    for module in kernel_modules():
+        found = importlib.import_module(module).kernel_specs()
+        if not found:
+            raise SystemExit(f"{module}.kernel_specs() lists no kernel")
+        specs += found
+    return [spec for spec in specs if only in f"{spec.kernel.__name__} {spec.label}"]
+
+
+def compile_spec(spec, target: int):
+    """The compiled kernel of one `KernelSpec`, with pointers known to be 16-byte aligned, as torch allocates them."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = [i for i, kind in enumerate(spec.signature.values()) if kind.startswith("*")]
+    source = ASTSource(
+        fn=spec.kernel,
+        signature=spec.signature,
+        constexprs=spec.constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", target, WARP_SIZE), options=spec.options)
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """What `cuobjdump --dump-resource-usage` says of a cubin: REG, STACK, LOCAL, SHARED, …"""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    usage = {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    if "REG" not in usage or "STACK" not in usage:
+        raise RuntimeError(f"cuobjdump reported no registers: {text.strip()!r}")
+    return usage
+
+
+_specs: list = []  # of a worker process
+
+
+def _start_worker(only: str) -> None:
+    global _specs
+    _specs = load_specs(only)
+
+
+def _work(job: tuple[int, int]) -> Result:
+    index, target = job
+    spec = _specs[index]
+    name = spec.kernel.__name__
+    try:
+        compiled = compile_spec(spec, target)
+        usage = resource_usage(compiled.asm["cubin"])
+    except Exception as error:  # whatever stops one kernel, the others are still to be seen
+        return Result(name, spec.label, target, error=f"{type(error).__name__}: {error}")
+    spilled = usage["STACK"] + usage.get("LOCAL", 0)
+    return Result(name, spec.label, target, usage["REG"], spilled, compiled.metadata.shared)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, times ten")
+    parser.add_argument("--only", default="", help="only configurations whose name holds this text")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("TRITON_INTERPRET is ignored: compiling needs it off", file=sys.stderr)
+
+    started = time.time()
+    count = len(load_specs(arguments.only))
+    jobs = [(index, target) for index in range(count) for target in arguments.targets]
+    with ProcessPoolExecutor(arguments.jobs, initializer=_start_worker, initargs=(arguments.only,)) as pool:
+        results = list(pool.map(_work, jobs, chunksize=4))
+
+    print(f"{'kernel':18} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7}  configuration")
+    for r in sorted(results):
+        row = f"{r.kernel:18} {r.target:4} {r.registers:5} {r.spilled:6} {r.shared:7}  {r.label}"
+        print(row + (f"  FAILED {r.error}" if r.error else "  SPILLS" if r.spilled else ""))
+    failed = sum(bool(r.error) for r in results)
+    spilling = sum(bool(r.spilled) for r in results)
+    most = max((r.registers for r in results), default=0)
+    print(
+        f"{len(results)} kernels in {time.time() - started:.0f} s: {failed} failed, {spilling} spill, "
+        f"at most {most} registers"
+    )
+    return 1 if failed or spilling or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
