@@ -1,29 +1,29 @@
 """genkernels: fast kernels, layers and models for deep generative modelling in PyTorch.
 
-``import genkernels as gk`` pulls in torch and numpy alone; ``gk.nn``, ``gk.models``, ``gk.data`` and ``gk.training``
-load when first named.
+Everything below loads when it is first named, so that ``import genkernels as gk`` and ``genkernels --help`` answer at once; nothing
+but torch and numpy is pulled in until a name needs more. ``torch.ops.genkernels`` fills with the first use of ``gk.ops`` or of
+anything that stands on it.
 """
 
 from __future__ import annotations
 
 import importlib
 
-from genkernels import ops, reference
 from genkernels._version import __version__
-from genkernels.backends import BackendUnavailable, current_backend, use_backend
 
-_ROOMS = ("nn", "models", "data", "training", "benchmarks")
+_ROOMS = ("ops", "reference", "nn", "models", "data", "training", "benchmarks")
+_BACKENDS = ("BackendUnavailable", "current_backend", "use_backend")
 
-__all__ = [
-    "BackendUnavailable", "__version__", "current_backend", "ops", "reference", "use_backend", *_ROOMS,
-]  # fmt: skip
+__all__ = ["__version__", *_BACKENDS, *_ROOMS]
 
 
 def __getattr__(name: str):
     if name in _ROOMS:
         return importlib.import_module(f"genkernels.{name}")
+    if name in _BACKENDS:
+        return getattr(importlib.import_module("genkernels.backends"), name)
     raise AttributeError(f"module 'genkernels' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

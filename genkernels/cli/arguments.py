@@ -1,0 +1,223 @@
+"""Every command's arguments. Imports nothing of torch: ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+
+COMMANDS = ("info", "train", "sample", "eval", "bench")
+SUPPRESS = argparse.SUPPRESS  # settings that were not given do not appear: a resume keeps what it was begun with
+
+_EPILOG = """\
+examples:
+  genkernels train glow --data digits --max-steps 2000
+  genkernels train --out runs/glow-digits --resume
+  genkernels sample runs/glow-digits --n 64 --temperature 0.7
+  genkernels eval runs/glow-digits
+  genkernels info --ops
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one sentence that name the nearest option."""
+
+    def __init__(self, **options) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        print(f"genkernels: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of one command; ``.module`` names its module in this package.
+
+    Raises:
+        SystemExit: after ``--help``, ``--version`` and errors.
+    """
+    parser, commands = _parsers()
+    command = next((a for a in argv if not a.startswith("-")), None)
+    if command is not None and command not in commands:
+        parser.error(f"unknown command {command!r}{_nearest(command, commands)}")
+    arguments, unknown = parser.parse_known_args(argv)
+    if arguments.module is None:
+        parser.print_help()
+        raise SystemExit(0)
+    if unknown:
+        known = [o for action in commands[arguments.command]._actions for o in action.option_strings]
+        first = unknown[0].split("=")[0]
+        hint = _nearest(first, known) if first.startswith("-") else ""
+        parser.error(
+            f"{arguments.command}: unknown argument {first!r}{hint or f'; genkernels {arguments.command} --help lists them'}"
+        )
+    return arguments
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="genkernels",
+        description="Fast kernels, layers and models for deep generative modelling.",
+        epilog=_EPILOG,
+    )
+    parser.set_defaults(module=None)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    group = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    parsers = {}
+    for name, module, add, text in (
+        ("info", "info", _info, "which backends run here, and why the others do not"),
+        ("train", "train", _train, "train a model; stop with Ctrl-C and go on with --resume"),
+        ("sample", "sample", _sample, "draw samples from a trained model"),
+        ("eval", "evaluate", _evaluate, "held-out likelihood of a trained model"),
+        ("bench", "bench", _bench, "speed of the operators against PyTorch and other libraries"),
+    ):
+        parsers[name] = sub = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(module=module)
+        add(sub)
+        sub.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error (also: GENKERNELS_DEBUG=1)"
+        )
+    return parser, parsers
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, *_):
+        from genkernels._version import __version__
+
+        print(f"genkernels {__version__}")
+        parser.exit()
+
+
+def _info(sub: Parser) -> None:
+    sub.add_argument(
+        "--ops", action="store_true", help="also each operator: which backend runs it, and what it supports"
+    )
+
+
+def _train(sub: Parser) -> None:
+    sub.usage = (
+        "genkernels train MODEL --data DATA [--out DIR] [options]\n       genkernels train --out DIR --resume [options]"
+    )
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="nice, realnvp, glow, ...")
+    sub.add_argument("--data", help="digits, photos32, photos64, moons, ..., folder:PATH, npz:PATH, hf:NAME")
+    sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
+    sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")
+    sub.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out; what is not given stays as it was"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+
+    model = sub.add_argument_group("model")
+    model.add_argument(
+        "--preset", metavar="P", help="sizes of a paper or for a data set (default: the data set's own, if any)"
+    )
+    model.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="settings",
+                       help="an argument of the model's constructor, e.g. --set hidden=128; repeatable")  # fmt: skip
+    model.add_argument(
+        "--reversible", action="store_true", help="rebuild activations in backward: memory flat in depth"
+    )
+    model.add_argument(
+        "--class-conditional", action="store_true", default=SUPPRESS, help="give the labels to the model"
+    )
+
+    run = sub.add_argument_group("training")
+    long = run.add_mutually_exclusive_group()
+    long.add_argument("--max-steps", type=int, default=SUPPRESS, metavar="N", help="steps in all (default: 2000)")
+    long.add_argument(
+        "--epochs", type=float, default=SUPPRESS, metavar="E", help="passes over the data, in place of steps"
+    )
+    for flag, kind, text in (
+        ("--batch-size", int, "examples a step on each device (default: 64)"),
+        ("--lr", float, "Adam's step size (default: 0.001)"),
+        ("--warmup", int, "steps of linear warm-up (default: a tenth of the run, 100 at most)"),
+        ("--schedule", str, "constant or cosine (default: constant)"),
+        ("--weight-decay", float, "decoupled weight decay (default: 0)"),
+        ("--clip", float, "largest gradient norm, 0 for none (default: 1.0)"),
+        ("--ema", float, "decay of the averaged weights, 0 for none (default: 0.999)"),
+        ("--seed", int, "of everything random (default: 0)"),
+        ("--patience", int, "stop after N evaluations without a new best, 0 never (default: 0)"),
+    ):
+        run.add_argument(flag, type=kind, default=SUPPRESS, metavar={int: "N", float: "X", str: "S"}[kind], help=text)
+
+    machine = sub.add_argument_group("machine")
+    machine.add_argument("--precision", default=SUPPRESS, help="32, bf16-mixed or 16-mixed (default: 32)")
+    machine.add_argument("--accelerator", default=SUPPRESS, help="auto, cpu or gpu (default: auto)")
+    machine.add_argument("--devices", type=int, default=SUPPRESS, metavar="N", help="devices to train on (default: 1)")
+    machine.add_argument("--strategy", default=SUPPRESS, help="auto or ddp (default: auto)")
+    machine.add_argument(
+        "--workers", type=int, default=SUPPRESS, metavar="N", help="processes that load data (default: 0)"
+    )
+    machine.add_argument(
+        "--backend", default=SUPPRESS, metavar="B", help="auto, reference, cpu, triton or cuda (default: auto)"
+    )
+
+    keep = sub.add_argument_group("evaluation, samples, checkpoints (in steps; 0: only at the end)")
+    keep.add_argument("--eval-every", type=int, default=SUPPRESS, metavar="N", help="default: ten times a run")
+    keep.add_argument("--eval-examples", type=int, default=SUPPRESS, metavar="N",
+                      help="held-out images to look at during the run, 0 for all (default: 512)")  # fmt: skip
+    keep.add_argument("--sample-every", type=int, default=SUPPRESS, metavar="N", help="default: as --eval-every")
+    keep.add_argument("--checkpoint-every", type=int, default=SUPPRESS, metavar="N",
+                      help="default: at every evaluation and every five minutes")  # fmt: skip
+    keep.add_argument(
+        "--samples",
+        type=int,
+        default=SUPPRESS,
+        metavar="N",
+        help="pictures on a sheet, or points (default: 64, or 2000)",
+    )
+    keep.add_argument("--temperature", type=float, default=SUPPRESS, metavar="T", help="of the samples (default: 1.0)")
+    keep.add_argument("--quiet", action="store_true", help="no progress, results only")
+
+
+def _run_arguments(sub: Parser) -> None:
+    sub.add_argument("run", metavar="RUN", help="the run's folder")
+    sub.add_argument(
+        "--checkpoint", default="best", choices=("best", "last"), help="default: best by held-out likelihood"
+    )
+    sub.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto")
+    sub.add_argument("--backend", metavar="B", help="auto, reference, cpu, triton or cuda (default: auto)")
+
+
+def _sample(sub: Parser) -> None:
+    _run_arguments(sub)
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    sub.add_argument("--n", type=int, metavar="N", help="how many (default: 64 images or 2000 points)")
+    sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
+    sub.add_argument("--label", type=int, metavar="K", help="the class of every sample (class-conditional models)")
+    sub.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at once (default: 256)")
+    sub.add_argument("--out", metavar="F.png|F.npz", help="a sheet, or the arrays (default: a PNG in RUN/samples)")
+
+
+def _evaluate(sub: Parser) -> None:
+    _run_arguments(sub)
+    sub.add_argument("--data", help="other data than the run's own")
+    sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
+    sub.add_argument("--split", default="test", choices=("test", "train"), help="default: test, the held-out part")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="examples at once (default: as in training)")
+    sub.add_argument("--seed", type=int, metavar="N", help="of the dequantisation noise (default: the run's)")
+    sub.add_argument("--json", metavar="F", help="also write the result to a JSON file")
+
+
+def _bench(sub: Parser) -> None:
+    sub.add_argument("cases", metavar="CASE", nargs="*", help="operators to measure (default: all)")
+    sub.add_argument("--json", metavar="F", help="write the rows to a JSON file")
+    sub.add_argument("--plot", metavar="F", help="draw them into a PNG file")
+    sub.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not to quote")
+    sub.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    sub.add_argument(
+        "--dtype", action="append", metavar="D", help="only rows of this type, e.g. float32, bf16; repeatable"
+    )
+    sub.add_argument(
+        "--provider", action="append", metavar="P", help="only this: reference, compiled, a backend, a peer; repeatable"
+    )
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def _nearest(name: str, names) -> str:
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return "" if name.startswith("-") else f"; choose from {', '.join(names)}"

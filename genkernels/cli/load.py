@@ -1,0 +1,43 @@
+"""What `sample` and `eval` share: a run's model on its device, a forced backend, and an early look at where results go."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from genkernels.training.errors import UsageError
+from genkernels.training.rundir import refuse_unwritable
+
+
+def load(arguments):
+    """The run's model, ready on the device, ``config.json`` and the checkpoint. Says which damaged checkpoint it passed over."""
+    import torch
+
+    from genkernels.training.rundir import load_model
+
+    gpu = torch.cuda.is_available()
+    if arguments.accelerator == "gpu" and not gpu:
+        raise UsageError("accelerator gpu needs an NVIDIA GPU and a CUDA build of torch: this torch sees no GPU")
+    model, config, state, notes = load_model(arguments.run, arguments.checkpoint)
+    for note in notes:
+        print(f"genkernels: {note}", file=sys.stderr)
+    return model.to("cuda" if gpu and arguments.accelerator != "cpu" else "cpu"), config, state
+
+
+def classes_of(config: dict) -> int | None:
+    """How many classes the run's model is conditioned on; None where it is not."""
+    return config["data"].get("num_classes") if config["train"].get("class_conditional") else None
+
+
+def check_writable(path: Path) -> None:
+    """Says before any work whether a file can be written there; leaves nothing behind.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} must be a file, it is a folder")
+    refuse_unwritable(path, f"{path} cannot be written")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UsageError(f"{path} cannot be written: permission denied")

@@ -1,0 +1,139 @@
+"""``genkernels train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+
+from genkernels.training.config import TrainConfig
+from genkernels.training.errors import UsageError
+
+DEFAULT_STEPS = 2000
+
+
+def run(arguments) -> int:
+    from genkernels.training.checkpoint import list_checkpoints
+    from genkernels.training.loop import fit, forced_backend, is_main_process
+
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(arguments, f.name)}
+    with forced_backend(given.get("backend")):  # a name that is wrong is told before anything is loaded
+        pass
+    directory, config, data, bundle, model = (_continued if arguments.resume else _begun)(arguments, given)
+    main = is_main_process()
+    resume = f"genkernels train --out {shlex.quote(str(directory))} --resume"
+    try:
+        result = fit(
+            model, bundle, config, out=directory.path, resume=arguments.resume, overwrite=arguments.overwrite,
+            data=data, quiet=arguments.quiet,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = next(iter(list_checkpoints(directory.checkpoints)), None)
+        saved = f"the newest checkpoint is {kept}; go on with: {resume}" if kept else "nothing was saved"
+        print(f"genkernels: stopped at once, what came after the last checkpoint is lost: {saved}", file=sys.stderr)
+        return 130
+    if not main:
+        return 0
+    if result.interrupted:
+        print(
+            f"genkernels: interrupted after step {result.steps}: saved {result.checkpoint}; go on with: {resume}",
+            file=sys.stderr,
+        )
+        return 128 + result.signal
+    _report(result, directory)
+    return 0
+
+
+def _report(result, directory) -> None:
+    from genkernels.training.progress import duration, rate_text
+
+    noun = "points" if result.metric == "nats" else "images"
+    speed = f", {rate_text(result.examples_per_second, noun)} (median step)" if result.examples_per_second else ""
+    print(
+        f"{result.steps:,} steps{speed}, {duration(result.seconds)} in all, {result.device}, backend {result.backend}"
+    )
+    if result.held_out:
+        best = f"; best {result.best[1]:.4f} at step {result.best[0]:,}" if result.best else ""
+        held = result.held_out
+        print(f"held out: {held.value:.4f} ± {held.standard_error:.4f} {held.unit} over {held.examples:,} {noun}{best}")
+    print(f"{directory}: metrics.json, losses.csv, best.ckpt, samples/, checkpoints/")
+
+
+def _begun(arguments, given: dict):
+    """A new run's folder, settings, data and model."""
+    from genkernels import data
+    from genkernels.cli.build import build, model_class, model_kwargs
+    from genkernels.training.loop import is_main_process
+    from genkernels.training.order import derive_seed, fixed_seed
+    from genkernels.training.rundir import RunDirectory
+
+    if arguments.model is None or arguments.data is None:
+        raise UsageError("train needs a model and data, e.g. genkernels train glow --data digits")
+    kind, name, spec = model_class(arguments.model), arguments.model, arguments.data
+    if not {"max_steps", "epochs"} & set(given):
+        given["max_steps"] = DEFAULT_STEPS
+    config = TrainConfig(**given)
+    directory = RunDirectory(_folder(arguments))
+    if is_main_process():  # under DDP the other processes run this command too, after the first has made the folder
+        directory.check(overwrite=arguments.overwrite)
+    root = data_root(spec, arguments.data_root)
+    bundle = data.load(spec, root=root)
+    keywords = model_kwargs(
+        kind, name, bundle, preset=arguments.preset, settings=arguments.settings, reversible=arguments.reversible,
+        classes=config.class_conditional,
+    )  # fmt: skip
+    with fixed_seed(derive_seed(config.seed, "weights")):
+        model = build(kind, name, keywords)
+    return directory, config, {"spec": spec, "root": root}, bundle, model
+
+
+def _continued(arguments, given: dict):
+    """The same of a run that goes on: all that the command line leaves open is in its ``config.json``."""
+    from genkernels import data
+    from genkernels.training.rundir import RunDirectory, build_model
+
+    for value, flag in (
+        (arguments.preset, "--preset"),
+        (arguments.settings, "--set"),
+        (arguments.reversible, "--reversible"),
+    ):
+        if value:
+            raise UsageError(f"{flag} cannot be given with --resume: the model stays as the run began it")
+    if arguments.out is None and (arguments.model is None or arguments.data is None):
+        raise UsageError("--resume needs the run's folder: give --out DIR")
+    directory = RunDirectory(_folder(arguments))
+    directory.check(resume=True, overwrite=arguments.overwrite)
+    old = directory.read_config()
+    for flag, part, key in (("model", "model", "name"), ("data", "data", "spec")):
+        wish, begun = getattr(arguments, flag), old[part].get(key)
+        if wish is not None and wish != begun:
+            raise UsageError(f"{directory} was begun with {flag} {begun}, which a resume cannot change, got {wish}")
+    config = _merged(old["train"], given)
+    spec, root = old["data"].get("spec"), arguments.data_root or old["data"].get("root")
+    bundle = data.load(spec, root=root)
+    return directory, config, {"spec": spec, "root": root}, bundle, build_model(old["model"], directory.path)
+
+
+def _folder(arguments) -> str:
+    return arguments.out or str(Path("runs") / f"{arguments.model}-{_as_name(arguments.data)}")
+
+
+def _merged(old: dict, given: dict) -> TrainConfig:
+    """The run's settings, with what the command line says in their place."""
+    if "max_steps" in given or "epochs" in given:
+        old = {**old, "max_steps": None, "epochs": None}
+    return TrainConfig.from_dict({**old, **given})
+
+
+def data_root(spec: str, root: str | None) -> str | None:
+    """Where relative paths of the spec start, made absolute so that a run can be evaluated from another folder."""
+    if spec.startswith(("folder:", "npz:")):
+        return str(Path(root or ".").expanduser().absolute())
+    return root
+
+
+def _as_name(spec: str) -> str:
+    """A spec as a folder's name: ``folder:~/pics?size=32`` becomes ``folder-pics-size-32``."""
+    kept = "".join(c if c.isalnum() or c in "._" else "-" for c in spec)
+    return "-".join(part for part in kept.split("-") if part.strip(".")) or "data"

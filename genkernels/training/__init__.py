@@ -1,0 +1,20 @@
+"""Training: `fit` a model, `evaluate` it, `sample` from it, and rebuild it from a run's folder.
+
+Lightning is imported when `fit` is called, not before: it takes seconds.
+"""
+
+from genkernels.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from genkernels.training.config import TrainConfig
+from genkernels.training.ema import EMA
+from genkernels.training.errors import TrainingError, UsageError
+from genkernels.training.evaluate import HeldOut, evaluate
+from genkernels.training.grids import draw, save_png, scatter, tile
+from genkernels.training.loop import fit
+from genkernels.training.results import Result
+from genkernels.training.rundir import RunDirectory, load_model
+from genkernels.training.sampling import sample
+
+__all__ = [
+    "EMA", "CheckpointError", "HeldOut", "Result", "RunDirectory", "TrainConfig", "TrainingError", "UsageError", "draw",
+    "evaluate", "fit", "load_model", "read_checkpoint", "sample", "save_png", "scatter", "tile", "write_checkpoint",
+]  # fmt: skip

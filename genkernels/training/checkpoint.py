@@ -1,0 +1,200 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is an ordinary ``torch.save`` file whose zip comment carries the SHA-256 of all bytes before it, so ``torch.load(path,
+weights_only=True)`` reads it anywhere, while `read_checkpoint` refuses one that was cut short or altered. It is written beside
+its final name, flushed to the disk and only then renamed: a process killed at any moment leaves the earlier checkpoints
+and at most a ``.tmp`` file, which the next run removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from genkernels.training.errors import UsageError
+
+FORMAT = 1
+_MARK = b"genkernels sha256 "
+_TRAILER = len(_MARK) + 64
+_END_OF_ZIP = b"PK\x05\x06"
+_NAME = re.compile(r"step-(\d{8,})\.ckpt")
+
+
+class CheckpointError(UsageError):
+    """A checkpoint is missing, cut short, altered, or of another format."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; a run folder is shared like any other
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a JSON file whole or not at all. NaN and infinities become null: JSON has no word for them."""
+    with replacing(path) as file:
+        file.write(json.dumps(_plain(value), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Writes `state` (plain containers, numbers, strings and tensors) to `path`, whole or not at all.
+
+    Raises:
+        OSError: the disk refused; `path` is as it was before.
+    """
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.seek(-22, os.SEEK_END)
+        if file.read(4) != _END_OF_ZIP:
+            raise RuntimeError("torch.save no longer ends its file with a bare zip record: the checksum has no place")
+        file.seek(-2, os.SEEK_END)
+        file.write(_TRAILER.to_bytes(2, "little"))  # length of the comment that follows
+        size = file.tell()
+        digest = _digest(file, size)
+        file.seek(size)
+        file.write(_MARK + digest.encode())
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Reads the file once and compares its checksum.
+
+    Raises:
+        CheckpointError: it is missing, cut short or altered.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END) - _TRAILER
+            if size <= 0:
+                raise CheckpointError(f"checkpoint {path} is cut short: {size + _TRAILER} bytes are left")
+            file.seek(size)
+            trailer = file.read(_TRAILER)
+            if not trailer.startswith(_MARK):
+                raise CheckpointError(
+                    f"checkpoint {path} is cut short or was not written by genkernels: its checksum is missing"
+                )
+            if _digest(file, size) != trailer[len(_MARK) :].decode("ascii", "replace"):
+                raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not match their checksum")
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
+
+
+def read_checkpoint(path: Path, map_location="cpu") -> dict:
+    """Reads a checkpoint after comparing its checksum. Never runs code from the file.
+
+    Raises:
+        CheckpointError: it is missing, cut short, altered, or of a format that this version does not know.
+    """
+    path = Path(path)
+    verify_checkpoint(path)
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        got = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"checkpoint {path} must be of format {FORMAT}, got {got}; another version wrote it")
+    return state
+
+
+def step_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The periodic checkpoints of a folder, newest first."""
+    found = [(int(m[1]), p) for p in folder.glob("step-*.ckpt") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def read_newest(folder: Path) -> tuple[Path, dict, list[str]]:
+    """The newest sound checkpoint of a folder.
+
+    Returns:
+        ``(path, state, notes)``: one sentence in `notes` for each newer checkpoint that was passed over.
+
+    Raises:
+        CheckpointError: the folder holds none that is sound.
+    """
+    notes: list[str] = []
+    for path in list_checkpoints(folder):
+        try:
+            return path, read_checkpoint(path), notes
+        except CheckpointError as error:
+            notes.append(str(error))
+    if notes:
+        raise CheckpointError("; ".join(notes))
+    raise CheckpointError(f"no checkpoint in {folder}")
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Removes all periodic checkpoints but the newest `count`."""
+    for path in list_checkpoints(folder)[count:]:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of a process that was killed while it wrote."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    file.seek(0)
+    digest = hashlib.sha256()
+    while size:
+        block = file.read(min(size, 1 << 20))
+        if not block:
+            break
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename itself is still atomic
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return str(value) if isinstance(value, Path) else value

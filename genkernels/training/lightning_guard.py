@@ -1,0 +1,56 @@
+"""Lightning's import, which takes seconds and can fail for reasons of its own, and its silence."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+from genkernels.training.errors import UsageError
+
+
+def import_lightning() -> None:
+    """Imports Lightning.
+
+    Raises:
+        UsageError: it is not installed, or cannot be imported; the sentence says what to do.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own dependencies' deprecations
+            importlib.import_module("lightning.pytorch")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "lightning":
+            raise UsageError(
+                "training needs Lightning, which is not installed: pip install 'genkernels[train]'"
+            ) from None
+        raise UsageError(f"Lightning cannot be imported: {error}; pip install 'genkernels[train]'") from error
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "torchvision" in text:  # torchmetrics imports it wherever it is installed
+            import torch
+
+            raise UsageError(
+                f"Lightning cannot be imported because the installed torchvision was built for another torch than {torch.__version__}"
+                f" ({text[:120]}): install the torchvision that belongs to it, or pip uninstall torchvision"
+            ) from error
+        raise UsageError(f"Lightning cannot be imported: {type(error).__name__}: {text[:200]}") from error
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Holds back Lightning's advice: this package sets what the advice is about, and has a progress line of its own."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning(\.|$)")
+            warnings.filterwarnings("ignore", message=r".*(num_workers|dataloader|log_every_n_steps|LeafSpec)")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

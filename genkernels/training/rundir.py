@@ -1,0 +1,276 @@
+"""A run's folder: what lies where, who may write into it, and how a model comes back from it.
+
+::
+
+    RUN/config.json                        the model, the data and the training settings
+    RUN/checkpoints/step-00001000.ckpt     the two newest periodic checkpoints, all that a resume needs
+    RUN/best.ckpt                          the weights with the best held-out likelihood
+    RUN/samples/step-00001000.png          a sheet of samples
+    RUN/losses.csv                         one row a step
+    RUN/metrics.json                       the results, at the end
+    RUN/tensorboard/                       event files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from genkernels._version import __version__
+from genkernels.training.checkpoint import (
+    CheckpointError,
+    read_checkpoint,
+    read_newest,
+    remove_leftovers,
+    write_json,
+)
+from genkernels.training.errors import UsageError, nearest
+
+_FILES = ("config.json", "best.ckpt", "losses.csv", "metrics.json")
+_FOLDERS = ("checkpoints", "samples", "tensorboard")
+
+
+class RunDirectory:
+    """The paths of one run, and the lock that keeps a second writer out."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path).expanduser()
+        self.config, self.best = self.path / "config.json", self.path / "best.ckpt"
+        self.losses, self.metrics = self.path / "losses.csv", self.path / "metrics.json"
+        self.checkpoints, self.samples, self.tensorboard = (self.path / name for name in _FOLDERS)
+        self._lock: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.is_file()
+
+    def prepare(self, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Makes the folder ready to be written and locks it, or says in one sentence why not; nothing is touched then.
+
+        Args:
+            resume: a run must be there, and goes on.
+            overwrite: a run that is there is removed (its own files only).
+
+        Raises:
+            UsageError: the folder holds a run or something else, is locked, or cannot be written.
+        """
+        self.check(resume=resume, overwrite=overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the run folder {self} cannot be written: {error.strerror or error}") from None
+        self._acquire()
+        if overwrite:
+            self._remove_run()
+        for folder in (self.path, self.checkpoints, self.samples):
+            folder.mkdir(exist_ok=True)
+            remove_leftovers(folder)
+
+    def check(self, *, resume: bool = False, overwrite: bool = False) -> None:
+        """The part of `prepare` that touches nothing."""
+        if resume and overwrite:
+            raise UsageError("give --resume or --overwrite, not both")
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"the run folder {self} must be a folder, it is a file")
+        if resume:
+            if not self.exists():
+                raise UsageError(f"there is no run to resume in {self}: it has no config.json")
+        elif self.exists():
+            if not overwrite:
+                raise UsageError(
+                    f"{self} already holds a run: continue it with --resume or replace it with --overwrite"
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise UsageError(f"{self} is not empty and holds no run (no config.json): choose another folder with --out")
+        refuse_unwritable(self.path / "config.json", f"the run folder {self} cannot be written")
+
+    def _acquire(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this platform
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UsageError(f"the run in {self} is being trained by another process") from None
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return
+        self._lock = handle
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)  # the kernel does the same when the process dies
+            self._lock = None
+
+    def _remove_run(self) -> None:
+        # The configuration goes last: killed half-way, the folder is still recognised as a run.
+        for name in (*_FOLDERS, *reversed(_FILES)):
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def read_config(self) -> dict:
+        """The contents of ``config.json``.
+
+        Raises:
+            UsageError: there is none, or it is damaged.
+        """
+        if not self.path.is_dir():
+            raise UsageError(f"there is no run in {self}: no such folder{_near_folder(self.path)}")
+        try:
+            config = json.loads(self.config.read_bytes())
+        except FileNotFoundError:
+            raise UsageError(f"there is no run in {self}: it has no config.json") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.config} cannot be read: {error}") from None
+        parts = ("model", "data", "train")
+        if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in parts):
+            raise UsageError(f"{self.config} is damaged: it must have the parts model, data and train")
+        return config
+
+    def write_config(self, *, model: dict, data: dict, train: dict) -> None:
+        write_json(self.config, {"format": 1, "model": model, "data": data, "train": train, "versions": versions()})
+
+    def read_weights(self, which: str = "best") -> tuple[dict, list[str]]:
+        """A checkpoint for evaluation or sampling; falls back to another sound one.
+
+        Args:
+            which: ``best`` (by held-out likelihood) or ``last``.
+
+        Returns:
+            ``(state, notes)``: one sentence a checkpoint that was passed over.
+
+        Raises:
+            UsageError: no checkpoint is sound.
+        """
+        notes = []
+        if which == "best":
+            try:
+                return read_checkpoint(self.best), notes
+            except CheckpointError as error:
+                if self.best.exists():
+                    notes.append(f"{error}; using the newest one in {self.checkpoints} instead")
+        try:
+            _, state, more = read_newest(self.checkpoints)
+        except CheckpointError as error:
+            raise CheckpointError("; ".join([*notes, str(error)])) from None
+        return state, notes + more
+
+
+def describe_model(model: nn.Module) -> dict:
+    """What ``config.json`` says about a model; ``name`` is None where it is not one of ``genkernels.models``."""
+    from genkernels.models import MODELS
+
+    name = next((name for name, kind in MODELS.items() if type(model) is kind), None)
+    hparams = dict(getattr(model, "hparams", {})) if name else {}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"name": name, "class": type(model).__name__, "hparams": hparams, "parameters": parameters}
+
+
+def load_model(path: str | os.PathLike, which: str = "best") -> tuple[nn.Module, dict, dict, list[str]]:
+    """Rebuilds a run's model with its averaged weights (the trained ones where no average was kept), in evaluation mode.
+
+    Args:
+        path: the run's folder.
+        which: ``best`` or ``last``.
+
+    Returns:
+        ``(model, config, state, notes)``: the model on the CPU, ``config.json``, the checkpoint, and a sentence for each
+        checkpoint that was damaged and passed over.
+
+    Raises:
+        UsageError: no run is there, it is damaged, or its model is a class of the user's own.
+    """
+    run = RunDirectory(path)
+    config = run.read_config()
+    model = build_model(config["model"], run.path)
+    state, notes = run.read_weights(which)
+    load_weights(model, state, averaged=True)
+    return model.eval(), config, state, notes
+
+
+def build_model(description: dict, source: Path) -> nn.Module:
+    """The model that a ``config.json`` describes, with fresh weights."""
+    from genkernels.models import MODELS, build
+
+    name = description.get("name")
+    if name is None:
+        raise UsageError(f"{source} trained {description.get('class')}, a class of your own: rebuild it in Python")
+    if name not in MODELS:
+        raise UsageError(f"{source} names the unknown model {name!r}{nearest(name, MODELS)}")
+    hparams = {k: tuple(v) if isinstance(v, list) else v for k, v in description.get("hparams", {}).items()}
+    try:
+        return build(name, **hparams)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the model of {source} cannot be rebuilt: {error}") from None
+
+
+def load_weights(model: nn.Module, state: dict, *, averaged: bool) -> None:
+    """Puts a checkpoint's weights into a model.
+
+    Raises:
+        CheckpointError: they are another model's.
+    """
+    weights = state["model"]
+    if averaged and state.get("ema") and state["ema"]["updates"]:
+        weights = {**weights, **state["ema"]["average"]}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise CheckpointError(f"the checkpoint must hold this model's weights: {' '.join(lines[1:3])}") from None
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    found = {"genkernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    with contextlib.suppress(ImportError):
+        from importlib.metadata import PackageNotFoundError, version
+
+        for package in ("lightning", "triton", "numpy"):
+            with contextlib.suppress(PackageNotFoundError):
+                found[package] = version(package)
+    return found
+
+
+def refuse_unwritable(path: Path, sentence: str) -> None:
+    """Tries to write a file that has no name where `path` would go, in its folder or the nearest one that exists.
+
+    Raises:
+        UsageError: `sentence`, and why.
+    """
+    folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} is not a folder" if not folder.is_dir() else error.strerror or str(error)
+        raise UsageError(f"{sentence}: {reason}") from None
+
+
+def _near_folder(path: Path) -> str:
+    """``'; did you mean runs/glow-digits?'`` among the runs beside a folder that does not exist."""
+    try:
+        runs = {p.name: p for p in path.parent.iterdir() if (p / "config.json").is_file()}
+    except OSError:
+        return ""
+    import difflib
+
+    near = difflib.get_close_matches(path.name, runs, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(str(runs[name]) for name in near)}?" if near else ""

@@ -1,0 +1,224 @@
+"""Every mistake a user can make gives one sentence, exit code 2, and no traceback; nothing is left behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from genkernels.cli import main
+
+TINY = ["--set", "hidden=8", "--set", "couplings=2", "--set", "layers=1"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GENKERNELS_DEBUG", raising=False)
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*argv, code=2):
+        before = sorted(os.listdir())
+        assert main(list(map(str, argv))) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("genkernels: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+        assert "Traceback" not in err
+        assert sorted(os.listdir()) == before, "something was left behind"
+        return err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A small run of NICE on digits."""
+    pytest.importorskip("lightning")
+    folder = tmp_path_factory.mktemp("runs") / "nice-digits"
+    argv = ["train", "nice", "--data", "digits", "--out", str(folder), "--max-steps", "3", *TINY, "--quiet"]
+    assert main([*argv, "--samples", "4", "--accelerator", "cpu"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("trian glow", "unknown command 'trian'; did you mean train?"),
+        ("frobnicate", "unknown command 'frobnicate'; choose from info, train, sample, eval, bench"),
+        ("info --opps", "info: unknown argument '--opps'; did you mean --ops?"),
+        ("train", "train needs a model and data"),
+        ("train glow", "train needs a model and data"),
+        ("train glwo --data digits", "unknown model 'glwo'; did you mean glow?"),
+        ("train xyzzy --data digits", "unknown model 'xyzzy'; choose from"),
+        ("train nice --data digitz", "digitz: no data set has this name; the nearest: digits"),
+        ("train nice --data folder:/no/such/place", "folder:/no/such/place"),
+        ("train nice --data npz:none.npz", "npz:none.npz"),
+        ("train nice --data digits --preset digts", "unknown preset 'digts' of nice; did you mean digits?"),
+        ("train nice --data digits --set hiden=3", "nice has no argument 'hiden'; did you mean hidden?"),
+        ("train nice --data digits --set hidden", "--set takes KEY=VALUE, got 'hidden'"),
+        ("train nice --data digits --set hidden=-3", "nice cannot be built from"),
+        ("train nice --data digits --set prior=uniform", "normal, logistic, got 'uniform'"),
+        ("train glow --data digits --set levels=7", "Glow: height and width must be multiples of"),
+        ("train nice --data digits --backend tritn", "did you mean triton"),
+        ("train nice --data digits --precision bf16", "did you mean bf16-mixed"),
+        ("train nice --data digits --max-steps 0", "max_steps must be an integer of at least 1, got 0"),
+        ("train nice --data digits --max-steps many", "argument --max-steps: invalid int value: 'many'"),
+        ("train nice --data digits --max-steps 5 --epochs 2", "not allowed with argument"),
+        ("train nice --data digits --lr nan", "lr must be positive, got nan"),
+        ("train nice --data digits --max-step 5", "unknown argument '--max-step'; did you mean --max-steps"),
+        ("train nice --data digits --resume --overwrite --out x", "--resume or --overwrite, not both"),
+        ("train --resume", "--resume needs the run's folder"),
+        ("train --resume --out nowhere", "there is no run to resume in nowhere"),
+        ("train nice --data digits --out /proc/nowhere/run", "cannot be written"),
+        ("train nice --data rings --class-conditional --set num_classes=0 --backend nope", "backend must be one of"),
+        ("sample nowhere", "there is no run in nowhere: no such folder"),
+        ("sample nowhere --n 0", "--n must be at least 1, got 0"),
+        ("sample nowhere --temperature -1", "--temperature must be 0 or positive, got -1.0"),
+        ("sample nowhere --temperature nan", "--temperature must be 0 or positive, got nan"),
+        ("sample nowhere --out x.jpg", "--out must end in .png or .npz, got 'x.jpg'"),
+        ("eval nowhere", "there is no run in nowhere"),
+        ("eval nowhere --batch-size 0", "--batch-size must be at least 1"),
+        ("bench no_such_case", "no_such_case"),
+    ],
+)
+def test_a_wrong_line(refused, line, words):
+    assert words in refused(*line.split())
+
+
+def test_a_backend_that_cannot_run_says_why(refused, run_folder):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("every backend may run here")
+    assert "backend 'triton' cannot run here" in refused("eval", run_folder, "--backend", "triton")
+    assert "backend 'cuda' cannot run here" in refused("train", "nice", "--data", "digits", *TINY, "--backend", "cuda")
+    assert "accelerator gpu needs" in refused("eval", run_folder, "--accelerator", "gpu")
+    assert "accelerator gpu needs" in refused("train", "nice", "--data", "digits", *TINY, "--accelerator", "gpu")
+
+
+def test_a_backend_in_the_environment_is_checked(refused, run_folder, monkeypatch):
+    monkeypatch.setattr("genkernels.backends._forced", "reference2")
+    assert "backend must be one of" in refused("eval", run_folder)
+
+
+def test_a_folder_that_cannot_be_read(refused, tmp_path):
+    locked = tmp_path / "pictures"
+    locked.mkdir(mode=0o000)
+    try:
+        assert f"folder:{locked}" in refused("train", "nice", "--data", f"folder:{locked}")
+    finally:
+        locked.chmod(0o700)
+
+
+def test_data_with_nan(refused, tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    x[3, 1] = np.nan
+    np.savez(tmp_path / "bad.npz", x=x)
+    assert "x must be finite" in refused("train", "nice", "--data", "npz:bad.npz")
+
+
+def test_labels_where_there_are_none(refused, tmp_path):
+    np.savez(tmp_path / "plain.npz", x=np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32))
+    words = "--class-conditional needs labels: the data npz:plain.npz have none"
+    assert words in refused("train", "nice", "--data", "npz:plain.npz", "--class-conditional")
+
+
+def test_a_run_that_is_there_is_not_replaced_unasked(refused, run_folder):
+    before = (run_folder / "metrics.json").read_bytes()
+    line = ["train", "nice", "--data", "digits", "--out", run_folder]
+    assert "already holds a run: continue it with --resume or replace it with --overwrite" in refused(*line)
+    for extra, words in (
+        (["--preset", "digits"], "--preset cannot be given with --resume"),
+        (["--set", "hidden=4"], "--set cannot be given with --resume"),
+        (["--batch-size", "7"], "begun with batch_size 64, which a resume cannot change, got 7"),
+    ):
+        assert words in refused("train", "--resume", "--out", run_folder, *extra)
+    assert "begun with model nice, which a resume cannot change, got glow" in refused(
+        "train", "glow", "--resume", "--out", run_folder
+    )
+    words = "begun with data digits, which a resume cannot change, got moons"
+    assert words in refused("train", "--data", "moons", "--resume", "--out", run_folder)
+    assert (run_folder / "metrics.json").read_bytes() == before
+
+
+def test_wishes_that_a_run_cannot_meet(refused, run_folder, tmp_path):
+    assert "no classes to choose from" in refused("sample", run_folder, "--label", "3")
+    assert "is not a folder" in refused("sample", run_folder, "--out", run_folder / "config.json" / "a.png")
+    assert "must be a file, it is a folder" in refused("eval", run_folder, "--json", tmp_path)
+    words = "the data must be as those of the run, images of shape [1, 8, 8] with 17 levels, got moons with points of shape [2]"
+    assert words in refused("eval", run_folder, "--data", "moons")
+    near = run_folder.with_name("nice-digit")
+    assert f"did you mean {run_folder}?" in refused("sample", near)
+
+
+@pytest.mark.parametrize("damage", ["config", "model", "checkpoints"])
+def test_a_damaged_run(refused, run_folder, tmp_path, damage):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    if damage == "config":
+        (copy / "config.json").write_text("{")
+        words = "config.json cannot be read"
+    elif damage == "model":
+        config = json.loads((copy / "config.json").read_text())
+        config["model"]["hparams"]["hidden"] = 9
+        (copy / "config.json").write_text(json.dumps(config))
+        words = "the checkpoint must hold this model's weights"
+    else:
+        for path in copy.rglob("*.ckpt"):
+            path.write_bytes(path.read_bytes()[:1000])
+        words = "is cut short"
+    assert words in refused("sample", copy)
+    assert words in refused("eval", copy)
+    assert words in refused("train", "--resume", "--out", copy, "--max-steps", "5")
+
+
+def test_a_fault_in_the_program_shows_its_traceback(monkeypatch, capsys):
+    def broken(arguments):
+        raise KeyError("inner workings")
+
+    monkeypatch.setattr("genkernels.cli.info.run", broken)
+    assert main(["info"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "a fault of genkernels or of a library below it (KeyError: 'inner workings')" in err
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_debug_shows_the_traceback_of_a_mistake(monkeypatch, capsys, how):
+    if how == "variable":
+        monkeypatch.setenv("GENKERNELS_DEBUG", "1")
+    assert main(["sample", "nowhere", *(["--debug"] if how == "flag" else [])]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("genkernels: error: there is no run in nowhere")
+
+
+def test_ctrl_c_before_training_and_a_closed_pipe(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("genkernels.cli.info.run", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "genkernels: error: interrupted\n"
+    command = f"{sys.executable} -m genkernels info --ops | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_help_and_version_answer_without_the_heavy_parts(capsys):
+    assert main(["--help"]) == 0 and "genkernels train glow --data digits" in capsys.readouterr().out
+    assert main([]) == 0 and "usage: genkernels" in capsys.readouterr().out
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("genkernels ")
+    assert main(["train", "--help"]) == 0 and "--checkpoint-every" in capsys.readouterr().out
+    code = (
+        "import sys, genkernels; known = set(sys.modules); from genkernels.cli import main; "
+        "code = main(['train', '--help']); new = set(sys.modules) - known; "
+        "heavy = {'torch', 'numpy', 'lightning', 'matplotlib', 'PIL', 'sklearn', 'rich', 'typer', 'genkernels.training'}; "
+        "sys.exit(code or ', '.join(sorted(heavy & new)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
