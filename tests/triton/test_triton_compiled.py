@@ -1,0 +1,137 @@
+"""What the compiler makes of the kernels: 64-bit offsets, 16-byte accesses, no spills. Needs no GPU."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+import triton.language as tl
+
+from genkernels.triton import KernelSpec
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "compile_triton.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("compile_triton", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def specs(tool):
+    return {f"{spec.kernel.__name__} {spec.label}": spec for spec in tool.load_specs("")}
+
+
+def chosen(specs):
+    """One of every kernel, split, layout and direction."""
+    wanted = [
+        "_couple_kernel 8x12x64x64 fp32 fp32 tanh channel halves forward",
+        "_couple_kernel 8x12x64x64 fp32 fp32 tanh channel interleaved inverse",
+        "_couple_kernel 8x12x64x64 fp32 fp32 additive checkerboard halves forward",
+        "_couple_kernel 64x6x7x7 fp32 fp32 tanh checkerboard interleaved forward",
+        "_backward_kernel 8x12x64x64 fp32 fp32 exp channel halves of forward",
+        "_backward_kernel 8x12x64x64 fp32 fp32 tanh checkerboard interleaved of reverse",
+        "_sum_kernel blocks 2048 fp32",
+    ]
+    return [specs[name] for name in wanted]
+
+
+DEFINITION = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = (\S+) (.*?)(?: loc\(.*)?$", re.M)
+SHAPE_OPS = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "ttg.convert_layout"}
+
+
+def narrow_products(ttir):
+    """(addresses formed from 32-bit offsets, 32-bit sums and products that are widened to 64 bits), both of which would
+    wrap beyond 2^31 elements."""
+    definitions = {name: (op, rest) for name, op, rest in DEFINITION.findall(ttir)}
+    addresses = [rest for op, rest in definitions.values() if op == "tt.addptr"]
+    assert addresses
+    narrow = [rest for rest in addresses if not re.search(r"(xi64>|, i64)\s*$", rest)]
+    widened = []
+    for op, rest in definitions.values():
+        if op not in ("arith.extsi", "arith.extui") or "i64" not in rest.split(" to ")[-1]:
+            continue
+        source = re.match(r"(%[\w#]+)", rest).group(1)
+        while definitions.get(source, ("", ""))[0] in SHAPE_OPS:
+            source = re.match(r"(%[\w#]+)", definitions[source][1]).group(1)
+        if definitions.get(source, ("argument", ""))[0] in ("arith.addi", "arith.muli", "arith.shli", "arith.subi"):
+            widened.append((source, *definitions[source]))
+    return narrow, widened
+
+
+def test_addresses_are_64_bit_from_the_start(tool, specs):
+    for spec in chosen(specs):
+        for size in ("i32", "i64"):  # of a sample, counted in units: 64-bit when it has 2^31 of them
+            signature = {name: size if kind == "i32" else kind for name, kind in spec.signature.items()}
+            ttir = tool.compile_spec(spec._replace(signature=signature), 90).asm["ttir"]
+            assert narrow_products(ttir) == ([], []), spec.label
+
+
+@triton.jit
+def _narrow_kernel(p_x, n):
+    o = tl.program_id(0) * n + tl.arange(0, 16)
+    tl.store(p_x + o, 0.0)
+    tl.store(p_x + o.to(tl.int64), 0.0)
+
+
+def test_the_check_above_sees_a_32_bit_product(tool):
+    spec = KernelSpec("narrow", _narrow_kernel, {"p_x": "*fp32", "n": "i32"}, {}, {"enable_fp_fusion": True})
+    narrow, widened = narrow_products(tool.compile_spec(spec, 90).asm["ttir"])
+    assert len(narrow) == 1 and len(widened) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [
+        ("_couple_kernel 8x12x64x64 fp32 fp32 tanh channel halves forward", 8, 4),
+        ("_couple_kernel 8x12x64x64 fp32 fp32 tanh channel interleaved forward", 8, 4),
+        ("_couple_kernel 8x12x64x64 fp32 fp32 exp checkerboard halves forward", 6, 2),
+        ("_couple_kernel 8x12x64x64 bf16 bf16 tanh channel halves forward", 8, 4),
+        ("_backward_kernel 8x12x64x64 fp32 fp32 tanh channel halves of forward", 8, 8),
+        ("_backward_kernel 8x12x64x64 fp32 fp32 tanh channel halves of reverse", 12, 12),
+    ],
+)
+def test_large_tensors_move_in_16_byte_pieces(tool, specs, name, loads, stores):
+    """Two pieces a thread and tensor; nothing narrower but a sample's own ldj or its gradient."""
+    ptx = tool.compile_spec(specs[name], 90).asm["ptx"]
+    wide = r"\.global\S*\.(v4\.b32|v2\.b64)"
+    assert len(re.findall(r"\bld" + wide, ptx)) == loads
+    assert len(re.findall(r"\bst" + wide, ptx)) == stores
+    narrow = re.findall(r"\b(?:ld|st)\.global\S*", re.sub(r"\b(ld|st)" + wide, "", ptx))
+    assert len(narrow) <= 2
+
+
+def test_no_hardware_exponential_in_fp32_and_no_flush_to_zero(tool, specs):
+    for direction in ("forward", "inverse"):
+        for scale_map in ("exp", "sigmoid", "tanh"):
+            spec = specs[f"_couple_kernel 8x12x64x64 fp32 fp32 {scale_map} channel halves {direction}"]
+            ptx = tool.compile_spec(spec, 90).asm["ptx"]
+            assert "ex2.approx" not in ptx and "lg2.approx" not in ptx and "div.full" not in ptx
+            assert set(re.findall(r"\S*\.ftz\S*", ptx)) <= {"rsqrt.approx.ftz.f32"}  # the seed of a reciprocal
+
+
+def test_fp64_constants_keep_their_bits(tool, specs):
+    spec = next(s for name, s in specs.items() if "fp64 fp64 tanh channel" in name and "forward" in name)
+    ttir = tool.compile_spec(spec, 90).asm["ttir"]
+    assert "1.4426950408889634" in ttir or "1.44269504088896" in ttir
+    assert not re.search(r"arith\.extf", ttir), "a constant or a value passed through fp32"
+
+
+def test_the_tool_sees_spills(tool, specs):
+    spec = specs["_backward_kernel 8x12x64x64 fp32 fp32 tanh channel halves of reverse"]
+    assert tool.resource_usage(tool.compile_spec(spec, 90).asm["cubin"])["STACK"] == 0
+    starved = spec._replace(options=spec.options | {"maxnreg": 24})
+    assert tool.resource_usage(tool.compile_spec(starved, 90).asm["cubin"])["STACK"] > 0
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, genkernels, genkernels.triton; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=TOOL.parents[1]).returncode == 0
