@@ -109,9 +109,7 @@ def _files(spec: str, base: Path) -> Files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
         ]
     if not found:
-        raise DataError(
-            f"{spec}: {str(base)!r} must hold images ({' '.join(sorted(EXTENSIONS))}), and holds none"
-        )
+        raise DataError(f"{spec}: {str(base)!r} must hold images ({' '.join(sorted(EXTENSIONS))}), and holds none")
     return Files(base, sorted(found))
 
 
@@ -134,8 +132,6 @@ def _paired_labels(spec: str, parts: list[Files], test_name: str) -> tuple[list[
     index = {name: i for i, name in enumerate(sorted(set(train)))}
     strange = sorted(set(test) - set(index))
     if strange:
-        raise DataError(
-            f"{spec}: every class folder of {test_name} must be in train too, and {strange[0]!r} is not"
-        )
+        raise DataError(f"{spec}: every class folder of {test_name} must be in train too, and {strange[0]!r} is not")
     labels = [torch.tensor([index[name] for name in names], dtype=torch.int64) for names in (train, test)]
     return labels, len(index)

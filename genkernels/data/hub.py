@@ -111,13 +111,10 @@ def _fetch(spec: str, library: Any, name: str, config: str | None, root: str | P
         return library.load_dataset(name, config, cache_dir=None if root is None else str(root))
     except ConnectionError as error:
         raise DataError(
-            f"{spec}: the Hugging Face Hub cannot be reached, and the cache does not hold {name!r} "
-            f"({reason(error)})"
+            f"{spec}: the Hugging Face Hub cannot be reached, and the cache does not hold {name!r} ({reason(error)})"
         ) from error
     except Exception as error:  # hub, http, parquet and script errors share no base class
-        raise DataError(
-            f"{spec}: datasets cannot load {name!r} ({type(error).__name__}: {reason(error)})"
-        ) from error
+        raise DataError(f"{spec}: datasets cannot load {name!r} ({type(error).__name__}: {reason(error)})") from error
 
 
 def _parts(spec: str, splits: Any) -> tuple[str, str]:
@@ -133,9 +130,7 @@ def _parts(spec: str, splits: Any) -> tuple[str, str]:
 def _image_column(spec: str, library: Any, table: Any) -> str:
     images = [name for name, feature in table.features.items() if isinstance(feature, library.Image)]
     if not images:
-        columns = ", ".join(
-            f"{name!r} ({type(feature).__name__})" for name, feature in table.features.items()
-        )
+        columns = ", ".join(f"{name!r} ({type(feature).__name__})" for name, feature in table.features.items())
         raise DataError(f"{spec}: a column of type Image is needed, got {columns}")
     return next((name for name in _IMAGES if name in images), images[0])
 

@@ -151,9 +151,7 @@ def _opened(spec: str, source: Source, index: int) -> Iterator[Any]:
     except DataError:
         raise
     except Exception as error:  # a broken file makes Pillow raise nearly anything, even SyntaxError
-        raise DataError(
-            f"{spec}: {source.name(index)!r} cannot be read as an image ({reason(error)})"
-        ) from error
+        raise DataError(f"{spec}: {source.name(index)!r} cannot be read as an image ({reason(error)})") from error
 
 
 def _orientation(image: Any) -> int | None:

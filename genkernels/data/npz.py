@@ -46,8 +46,7 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
     labels, num_classes = _labels(spec, arrays, names, xs)
     if xs[0].shape[1:] != xs[-1].shape[1:] or xs[0].dtype != xs[-1].dtype:
         raise DataError(
-            f"{spec}: {train_name} and {test_name} must agree in shape and type, "
-            f"got {_form(xs[0])} and {_form(xs[-1])}"
+            f"{spec}: {train_name} and {test_name} must agree in shape and type, got {_form(xs[0])} and {_form(xs[-1])}"
         )
     images = xs[0].dtype == np.uint8
     levels = _levels(spec, arrays, names, xs) if images else None
@@ -156,16 +155,12 @@ def _labels(
         return [np.zeros(len(x), dtype=np.int64) for x in xs], None
     if present != wanted:
         beside = " and ".join(names)
-        raise DataError(
-            f"{spec}: labels beside {beside} must be {' and '.join(wanted)}, got {_listed(present)}"
-        )
+        raise DataError(f"{spec}: labels beside {beside} must be {' and '.join(wanted)}, got {_listed(present)}")
     found = []
     for label, name, x in zip(wanted, names, xs, strict=True):
         y = arrays[label]
         if not np.issubdtype(y.dtype, np.integer) or y.shape not in ((len(x),), (len(x), 1)):
-            raise DataError(
-                f"{spec}: {label} must be integers [{len(x)}], one a row of {name}, got {_form(y)}"
-            )
+            raise DataError(f"{spec}: {label} must be integers [{len(x)}], one a row of {name}, got {_form(y)}")
         if y.min() < 0 or y.max() >= 2**31:
             raise DataError(f"{spec}: {label} must count from 0, got {y.min()} to {y.max()}")
         found.append(y.reshape(-1).astype(np.int64))
@@ -181,7 +176,5 @@ def _levels(spec: str, arrays: dict[str, np.ndarray], names: list[str], xs: list
     levels = int(given.item())
     for name, x in zip(names, xs, strict=True):
         if x.max() >= levels:
-            raise DataError(
-                f"{spec}: with {levels} levels {name} must lie in 0 to {levels - 1}, got {x.max()}"
-            )
+            raise DataError(f"{spec}: with {levels} levels {name} must lie in 0 to {levels - 1}, got {x.max()}")
     return levels

@@ -35,9 +35,7 @@ class PhotoCrops(Dataset):
         strips: for each strip its photograph, its first column there, and its pixels uint8 ``[3, H, W]``.
     """
 
-    def __init__(
-        self, strips: list[tuple[int, int, Tensor]], size: int, length: int, start: int, mirror: bool
-    ):
+    def __init__(self, strips: list[tuple[int, int, Tensor]], size: int, length: int, start: int, mirror: bool):
         """Choose the crops; `start` is the state from which SplitMix64 counts."""
         self.strips, self.size = strips, size
         rows = np.array([pixels.shape[1] - size + 1 for _, _, pixels in strips])
@@ -96,6 +94,4 @@ def _photographs(spec: str) -> dict[str, Tensor]:
     """Name to pixels, uint8 [3, 427, 640]."""
     datasets = require(spec, "sklearn.datasets", "scikit-learn")
     require(spec, "PIL.Image", "pillow")  # scikit-learn decodes with it
-    return {
-        name: torch.from_numpy(datasets.load_sample_image(name).transpose(2, 0, 1).copy()) for name in STRIPES
-    }
+    return {name: torch.from_numpy(datasets.load_sample_image(name).transpose(2, 0, 1).copy()) for name in STRIPES}

@@ -18,9 +18,7 @@ class DataError(ValueError):
     """A data set cannot be had as asked; the message is one sentence that begins with the spec."""
 
 
-def split_options(
-    spec: str, text: str, readers: dict[str, Callable[[str], Any]]
-) -> tuple[str, dict[str, Any]]:
+def split_options(spec: str, text: str, readers: dict[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
     """Split ``body?key=value&key=value`` into the body and its options, each read by ``readers[key]``.
 
     Raises:

@@ -32,9 +32,7 @@ def hash_order(keys: Iterable[bytes]) -> np.ndarray:
     return np.argsort(_hashes(keys), kind="stable")
 
 
-def held_out(
-    spec: str, keys: Iterable[bytes], what: str, fraction: float = HELD_OUT
-) -> tuple[np.ndarray, np.ndarray]:
+def held_out(spec: str, keys: Iterable[bytes], what: str, fraction: float = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
     """Split by key; both parts come in hash order and neither is empty.
 
     Args:

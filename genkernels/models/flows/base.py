@@ -1,0 +1,272 @@
+"""What every flow model shares: dequantisation, levels, prior, likelihood, sampling, presets."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from itertools import zip_longest
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from genkernels.nn import ActNorm, Dequantize, Logit, Prior
+
+
+class FlowModel(nn.Module):
+    r"""A multi-scale flow: images are dequantised, then each level is a `FlowSequential`, and `Split` takes latents out between levels.
+
+    .. math:: \log p(x) = \log p_Z(f(x)) + \log|\det \partial f/\partial x|
+
+    Subclasses call `_setup`, fill ``flows`` (one `FlowSequential` a level) and ``splits`` (one less) and call `_finish`.
+
+    Attributes:
+        shape: of one datum, ``(C, H, W)`` or ``(D,)``. dim: its number of values.
+        data_levels: grey levels of the data, None for continuous data. num_classes: None where y plays no part.
+        hparams: the constructor's arguments; ``genkernels.models.build(name, **hparams)`` makes the same model.
+        presets: arguments by preset name, for `from_preset`.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def _setup(
+        self,
+        hparams: dict[str, Any],
+        image_shape: tuple[int, int, int] | None,
+        features: int | None,
+        data_levels: int | None,
+        num_classes: int | None,
+        class_features: int,
+        logit: float,
+    ) -> list[nn.Module]:
+        """Checks and keeps what all models take; gives the layers that the first level begins with."""
+        nn.Module.__init__(self)
+        name = type(self).__name__
+        if (image_shape is None) == (features is None):
+            raise ValueError(
+                f"{name}: exactly one of image_shape and features must be given, got {image_shape} and {features}"
+            )
+        self.hparams = hparams
+        if image_shape is not None:
+            self.shape = hparams["image_shape"] = tuple(image_shape)
+            if len(self.shape) != 3 or min(self.shape) < 1:
+                raise ValueError(f"{name}: image_shape must be (C, H, W), got {self.shape}")
+        else:
+            self.shape, data_levels = (features,), None
+        self.dim = math.prod(self.shape)
+        self.data_levels = data_levels
+        self.num_classes = num_classes
+        self.dequantize = Dequantize(data_levels) if data_levels is not None else None
+        self.classes = nn.Embedding(num_classes, class_features) if num_classes else None
+        self.context_features = class_features if num_classes else 0
+        self.flows = nn.ModuleList()
+        self.splits = nn.ModuleList()
+        # follows the model's dtype and device
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
+        return [Logit(logit)] if logit and data_levels is not None else []
+
+    def _finish(self, latent_shapes: list[tuple[int, ...]], prior: str = "normal", learned: bool = False) -> None:
+        self.latent_shapes = latent_shapes
+        self.noise = Prior(latent_shapes[0][0])
+        self.prior = Prior(latent_shapes[-1][0], prior, learned, self.num_classes)
+        self._actnorms = [layer for layer in self.modules() if isinstance(layer, ActNorm)]
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> FlowModel:
+        """The model at a documented size; `overrides` replaces single constructor arguments.
+
+        Raises:
+            ValueError: there is no such preset; names the nearest.
+        """
+        if name not in cls.presets:
+            near = difflib.get_close_matches(str(name), cls.presets, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{cls.__name__}: preset must be one of {', '.join(cls.presets)}, got {name!r}{hint}")
+        return cls(**{**cls.presets[name], **overrides})
+
+    # --- the map -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Continuous data (images: dequantised, in [0, 1)) to ``(latents, ldj)``; the last latent is the top one."""
+        context = self._context(self._labels(y, x.shape[0]))
+        latents, log_dets = [], []
+        for flow, split in zip_longest(self.flows, self.splits):
+            x, log_det = flow(x, context)
+            log_dets.append(log_det)
+            if split is not None:
+                x, latent, log_det = split(x)
+                latents.append(latent)
+                log_dets.append(log_det)
+        return (*latents, x), torch.stack(log_dets).sum(0)
+
+    def inverse(self, latents: tuple[Tensor, ...], y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(x, ldj)`` from latents, the inverse of `forward`."""
+        *rest, x = latents
+        context = self._context(self._labels(y, x.shape[0]))
+        log_dets = []
+        for i in reversed(range(len(self.flows))):
+            if i < len(self.splits):
+                x, log_det = self.splits[i].inverse(x, rest[i])
+                log_dets.append(log_det)
+            x, log_det = self.flows[i].inverse(x, context)
+            log_dets.append(log_det)
+        return x, torch.stack(log_dets).sum(0)
+
+    def encode(
+        self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Data to ``(latents, ldj)``, dequantisation included."""
+        x = self._checked(x)
+        if self.training and len(x) and not all(layer.ready for layer in self._actnorms):
+            self.initialize(x, y, generator)
+        if self.dequantize is None:
+            return self.forward(x.to(self._like.dtype), y)
+        x, log_det = self.dequantize(x, generator=generator)
+        latents, ldj = self.forward(x, y)
+        return latents, ldj + log_det
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> None:
+        """Sets the ActNorms from data, on a pass of its own; the first `log_prob` in training mode calls it.
+
+        The pass sees the batch drawn anew with replacement. On the batch itself every ActNorm bias would start with a gradient of
+        exactly zero in exact arithmetic, rounding noise in fact, and Adam's first step turns noise into steps of full length.
+        """
+        device = x.device if generator is None else generator.device
+        rows = torch.randint(len(x), (len(x),), device=device, generator=generator).to(x.device)
+        x, y = x[rows], None if y is None else y[rows.to(y.device)]
+        x = x.to(self._like.dtype) if self.dequantize is None else self.dequantize(x, generator=generator)[0]
+        self.forward(x, y)
+
+    def decode(self, latents: tuple[Tensor, ...], y: Tensor | None = None) -> Tensor:
+        """Latents to data: images as floats in [0, 1] at exact grey levels, or points."""
+        x, _ = self.inverse(latents, y)
+        return x if self.dequantize is None else self.dequantize.inverse(x)[0]
+
+    # --- likelihood ----------------------------------------------------------------------------------------------------
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Log-density ``[N]``, nats.
+
+        For images it is that of the uniformly dequantised image, in units where a grey level has width 1: a stochastic lower
+        bound of the log-probability of the integer image.
+
+        Args:
+            x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]; or ``[N, D]``.
+            y: ``[N]`` class indices, where the model has classes.
+            generator: of the dequantisation noise.
+
+        Raises:
+            ValueError: a shape, a grey level (on the CPU) or a missing y. TypeError: integers other than uint8.
+        """
+        labels = self._labels(y, x.shape[0])
+        latents, ldj = self.encode(x, labels, generator)
+        terms = [self.noise.log_prob(z) for z in latents[:-1]]
+        return torch.stack([ldj, *terms, self.prior.log_prob(latents[-1], labels)]).sum(0)
+
+    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """``-log_prob / (D ln 2)``, ``[N]``; images: an upper bound of the bits that each value costs."""
+        return self.log_prob(x, y, generator) / (-self.dim * math.log(2))
+
+    def loss(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """What training minimises: the mean bits/dim of images, the mean negative log-density (nats) of points."""
+        if len(self.shape) == 3:
+            return self.bits_per_dim(x, y, generator).mean()
+        return -self.log_prob(x, y, generator).mean()
+
+    # --- sampling ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        y: Tensor | int | None = None,
+    ) -> Tensor:
+        r"""Draws from the model; no graph is kept and the training mode stays as it is.
+
+        Args:
+            n: how many; 0 gives an empty tensor.
+            temperature: multiplies the prior's standard deviation (Kingma & Dhariwal 2018). For flows of constant determinant
+                (additive coupling) that samples :math:`p(x)^{1/T^2}` up to normalisation exactly; for others it is a heuristic.
+            generator: of everything random, on any device; the same state gives the same sample.
+            y: class indices ``[n]``, or one for all; None draws them evenly where the model has classes.
+
+        Returns:
+            ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(data_levels - 1)``, or ``[n, D]``.
+        """
+        name = type(self).__name__
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"{name}: n must be an integer of at least 0, got {n!r}")
+        if not temperature >= 0:
+            raise ValueError(f"{name}: temperature must be at least 0, got {temperature}")
+        like = self._like
+        if self.num_classes and y is None:
+            device = like.device if generator is None else generator.device
+            y = torch.randint(self.num_classes, (n,), device=device, generator=generator)
+        elif self.num_classes and isinstance(y, int):
+            y = torch.full((n,), y)
+        labels = self._labels(y, n)
+        latents = []
+        for i, shape in enumerate(self.latent_shapes):
+            top = i == len(self.latent_shapes) - 1
+            source, given = (self.prior, labels) if top else (self.noise, None)
+            latents.append(source.sample((n, *shape), temperature, generator, given, like))
+        return self.decode(tuple(latents), labels)
+
+    # --- helpers -------------------------------------------------------------------------------------------------------
+
+    def _context(self, labels: Tensor | None) -> Tensor | None:
+        return None if labels is None else self.classes(labels)
+
+    def _labels(self, y: Tensor | None, count: int) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        name = type(self).__name__
+        if not isinstance(y, Tensor) or list(y.shape) != [count] or y.is_floating_point():
+            got = f"{list(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(y)
+            raise ValueError(
+                f"{name}: y must be integers [N] = [{count}], one class of {self.num_classes} each, got {got}"
+            )
+        if y.device.type == "cpu" and count and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+            raise ValueError(
+                f"{name}: y must lie in 0..{self.num_classes - 1}, got values from {int(y.min())} to {int(y.max())}"
+            )
+        return y.to(self._like.device, torch.int64)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        name = type(self).__name__
+        if list(x.shape[1:]) != list(self.shape) or x.dim() != len(self.shape) + 1:
+            expected = ", ".join(map(str, self.shape))
+            raise ValueError(f"{name}: x must be [N, {expected}], got {list(x.shape)}")
+        if self.dequantize is None and not x.is_floating_point():
+            raise TypeError(
+                f"{name}: x must be floating point, the data being continuous (data_levels=None), got {x.dtype}"
+            )
+        return x
+
+
+def arguments(scope: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, from its ``locals()``."""
+    return {key: value for key, value in scope.items() if key not in ("self", "__class__")}
+
+
+def level_sizes(model: str, image_shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
+    """``(C, H, W)`` behind the squeeze of each level, half of the channels leaving after each but the last.
+
+    Raises:
+        ValueError: height or width is no multiple of 2 to the number of levels.
+    """
+    channels, height, width = image_shape
+    if levels < 1 or height % 2**levels or width % 2**levels:
+        raise ValueError(
+            f"{model}: height and width must be multiples of 2^levels = {2 ** max(levels, 1)}, got {height}x{width} with levels={levels}"
+        )
+    sizes = []
+    for level in range(levels):
+        channels, height, width = channels * 4, height // 2, width // 2
+        sizes.append((channels, height, width))
+        if level < levels - 1:
+            channels //= 2
+    return sizes

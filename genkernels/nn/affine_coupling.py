@@ -1,0 +1,126 @@
+"""Affine coupling as a layer: a network reads one half of x and gives the scale and shift of the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from genkernels import ops
+from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
+from genkernels.reference.affine_coupling import transformed_pixels
+
+
+class AffineCoupling(nn.Module):
+    r"""One half of x passes; the other is scaled and shifted by what `net` makes of the first.
+
+    Equivalent to (channel split, ``scale_map="exp"``)::
+
+        x1, x2 = x.chunk(2, 1)
+        s, t = net(x1).chunk(2, 1)
+        z, ldj = torch.cat([x1, x2 * s.exp() + t], 1), s.flatten(1).sum(1)
+
+    Args:
+        net: ``net(x_half)``, or ``net(x_half, context)`` where a context is given. Channel split: `x_half` is the half that
+            passes, ``[N, C/2, *spatial]``, and the result ``[N, C, *spatial]``. Checkerboard: `x_half` is x ``[N, C, H, W]`` with
+            0 at the pixels that are transformed, and the result ``[N, 2*C, H, W]``. Additive: half as many channels.
+        split: ``channel`` or ``checkerboard`` (pixels with even h + w pass).
+        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)).
+        additive: shift only (NICE); the log-determinant is 0 and `scale_map` plays no part.
+        flip: swaps the half that passes and the half that is transformed.
+        layout: ``halves``: the result's first half is the log-scale, its second the shift; ``interleaved``: they alternate.
+
+    Raises:
+        ValueError: an option is unknown, x does not suit the split, or `net` gives another shape.
+
+    Source: Dinh et al., "NICE", 2015, and "Density estimation using Real NVP", 2017.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        split: str = "channel",
+        scale_map: str = "exp",
+        additive: bool = False,
+        flip: bool = False,
+        layout: str = "halves",
+    ):
+        super().__init__()
+        for name, value, options in (
+            ("split", split, SPLITS),
+            ("scale_map", scale_map, SCALE_MAPS),
+            ("layout", layout, LAYOUTS),
+        ):
+            if value not in options:
+                raise ValueError(f"AffineCoupling: {name} must be one of {', '.join(options)}, got {value!r}")
+        self.net = net
+        self.options = {
+            "scale_map": "additive" if additive else scale_map,
+            "split": split,
+            "layout": layout,
+            "flip": bool(flip),
+        }
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling(x, self._params(self._seen(x), context), **self.options)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling_inverse(z, self._params(self._seen(z), context), **self.options)
+
+    @torch.no_grad()
+    def reverse_backward(
+        self, z: Tensor, context: Tensor | None, grad_z: Tensor, grad_ldj: Tensor, wanted: list[Tensor]
+    ):
+        """Input and gradients from the output alone, with one pass through `net`: the half that it reads is part of z.
+
+        Args:
+            z, grad_z: ``[N, C, *spatial]``. grad_ldj: ``[N]``. context: as for forward.
+            wanted: the parameters whose gradients are asked for.
+
+        Returns:
+            ``(x, grad_x, grad_context, grads)``, a gradient being None where nothing depends on it.
+        """
+        with torch.enable_grad():
+            whole = z if self.options["split"] == "checkerboard" else self._seen(z)
+            leaf = whole.detach().requires_grad_()
+            seen = self._seen(leaf) if whole is z else leaf
+            leaves = [leaf]
+            if context is not None:
+                context = context.detach().requires_grad_(context.is_floating_point())
+                leaves += [context] if context.requires_grad else []
+            params = self._params(seen, context)
+        x, grad_x, grad_params = ops.affine_coupling_reverse(grad_z, grad_ldj, z, params.detach(), **self.options)
+        if not params.requires_grad:  # a net that ignores all its inputs
+            return x, grad_x, None, [None] * len(wanted)
+        found = torch.autograd.grad(params, leaves + wanted, grad_params, allow_unused=True)
+        if found[0] is not None:
+            self._passing(grad_x).add_(found[0])
+        grad_context = found[1] if len(leaves) == 2 else None
+        return x, grad_x, grad_context, list(found[len(leaves) :])
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+
+    def _params(self, seen: Tensor, context: Tensor | None) -> Tensor:
+        return self.net(seen) if context is None else self.net(seen, context)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """What the network may look at."""
+        if self.options["split"] == "checkerboard":
+            if x.dim() != 4:
+                raise ValueError(
+                    f"AffineCoupling: x must be [N, C, H, W] for the checkerboard split, got {list(x.shape)}"
+                )
+            # filled, not multiplied: a NaN in the transformed pixels stays out
+            return x.masked_fill(transformed_pixels(*x.shape[2:], self.options["flip"], x.device), 0)
+        if x.dim() < 2 or x.shape[1] % 2:
+            raise ValueError(
+                f"AffineCoupling: x must be [N, C, ...] with an even number of channels for the channel split, got {list(x.shape)}"
+            )
+        return self._passing(x)
+
+    def _passing(self, x: Tensor) -> Tensor:
+        """The half that passes, as a view (checkerboard: all of x)."""
+        if self.options["split"] == "checkerboard":
+            return x
+        half = x.shape[1] // 2
+        return x.narrow(1, half if self.options["flip"] else 0, half)

@@ -1,0 +1,419 @@
+"""NICE, RealNVP and Glow: densities, sampling, presets, training on either backend."""
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+import torch
+
+import genkernels as gk
+from genkernels import models
+from genkernels import nn as gnn
+from tests.nn.flow_checks import Watch, brute_log_det, perturb
+
+SMALL = {
+    "nice image": lambda **kw: models.NICE(image_shape=(1, 4, 4), data_levels=17, layers=1, hidden=8, **kw),
+    "nice points": lambda **kw: models.NICE(features=4, couplings=3, layers=1, hidden=8, prior="normal", **kw),
+    "realnvp image": lambda **kw: models.RealNVP(image_shape=(1, 4, 6), data_levels=17, blocks=1, hidden=4, **kw),
+    "realnvp colour": lambda **kw: models.RealNVP(image_shape=(3, 4, 4), levels=3, blocks=1, hidden=4, **kw),
+    "realnvp one level": lambda **kw: models.RealNVP(image_shape=(2, 3, 3), levels=1, blocks=1, hidden=4, **kw),
+    "realnvp points": lambda **kw: models.RealNVP(features=2, couplings=4, hidden=8, **kw),
+    "glow image": lambda **kw: models.Glow(image_shape=(1, 4, 4), data_levels=17, levels=2, steps=2, hidden=4, **kw),
+    "glow wide image": lambda **kw: models.Glow(image_shape=(1, 4, 12), levels=2, steps=1, hidden=4, logit=0.05, **kw),
+    "glow colour": lambda **kw: models.Glow(image_shape=(3, 4, 4), levels=2, steps=2, hidden=4, **kw),
+    "glow plain": lambda **kw: models.Glow(
+        image_shape=(1, 4, 4), levels=1, steps=2, hidden=4, additive=True, lu=False, learned_prior=False, **kw
+    ),
+    "glow points": lambda **kw: models.Glow(features=4, steps=3, hidden=8, **kw),
+}
+
+
+def make(name, **options):
+    """A small model off its start, fp64, in evaluation mode, and data for it."""
+    model = perturb(SMALL[name](**options), 0.1).double().eval()
+    return model, data(model, 3)
+
+
+def data(model, count):
+    if model.dequantize is None:
+        return torch.randn(count, *model.shape, dtype=model._like.dtype)
+    return torch.randint(model.data_levels, (count, *model.shape), dtype=torch.uint8)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- the map and the density ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_inverse_inverts_and_the_log_determinant_is_right(name, backend):
+    model, _ = make(name)
+    x = torch.rand(2, *model.shape, dtype=torch.float64)
+    with gk.use_backend(backend):
+        latents, ldj = model(x)
+        back, inverse_ldj = model.inverse(latents)
+        truth = brute_log_det(lambda v: torch.cat([z.flatten(1) for z in model(v)[0]], 1), x)
+    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inverse_ldj, -ldj, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ldj, truth, rtol=0, atol=1e-8)
+    assert [tuple(z.shape[1:]) for z in latents] == [tuple(shape) for shape in model.latent_shapes]
+    assert sum(z[0].numel() for z in latents) == model.dim
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_data_come_back_exactly_from_their_latents(name):
+    model, x = make(name)
+    back = model.decode(model.encode(x, generator=seeded())[0])
+    if model.dequantize is None:
+        torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+    else:
+        assert torch.equal((back * (model.data_levels - 1)).round().to(torch.uint8), x)
+        assert torch.equal(back, x.double() / (model.data_levels - 1))
+
+
+def test_bits_per_dim_by_hand():
+    """Glow 1×4×4: bits/dim from its definition, every term written out."""
+    model, x = make("glow image")
+    got = model.bits_per_dim(x, generator=seeded(5))
+    u = torch.rand(x.shape, dtype=torch.float64, generator=seeded(5))
+    v = (x + u) / 17
+    (early, top), ldj = model(v)
+    mean, log_scale = (t.view(1, -1, 1, 1) for t in model.prior.table.chunk(2, 1))
+    log_density = torch.distributions.Normal(0, 1).log_prob(early).flatten(1).sum(1)
+    log_density += torch.distributions.Normal(mean, log_scale.exp()).log_prob(top).flatten(1).sum(1) + ldj
+    expected = (-log_density + 16 * math.log(17)) / (16 * math.log(2))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(model.loss(x, generator=seeded(5)), expected.mean())
+
+
+def test_a_flow_that_leaves_data_uniform_costs_log2_levels():
+    """log_prob is in units of one grey level: a uniform density on [0, 1) gives log2(levels) bits, here within the prior's part."""
+    model = models.NICE(image_shape=(1, 2, 2), data_levels=16, couplings=0).double().eval()
+    x = data(model, 5)
+    z = (x.double() + torch.rand(x.shape, dtype=torch.float64, generator=seeded(1))) / 16
+    prior = (-z - 2 * torch.log1p(torch.exp(-z))).flatten(1).sum(1)
+    torch.testing.assert_close(model.log_prob(x, generator=seeded(1)), prior - 4 * math.log(16))
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp", "glow"])
+def test_density_of_points_integrates_to_one(name):
+    model = perturb(models.MODELS[name].from_preset("points", hidden=16), 0.03).double().eval()
+    side = torch.linspace(-20, 20, 801, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        mass = model.log_prob(grid).exp().sum() * (side[1] - side[0]) ** 2
+    assert abs(mass - 1) < 1e-4
+
+
+@pytest.mark.parametrize("cls", [models.Glow, models.NICE])
+def test_frequencies_of_samples_are_the_masses_that_log_prob_gives(cls):
+    """Two grey levels, four pixels: sixteen images. The mean of exp(log_prob) over the noise is an image's probability."""
+    model = perturb(
+        cls(
+            image_shape=(1, 2, 2), data_levels=2, hidden=4, **({"levels": 1, "steps": 2} if cls is models.Glow else {})
+        ),
+        0.1,
+    )
+    model = model.double().eval()
+    draws, samples = 4000, 200_000
+    bits = torch.arange(16).view(-1, 1).bitwise_right_shift(torch.arange(4)).bitwise_and(1).to(torch.uint8)
+    with torch.no_grad():
+        images = bits.view(16, 1, 2, 2).repeat(draws, 1, 1, 1)
+        density = model.log_prob(images, generator=seeded(1)).exp().view(draws, 16)
+        z = model.prior.sample((samples, *model.latent_shapes[0]), 1.0, seeded(2), None, model._like)
+        x, _ = model.inverse((z,))  # before rounding, which moves what lies outside of [0, 1) to the edge
+    inside = ((x >= 0) & (x < 1)).flatten(1).all(1)
+    cell = ((x[inside] * 2).floor().flatten(1) * 2 ** torch.arange(4)).sum(1).long()
+    frequency = torch.bincount(cell, minlength=16) / samples
+    mass = density.mean(0)
+    error = (density.var(0) / draws + mass / samples).sqrt()
+    assert mass.min() > 20 / samples
+    assert ((frequency - mass).abs() < 5 * error).all()
+
+
+def test_floats_and_indices_are_the_same_images():
+    model, x = make("glow image")
+    as_float = x.float() / 16
+    assert torch.equal(model.log_prob(x, generator=seeded()), model.log_prob(as_float, generator=seeded()))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_empty_batch(name):
+    model, x = make(name)
+    model.train()
+    x = x[:0]
+    log_prob = model.log_prob(x)
+    assert log_prob.shape == (0,)
+    log_prob.sum().backward()
+    assert model.sample(0).shape == (0, *model.shape)
+    assert model.bits_per_dim(x).shape == (0,)
+
+
+def test_nan_data_give_nan_for_their_own_sample_alone():
+    model, _ = make("glow image")
+    x = torch.rand(3, 1, 4, 4)
+    clean = model.log_prob(x, generator=seeded())
+    x[1, 0, 2, 2] = float("nan")
+    dirty = model.log_prob(x, generator=seeded())
+    assert dirty[1].isnan() and torch.equal(dirty[[0, 2]], clean[[0, 2]])
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_samples_come_from_the_generator_alone(name):
+    model, _ = make(name)
+    state = torch.get_rng_state()
+    first = model.sample(5, generator=seeded(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.sample(5, generator=seeded(3)), first)
+    assert not torch.equal(model.sample(5, generator=seeded(4)), first)
+    assert first.shape == (5, *model.shape) and not first.requires_grad
+    if model.dequantize is not None:
+        index = first * (model.data_levels - 1)
+        assert torch.equal(index.round() / (model.data_levels - 1), first) and 0 <= first.min() <= first.max() <= 1
+
+
+def test_sampling_leaves_the_model_as_it_is():
+    model = models.Glow.from_preset("digits")
+    assert model.training
+    state = copy.deepcopy(model.state_dict())
+    model.sample(3)  # before it has seen data
+    assert model.training and torch.is_grad_enabled()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_temperature_scales_the_latents():
+    model, _ = make("nice points")
+    assert torch.equal(model.sample(4, 0.0)[0], model.sample(4, 0.0)[3])
+    latents, _ = model(model.sample(6, 1.0, seeded(1)))
+    mean = model.prior._location_scale(latents[-1], None)[0] if model.prior.table is not None else 0
+    cold, _ = model(model.sample(6, 0.5, seeded(1)))
+    torch.testing.assert_close(cold[-1] - mean, 0.5 * (latents[-1] - mean), rtol=1e-9, atol=1e-9)
+
+
+def test_temperature_is_exact_where_the_determinant_is_constant():
+    """NICE on points, normal prior: samples at T follow p(x)^(1/T²)/Z, whose log-ratio of densities is 1/T² times that of p."""
+    model, _ = make("nice points")
+    x = model.sample(50, 0.6, seeded(2))
+    cold, ldj = model(x)
+    log_cold = torch.distributions.Normal(0, 0.6).log_prob(cold[-1]).sum(1) + ldj
+    difference = log_cold - model.log_prob(x) / 0.6**2
+    torch.testing.assert_close(difference, difference[:1].expand(50))
+
+
+# --- classes -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nice image", "realnvp image", "glow image", "glow points"])
+@pytest.mark.parametrize("reversible", [False, True])
+def test_class_conditional(name, reversible):
+    model, x = make(name, num_classes=3, reversible=reversible)
+    model.train()
+    y = torch.tensor([0, 2, 2])
+    assert not torch.allclose(model.log_prob(x, y, seeded()), model.log_prob(x, (y + 1) % 3, seeded()))
+    model.loss(x, y).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert model.classes.weight.grad[[0, 2]].abs().sum(1).min() > 0 and model.classes.weight.grad[1].abs().sum() == 0
+    one = model.sample(4, generator=seeded(), y=1)
+    assert torch.equal(one, model.sample(4, generator=seeded(), y=torch.ones(4, dtype=torch.int64)))
+    assert torch.equal(model.sample(4, generator=seeded()), model.sample(4, generator=seeded()))
+    assert model.sample(0).shape == (0, *model.shape)
+    for wrong in (None, torch.tensor([0, 1]), torch.rand(3)):
+        with pytest.raises(ValueError, match=r"y must be integers \[N\] = \[3\], one class of 3 each, got"):
+            model.log_prob(x, wrong)
+    with pytest.raises(ValueError, match=r"y must lie in 0\.\.2, got values from 0 to 3"):
+        model.log_prob(x, torch.tensor([0, 1, 3]))
+
+
+def test_labels_play_no_part_without_classes():
+    model, x = make("glow image")
+    assert torch.equal(model.log_prob(x, torch.tensor([7, 8, 9]), seeded()), model.log_prob(x, None, seeded()))
+
+
+# --- training ----------------------------------------------------------------------------------------------------------------
+
+
+def train(model, batches, backend="auto", rate=1e-3):
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    generator, losses = seeded(7), []
+    with gk.use_backend(backend):
+        for x in batches:
+            optimizer.zero_grad()
+            loss = model.loss(x, generator=generator)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def smooth_images(count, shape, levels):
+    """Images with structure: a random smooth wave, some noise."""
+    _, height, width = shape
+    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
+    phase = 6.3 * torch.rand(count, shape[0], 1, 1)
+    wave = 0.5 + 0.4 * torch.sin(rows * 0.7 + columns * 0.4 + phase) + 0.05 * torch.randn(count, *shape)
+    return (wave.clamp(0, 1) * (levels - 1)).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("build", "steps"),
+    [
+        (lambda: models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=16), 30),
+        (lambda: models.RealNVP(image_shape=(1, 8, 8), data_levels=17, blocks=1, hidden=8), 8),
+        (lambda: models.NICE.from_preset("digits"), 30),
+    ],
+)
+def test_training_is_the_same_on_the_fused_and_on_the_reference_path(build, steps):
+    """Every loss within 1e-4 relative, and the final weights."""
+    batches = smooth_images(64 * steps, (1, 8, 8), 17).split(64)
+    found = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        model = build()
+        losses = train(model, batches, backend)
+        found.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (fused, weights), (reference, reference_weights) = found
+    assert fused[-1] < fused[0]
+    for mine, theirs in zip(fused, reference, strict=True):
+        assert abs(mine - theirs) <= 1e-4 * abs(theirs)
+    assert (weights - reference_weights).norm() <= 1e-3 * reference_weights.norm()
+
+
+def test_reversible_training_is_the_same():
+    batches = smooth_images(64 * 8, (1, 8, 8), 17).split(64)
+    found = []
+    for reversible in (False, True):
+        torch.manual_seed(0)
+        model = models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=8, reversible=reversible)
+        found.append(train(model, batches))
+    for mine, theirs in zip(*found, strict=True):
+        assert abs(mine - theirs) <= 1e-4 * abs(theirs)
+
+
+def test_deep_glow_inverts_after_training():
+    """x to z to x within 1e-5 in fp32 through 32 steps, as trained for a little while."""
+    model = models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=1, steps=32, hidden=8)
+    train(model, smooth_images(64 * 6, (1, 8, 8), 17).split(64))
+    x = torch.rand(16, 1, 8, 8)
+    for backend in ("auto", "reference"):
+        with gk.use_backend(backend), torch.no_grad():
+            back, _ = model.inverse(model(x)[0])
+        assert (back - x).abs().max() <= 1e-5
+
+
+def test_first_step_has_no_gradient_of_mere_noise():
+    """The ActNorms start from a pass of their own; from the batch itself, every bias would have a gradient of rounding noise."""
+    model = models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=8)
+    model.loss(smooth_images(64, (1, 8, 8), 17)).backward()
+    for layer in model.modules():
+        if isinstance(layer, gnn.ActNorm):
+            assert layer.ready and layer.bias.grad.abs().max() > 1e-5
+
+
+def test_training_never_waits_for_the_device(monkeypatch):
+    """The look at the data's range is for the CPU alone; nothing else in a step or a sample reads a tensor's value."""
+    monkeypatch.setattr(gnn.Dequantize, "_check", lambda *_: None)
+    for options in ({}, {"reversible": True}):
+        model = models.Glow(image_shape=(1, 4, 4), data_levels=17, levels=2, steps=2, hidden=4, **options)
+        with Watch() as watch:
+            for _ in range(2):
+                model.loss(torch.zeros(4, 1, 4, 4, dtype=torch.uint8)).backward()
+            model.sample(2)
+        assert watch.calls and not watch.reads()
+
+
+@pytest.mark.parametrize("name", ["glow image", "realnvp image", "nice points"])
+def test_under_autocast(name):
+    model, x = make(name)
+    model = model.float()
+    x = x if model.dequantize is not None else x.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_prob = model.log_prob(x, generator=seeded())
+    assert log_prob.dtype == torch.float32
+    exact = model.log_prob(x, generator=seeded())
+    assert (log_prob - exact).abs().max() <= 0.05 * exact.abs().max()
+    log_prob.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+# --- construction ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("preset", ["digits", "photos32", "points"])
+def test_presets(name, preset):
+    model = models.MODELS[name].from_preset(preset)
+    assert model.shape == {"digits": (1, 8, 8), "photos32": (3, 32, 32), "points": (2,)}[preset]
+    assert model.data_levels == {"digits": 17, "photos32": 256, "points": None}[preset]
+    x = data(model, 2)
+    assert torch.isfinite(model.log_prob(x)).all()
+    assert model.sample(2).shape == (2, *model.shape)
+
+
+def test_preset_of_the_papers_has_their_sizes():
+    """On the meta device: sizes without memory."""
+    assert models.Glow.presets["cifar10"] == {"image_shape": (3, 32, 32), "levels": 3, "steps": 32, "hidden": 512}
+    assert {name: "cifar10" in cls.presets for name, cls in models.MODELS.items()} == dict.fromkeys(models.MODELS, True)
+    assert models.Glow.from_preset("cifar10", steps=1, hidden=4).hparams["steps"] == 1
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_model_is_rebuilt_from_its_hparams(name):
+    model = models.MODELS[name].from_preset("digits", num_classes=10)
+    x, y = smooth_images(8, (1, 8, 8), 17), torch.arange(8)
+    model.loss(x, y)
+    twin = models.build(name, **json.loads(json.dumps(model.hparams)))
+    twin.load_state_dict(model.state_dict())
+    assert twin.hparams == model.hparams
+    for other in (twin, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.log_prob(x, y, seeded()), model.log_prob(x, y, seeded()))
+
+
+GLOW = SMALL["glow image"]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda: models.Glow.from_preset("digit"), ValueError, r"preset must be one of digits, .* got 'digit'; did you mean digits\?"),
+        (lambda: models.build("glw"), ValueError, r"model must be one of nice, realnvp, glow, got 'glw'; did you mean glow\?"),
+        (lambda: models.Glow(), ValueError, "exactly one of image_shape and features"),
+        (lambda: models.Glow(image_shape=(1, 8, 8), features=2), ValueError, "exactly one of image_shape and features"),
+        (lambda: models.Glow(image_shape=(8, 8)), ValueError, r"image_shape must be \(C, H, W\), got \(8, 8\)"),
+        (lambda: models.Glow(image_shape=(1, 8, 12), levels=3), ValueError, r"multiples of 2\^levels = 8, got 8x12"),
+        (lambda: models.RealNVP(image_shape=(1, 7, 8)), ValueError, r"multiples of .* = 2, got 7x8"),
+        (lambda: models.Glow(features=3), ValueError, "features must be even for the channel split, got 3"),
+        (lambda: models.RealNVP(features=3), ValueError, "features must be even for the channel split, got 3"),
+        (lambda: models.NICE(features=3), ValueError, "must be even for the channel split, got 3"),
+        (lambda: models.NICE(image_shape=(1, 3, 3)), ValueError, "must be even for the channel split, got 9"),
+        (lambda: models.Glow(image_shape=(1, 4, 4), levels=1, data_levels=1), ValueError, "levels must be an integer from 2"),
+        (lambda: GLOW().log_prob(torch.zeros(2, 1, 4, 5)), ValueError, r"x must be \[N, 1, 4, 4\], got \[2, 1, 4, 5\]"),
+        (lambda: GLOW().log_prob(torch.zeros(1, 4, 4)), ValueError, r"x must be \[N, 1, 4, 4\], got \[1, 4, 4\]"),
+        (lambda: GLOW().log_prob(torch.zeros(2, 1, 4, 4, dtype=torch.int64)), TypeError, "must be uint8 .* got torch.int64"),
+        (lambda: GLOW().log_prob(torch.full((2, 1, 4, 4), 17, dtype=torch.uint8)), ValueError, r"indices 0\.\.16, got .* 17"),
+        (lambda: SMALL["glow points"]().log_prob(torch.zeros(2, 4, dtype=torch.uint8)), TypeError, "must be floating point"),
+        (lambda: GLOW().sample(-1), ValueError, "n must be an integer of at least 0, got -1"),
+        (lambda: GLOW().sample(2.0), ValueError, "n must be an integer of at least 0, got 2.0"),
+        (lambda: GLOW().sample(1, temperature=-0.1), ValueError, "temperature must be at least 0, got -0.1"),
+        (lambda: GLOW().sample(1, temperature=float("nan")), ValueError, "temperature must be at least 0, got nan"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_answered_in_one_sentence(call, kind, words):
+    with pytest.raises(kind, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_continuous_images():
+    model = models.Glow(image_shape=(1, 4, 4), levels=1, steps=1, hidden=4, data_levels=None)
+    x = torch.randn(3, 1, 4, 4)
+    assert model.log_prob(x).shape == (3,) and model.sample(2).shape == (2, 1, 4, 4)
+    with pytest.raises(TypeError, match="data being continuous"):
+        model.log_prob(x.to(torch.uint8))
