@@ -116,7 +116,7 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _autocast(device: str, enabled: bool, dtype: torch.dtype):
-    """The autocast state of forward, without its cache: what is cached while no graph is recorded would have none later."""
+    """The autocast state of forward, without its cache: a weight's cast belongs to the graph of one pass, gone by the next."""
     if not enabled and not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -83,10 +83,15 @@ def affine_coupling_inverse(
         x = torch.cat([z1, (z2 - t) * (-s).exp()], 1)
         ldj = -s.flatten(1).sum(1)
 
-    Args, Raises, Source: as for `affine_coupling`.
+    Args:
+        z: ``[N, C, *spatial]``, what `affine_coupling` gave.
+        params: as for `affine_coupling`; the network reads them off z's pass-through half, which is x's.
+        scale_map, split, layout, flip: as for `affine_coupling`.
+
+    Raises: as for `affine_coupling`. Source: the same.
 
     Returns:
-        ``(x, ldj)``, ldj being the log-determinant of the inverse, minus that of the forward map.
+        ``(x, ldj)``: x like `z` (contiguous); ldj ``[N]`` being the log-determinant of the inverse, minus that of the forward map.
     """
     return _couple(z, params, scale_map, split, layout, flip, inverse=True)
 

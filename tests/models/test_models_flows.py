@@ -308,10 +308,15 @@ def test_deep_glow_inverts_after_training():
         assert (back - x).abs().max() <= 1e-5
 
 
-def test_first_step_has_no_gradient_of_mere_noise():
+@pytest.mark.parametrize("points", [False, True])
+def test_first_step_has_no_gradient_of_mere_noise(points):
     """The ActNorms start from a pass of their own; from the batch itself, every bias would have a gradient of rounding noise."""
-    model = models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=8)
-    model.loss(smooth_images(64, (1, 8, 8), 17)).backward()
+    if points:
+        model = models.Glow(features=4, steps=4, hidden=8)
+        model.loss(torch.randn(64, 4)).backward()
+    else:
+        model = models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=8)
+        model.loss(smooth_images(64, (1, 8, 8), 17)).backward()
     for layer in model.modules():
         if isinstance(layer, gnn.ActNorm):
             assert layer.ready and layer.bias.grad.abs().max() > 1e-5

@@ -9,6 +9,12 @@ from genkernels.nn.folding import FoldedPair
 from tests.nn.flow_checks import Watch, glow_steps, perturb
 
 
+@pytest.fixture(autouse=True)
+def not_forced():
+    with gk.use_backend("auto"):
+        yield
+
+
 def chain(lu=True, dtype=torch.float64):
     layers = [
         gnn.ActNorm(4),

@@ -5,6 +5,7 @@ import torch
 
 import genkernels as gk
 from genkernels import nn as gnn
+from genkernels.models.flows.nets import ConvNet
 from tests.nn.flow_checks import Net, brute_log_det, glow_steps, perturb
 
 LAYERS = {
@@ -149,8 +150,8 @@ def test_ill_conditioned_convolution_inverts_in_fp32():
 @pytest.mark.parametrize("split", ["channel", "checkerboard"])
 def test_what_is_transformed_never_reaches_the_network(split):
     """A NaN in the transformed half stays where it is; the other values are those of a clean input."""
-    net = Net(2, 4) if split == "channel" else Net(4, 8)
-    layer = gnn.AffineCoupling(net, split)
+    net = ConvNet(2, 4, 8) if split == "channel" else ConvNet(4, 8, 8)  # mixes neighbouring pixels
+    layer = gnn.AffineCoupling(perturb(net), split)
     x = torch.randn(2, 4, 3, 3)
     if split == "channel":
         hidden = torch.zeros(4, 3, 3, dtype=torch.bool)
@@ -160,6 +161,10 @@ def test_what_is_transformed_never_reaches_the_network(split):
     clean, _ = layer(x)
     poisoned, _ = layer(x.masked_fill(hidden, float("nan")))
     assert torch.equal(poisoned[:, ~hidden], clean[:, ~hidden])
+    lone = hidden.clone()
+    lone[:, 0] = False
+    poisoned, _ = layer(x.masked_fill(lone, float("nan")))
+    assert torch.equal(poisoned[:, ~lone], clean[:, ~lone]) and clean.isfinite().all()
     changed, _ = layer(torch.where(hidden, x + 1, x))
     assert torch.equal(changed[:, ~hidden], clean[:, ~hidden])
 

@@ -149,15 +149,16 @@ def test_under_autocast():
         assert (mine - theirs).norm() <= 1e-2 * theirs.norm()
 
 
-def test_autocast_keeps_no_cast_without_graph():
-    """A weight that the reversible pass cast without a graph must still get a gradient elsewhere in the same region."""
+def test_autocast_shares_no_cast_between_passes():
+    """Forward and backward, twice, inside one autocast region: a weight's cast from one pass has no graph in the next."""
     net = ConvNet(2, 4, 8)
-    flow = gnn.FlowSequential(gnn.AffineCoupling(net), reversible=True)
+    flow = perturb(gnn.FlowSequential(gnn.AffineCoupling(net), gnn.AffineCoupling(net, flip=True), reversible=True), 0.05)
     x = torch.randn(2, 4, 6, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        flow(x)
-        out = net.first(x[:, :2])
-    assert torch.autograd.grad(out.float().sum(), net.first.weight)[0].abs().sum() > 0
+        found = [torch.autograd.grad(flow(x)[1].sum(), net.first.weight)[0] for _ in range(2)]
+        outside = net.first(x[:, :2])
+    assert torch.equal(*found) and found[0].abs().sum() > 0
+    assert torch.autograd.grad(outside.float().sum(), net.first.weight)[0].abs().sum() > 0
 
 
 def test_first_training_batch_initialises():

@@ -10,6 +10,12 @@ from genkernels.nn import Conv2dZeros, _small_grid
 from tests.nn.flow_checks import Watch, perturb
 
 
+@pytest.fixture(autouse=True)
+def not_forced():
+    with gk.use_backend("auto"):
+        yield
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 5), (2, 2), (3, 2), (4, 4), (2, 8), (16, 1)])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_dense_weight_is_the_convolution(grid, kernel):
