@@ -146,17 +146,20 @@ class BuildLibraries(build_ext):
             raise Missing(f"there are no sources in csrc/{folder}")
         return sources
 
-    def _make(self, jobs: list[tuple[str, list[str]]], links: list[tuple[str, list[str]]]) -> None:
+    def _make(self, jobs: list[tuple[str, list[str]]], links: dict[Path, list[str]]) -> None:
+        """Compiles, then links each library under another name and renames it: a process that has the old one loaded keeps it."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(run, jobs))
-            list(pool.map(run, links))
+            list(pool.map(run, [(to.name, [*command, "-o", f"{to}.new"]) for to, command in links.items()]))
+        for to in links:
+            os.replace(f"{to}.new", to)
 
     def build_cpu(self, target: Path, work: Path) -> None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if not compiler:
             raise Missing("there is no C++ compiler (g++) on PATH")
         include, link = torch_flags(self._torch())
-        jobs, links = [], []
+        jobs, links = [], {}
         for variant, flags in cpu_variants().items():
             objects = []
             for source in self._sources("cpu", ".cpp"):
@@ -164,7 +167,7 @@ class BuildLibraries(build_ext):
                 command = [compiler, *COMMON_FLAGS, *CPU_FLAGS, *flags, *include, "-c", str(source), "-o", objects[-1]]
                 jobs.append((source.name, command))
             library = target / f"libgenkernels_cpu_{variant}.so"
-            links.append((library.name, [compiler, "-shared", *objects, "-o", str(library), *link]))
+            links[library] = [compiler, "-shared", *objects, *link]
         self._make(jobs, links)
         print(f"genkernels: built the CPU library ({', '.join(cpu_variants())})", flush=True)
 
@@ -180,7 +183,7 @@ class BuildLibraries(build_ext):
             command = [compiler, *COMMON_FLAGS, *CUDA_FLAGS, *flags, *include, "-c", str(source), "-o", objects[-1]]
             jobs.append((source.name, command))
         library = target / "libgenkernels_cuda.so"
-        self._make(jobs, [(library.name, [compiler, "-shared", *objects, "-o", str(library), *link])])
+        self._make(jobs, {library: [compiler, "-shared", *objects, *link]})
         print(f"genkernels: built the CUDA library ({' '.join(flags)})", flush=True)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from genkernels.backends import current_backend, use_backend
+from genkernels.nn._log_det import zero_log_det
 
 _NAME = "FlowSequential(reversible=True)"
 
@@ -46,8 +47,7 @@ class _Reversible(torch.autograd.Function):
         device = x.device.type
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.backend = current_backend()
-        # An ActNorm sets itself up in here, so it is not folded yet; it will be when backward asks for the steps again,
-        # but forward and backward had better run the same ones.
+        # kept, not asked for again in backward: an ActNorm that sets itself up in this pass would be folded by then
         ctx.steps = make_steps()
         log_dets = []
         z = x
@@ -55,7 +55,7 @@ class _Reversible(torch.autograd.Function):
             for step in ctx.steps:
                 z, log_det = step(z, context)
                 log_dets.append(log_det)
-        ldj = torch.stack(log_dets).sum(0) if log_dets else x.new_zeros(x.shape[0])
+        ldj = torch.stack(log_dets).sum(0) if log_dets else zero_log_det(x)
         ctx.save_for_backward(z, context)
         ctx.parameters = parameters
         ctx.versions = [p._version for p in parameters]
@@ -72,7 +72,7 @@ class _Reversible(torch.autograd.Function):
         z, context = ctx.saved_tensors
         grad_z = torch.zeros_like(z) if grad_z is None else grad_z
         if grad_ldj is None:
-            grad_ldj = z.new_zeros(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32))
+            grad_ldj = zero_log_det(z)
         place = {id(p): i for i, p in enumerate(ctx.parameters)}
         grads: list[Tensor | None] = [None] * len(place)
         grad_context = None
@@ -116,7 +116,7 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _autocast(device: str, enabled: bool, dtype: torch.dtype):
-    """The autocast state of forward, without its cache: a weight's cast belongs to the graph of one pass, gone by the next."""
+    """The autocast state of forward, without its cache, so that no weight's cast is shared between passes with and without a graph."""
     if not enabled and not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -152,7 +152,9 @@ def test_under_autocast():
 def test_autocast_shares_no_cast_between_passes():
     """Forward and backward, twice, inside one autocast region: a weight's cast from one pass has no graph in the next."""
     net = ConvNet(2, 4, 8)
-    flow = perturb(gnn.FlowSequential(gnn.AffineCoupling(net), gnn.AffineCoupling(net, flip=True), reversible=True), 0.05)
+    flow = perturb(
+        gnn.FlowSequential(gnn.AffineCoupling(net), gnn.AffineCoupling(net, flip=True), reversible=True), 0.05
+    )
     x = torch.randn(2, 4, 6, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = [torch.autograd.grad(flow(x)[1].sum(), net.first.weight)[0] for _ in range(2)]

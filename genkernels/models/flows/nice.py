@@ -33,7 +33,7 @@ class NICE(FlowModel):
     """
 
     presets: ClassVar = {
-        "digits": {"image_shape": (1, 8, 8), "data_levels": 17, "couplings": 4, "layers": 2, "hidden": 128},
+        "digits": {"image_shape": (1, 8, 8), "data_levels": 17, "couplings": 4, "layers": 2, "hidden": 64},
         "photos32": {"image_shape": (3, 32, 32), "couplings": 4, "layers": 4, "hidden": 512},
         "cifar10": {"image_shape": (3, 32, 32), "couplings": 4, "layers": 4, "hidden": 2000},
         "points": {"features": 2, "couplings": 8, "layers": 2, "hidden": 64, "prior": "normal"},
