@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ PAGES = {
         ("fit", "TrainConfig", "Result", "load_model"),
     ),
 }
+
+
+BEGIN, END = "<!-- measured: written by tools/build_docs.py -->", "<!-- end of measured -->"
 
 
 def entry(name: str, thing) -> str:
@@ -71,6 +75,44 @@ def page(title: str, opening: str, module_name: str, names) -> str:
     return "\n".join(parts + [entry(f"{module_name}.{name}", getattr(module, name)) for name in names])
 
 
+def measured(results: Path) -> str:
+    """The README's table, from a committed results file: what the reader sees is what was measured."""
+    data = json.loads(results.read_text())
+    machine = data["machine"]
+    rows: dict[tuple, dict] = {}
+    for row in data["rows"]:
+        rows.setdefault((row["case"], row["dtype"], row["direction"]), {})[row["provider"]] = row
+    peers = ("nflows", "normflows", "FrEIA")
+    lines = []
+    for (case, dtype, direction), found in rows.items():
+        reference, ours = found["reference"]["median_s"], found["cpu"]["median_s"]
+        cells = [f"{case.split('/', 1)[1]}, {dtype}, {direction}", f"{reference * 1e3:.2f}"]
+        compiled = found["compiled"]["median_s"]
+        cells += [f"{compiled * 1e3:.2f}", f"**{ours * 1e3:.2f}**", f"{reference / ours:.2f}", f"{compiled / ours:.2f}"]
+        cells.append(f"{100 * found['cpu']['share_of_peak']:.0f} %")
+        for peer in peers:
+            row = found.get(peer)
+            cells.append("" if row is None else "wrong" if row["gate"] == "fail" else f"{row['median_s'] * 1e3:.2f}")
+        lines.append(tuple(cells))
+    header = ("ms, median", "eager", "compiled", "genkernels", "× eager", "× compiled", "of copy", *peers)
+    shape = "×".join(str(n) for n in data["rows"][0]["shape"])
+    versions = machine["versions"]
+    return (
+        f"`genkernels bench affine_coupling`, x {shape}, {machine['threads']} threads of {machine['device']}, torch {versions['torch']}, "
+        f"{machine['date'][:10]}, commit {machine['commit']}; copy {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s in the same run "
+        f"([`{results.name}`](benchmarks/results/{results.name})). Each provider passed a gate against the fp64 reference first; "
+        "'wrong' means that it did not (the peers add up log-determinants in bf16). Inputs rotate beyond the last-level cache.\n\n"
+        + table(lines, header)
+    )
+
+
+def readme() -> str:
+    text = (ROOT / "README.md").read_text()
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    return before + BEGIN + "\n" + measured(ROOT / "benchmarks/results/affine_coupling-cpu.json") + END + after
+
+
 def pages() -> dict[str, str]:
     from genkernels.ops import OPERATORS
 
@@ -84,11 +126,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is out of date")
     check = parser.parse_args().check
     stale = []
-    for name, text in pages().items():
-        path = ROOT / "docs" / f"{name}.md"
+    files = {ROOT / "docs" / f"{name}.md": text for name, text in pages().items()}
+    for path, text in {**files, ROOT / "README.md": readme()}.items():
         if check:
             if not path.exists() or path.read_text() != text:
-                stale.append(f"docs/{name}.md")
+                stale.append(str(path.relative_to(ROOT)))
         else:
             path.write_text(text)
     if stale:
