@@ -101,8 +101,7 @@ def measured(results: Path) -> str:
         f"`genkernels bench affine_coupling`, x {shape}, {machine['threads']} threads of {machine['device']}, torch {versions['torch']}, "
         f"{machine['date'][:10]}, commit {machine['commit']}; copy {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s in the same run "
         f"([`{results.name}`](benchmarks/results/{results.name})). Each provider passed a gate against the fp64 reference first; "
-        "'wrong' means that it did not (the peers add up log-determinants in bf16). Inputs rotate beyond the last-level cache.\n\n"
-        + table(lines, header)
+        "'wrong' means that it did not pass. Inputs rotate beyond the last-level cache.\n\n" + table(lines, header)
     )
 
 

@@ -63,6 +63,7 @@ def main() -> int:
                "device": r.device, "final_loss": r.losses[-1]}
         for name, r in results.items()
     }  # fmt: skip
+    summary["machine"] = json.loads((out / "speed.json").read_text())["machine"]
     summary |= {"difference_bits_per_dim": difference, "speedup": speedup, "seconds": time.monotonic() - began}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
