@@ -42,9 +42,9 @@ $(VENV)/train: $(VENV)/base
 	$(RUN) -m pip install -q --no-build-isolation -e ".[train]"
 	@touch $@
 
-$(VENV)/test: $(VENV)/train
+$(VENV)/test: $(VENV)/base
 	$(RUN) -m pip install -q --no-build-isolation -e ".[train,test]"
-	@touch $@
+	@touch $@ $(VENV)/train
 
 clean:
 	rm -rf $(VENV) build genkernels/_lib demo gpu-check

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -93,7 +94,10 @@ def torch_flags(torch_at: Path) -> tuple[list[str], list[str]]:
 def run(job: tuple[str, list[str]]) -> None:
     """Runs one compiler call; `job` names what it makes."""
     made, command = job
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildFailed(f"{command[0]} could not be started: {error.strerror}") from None
     if done.stdout or done.stderr:
         print((done.stdout + done.stderr).rstrip(), flush=True)
     if done.returncode:
@@ -194,5 +198,12 @@ class BinaryDistribution(Distribution):
         return True
 
 
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel for any Python 3 on this platform: the libraries know nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 if __name__ == "__main__":
-    setup(cmdclass={"build_ext": BuildLibraries}, distclass=BinaryDistribution)
+    setup(cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel}, distclass=BinaryDistribution)

@@ -84,7 +84,8 @@ def main() -> int:
         check.run("build", "library", [python, "setup.py", "build_ext", "--inplace"], wanted)
     check.run("build", "info", [python, "-m", "genkernels", "info", "--ops"])
     if "test" in arguments.parts:
-        folders = ["tests/cuda", "tests/ops", "tests/nn", "tests/models"]
+        folders = ["tests/cuda/test_affine_coupling_gpu.py", "tests/ops", "tests/triton", "tests/nn", "tests/models"]
+        folders.append("tests/training/test_train_gpu.py")
         check.run("test", "gpu", [python, "-m", "pytest", *folders, "-p", "no:cacheprovider"])
     if "sanitize" in arguments.parts and device:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

@@ -1,0 +1,109 @@
+"""setup.py: what GENKERNELS_BUILD asks for is built, or refused by one sentence that names the missing thing."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def setup():
+    spec = importlib.util.spec_from_file_location("genkernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def build(setup, tmp_path, monkeypatch):
+    def run(wish):
+        monkeypatch.setenv("GENKERNELS_BUILD", wish)
+        command = setup.BuildLibraries(setup.BinaryDistribution({"name": "genkernels"}))
+        command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+        command.ensure_finalized()
+        command.run()
+        return sorted(p.name for p in (tmp_path / "lib").rglob("*.so"))
+
+    return run
+
+
+def test_nothing_is_built_when_nothing_is_wished(build):
+    assert build("none") == []
+
+
+def test_the_cpu_library_is_built_for_every_processor_it_may_meet(build, setup):
+    assert build("cpu") == sorted(f"libgenkernels_cpu_{variant}.so" for variant in setup.cpu_variants())
+
+
+def test_other_processors_get_the_generic_build(build, setup, monkeypatch):
+    monkeypatch.setattr(setup, "cpu_variants", lambda: {"generic": []})
+    assert build("cpu") == ["libgenkernels_cpu_generic.so"]
+
+
+@pytest.mark.parametrize(
+    "wish,missing,sentence",
+    [
+        ("cpu", "compiler", "the CPU library was not built: /no/such/g++ could not be started"),
+        ("cuda", "nvcc", "the CUDA library was not built: there is no CUDA compiler (nvcc) on PATH or in CUDA_HOME"),
+        ("cpu", "torch", "the CPU library was not built: torch is not importable while building"),
+        ("gpu", "", "GENKERNELS_BUILD must be one of auto, none, cpu, cuda, got 'gpu'"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_refused(build, setup, monkeypatch, wish, missing, sentence):
+    if missing == "compiler":
+        monkeypatch.setenv("CXX", "/no/such/g++")
+    elif missing == "nvcc":
+        monkeypatch.setattr(setup, "nvcc", lambda: None)
+        monkeypatch.setattr(setup.BuildLibraries, "build_cpu", lambda *a: None)
+    elif missing == "torch":
+        monkeypatch.setattr(setup, "torch_folder", lambda: None)
+    with pytest.raises(SystemExit) as refused:
+        build(wish)
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_auto_goes_on_without_and_says_why(build, setup, monkeypatch, capfd):
+    monkeypatch.setattr(setup, "torch_folder", lambda: None)
+    assert build("auto") == []
+    assert "--no-build-isolation" in capfd.readouterr().err
+
+
+def test_architectures(setup):
+    assert setup.architecture_flags("8.0;9.0a;10.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST must list numbers such as 9.0a, got 'hopper'"):
+        setup.architecture_flags("hopper")
+
+
+def test_the_generic_build_computes_the_same(build, setup, tmp_path, monkeypatch):
+    """The build for processors other than x86-64, held against the reference on this one."""
+    monkeypatch.setattr(setup, "cpu_variants", lambda: {"generic": []})
+    build("cpu")
+    library = next((tmp_path / "lib").rglob("*.so"))
+    # this processor's own library is kept out of sight, so that the generic one is the only one registered
+    code = f"""
+import pathlib
+real = pathlib.Path.exists
+pathlib.Path.exists = lambda self: not self.name.startswith("libgenkernels") and real(self)
+import torch
+from genkernels import backends, ops, reference
+assert backends.why_missing("cpu")
+torch.ops.load_library({str(library)!r})
+x, params = torch.randn(3, 6, 7, 5), torch.randn(3, 6, 7, 5)
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for scale_map in range(3):
+        a = [t.to(dtype) for t in (x, params)]
+        ours = torch.ops.genkernels.affine_coupling(*a, scale_map, 0, 0, False, False)
+        torch.testing.assert_close(ours, reference.affine_coupling(*a, scale_map, 0, 0, False, False))
+print("same")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
