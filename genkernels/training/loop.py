@@ -84,7 +84,7 @@ def fit(
             run.prepare(resume=resume, overwrite=overwrite)
         try:
             state, notes = _restore(run, model, description, bundle, settings, data, resume, main)
-            if main and not quiet:
+            if main:  # also when quiet: what was lost is never kept from the user
                 for note in notes:
                     print(f"genkernels: {note}", file=sys.stderr)
             with fixed_seed(config.seed):
