@@ -44,6 +44,9 @@ def main() -> int:
     except OSError as error:
         print(f"demo: --out must be a folder that can be written, got {out}: {error.strerror}", file=sys.stderr)
         return 2
+    if arguments.steps < 1:
+        print(f"demo: --steps must be at least 1, got {arguments.steps}", file=sys.stderr)
+        return 2
     bundle = data.load("digits")
     config = TrainConfig(max_steps=arguments.steps, batch_size=128, seed=arguments.seed, eval_every=0, sample_every=0)
     results = {name: train(name, bundle, config, out) for name in PATHS}

@@ -6,9 +6,9 @@
 // Where storage is already plain (same type, halves layout) the stages are skipped and the arithmetic reads and writes the
 // tensors themselves. Samples of fewer than kTile elements share a tile, so that 2-D points vectorise as well as images.
 //
-// Stores are ordinary ones. Streaming stores (which skip the read of a line before it is overwritten) were tried at this point: the operator
-// alone, on tensors beyond the cache, gains up to a fifth for exp and loses for tanh, and whatever reads its result next loses more than
-// that, because the result is then in no cache.
+// Stores are ordinary ones. Streaming stores, which skip the read of a line before it is overwritten, were tried: on tensors beyond the cache
+// the operator alone gains for exp and loses for tanh, and together with whatever reads its result next it loses for every map, because the
+// result is then in no cache.
 //
 // Bytes, in units of one half-tensor: forward reads x₁ x₂ s t, writes z₁ z₂ (6); backward reads g₁ g₂ x₂ s, writes g₁ g₂ g_s g_t (8);
 // reverse reads 6 (z₁ z₂ g₁ g₂ s t), writes 6.

@@ -78,7 +78,7 @@ def backend_for(operator: Operator, tensor: Tensor) -> str:
         return "reference"
     device = tensor.device.type
     if forced == "auto":
-        if device == "cpu" and "cpu" in operator.backends and not backends.why_missing("cpu"):
+        if device == "cpu" and _usable(operator, "cpu"):
             return "cpu"
         if device == "cuda":
             return _auto_cuda(operator, tensor)
@@ -93,12 +93,17 @@ def backend_for(operator: Operator, tensor: Tensor) -> str:
     return forced
 
 
+def _has_kernel(operator: Operator, backend: str) -> bool:
+    """A backend that is not named, or named with a reason for its absence, has none."""
+    return operator.backends.get(backend) == ""
+
+
+def _usable(operator: Operator, backend: str) -> bool:
+    return _has_kernel(operator, backend) and not backends.why_missing(backend)
+
+
 def _auto_cuda(operator: Operator, *tensors: Tensor) -> str:
-    have = [
-        name
-        for name in ("triton", "cuda")
-        if not operator.backends.get(name, "none") and not backends.why_missing(name)
-    ]
+    have = [name for name in ("triton", "cuda") if _usable(operator, name)]
     if len(have) == 2:
         return "cuda" if operator.prefers_cuda(*tensors) else "triton"
     return have[0] if have else "reference"
@@ -115,8 +120,6 @@ def define(
     *,
     reference: Callable,
     fake: Callable,
-    cuda: bool = False,
-    triton: bool = False,
     not_differentiable: str = "",
 ) -> None:
     """Defines one torch operator of `operator`; `schema` is as for ``torch.library.Library.define``."""
@@ -126,9 +129,9 @@ def define(
     LIBRARY.define(schema, tags=tags)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genkernels::{name}", fake, lib=LIBRARY)
-    if cuda:
+    if _has_kernel(operator, "cuda"):
         CUDA_LIBRARY.define(schema)
-    if cuda or triton:
+    if _has_kernel(operator, "cuda") or _has_kernel(operator, "triton"):
         LIBRARY.impl(name, functools.partial(_launch_on_gpu, operator, name, reference), "CUDA")
 
 

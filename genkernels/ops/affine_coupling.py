@@ -262,8 +262,6 @@ define(
     f"affine_coupling(Tensor input, Tensor params, {_OPTIONS}, bool inverse) -> (Tensor, Tensor)",
     reference=reference.affine_coupling,
     fake=_fake,
-    cuda=True,
-    triton=True,
 )
 define(
     OPERATOR,
@@ -271,8 +269,6 @@ define(
     f"{_OPTIONS}, bool inverse) -> (Tensor, Tensor)",
     reference=reference.affine_coupling_backward,
     fake=_fake_backward,
-    cuda=True,
-    triton=True,
 )
 _NO_GRADIENT = (
     "affine_coupling_reverse: the gradients of a reversible flow cannot be differentiated again; use reversible=False"
@@ -283,8 +279,6 @@ define(
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.affine_coupling_reverse,
     fake=_fake_reverse,
-    cuda=True,
-    triton=True,
     not_differentiable=_NO_GRADIENT,
 )
 differentiate("affine_coupling", _setup_context, _backward)

@@ -1,6 +1,7 @@
 """Every backend that runs on this machine, each with its device: operator tests take the fixture `backend`."""
 
 import pytest
+import torch
 
 from genkernels import backends
 
@@ -26,3 +27,12 @@ def compiled_backend(backend):
     if backend == "reference":
         pytest.skip("the reference goes through no registered operator")
     return backend
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh tensors start as NaN, those that C++ asks torch for too: an element that a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
