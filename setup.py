@@ -13,6 +13,7 @@ build serves every Python and every torch from 2.10 on. They land in ``genkernel
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -91,6 +92,21 @@ def torch_flags(torch_at: Path) -> tuple[list[str], list[str]]:
     return include, ["-L", str(torch_at / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
+def compile_once(job: tuple[str, list[str]]) -> None:
+    """`run`, unless the object lies there already, made by the same command from the same sources and headers."""
+    _, command = job
+    made = Path(command[command.index("-o") + 1])
+    digest = hashlib.sha256(repr(command).encode())
+    for source in [Path(command[command.index("-c") + 1]), *sorted(CSRC.glob("*/*.h")), *sorted(CSRC.glob("*/*.cuh"))]:
+        digest.update(source.read_bytes())
+    stamp = made.with_suffix(".stamp")
+    if made.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():
+        return
+    stamp.unlink(missing_ok=True)
+    run(job)
+    stamp.write_text(digest.hexdigest())
+
+
 def run(job: tuple[str, list[str]]) -> None:
     """Runs one compiler call; `job` names what it makes."""
     made, command = job
@@ -153,7 +169,7 @@ class BuildLibraries(build_ext):
     def _make(self, jobs: list[tuple[str, list[str]]], links: dict[Path, list[str]]) -> None:
         """Compiles, then links each library under another name and renames it: a process that has the old one loaded keeps it."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(run, jobs))
+            list(pool.map(compile_once, jobs))
             list(pool.map(run, [(to.name, [*command, "-o", f"{to}.new"]) for to, command in links.items()]))
         for to in links:
             os.replace(f"{to}.new", to)
