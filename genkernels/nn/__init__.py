@@ -5,6 +5,7 @@ from genkernels.nn.affine_coupling import AffineCoupling
 from genkernels.nn.conv_zeros import Conv2dZeros
 from genkernels.nn.dequantize import Dequantize, Logit
 from genkernels.nn.invertible_conv import InvertibleConv1x1
+from genkernels.nn.masked_conv import MaskedConv2d
 from genkernels.nn.prior import Prior
 from genkernels.nn.sequential import FlowSequential
 from genkernels.nn.split import Split
@@ -19,6 +20,7 @@ __all__ = [
     "FlowSequential",
     "InvertibleConv1x1",
     "Logit",
+    "MaskedConv2d",
     "Prior",
     "Split",
     "Squeeze",

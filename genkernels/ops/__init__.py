@@ -2,6 +2,7 @@
 
 from genkernels.ops._operator import FEATURES, OPERATORS, Operator
 from genkernels.ops.affine_coupling import affine_coupling, affine_coupling_inverse, affine_coupling_reverse
+from genkernels.ops.masked_conv import masked_conv
 
 __all__ = [
     "FEATURES",
@@ -10,4 +11,5 @@ __all__ = [
     "affine_coupling",
     "affine_coupling_inverse",
     "affine_coupling_reverse",
+    "masked_conv",
 ]

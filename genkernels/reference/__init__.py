@@ -5,5 +5,12 @@ from genkernels.reference.affine_coupling import (
     affine_coupling_backward,
     affine_coupling_reverse,
 )
+from genkernels.reference.masked_conv import masked_conv, masked_conv_backward
 
-__all__ = ["affine_coupling", "affine_coupling_backward", "affine_coupling_reverse"]
+__all__ = [
+    "affine_coupling",
+    "affine_coupling_backward",
+    "affine_coupling_reverse",
+    "masked_conv",
+    "masked_conv_backward",
+]

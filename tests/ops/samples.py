@@ -12,4 +12,20 @@ def affine_coupling(device="cpu", dtype=torch.float64):
     return lambda a, b: ops.affine_coupling(a, b, scale_map="sigmoid"), (x, params)
 
 
-SAMPLES = {"affine_coupling": affine_coupling}
+def masked_conv(device="cpu", dtype=torch.float64):
+    """As above: RGB, gated, with a bias, a condition and a residual."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = (2, 3, 4, 5), (6, 3, 3, 3), (6,), (2, 6), (2, 3, 4, 5)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+
+    def call(x, weight, bias, condition, residual):
+        added = {"condition": condition, "residual": residual, "activation": "gate"}
+        return (ops.masked_conv(x, weight, bias, mask_type="B", data_channels=3, **added),)
+
+    return call, tuple(tensors)
+
+
+SAMPLES = {"affine_coupling": affine_coupling, "masked_conv": masked_conv}
+
+#: Operators that take autocast's lower dtype, as convolutions do; the others compute in fp32.
+LOWER_UNDER_AUTOCAST = {"masked_conv"}

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import genkernels as gk
 from genkernels import backends, ops
 from genkernels.ops import _operator
-from tests.ops.samples import SAMPLES
+from tests.ops.samples import LOWER_UNDER_AUTOCAST, SAMPLES
 
 ROOT = Path(gk.__file__).parent
 REPOSITORY = ROOT.parent
@@ -90,6 +90,7 @@ class Cells:
 
     def __init__(self, function, tensors):
         self.function, self.tensors = function, tensors
+        self.lowers = False
 
     def _both(self, action):
         with Calls() as calls:
@@ -142,8 +143,9 @@ class Cells:
         half = [tensors[0], *(t.bfloat16() for t in tensors[1:])]
         with torch.autocast(tensors[0].device.type, dtype=torch.bfloat16), Calls() as calls:
             ours = self.function(*half)
-        assert all(o.dtype == torch.float32 for o in ours)
-        return calls.names, ours, on_reference(lambda: self.function(*[t.float() for t in half]))
+        kind = torch.bfloat16 if self.lowers else torch.float32
+        assert all(o.dtype == kind for o in ours)
+        return calls.names, ours, on_reference(lambda: self.function(*[t.to(kind) for t in half]))
 
     def deterministic(self):
         torch.use_deterministic_algorithms(True)
@@ -162,6 +164,7 @@ class Cells:
 def test_composability_cell(name, feature):
     promised = ops.OPERATORS[name].composability[feature]
     cells = Cells(*SAMPLES[name]())
+    cells.lowers = name in LOWER_UNDER_AUTOCAST
     action = getattr(cells, feature.replace(" ", "_"))
     if promised == "raises":
         with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=name):

@@ -1,0 +1,86 @@
+"""The masked convolution as a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from genkernels import ops
+from genkernels.ops.masked_conv import check_options
+from genkernels.reference.masked_conv import causal_mask
+
+
+class MaskedConv2d(nn.Conv2d):
+    r"""A convolution that sees only what comes before each pixel; a `torch.nn.Conv2d` with padding fixed so that H and W stay.
+
+    Equivalent to::
+
+        y = F.conv2d(x, weight * layer.mask, bias, padding=(kh // 2, kw // 2)) + condition
+        y = activation(y) + residual
+
+    Its parameters and state dict are those of a plain ``Conv2d``: ``weight [out_channels, in_channels, kh, kw]`` and ``bias``. Dead taps
+    may hold anything: they play no part and get a gradient of exactly 0.
+
+    Args:
+        mask_type: ``A`` (first layer: a pixel does not see itself) or ``B``.
+        in_channels, out_channels: with the gate, half of `out_channels` leave the layer.
+        kernel_size: odd, one number or ``(kh, kw)``.
+        data_channels: C blocks of channels in order, within a pixel (R, then G, then B); divides both numbers of channels.
+        region: ``raster``, ``vertical`` or ``horizontal``. activation: ``none``, ``relu`` or ``gate``.
+        bias: whether there is one. stride, dilation: only 1.
+
+    Shapes:
+        x: ``[N, in_channels, H, W]``. condition: ``[N, out_channels]`` or ``[N, out_channels, H, W]``, added before the activation.
+        residual: like the result, added after it. Result: ``[N, out_channels, H, W]``, with the gate half as many channels.
+
+    Raises:
+        ValueError: an option is unknown or not offered, the kernel is even, channels do not divide, or no tap is live.
+
+    Source: van den Oord et al., "Pixel recurrent neural networks", 2016; "Conditional image generation with PixelCNN decoders", 2016.
+    """
+
+    def __init__(
+        self,
+        mask_type: str,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        data_channels: int = 1,
+        *,
+        region: str = "raster",
+        activation: str = "none",
+        bias: bool = True,
+        stride: int = 1,
+        dilation: int = 1,
+        device=None,
+        dtype=None,
+    ):
+        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        for name, value in (("stride", stride), ("dilation", dilation)):
+            if value not in (1, (1, 1)):
+                raise ValueError(f"MaskedConv2d: {name} must be 1, for every pixel has an output, got {value}")
+        check_options(
+            "MaskedConv2d", mask_type, data_channels, region, activation, (out_channels, in_channels), (height, width)
+        )
+        super().__init__(
+            in_channels, out_channels, (height, width), padding=(height // 2, width // 2), bias=bias, device=device, dtype=dtype
+        )  # fmt: skip
+        self.mask_type, self.data_channels, self.region, self.activation = mask_type, data_channels, region, activation
+        mask = causal_mask(
+            out_channels, in_channels, (height, width), mask_type, data_channels, region, activation == "gate", device
+        )
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        return ops.masked_conv(
+            x, self.weight, self.bias, mask_type=self.mask_type, data_channels=self.data_channels, region=self.region,
+            condition=condition, residual=residual, activation=self.activation,
+        )  # fmt: skip
+
+    def masked_weight(self) -> Tensor:
+        """The weight with its dead taps exactly 0, differentiable."""
+        return torch.where(self.mask, self.weight, 0)
+
+    def extra_repr(self) -> str:
+        parts = [repr(self.mask_type), super().extra_repr(), f"data_channels={self.data_channels}"]
+        return ", ".join([*parts, f"region={self.region!r}", f"activation={self.activation!r}"])

@@ -1,0 +1,116 @@
+"""MaskedConv2d: a Conv2d to its state dict, and a stack of them is autoregressive."""
+
+import pytest
+import torch
+from torch import nn
+
+import genkernels as gk
+
+
+def test_is_a_conv2d_and_loads_its_state_dict():
+    plain = nn.Conv2d(3, 6, 3, padding=1)
+    layer = gk.nn.MaskedConv2d("B", 3, 6, 3, data_channels=3)
+    assert isinstance(layer, nn.Conv2d) and set(layer.state_dict()) == {"weight", "bias"}
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 5, 4)
+    plain.weight.data *= layer.mask
+    torch.testing.assert_close(layer(x), plain(x))
+    assert torch.equal(layer.masked_weight(), plain.weight)
+    assert layer.mask.dtype == torch.bool and layer.mask.shape == layer.weight.shape
+
+
+def test_dead_taps_stay_out_of_the_gradient_after_loading_and_after_a_step():
+    layer = gk.nn.MaskedConv2d("A", 2, 4, 5, activation="relu")
+    layer.load_state_dict(nn.Conv2d(2, 4, 5).state_dict())
+    dead = ~layer.mask
+    before = layer.weight.detach().clone()
+    assert (before[dead] != 0).all()
+    layer(torch.randn(2, 2, 6, 6)).square().sum().backward()
+    assert (layer.weight.grad[dead] == 0).all() and (layer.weight.grad[layer.mask] != 0).any()
+    torch.optim.Adam(layer.parameters()).step()
+    assert torch.equal(layer.weight[dead], before[dead])
+    (grad,) = torch.autograd.grad(layer.masked_weight().square().sum(), layer.weight)
+    assert (grad[dead] == 0).all()
+
+
+def test_condition_residual_and_gate_are_what_they_say():
+    layer = gk.nn.MaskedConv2d("B", 4, 8, 3, activation="gate").double()
+    x, condition, residual = (torch.randn(s, dtype=torch.float64) for s in ((2, 4, 3, 5), (2, 8), (2, 4, 3, 5)))
+    pre = nn.functional.conv2d(x, layer.weight * layer.mask, layer.bias, padding=1) + condition[:, :, None, None]
+    a, b = pre.chunk(2, 1)
+    torch.testing.assert_close(layer(x, condition, residual), a.tanh() * b.sigmoid() + residual)
+
+
+def later_inputs(channels, height, width, data_channels):
+    """[C, H, W, C, H, W]: whether an input comes at or after an output's place in the order of pixels, then of channels."""
+    block = torch.arange(channels) * data_channels // channels
+    place = torch.arange(height * width).view(1, height, width) * data_channels + block.view(-1, 1, 1)
+    return place.flatten() >= place.flatten()[:, None]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("height,width", [(4, 6), (5, 3), (1, 7), (7, 1)])
+@pytest.mark.parametrize("data_channels,gated", [(1, False), (1, True), (3, False), (3, True)])
+def test_a_stack_is_autoregressive(data_channels, gated, height, width, training):
+    """A, then B, B: in fp64 no output moves with its own input or a later one, and the first one sees nothing."""
+    torch.manual_seed(0)
+    activation, wide = ("gate", 12) if gated else ("relu", 6)
+    c = {"data_channels": data_channels}
+    stack = nn.Sequential(
+        gk.nn.MaskedConv2d("A", 3, wide, 5, **c, activation=activation),
+        gk.nn.MaskedConv2d("B", 6, wide, 3, **c, activation=activation),
+        gk.nn.MaskedConv2d("B", 6, 3, 1, **c),
+    )
+    stack = stack.double().train(training)
+    x = torch.randn(1, 3, height, width, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(stack, x).reshape(3 * height * width, -1)
+    later = later_inputs(3, height, width, data_channels)
+    assert (jacobian[later] == 0).all()
+    assert (jacobian[~later] != 0).any() or height * width * data_channels == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("region,kernel", [("raster", 3), ("vertical", (3, 5)), ("horizontal", (1, 5))])
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+def test_one_layer_does_not_see_what_comes_later(mask_type, region, kernel, training):
+    layer = gk.nn.MaskedConv2d(mask_type, 2, 4, kernel, region=region, activation="gate").double().train(training)
+    x = torch.randn(1, 2, 3, 4, dtype=torch.float64)
+    condition = torch.randn(1, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda a: layer(a, condition), x)[0, :, :, :, 0]
+    for h in range(3):
+        for w in range(4):
+            seen = torch.zeros(3, 4, dtype=torch.bool)
+            if region == "vertical":
+                seen[: h if mask_type == "A" else h + 1] = True
+            else:
+                seen.view(-1)[: h * 4 + w + (mask_type == "B")] = True
+            assert (jacobian[:, h, w][:, :, ~seen] == 0).all()
+
+
+def test_repr_names_the_options():
+    shown = repr(gk.nn.MaskedConv2d("A", 3, 6, (1, 3), 3, region="horizontal", activation="gate", bias=False))
+    for part in ("MaskedConv2d('A', 3, 6", "kernel_size=(1, 3)", "bias=False", "data_channels=3", "region='horizontal'", "activation='gate'"):  # fmt: skip
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    "arguments,options,sentence",
+    [
+        (("C", 3, 6, 3), {}, "mask_type must be one of A, B, got 'C'"),
+        (("A", 3, 6, 4), {}, "the kernel's height and width must be odd, got 4×4"),
+        (("A", 3, 6, (3, 2)), {}, "the kernel's height and width must be odd, got 3×2"),
+        (("A", 4, 6, 3, 3), {}, "data_channels must divide the input channels, got 3 and 4 input channels"),
+        (("A", 3, 7, 3, 3), {}, "data_channels must divide the output channels, got 3 and 7 output channels"),
+        (("A", 3, 9, 3, 3), {"activation": "gate"}, "data_channels must divide half of the output channels, got 3 and 9"),
+        (("A", 3, 6, 3), {"stride": 2}, "stride must be 1, for every pixel has an output, got 2"),
+        (("A", 3, 6, 3), {"dilation": (2, 2)}, "dilation must be 1"),
+        (("A", 3, 6, 3), {"region": "diagonal"}, "region must be one of raster, vertical, horizontal, got 'diagonal'"),
+        (("A", 3, 6, 3), {"activation": "elu"}, "activation must be one of none, relu, gate, got 'elu'"),
+        (("A", 3, 6, 1), {}, "a raster mask of type A must leave a live tap, got a 1×1 kernel with data_channels 1"),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_sentence(arguments, options, sentence):
+    with pytest.raises(ValueError) as caught:
+        gk.nn.MaskedConv2d(*arguments, **options)
+    text = str(caught.value)
+    assert text.startswith("MaskedConv2d: ") and sentence in text and "\n" not in text
