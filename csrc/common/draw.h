@@ -55,10 +55,11 @@ struct OpenUnit<double> {
 // One pixel of a discretised logistic mixture. params [mixtures * (channels == 1 ? 3 : 10)], `stride` apart: mixture logits, then for each
 // channel means, log-scales and (3 channels) coefficients. noise [1 + channels], `noise_stride` apart: the mixture's, then each channel's.
 // A draw of the logistic density rounded to the nearest level, the ends taking the tails, is a draw of the discretised one, and it is the
-// rounded value that shifts the means of later channels. Temperature divides the mixture's logits and multiplies the logistic noise.
+// rounded value that shifts the means of later channels; fixed [channels], where given, holds known levels, -1 where one is to be drawn.
+// Temperature divides the mixture's logits and multiplies the logistic noise.
 template <typename T>
 GK_HOST_DEVICE inline void logistic_mixture(const T* params, int64_t stride, int mixtures, int channels, int levels, T temperature,
-                                            const T* noise, int64_t noise_stride, int* index) {
+                                            const T* noise, int64_t noise_stride, int* index, const int* fixed = nullptr) {
   const int m = categorical(params, stride, mixtures, temperature, noise[0]);
   const int width = channels == 1 ? 2 : 3;
   const T* own = params + (mixtures + m) * stride;  // row r of channel c lies (c * width + r) * mixtures further on
@@ -74,7 +75,8 @@ GK_HOST_DEVICE inline void logistic_mixture(const T* params, int64_t stride, int
     u = u > T(1) - OpenUnit<T>::kEdge ? T(1) - OpenUnit<T>::kEdge : u;
     T value = mean + math::exp(log_scale) * temperature * (log(u) - log1p(-u));
     value = value < T(-1) ? T(-1) : value > T(1) ? T(1) : value;
-    const T level = floor((value + T(1)) * (T(0.5) * T(levels - 1)) + T(0.5));
+    T level = floor((value + T(1)) * (T(0.5) * T(levels - 1)) + T(0.5));
+    if (fixed != nullptr && fixed[c] >= 0) level = T(fixed[c]);
     index[c] = level == level ? int(level) : 0;
     x[c] = T(2) * level / T(levels - 1) - T(1);
   }

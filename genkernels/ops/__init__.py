@@ -1,15 +1,31 @@
 """The operators, as functions of tensors. Each runs on the fastest backend that its tensors' device offers."""
 
-from genkernels.ops._operator import FEATURES, OPERATORS, Operator
-from genkernels.ops.affine_coupling import affine_coupling, affine_coupling_inverse, affine_coupling_reverse
-from genkernels.ops.masked_conv import masked_conv
+from genkernels.ops._operator import (
+    FEATURES,
+    OPERATORS,
+    Operator,
+)
+from genkernels.ops.affine_coupling import (
+    affine_coupling,
+    affine_coupling_inverse,
+    affine_coupling_reverse,
+)
+from genkernels.ops.autoregressive_sampling import (
+    Stage,
+    autoregressive_sampling,
+)
+from genkernels.ops.masked_conv import (
+    masked_conv,
+)
 
 __all__ = [
     "FEATURES",
     "OPERATORS",
     "Operator",
+    "Stage",
     "affine_coupling",
     "affine_coupling_inverse",
     "affine_coupling_reverse",
+    "autoregressive_sampling",
     "masked_conv",
 ]

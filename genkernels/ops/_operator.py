@@ -200,6 +200,20 @@ def refuse_gradient(name: str, sentence: str) -> None:
     differentiate(name, setup_context, backward)
 
 
+def refuse_gradient_in_place(name: str, sentence: str) -> None:
+    """The same for an operator that writes into its arguments, which `differentiate` does not take: `sentence` is raised at the call."""
+    run = getattr(torch.ops.genkernels, name)
+
+    def call(*arguments):
+        tensors = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError(sentence)
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*arguments)
+
+    LIBRARY.impl(name, call, "Autograd")
+
+
 def choose(operator: str, argument: str, value: str, options: Sequence[str]) -> int:
     """The integer code of a string option, or the sentence that lists what it may be."""
     try:

@@ -26,7 +26,9 @@ def categorical(logits: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     return (below[..., :-1] <= level).sum(-1)
 
 
-def logistic_mixture(params: Tensor, noise: Tensor, levels: int, temperature: float = 1.0) -> Tensor:
+def logistic_mixture(
+    params: Tensor, noise: Tensor, levels: int, temperature: float = 1.0, fixed: Tensor | None = None
+) -> Tensor:
     """One draw a pixel from a discretised logistic mixture.
 
     A draw of the logistic density rounded to the nearest level, the ends taking the tails, is a draw of the discretised one, and
@@ -37,6 +39,7 @@ def logistic_mixture(params: Tensor, noise: Tensor, levels: int, temperature: fl
             and, for 3 channels, coefficients, K each.
         noise: ``[..., 1 + C]`` uniform in [0, 1): the mixture's, then each channel's.
         levels: of the data. temperature: divides the mixture's logits and multiplies the logistic noise.
+        fixed: ``[..., C]``, level indices of channels that are known, −1 where one is to be drawn; later channels see the known values.
 
     Returns:
         ``[..., C]`` int64 level indices.
@@ -59,6 +62,8 @@ def logistic_mixture(params: Tensor, noise: Tensor, levels: int, temperature: fl
             mean = mean + rows[..., 1, 2].tanh() * values[0] + rows[..., 2, 2].tanh() * values[1]
         value = (mean + spread[..., c]).clamp(-1, 1)
         level = ((value + 1) * (0.5 * (levels - 1)) + 0.5).floor()
+        if fixed is not None:
+            level = torch.where(fixed[..., c] >= 0, fixed[..., c].to(level.dtype), level)
         drawn.append(level.nan_to_num(0.0).long())
         values.append(2 * level / (levels - 1) - 1)
     return torch.stack(drawn, -1)

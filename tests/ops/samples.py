@@ -25,7 +25,26 @@ def masked_conv(device="cpu", dtype=torch.float64):
     return call, tuple(tensors)
 
 
-SAMPLES = {"affine_coupling": affine_coupling, "masked_conv": masked_conv}
+def autoregressive_sampling(device="cpu", dtype=torch.float64):
+    """A 3×3 type-A stage with a gate, then 1×1 to three levels, over images of 2×3 pixels."""
+    generator = torch.Generator().manual_seed(2)
+    first = torch.randn(8, 1, 3, 3, generator=generator, dtype=torch.float64)
+    first.flatten(2)[:, :, 4:] = 0
+    second = torch.randn(3, 4, 1, 1, generator=generator, dtype=torch.float64)
+    noise = torch.rand(2, 1, 2, 3, generator=generator, dtype=torch.float64)
+
+    def sample(noise, first, second):
+        stages = [ops.Stage(((0, first),), activation="gate"), ops.Stage(((1, second),))]
+        return (ops.autoregressive_sampling(stages, noise, levels=3),)
+
+    return sample, tuple(t.to(device, dtype) for t in (noise, first, second))
+
+
+SAMPLES = {
+    "affine_coupling": affine_coupling,
+    "autoregressive_sampling": autoregressive_sampling,
+    "masked_conv": masked_conv,
+}
 
 #: Operators that take autocast's lower dtype, as convolutions do; the others compute in fp32.
 LOWER_UNDER_AUTOCAST = {"masked_conv"}

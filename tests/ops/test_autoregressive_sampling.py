@@ -1,0 +1,458 @@
+"""autoregressive_sampling on every backend that runs here: the very integers of the naive definition, and the definition itself by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import genkernels as gk
+from genkernels import backends, ops
+from genkernels.ops import Stage
+from tests.ops.causal_networks import Maker, assert_same_draws, cast, mask, plain, two_stacks, uniform
+
+F32, F64 = torch.float32, torch.float64
+sample = ops.autoregressive_sampling
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The naive definition is thousands of tiny convolutions, which a second thread only slows down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def naive(stages, noise, **options):
+    with gk.use_backend("reference"):
+        return sample(stages, noise, **options)
+
+
+def check(device, stages, noise, dtype=F64, **options):
+    """Ours on `device` against the definition on the CPU, in `dtype`."""
+    stages, noise = cast(stages, dtype), noise.to(dtype)
+    if backends.current_backend() == "reference":
+        return sample(stages, noise, **options)  # the definition itself: tests look at what it gives
+    there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    ours = sample(cast(stages, dtype, device), noise.to(device), **there).cpu()
+    expected = naive(stages, noise, **options)
+    plain_options = {k: options[k] for k in ("levels", "head", "temperature") if k in options}
+    assert_same_draws(ours, expected, stages, noise, **plain_options)
+    return ours
+
+
+# --- the definition, by hand ------------------------------------------------------------------------------------------
+
+
+def by_hand(weight1, bias1, weight2, bias2, noise, levels):
+    """Loops over numbers: 3×3 type A with ReLU, then 1×1 to logits; one sample, one channel."""
+    height, width = len(noise), len(noise[0])
+    hidden = len(bias1)
+    image = [[None] * width for _ in range(height)]
+    for i, j in itertools.product(range(height), range(width)):
+        features = []
+        for o in range(hidden):
+            total = bias1[o]
+            for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1)):
+                if 0 <= i + dy and 0 <= j + dx < width:
+                    total += weight1[o][dy + 1][dx + 1] * (2 * image[i + dy][j + dx] / (levels - 1) - 1)
+            features.append(max(total, 0.0))
+        weights = [math.exp(bias2[k] + sum(weight2[k][o] * f for o, f in enumerate(features))) for k in range(levels)]
+        level, k = noise[i][j] * sum(weights), 0
+        below = weights[0]
+        while k < levels - 1 and below <= level:
+            k += 1
+            below += weights[k]
+        image[i][j] = k
+    return image
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 3)])
+def test_against_loops_over_numbers(device, size):
+    stages = plain(width=4, layers=0, first=3, levels=3, seed=4)
+    (_, w1), (_, w2) = stages[0].inputs[0], stages[1].inputs[0]
+    noise = uniform(2, 1, *size, seed=5)
+    drawn = sample(cast(stages, F64, device), noise.to(device), levels=3).cpu()
+    for n in range(2):
+        expected = by_hand(
+            w1[:, 0].tolist(),
+            stages[0].bias.tolist(),
+            w2[:, :, 0, 0].tolist(),
+            stages[1].bias.tolist(),
+            noise[n, 0].tolist(),
+            3,
+        )
+        assert drawn[n, 0].tolist() == expected
+
+
+def test_draws_follow_the_network(device):
+    """Every row of 20,000 samples of one pixel: frequencies within 4 standard errors of the softmax."""
+    bias = torch.tensor([0.3, -1.0, 1.2, 0.0])
+    stages = [Stage(((0, torch.zeros(4, 1, 1, 1, device=device)),), bias=bias.to(device))]
+    n = 20_000
+    drawn = sample(stages, uniform(n, 1, 1, 1, dtype=F32).to(device), levels=4)
+    share = drawn.flatten().bincount(minlength=4).cpu() / n
+    expected = bias.softmax(0)
+    assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+# --- cached against naive ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(
+    "shape", [(1, 9, 7), (16, 5, 6), (3, 4, 11), (2, 2, 3), (1, 1, 1), (5, 1, 8), (2, 8, 1)], ids=str
+)
+def test_plain(device, dtype, shape):
+    """Odd sizes, W ≠ H, images smaller than the 7×7 kernel, batches of 1, 16 and odd."""
+    batch, height, width = shape
+    check(device, plain(seed=1), uniform(batch, 1, height, width, seed=2), dtype, levels=5)
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 17, 33, 64, 72])
+def test_widths(device, width):
+    """Of vectors that a processor has, and beside them."""
+    for dtype in (F32, F64):
+        check(device, plain(width=width, levels=3, seed=2), uniform(3, 1, 4, 5, seed=width), dtype, levels=3)
+
+
+def test_residual_and_large_kernels(device):
+    check(device, plain(first=9, residual=True, seed=3), uniform(2, 1, 5, 4, seed=3), F32, levels=5)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_two_stacks(device, dtype, batch):
+    check(device, two_stacks(seed=1, layers=3), uniform(batch, 1, 6, 5, seed=4), dtype, levels=5)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_conditional(device, maps):
+    make = Maker(7)
+    batch, size = 3, (5, 4)
+    stages = two_stacks(seed=2, condition=lambda n: make.draw(batch, n, *(size if maps else ())))
+    noise = uniform(batch, 1, *size, seed=6)
+    for dtype in (F32, F64):
+        ours = check(device, stages, noise, dtype, levels=5)
+    without = [Stage(s.inputs, s.added, s.bias, None, s.activation, s.residual, s.vertical) for s in stages]
+    assert not torch.equal(ours, naive(without, noise, levels=5))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_channel_groups(device, dtype):
+    check(device, plain(channels=3, width=9, levels=4, seed=5), uniform(2, 3, 4, 5, seed=7), dtype, levels=4)
+    check(
+        device,
+        plain(channels=3, width=54, levels=4, seed=5, residual=True),
+        uniform(3, 3, 3, 4, seed=7),
+        dtype,
+        levels=4,
+    )
+    check(device, two_stacks(channels=3, width=9, levels=4, seed=6), uniform(3, 3, 5, 3, seed=8), dtype, levels=4)
+    check(device, plain(channels=2, width=8, levels=2, seed=8), uniform(1, 2, 6, 6, seed=9), dtype, levels=2)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("channels,out", [(1, 9), (3, 40)])
+def test_logistic_mixture(device, dtype, channels, out):
+    stages = two_stacks(channels=channels, seed=channels, out=out, groups=1)
+    noise = uniform(3, 1 + channels, 5, 4, seed=channels)
+    drawn = check(device, stages, noise, dtype, levels=256, head="logistic_mixture")
+    assert len(drawn.unique()) > 20
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.7])
+def test_temperature(device, temperature):
+    check(device, plain(seed=9), uniform(2, 1, 5, 5, seed=1), F32, levels=5, temperature=temperature)
+    mixture = plain(channels=3, out=20, groups=1, seed=9)
+    options = {"levels": 64, "head": "logistic_mixture", "temperature": temperature}
+    check(device, mixture, uniform(2, 4, 4, 5, seed=2), F32, **options)
+
+
+def test_temperature_0_takes_the_first_of_the_largest(device):
+    bias = torch.tensor([0.0, 2.0, 2.0, 1.0], device=device)
+    stages = [Stage(((0, torch.zeros(4, 1, 1, 1, device=device)),), bias=bias)]
+    assert (sample(stages, uniform(2, 1, 2, 2, dtype=F32).to(device), levels=4, temperature=0) == 1).all()
+
+
+# --- in-painting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["pixels", "columns", "some channels", "all", "none"])
+@pytest.mark.parametrize("head", ["categorical", "logistic_mixture"])
+def test_in_painting(device, which, head):
+    channels, levels = 3, 4
+    categorical = head == "categorical"
+    stages = plain(channels, levels, width=9, seed=3, out=None if categorical else 10, groups=3 if categorical else 1)
+    noise = uniform(2, 3 if categorical else 4, 5, 4, seed=2)
+    rng = torch.Generator().manual_seed(1)
+    image = torch.randint(0, levels, (2, 3, 5, 4), generator=rng)
+    known = {
+        "pixels": torch.rand(2, 1, 5, 4, generator=rng) < 0.5,
+        "columns": torch.tensor([True, False, False, True]),
+        "some channels": torch.rand(2, 3, 5, 4, generator=rng) < 0.5,
+        "all": torch.tensor(True),
+        "none": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+    }[which]
+    before = image.clone()
+    drawn = check(device, stages, noise, F32, levels=levels, head=head, image=image, known=known)
+    kept = known.expand(image.shape)
+    assert torch.equal(drawn[kept], image[kept]) and torch.equal(image, before)
+    garbage = torch.where(kept, image, -9)
+    again = sample(
+        cast(stages, F32, device),
+        noise.float().to(device),
+        levels=levels,
+        head=head,
+        image=garbage.to(device),
+        known=known.to(device),
+    )
+    assert torch.equal(again.cpu(), drawn)
+    if which == "none":
+        assert torch.equal(drawn, naive(cast(stages, F32), noise.float(), levels=levels, head=head))
+
+
+def test_known_pixels_shape_what_follows(device):
+    stages = cast(plain(seed=1), F32, device)
+    noise = uniform(1, 1, 6, 6, seed=1, dtype=F32).to(device)
+    free = sample(stages, noise, levels=5)
+    image = 4 - free
+    known = torch.zeros(1, 1, 6, 6, dtype=torch.bool, device=device)
+    known[..., 2, 3] = True
+    drawn = sample(stages, noise, levels=5, image=image, known=known)
+    assert torch.equal(drawn[..., :2, :], free[..., :2, :]) and torch.equal(drawn[..., 2, :3], free[..., 2, :3])
+    assert not torch.equal(drawn[..., 2:, :][~known[..., 2:, :]], free[..., 2:, :][~known[..., 2:, :]])
+
+
+# --- blocks of rows, progress, repeats --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "network",
+    [plain(seed=2), two_stacks(seed=2), plain(channels=3, width=9, seed=2)],
+    ids=["plain", "stacks", "groups"],
+)
+def test_blocks_of_rows_give_the_same(device, network):
+    stages = cast(network, F32, device)
+    channels = stages[0].inputs[0][1].shape[1]
+    noise = uniform(3, channels, 9, 4, seed=3, dtype=F32).to(device)
+    whole = sample(stages, noise, levels=5)
+    for rows in (1, 2, 5, 9, 40):
+        calls = []
+        assert torch.equal(
+            sample(stages, noise, levels=5, rows_per_call=rows, progress=lambda *a, c=calls: c.append(a)), whole
+        )
+        assert calls == [(min(end, 9), 9) for end in range(rows, 9 + rows, rows)]
+
+
+def test_an_error_in_progress_ends_the_call(device):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(
+            cast(plain(), F32, device), torch.rand(1, 1, 4, 4, device=device), levels=5, progress=stop, rows_per_call=1
+        )
+
+
+def test_repeats_are_bitwise_the_same_for_any_number_of_threads(device):
+    stages = cast(plain(width=40, seed=6), F32, device)
+    noise = uniform(11, 1, 6, 7, seed=6, dtype=F32).to(device)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            found.append(sample(stages, noise, levels=5))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], f) for f in found[1:])
+
+
+def test_a_sample_does_not_depend_on_its_batch(device):
+    stages = cast(plain(width=40, seed=6), F64, device)
+    noise = uniform(9, 1, 5, 5, seed=7).to(device)
+    together = sample(stages, noise, levels=5)
+    for n in (0, 4, 8):
+        assert torch.equal(sample(stages, noise[n : n + 1], levels=5), together[n : n + 1])
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 4), (2, 1, 0, 4), (2, 1, 4, 0)])
+def test_empty(device, shape):
+    drawn = sample(cast(plain(), F32, device), torch.rand(shape, device=device), levels=5)
+    assert drawn.shape == shape and drawn.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_computed_in_fp32(device, dtype):
+    stages, noise = cast(plain(seed=1), dtype, device), uniform(2, 1, 4, 5, dtype=F32).to(device)
+    assert torch.equal(sample(stages, noise, levels=5), sample(cast(stages, F32, device), noise, levels=5))
+
+
+def test_any_strides(device):
+    stages, noise = cast(plain(seed=1), F32, device), uniform(2, 1, 6, 5, dtype=F32).to(device)
+    twisted = [
+        Stage(tuple((p, w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)) for p, w in s.inputs), bias=s.bias.repeat(2)[::2].copy_(s.bias),
+              activation=s.activation)
+        for s in stages
+    ]  # fmt: skip
+    expected = sample(stages, noise, levels=5)
+    assert torch.equal(sample(twisted, noise.transpose(2, 3).contiguous().transpose(2, 3), levels=5), expected)
+    wide = torch.empty(4, 2, 12, 5, device=device).fill_(math.nan)
+    wide[::2, 1:, ::2] = noise
+    assert torch.equal(sample(twisted, wide[::2, 1:, ::2], levels=5), expected)
+
+
+def test_inputs_are_not_written(device):
+    stages, noise = cast(two_stacks(seed=1), F32, device), uniform(2, 1, 4, 4, dtype=F32).to(device)
+    before = [t.clone() for s in stages for t in s.tensors()] + [noise.clone()]
+    sample(stages, noise, levels=5)
+    assert all(
+        torch.equal(a, b) for a, b in zip([t for s in stages for t in s.tensors()] + [noise], before, strict=True)
+    )
+
+
+def test_fresh_memory_is_not_read(device, poisoned_memory):
+    check(device, two_stacks(seed=1), uniform(3, 1, 4, 4), F32, levels=5)
+    check(device, plain(channels=3, width=9, seed=1), uniform(3, 3, 4, 4), F32, levels=5)
+
+
+def test_nan_weights_draw_as_the_definition(device):
+    stages = plain(seed=1)
+    stages[0].bias[3] = math.nan
+    check(device, stages, uniform(2, 1, 3, 3), F32, levels=5)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def one(weight=None, **changes):
+    """A single stage over [2, 1, 4, 4] with 3 levels."""
+    return [Stage(((0, torch.zeros(3, 1, 3, 3) if weight is None else weight),), **changes)]
+
+
+def tap(y, x, size=3, out=3, source=1, o=0, i=0):
+    w = torch.zeros(out, source, size, size)
+    w[o, i, y, x] = 1.0
+    return w
+
+
+def second(**changes):
+    return [Stage(((0, torch.zeros(4, 1, 3, 3)),)), Stage(**{"inputs": ((1, torch.zeros(3, 4, 1, 1)),), **changes})]
+
+
+NOISE = torch.rand(2, 1, 4, 4)
+IMAGE, KNOWN = torch.zeros(2, 1, 4, 4, dtype=torch.int64), torch.ones(2, 1, 4, 4, dtype=torch.bool)
+BAD = {
+    "after the centre": (one(tap(1, 2)), {}, "stage 0: weight of plane 0 must be 0 at taps after the centre"),
+    "below the centre": (one(tap(2, 0)), {}, "stage 0: weight of plane 0 must be 0 at taps after the centre"),
+    "at the centre": (one(tap(1, 1)), {}, "stage 0: weight of plane 0 must be 0 at the centre, a pixel would see itself"),
+    "second stage": (second(inputs=((1, tap(1, 2, out=3, source=4)),)), {}, "stage 1: weight of plane 1 must be 0 at taps after the centre"),
+    "vertical": (one(tap(1, 0), vertical=True), {}, "stage 0: weight of plane 0 must be 0 at rows from its own on, plane 0 not being vertical"),
+    "vertical below": (
+        [Stage(((0, torch.zeros(4, 1, 3, 3)),), vertical=True), Stage(((1, tap(2, 0, source=4)),), vertical=True)],
+        {},
+        "stage 1: weight of plane 1 must be 0 at rows below its own, for a vertical stage",
+    ),
+    "even kernel": (one(torch.zeros(3, 1, 2, 3)), {}, r"stage 0: weight of plane 0 must have odd kh and kw, got \[3, 1, 2, 3\]"),
+    "unknown plane": (second(inputs=((2, torch.zeros(3, 4, 1, 1)),)), {}, "stage 1: planes that it reads must be 0 to 1, got 2"),
+    "unknown residual": (second(residual=7), {}, "stage 1: planes that it reads must be 0 to 1, got 7"),
+    "added image": (second(added=(0,)), {}, "stage 1: plane 0 must not be added or a residual, a pixel would see itself"),
+    "vertical adds": (
+        second(added=(1,), vertical=True),
+        {},
+        "stage 1: a vertical stage must add vertical planes only, plane 1 is not vertical",
+    ),
+    "channels": (second(inputs=((1, torch.zeros(3, 5, 1, 1)),)), {}, r"stage 1: weight of plane 1 must be .* = \[3, 4, kh, kw\], got \[3, 5, 1, 1\]"),
+    "added channels": (second(added=(1,)), {}, "stage 1: added plane 1 must have 3 channels, got 4"),
+    "residual channels": (second(residual=1), {}, "stage 1: residual plane 1 must have 3 channels, got 4"),
+    "bias": (one(bias=torch.zeros(4)), {}, r"stage 0: bias must be \[out\] = \[3\], got \[4\]"),
+    "condition": (one(condition=torch.zeros(2, 4)), {}, r"stage 0: condition must be .* got \[2, 4\]"),
+    "odd gate": (one(activation="gate"), {}, "stage 0: gate must have an even number of channels, got 3"),
+    "activation": (one(activation="gelu"), {}, "stage 0: activation must be one of none, relu, gate, got 'gelu'"),
+    "nothing read": ([Stage(bias=torch.zeros(3))], {}, "stage 0: must read a plane, by inputs or by added, got neither"),
+    "no stages": ([], {}, "stages must hold at least one Stage, got none"),
+    "levels": (one(), {"levels": 4}, r"last plane must have C \* levels = 1 \* 4 = 4 channels, got 3"),
+    "one level": (one(), {"levels": 1}, "levels must be an integer of at least 2, got 1"),
+    "head": (one(), {"head": "normal"}, "head must be one of categorical, logistic_mixture, got 'normal'"),
+    "mixture noise": (one(), {"head": "logistic_mixture"}, r"noise must be \[N, 1 \+ C, H, W\] with C = 1 or 3 .* got \[2, 1, 4, 4\]"),
+    "temperature": (one(), {"temperature": -0.5}, "temperature must be a finite number, 0 or more, got -0.5"),
+    "rows": (one(), {"rows_per_call": 0}, "rows_per_call must be an integer of at least 1, got 0"),
+    "image alone": (one(), {"image": IMAGE}, "image and known must be given together, got image without known"),
+    "known alone": (one(), {"known": KNOWN}, "image and known must be given together, got known without image"),
+    "image shape": (one(), {"image": IMAGE[:1], "known": KNOWN}, r"image must be \[N, C, H, W\] = \[2, 1, 4, 4\], got \[1, 1, 4, 4\]"),
+    "known shape": (one(), {"image": IMAGE, "known": KNOWN[..., :3]}, r"known must be broadcastable .* got \[2, 1, 4, 3\]"),
+    "known values": (one(), {"image": IMAGE + 3, "known": KNOWN}, "known pixels must lie in 0 to levels - 1 = 2, got 3"),
+    "negative": (one(), {"image": IMAGE - 1, "known": KNOWN}, "known pixels must lie in 0 to levels - 1 = 2, got -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    stages, options, sentence = BAD[name]
+    with pytest.raises(ValueError, match=f"^autoregressive_sampling: .*{sentence}"):
+        sample(stages, NOISE, **{"levels": 3, **options})
+
+
+def test_bad_types_are_named():
+    for stages, options, sentence in [
+        (one(), {"image": IMAGE, "known": KNOWN.long()}, "known must be bool"),
+        (one(), {"image": IMAGE.float(), "known": KNOWN}, "image must hold integers"),
+        (one(bias=torch.zeros(3, dtype=F64)), {}, "stage 0: all tensors of the stages must have one dtype"),
+        (one(torch.zeros(3, 1, 3, 3, dtype=torch.int32)), {}, "stage 0: weights, bias and condition must be float64"),
+        ([torch.nn.Identity()], {}, "stages must be a sequence of Stage, got Identity"),
+    ]:
+        with pytest.raises(TypeError, match=f"^autoregressive_sampling: .*{sentence}"):
+            sample(stages, NOISE, **{"levels": 3, **options})
+    with pytest.raises(TypeError, match="noise must be float64"):
+        sample(one(), IMAGE, levels=3)
+
+
+def test_noise_must_have_four_dimensions():
+    with pytest.raises(ValueError, match=r"noise must be \[N, C, H, W\] or, for logistic_mixture"):
+        sample(one(), torch.rand(1, 4, 4), levels=3)
+
+
+@pytest.mark.parametrize("plane", [0, 1])
+def test_channel_groups_at_the_centre(plane):
+    """With 3 data channels: an output of group 1 may see channels before its own in the image, and up to its own in other planes."""
+    noise = torch.rand(1, 3, 2, 2)
+    for mine, its in itertools.product(range(3), range(3)):
+        w = tap(0, 0, size=1, out=6, source=3 if plane == 0 else 6, o=2 * mine, i=its if plane == 0 else 2 * its)
+        first = Stage(((0, torch.zeros(6, 3, 3, 3)),))
+        stages = [Stage(((0, w),))] if plane == 0 else [first, Stage(((1, w),))]
+        if its < mine or (plane and its == mine):
+            sample(stages, noise, levels=2)
+            continue
+        with pytest.raises(ValueError, match=f"weight of plane {plane} must be 0 at the centre but for channel groups"):
+            sample(stages, noise, levels=2)
+
+
+def test_groups_must_divide_every_plane():
+    stages = [Stage(((0, torch.zeros(4, 3, 3, 3)),)), Stage(((1, torch.zeros(6, 4, 1, 1)),))]
+    with pytest.raises(ValueError, match="stage 0: its 4 channels must divide into 3 groups, one a data channel"):
+        sample(stages, torch.rand(1, 3, 2, 2), levels=2)
+
+
+def test_mixture_channels():
+    with pytest.raises(ValueError, match=r"last plane must have 10 \* K channels for 3 data channel\(s\), got 12"):
+        sample([Stage(((0, torch.zeros(12, 3, 3, 3)),))], torch.rand(1, 4, 2, 2), levels=256, head="logistic_mixture")
+
+
+def test_a_gradient_is_refused():
+    weight = torch.zeros(3, 1, 3, 3, requires_grad=True)
+    for noise in (NOISE, NOISE.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match="^autoregressive_sampling: drawn integers cannot be differentiated"):
+            sample(one(weight), noise, levels=3)
+    with torch.no_grad():
+        assert sample(one(weight), NOISE, levels=3).shape == NOISE.shape
+
+
+def test_masks_of_these_tests():
+    m = mask(6, (3, 3), "A", groups=3, source=3)
+    assert m[:, :, 0].all() and m[:, :, 1, 0].all() and not m[:, :, 2].any() and not m[:, :, 1, 2].any()
+    assert m[:, :, 1, 1].tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
