@@ -327,15 +327,15 @@ OPERATOR = register(
     Operator(
         name=NAME,
         functions=(autoregressive_sampling,),
-        backends={"cpu": "no C++ kernel yet", "triton": "no Triton kernel yet", "cuda": "no CUDA kernel yet"},
+        backends={"cpu": "", "triton": "no Triton kernel yet", "cuda": "no CUDA kernel yet"},
         composability={
             "backward": "raises",
             "double backward": "raises",
             "forward mode": "raises",
             "vmap": "raises",
-            "compile": "reference",
-            "autocast": "reference",
-            "deterministic": "reference",
+            "compile": "kernel",
+            "autocast": "kernel",
+            "deterministic": "kernel",
         },
     )
 )
