@@ -16,6 +16,12 @@ from genkernels.nn.dequantize import (
 from genkernels.nn.invertible_conv import (
     InvertibleConv1x1,
 )
+from genkernels.nn.made import (
+    MADE,
+    AutoregressiveTransform,
+    InverseAutoregressiveTransform,
+    MaskedLinear,
+)
 from genkernels.nn.masked_conv import (
     MaskedConv2d,
 )
@@ -34,15 +40,19 @@ from genkernels.nn.squeeze import (
 )
 
 __all__ = [
+    "MADE",
     "ActNorm",
     "AffineCoupling",
+    "AutoregressiveTransform",
     "Conv2dZeros",
     "Dequantize",
     "EvenOdd",
     "FlowSequential",
+    "InverseAutoregressiveTransform",
     "InvertibleConv1x1",
     "Logit",
     "MaskedConv2d",
+    "MaskedLinear",
     "Prior",
     "Split",
     "Squeeze",

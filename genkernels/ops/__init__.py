@@ -14,6 +14,10 @@ from genkernels.ops.autoregressive_sampling import (
     Stage,
     autoregressive_sampling,
 )
+from genkernels.ops.made import (
+    made_inverse,
+    masked_linear,
+)
 from genkernels.ops.masked_conv import (
     masked_conv,
 )
@@ -27,5 +31,7 @@ __all__ = [
     "affine_coupling_inverse",
     "affine_coupling_reverse",
     "autoregressive_sampling",
+    "made_inverse",
     "masked_conv",
+    "masked_linear",
 ]

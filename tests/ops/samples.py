@@ -2,7 +2,7 @@
 
 import torch
 
-from genkernels import ops
+from genkernels import ops, reference
 
 
 def affine_coupling(device="cpu", dtype=torch.float64):
@@ -40,9 +40,25 @@ def autoregressive_sampling(device="cpu", dtype=torch.float64):
     return sample, tuple(t.to(device, dtype) for t in (noise, first, second))
 
 
+def made(device="cpu", dtype=torch.float64):
+    """The inverse of a small network with a context, through a masked linear layer's output."""
+    generator = torch.Generator().manual_seed(1)
+    degrees = [torch.tensor(d, device=device) for d in ([2, 1, 3], [0, 1, 1, 2], [0, 1, 2, 2])]
+    order, counts = reference.made.plan(degrees)
+    shapes = [(2, 3), (4, 3), (4,), (4, 4), (4,), (6, 4), (6,)]
+    tensors = (torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes)
+
+    def function(z, w0, b0, w1, b1, w2, b2):
+        context = ops.masked_linear(z, w0, b0, degrees[0], degrees[1]).to(z.dtype)
+        return ops.made_inverse(z, (w0, w1, w2), (b0, b1, b2), order, counts, context=context, scale_map="sigmoid")
+
+    return function, tuple(tensors)
+
+
 SAMPLES = {
     "affine_coupling": affine_coupling,
     "autoregressive_sampling": autoregressive_sampling,
+    "made": made,
     "masked_conv": masked_conv,
 }
 

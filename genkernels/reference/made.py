@@ -1,0 +1,238 @@
+r"""Masked linear layers and the inverse of an autoregressive affine transform in plain PyTorch: the definition, the oracle, the fallback.
+
+Degrees say who may see whom. Feature :math:`k` in the chosen order has degree k = 1 … D; a hidden unit of degree m depends on
+features of degree ≤ m, an output of degree d on features of degree < d alone (Germain et al., "MADE", 2015):
+
+.. math:: y = (W \odot M)\,x + b,\qquad M_{ji} = [\,d_j \ge d_i\,]\ \text{(hidden)},\quad [\,d_j > d_i\,]\ \text{(output, strict)}
+
+The autoregressive affine transform (Kingma et al., "IAF", 2016; Papamakarios et al., "MAF", 2017) has
+:math:`z_i = x_i\,\sigma(s_i) + t_i` with :math:`(s_i, t_i)` made from the features before i. Its inverse by definition is D passes,
+each of which settles one more feature. Kernels solve it as a blocked nonlinear triangular system instead: every hidden unit
+is computed once, when the last feature that it sees has become known.
+
+Gradient of the inverse, by the implicit function theorem: λ solves :math:`J^\top\lambda + g_\ell\,\nabla_x \textstyle\sum\log\sigma = g_x`
+(:math:`J = \partial z / \partial x`, triangular, so by back substitution from the last feature); the gradient of z is λ, that of any
+parameter θ is :math:`-(\lambda^\top \partial z/\partial\theta + g_\ell\,\partial \sum\log\sigma / \partial\theta)`: one vector-Jacobian product.
+
+A network is its layers' weights ``[out, in]`` and biases, the last giving s for all features in data order, then t. Hidden units
+are sorted by degree. ``order [D]``: the feature of each step. ``counts [layers - 1, D + 1]``: how many units of a hidden layer have
+degree ≤ k, that is, are known once k features are. With ``residual``, the layers after the first come in pairs
+:math:`v \leftarrow v + W_b\,\mathrm{relu}(W_a\,\mathrm{relu}(v) + b_a) + b_b`, and the last layer reads v itself. ``context [N, H]``
+is added to the first hidden layer's pre-activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genkernels.reference.affine_coupling import log_scale, log_scale_slope
+
+# ------------------------------------------------------------------------------------------------------ masked linear
+
+
+def degree_mask(in_degrees: Tensor, out_degrees: Tensor, strict: bool) -> Tensor:
+    """``[out, in]`` bool: where an output may see an input."""
+    out, into = out_degrees.unsqueeze(1), in_degrees.unsqueeze(0)
+    return out > into if strict else out >= into
+
+
+def masked_weight(weight: Tensor, in_degrees: Tensor, out_degrees: Tensor, strict: bool) -> Tensor:
+    """`weight` with dead entries exactly 0, whatever stood there."""
+    return torch.where(degree_mask(in_degrees, out_degrees, strict), weight, torch.zeros_like(weight))
+
+
+def masked_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, in_degrees: Tensor, out_degrees: Tensor, strict: bool
+) -> Tensor:
+    """``input [N, in]`` → ``[N, out]`` by the live weights."""
+    return F.linear(input, masked_weight(weight, in_degrees, out_degrees, strict), bias)
+
+
+def masked_linear_grad_input(
+    grad_output: Tensor, weight: Tensor, in_degrees: Tensor, out_degrees: Tensor, strict: bool
+) -> Tensor:
+    return grad_output @ masked_weight(weight, in_degrees, out_degrees, strict)
+
+
+def masked_linear_grad_weight(
+    grad_output: Tensor, input: Tensor, in_degrees: Tensor, out_degrees: Tensor, strict: bool
+) -> Tensor:
+    return masked_weight(grad_output.mT @ input, in_degrees, out_degrees, strict)
+
+
+# --------------------------------------------------------------------------------------------- the network, the degrees
+
+
+def plan(degrees: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``(order [D], counts [L - 1, D + 1])`` from the features' degrees (a permutation of 1 … D) and the hidden layers', sorted."""
+    features = degrees[0].numel()
+    steps = torch.arange(features + 1, device=degrees[0].device)
+    counts = [torch.searchsorted(d.contiguous(), steps, right=True) for d in degrees[1:]]
+    return torch.argsort(degrees[0]), torch.stack(counts) if counts else steps.new_empty((0, features + 1))
+
+
+def degrees_of(order: Tensor, counts: Tensor, hidden: Sequence[int]) -> list[Tensor]:
+    """The degrees of features and of hidden units: `plan` undone."""
+    units = [torch.arange(n, device=order.device) for n in hidden]
+    return [
+        torch.argsort(order) + 1,
+        *(torch.searchsorted(c.contiguous(), u, right=True) for c, u in zip(counts, units, strict=True)),
+    ]
+
+
+class _Network:
+    """The masked layers of a MADE, their units and their backward signals, written out."""
+
+    def __init__(self, weights, biases, context, order, counts, residual):
+        self.degrees = degrees_of(order, counts, [w.shape[0] for w in weights[:-1]])
+        outputs = torch.cat([self.degrees[0]] * (weights[-1].shape[0] // max(order.numel(), 1)))
+        ends = [*self.degrees[1:], outputs]
+        self.masks = [
+            degree_mask(into, out, strict=layer == len(weights) - 1)
+            for layer, (into, out) in enumerate(zip(self.degrees, ends, strict=True))
+        ]
+        self.weights = [torch.where(m, w, torch.zeros_like(w)) for m, w in zip(self.masks, weights, strict=True)]
+        self.biases, self.context, self.residual = biases, context, residual
+
+    def units(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """``(values, inputs)`` of each layer: pre-activations, the last being the parameters, and what the layer reads."""
+        values, inputs = [], []
+        u, last = x, len(self.weights) - 1
+        for layer, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            inputs.append(u)
+            v = F.linear(u, w, b)
+            if layer == 0 and self.context is not None:
+                v = v + self.context
+            if self._joins(layer):
+                v = v + values[layer - 2]
+            values.append(v)
+            u = v if self.residual and layer == last - 1 else F.relu(v)
+        return values, inputs
+
+    def signals(self, grad_params: Tensor, values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The gradient by every layer's pre-activations, and by x."""
+        last = len(self.weights) - 1
+        signals: list[Tensor] = [grad_params] * (last + 1)
+        for layer in range(last - 1, -1, -1):
+            g = signals[layer + 1] @ self.weights[layer + 1]
+            if not (self.residual and layer == last - 1):
+                g = torch.where(values[layer] <= 0, torch.zeros_like(g), g)
+            if layer + 2 < last and self._joins(layer + 2):
+                g = g + signals[layer + 2]
+            signals[layer] = g
+        return signals, signals[0] @ self.weights[0]
+
+    def _joins(self, layer: int) -> bool:
+        """Whether the values of two layers below are added: at the end of each residual block."""
+        return self.residual and layer >= 2 and layer % 2 == 0 and layer < len(self.weights) - 1
+
+
+# --------------------------------------------------------------------------------------------------------- the inverse
+
+
+def made_forward(
+    x: Tensor,
+    context: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    order: Tensor,
+    counts: Tensor,
+    residual: bool = False,
+    scale_map: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``(z, ldj)``, in one pass of the network."""
+    s, t = _Network(weights, biases, context, order, counts, residual).units(x)[0][-1].chunk(2, dim=1)
+    ell = log_scale(s, scale_map)
+    return x * torch.exp(ell) + t, ell.sum(1)
+
+
+def made_inverse(
+    z: Tensor,
+    context: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    order: Tensor,
+    counts: Tensor,
+    residual: bool = False,
+    scale_map: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``(x, ldj)`` of the inverse by D sequential passes, ldj = −Σ log σ."""
+    network = _Network(weights, biases, context, order, counts, residual)
+    x = torch.zeros_like(z)
+    ell = torch.zeros_like(z)
+    for step in range(1, z.shape[1] + 1):
+        s, t = network.units(x)[0][-1].chunk(2, dim=1)
+        now = network.degrees[0] == step
+        found = log_scale(s, scale_map)
+        x = torch.where(now, (z - t) * torch.exp(-found), x)
+        ell = torch.where(now, found, ell)
+    return x, -ell.sum(1)
+
+
+def made_inverse_backward(
+    grad_x: Tensor | None,
+    grad_ldj: Tensor | None,
+    x: Tensor,
+    context: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    order: Tensor,
+    counts: Tensor,
+    residual: bool = False,
+    scale_map: int = 0,
+) -> list[Tensor]:
+    """Gradients ``[z, context (of its shape even where it is None), weight and bias of each layer]`` from the solution x.
+
+    Back substitution: D passes of the transposed network, from the last feature to the first.
+    """
+    network = _Network(weights, biases, context, order, counts, residual)
+    grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+    by_ldj = x.new_zeros((x.shape[0], 1)) if grad_ldj is None else grad_ldj.unsqueeze(1)
+    values, inputs = network.units(x)
+    s, _ = values[-1].chunk(2, dim=1)
+    ell, slope = log_scale(s, scale_map), log_scale_slope(s, scale_map)
+    scale, shrink = torch.exp(ell), torch.exp(-ell)
+
+    def signals(solution):
+        return network.signals(torch.cat([(solution * x * scale + by_ldj) * slope, solution], dim=1), values)
+
+    solution = torch.zeros_like(x)
+    for step in range(x.shape[1], 0, -1):
+        found = (grad_x - signals(solution)[1]) * shrink
+        solution = torch.where(network.degrees[0] == step, found, solution)
+    by_layer = signals(solution)[0]
+    grads = [solution, -by_layer[0]]
+    for g, u, mask in zip(by_layer, inputs, network.masks, strict=True):
+        product = g.mT @ u
+        grads += [-torch.where(mask, product, torch.zeros_like(product)), -g.sum(0)]
+    return grads
+
+
+def made_inverse_jacobi(
+    z: Tensor,
+    context: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    order: Tensor,
+    counts: Tensor,
+    residual: bool = False,
+    scale_map: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`made_inverse` by sweeps that renew all features at once: k sweeps settle the first k, so D are exact.
+
+    Stops once a sweep changes nothing: looked at after each sweep on a CPU, after every 16th on a GPU, where looking means waiting.
+    """
+    network = _Network(weights, biases, context, order, counts, residual)
+    x, ell = torch.zeros_like(z), torch.zeros_like(z)
+    look = 1 if z.device.type == "cpu" else 16
+    for sweep in range(1, z.shape[1] + 1):
+        s, t = network.units(x)[0][-1].chunk(2, dim=1)
+        ell = log_scale(s, scale_map)
+        before, x = x, (z - t) * torch.exp(-ell)
+        if sweep % look == 0 and torch.equal(before, x):
+            break
+    return x, -ell.sum(1)

@@ -1,0 +1,288 @@
+"""MaskedLinear, MADE, MAF and IAF: who sees whom by the fp64 Jacobian, inverses, gradients, state, refusals."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import genkernels as gk
+from genkernels import nn as gnn
+from genkernels.nn import MADE, AutoregressiveTransform, InverseAutoregressiveTransform, MaskedLinear
+from tests.nn.flow_checks import brute_log_det, perturb
+
+ORDERS = ["natural", "reversed", "random"]
+#: features, hidden, residual: plenty of units, fewer than D − 1, several depths, D = 1 and 2
+NETWORKS = [
+    (6, (17, 11), False),
+    (6, 13, True),
+    (9, (4, 6, 3), False),
+    (5, 1, False),
+    (1, (3, 2), False),
+    (1, 4, True),
+    (2, (5,), False),
+    (70, (150, 90), False),
+]
+
+
+def network(features, hidden, residual, order="natural", context=0, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    if context and features > 1 and hidden == 1:
+        hidden = 2
+    made = MADE(
+        features, hidden, residual=residual, order=order, context_features=context, generator=generator, **options
+    )
+    return perturb(made.double(), 0.25 if features < 50 else 0.05, seed)
+
+
+def may_see(made):
+    """``[D, D]`` bool from the degrees alone: paths through live weights exist."""
+    reach = None
+    for layer in made.layers:
+        mask = layer.mask.double()
+        reach = mask if reach is None else ((mask @ reach) > 0).double()
+    return reach.view(made.params_per_feature, made.features, made.features) > 0
+
+
+def jacobian(function, x):
+    return torch.autograd.functional.jacobian(function, x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("features,hidden,residual", NETWORKS)
+def test_made_sees_exactly_the_features_before(features, hidden, residual, order, train):
+    made = network(features, hidden, residual, order, params_per_feature=3).train(train)
+    with torch.no_grad():
+        for layer in made.layers:  # all paths alive: no unit sleeps, no two paths cancel
+            layer.weight.abs_()
+            layer.bias.abs_()
+    found = jacobian(made, torch.rand(1, features, dtype=torch.float64)).view(3, features, features) != 0
+    position = torch.argsort(made.order)
+    before = position.unsqueeze(1) > position.unsqueeze(0)
+    assert torch.equal(found, may_see(made))
+    assert not (found & ~before).any()
+    least = min(made.hidden_features)
+    if least >= features - 1:
+        assert torch.equal(found, before.expand_as(found)), "an allowed dependency is missing"
+    elif features > 1:
+        last = int(made.order[-1])
+        assert found[:, last].any(1).all() and found[:, int(made.order[1]), int(made.order[0])].all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("features,hidden,residual", NETWORKS)
+def test_context_reaches_every_output(features, hidden, residual, order):
+    made = network(features, hidden, residual, order, context=2)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.abs_()
+    x, context = torch.rand(1, features, dtype=torch.float64), torch.rand(1, 2, dtype=torch.float64)
+    assert (jacobian(lambda c: made(x, c), context).view(2 * features, 2) != 0).all()
+    assert torch.equal(jacobian(lambda v: made(v, context), x).view(2, features, features) != 0, may_see(made))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_masked_linear_sees_by_degree(strict):
+    into, out = torch.randint(1, 6, (7,)), torch.cat([torch.tensor([6, 2]), torch.randint(2, 6, (7,))])
+    into[3] = 1
+    layer = MaskedLinear(7, 9, into, out, strict=strict).double()
+    torch.nn.init.normal_(layer.weight)
+    live = out[:, None] > into if strict else out[:, None] >= into
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(layer.mask, live)
+    assert torch.equal(jacobian(lambda v: layer(v[None])[0], x[0].detach()) != 0, live)
+    plain = torch.nn.functional.linear(x, layer.weight * live, layer.bias)
+    torch.testing.assert_close(layer(x), plain)
+    layer(x).square().sum().backward()
+    assert (layer.weight.grad[~live] == 0).all() and (layer.weight.grad[live] != 0).all()
+
+
+def test_masked_linear_is_a_plain_linear():
+    layer, plain = MaskedLinear(3, 4, [1, 2, 3], [1, 1, 2, 3]), torch.nn.Linear(3, 4)
+    assert isinstance(layer, torch.nn.Linear)
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    assert (layer.weight[~layer.mask] == 0).all()
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, plain.weight * layer.mask, plain.bias))
+    assert layer(torch.randn(2, 5, 3)).shape == (2, 5, 4)
+    assert MaskedLinear(3, 4, [1, 2, 3], [1, 1, 2, 3], bias=False)(x).shape == (5, 4)
+
+
+@pytest.mark.parametrize("flow", [AutoregressiveTransform, InverseAutoregressiveTransform])
+@pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "tanh"])
+@pytest.mark.parametrize("method", ["blocked", "jacobi", "sequential"])
+@pytest.mark.parametrize("features,hidden,residual", NETWORKS)
+@torch.no_grad()
+def test_inverse_undoes_forward(features, hidden, residual, method, scale_map, flow):
+    if features > 50 and (scale_map, method) not in (("exp", "blocked"), ("tanh", "jacobi")):
+        return  # as long as it is only to be seen that several blocks work
+    for order, context in zip(ORDERS, (0, 2, 0), strict=True):
+        layer = flow(network(features, hidden, residual, order, context), scale_map, method)
+        for batch in (0, 1, 3):
+            x = torch.randn(batch, features, dtype=torch.float64)
+            c = torch.randn(batch, context, dtype=torch.float64) if context else None
+            z, ldj = layer(x, c)
+            back, inverse_ldj = layer.inverse(z, c)
+            assert z.shape == x.shape and ldj.shape == inverse_ldj.shape == (batch,)
+            torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(inverse_ldj, -ldj, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("flow", [AutoregressiveTransform, InverseAutoregressiveTransform])
+@pytest.mark.parametrize("order", ORDERS)
+def test_flows_are_triangular_and_their_log_det_is_right(order, flow, train):
+    layer = flow(network(6, 13, True, order, context=2), "sigmoid").train(train)
+    x, c = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    for way in (layer.forward, layer.inverse):
+        for i in range(3):
+            expected = brute_log_det(lambda v, i=i, way=way: way(v, c[i : i + 1])[0], x[i : i + 1])
+            torch.testing.assert_close(way(x, c)[1][i : i + 1], expected)
+        j = jacobian(lambda v, way=way: way(v, c[:1])[0], x[:1])[0, :, 0]
+        sorted_j = j[layer.made.order][:, layer.made.order]
+        assert (sorted_j.triu(1) == 0).all() and (sorted_j.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("method", ["blocked", "jacobi", "sequential"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("order", ["natural", "random"])
+def test_gradients_of_the_inverse_are_those_through_all_passes(order, residual, method):
+    layer = AutoregressiveTransform(network(7, 19, residual, order, context=2), "tanh", method)
+    z, c = (torch.randn(4, n, dtype=torch.float64, requires_grad=True) for n in (7, 2))
+    leaves = [z, c, *layer.parameters()]
+
+    def passes():
+        x = torch.zeros_like(z)
+        for _ in range(7):
+            s, t = layer.made(x, c).chunk(2, 1)
+            x = (z - t) * torch.exp(-s.tanh())
+        return x, -s.tanh().sum(1)
+
+    def grads(outputs):
+        x, ldj = outputs
+        return torch.autograd.grad((x.sin() * ldj.unsqueeze(1)).sum() + ldj.square().sum(), leaves)
+
+    for ours, theirs in zip(grads(layer.inverse(z, c)), grads(passes()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    got = grads(layer.inverse(z, c))
+    masks = [m.mask for m in layer.made.layers]
+    by_weight = [g for g, p in zip(got[2:], layer.parameters(), strict=True) if p.dim() == 2][: len(masks)]
+    for grad, mask in zip(by_weight, masks, strict=True):
+        assert (grad[~mask] == 0).all()
+
+
+def test_dead_weights_never_act():
+    layer = AutoregressiveTransform(network(6, 13, True, "random"))
+    z = torch.randn(3, 6, dtype=torch.float64)
+    before = layer.inverse(z), layer(z)
+    with torch.no_grad():
+        for m in layer.made.layers:
+            m.weight.masked_fill_(~m.mask, float("nan"))
+    for a, b in itertools.chain(
+        *(zip(x, y, strict=True) for x, y in zip(before, (layer.inverse(z), layer(z)), strict=True))
+    ):
+        assert torch.equal(a, b)  # fmt: skip
+
+
+def test_fp32_inverse_agrees_with_the_passes():
+    made = MADE(64, 96)
+    perturb(made, 0.03)
+    blocked, passes = (AutoregressiveTransform(made, method=m) for m in ("blocked", "sequential"))
+    z = torch.randn(50, 64)
+    with torch.no_grad():
+        for ours, theirs in zip(blocked.inverse(z), passes.inverse(z), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert blocked.inverse(z.bfloat16().float())[1].dtype == torch.float32
+
+
+def test_state_dict_takes_the_order_along():
+    first, second = (network(8, 12, False, "random", seed=seed) for seed in (1, 2))
+    assert not torch.equal(first.order, second.order)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 8, dtype=torch.float64)
+    assert torch.equal(first.order, second.order) and torch.equal(first(x), second(x))
+    flows = [AutoregressiveTransform(m) for m in (first, second)]
+    assert torch.equal(*(f.inverse(x)[0] for f in flows))
+    damaged = {**first.state_dict(), "order": torch.zeros(8, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="MADE: order must be a permutation of 0 to 7"):
+        second.load_state_dict(damaged)
+
+
+def test_copies_and_casts():
+    layer = AutoregressiveTransform(MADE(5, 8, order="random"))
+    x = torch.randn(3, 5)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x)[0], layer(x)[0])
+    wide = layer.double()
+    z, ldj = wide(x.double())
+    assert z.dtype == ldj.dtype == torch.float64 and wide.made.order.dtype == torch.int64
+    torch.testing.assert_close(wide.inverse(z)[0], x.double())
+    z, ldj = twin.bfloat16()(x.bfloat16())
+    assert z.dtype == torch.bfloat16 and ldj.dtype == torch.float32
+    back, ldj = twin.inverse(z)
+    assert back.dtype == torch.bfloat16 and ldj.dtype == torch.float32
+    torch.testing.assert_close(back.float(), x, rtol=0.1, atol=0.1)
+
+
+def test_flow_sequential_trains():
+    flow = gnn.FlowSequential(
+        AutoregressiveTransform(MADE(4, 16)), AutoregressiveTransform(MADE(4, 16, order="reversed")),
+        InverseAutoregressiveTransform(MADE(4, 16)),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    x = torch.randn(64, 4) @ torch.randn(4, 4)
+    losses = []
+    for _ in range(20):
+        z, ldj = flow(x)
+        loss = (0.5 * z.square().sum(1) - ldj).mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1
+    for m in flow.modules():
+        if isinstance(m, MaskedLinear):
+            assert (m.weight[~m.mask] == 0).all()
+    torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_compiles(backend):
+    layer = AutoregressiveTransform(MADE(4, 8, context_features=2))
+    x, c = torch.randn(3, 4), torch.randn(3, 2)
+    with gk.use_backend(backend):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, c: (*layer(x, c), *layer.inverse(x, c)), backend="aot_eager")
+        for ours, theirs in zip(compiled(x, c), (*layer(x, c), *layer.inverse(x, c)), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+REFUSED = [
+    (lambda: MaskedLinear(2, 2, [1, 2, 3], [1, 1]), "in_degrees must be 2 integers, 0 or more, got int64 \\[3\\]"),
+    (lambda: MaskedLinear(2, 2, [1, 2], [1.0, 2.0]), "out_degrees must be 2 integers, 0 or more, got float32 \\[2\\]"),
+    (lambda: MaskedLinear(2, 2, [1, -1], [1, 1]), "in_degrees must be 2 integers, 0 or more, got int64 \\[2\\] down to -1"),
+    (lambda: MaskedLinear(2, 3, [3, 4], [3, 5, 2]), "an output of degree 2 must have an input of degree at most that, got in_degrees from 3 \\(output 2"),
+    (lambda: MaskedLinear(2, 3, [2, 3], [1, 2, 3], strict=True), "an output of degree 2 must have an input of degree below that, got in_degrees from 2"),
+    (lambda: MADE(0, 4), "features must be at least 1, got 0"),
+    (lambda: MADE(4, ()), "every hidden layer must have at least 1 units, got \\[\\]"),
+    (lambda: MADE(4, 1, context_features=2), "at least 2 units \\(one sees the context alone, one the first feature\\), got \\[1, 1\\]"),
+    (lambda: MADE(4, (8, 8), residual=True), "an odd number of equal hidden layers, at least 3, got \\[8, 8\\]"),
+    (lambda: MADE(3, 4, order=[0, 1, 1]), "order must be a permutation of 0 to 2, got \\[0, 1, 1\\]"),
+    (lambda: MADE(3, 4, order="backwards"), "order must be natural, reversed, random or a permutation of 0 to 2, got 'backwards'"),
+    (lambda: MADE(3, 4)(torch.zeros(2, 4)), "x must be \\[N, 3\\], got \\[2, 4\\]"),
+    (lambda: MADE(3, 4)(torch.zeros(2, 3), torch.zeros(2, 1)), "built without context_features, got a context \\[2, 1\\]"),
+    (lambda: MADE(3, 4, context_features=2)(torch.zeros(2, 3)), "a context \\[N, 2\\] is needed, got None"),
+    (lambda: MADE(3, 4, context_features=2)(torch.zeros(2, 3), torch.zeros(1, 2)), "context must be \\[N, 2\\] with N = 2, got \\[1, 2\\]"),
+    (lambda: AutoregressiveTransform(MADE(3, 4), "cube"), "scale_map must be one of exp, sigmoid, tanh, got 'cube'"),
+    (lambda: InverseAutoregressiveTransform(MADE(3, 4), method="fast"), "method must be one of blocked, jacobi, sequential, got 'fast'"),
+    (lambda: AutoregressiveTransform(MADE(3, 4, 3)), "made must be a MADE with params_per_feature=2, got 3"),
+    (lambda: AutoregressiveTransform(MADE(3, 4)).inverse(torch.zeros(2, 4)), "the input must be \\[N, 3\\], got \\[2, 4\\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("action,sentence", REFUSED, ids=range(len(REFUSED)))
+def test_refusals(action, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        action()
