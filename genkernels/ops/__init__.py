@@ -14,6 +14,10 @@ from genkernels.ops.autoregressive_sampling import (
     Stage,
     autoregressive_sampling,
 )
+from genkernels.ops.logistic_mixture import (
+    logistic_mixture_nll,
+    logistic_mixture_sample,
+)
 from genkernels.ops.made import (
     made_inverse,
     masked_linear,
@@ -31,6 +35,8 @@ __all__ = [
     "affine_coupling_inverse",
     "affine_coupling_reverse",
     "autoregressive_sampling",
+    "logistic_mixture_nll",
+    "logistic_mixture_sample",
     "made_inverse",
     "masked_conv",
     "masked_linear",

@@ -55,9 +55,17 @@ def made(device="cpu", dtype=torch.float64):
     return function, tuple(tensors)
 
 
+def logistic_mixture(device="cpu", dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    params = torch.randn(3, 20, 2, 3, generator=generator, dtype=torch.float64).to(device, dtype)
+    x = (torch.randint(17, (3, 3, 2, 3), generator=generator) / 8.0 - 1).to(device)
+    return lambda p: (ops.logistic_mixture_nll(p, x, levels=17),), (params,)
+
+
 SAMPLES = {
     "affine_coupling": affine_coupling,
     "autoregressive_sampling": autoregressive_sampling,
+    "logistic_mixture": logistic_mixture,
     "made": made,
     "masked_conv": masked_conv,
 }
