@@ -1,43 +1,16 @@
 """Layers. Data → noise is forward: ``z, ldj = layer(x, context=None)`` and ``x, ldj = layer.inverse(z, context=None)``."""
 
-from genkernels.nn.actnorm import (
-    ActNorm,
-)
-from genkernels.nn.affine_coupling import (
-    AffineCoupling,
-)
-from genkernels.nn.conv_zeros import (
-    Conv2dZeros,
-)
-from genkernels.nn.dequantize import (
-    Dequantize,
-    Logit,
-)
-from genkernels.nn.invertible_conv import (
-    InvertibleConv1x1,
-)
-from genkernels.nn.made import (
-    MADE,
-    AutoregressiveTransform,
-    InverseAutoregressiveTransform,
-    MaskedLinear,
-)
-from genkernels.nn.masked_conv import (
-    MaskedConv2d,
-)
-from genkernels.nn.prior import (
-    Prior,
-)
-from genkernels.nn.sequential import (
-    FlowSequential,
-)
-from genkernels.nn.split import (
-    Split,
-)
-from genkernels.nn.squeeze import (
-    EvenOdd,
-    Squeeze,
-)
+from genkernels.nn.actnorm import ActNorm
+from genkernels.nn.affine_coupling import AffineCoupling
+from genkernels.nn.conv_zeros import Conv2dZeros
+from genkernels.nn.dequantize import Dequantize, Logit
+from genkernels.nn.invertible_conv import InvertibleConv1x1
+from genkernels.nn.made import MADE, AutoregressiveTransform, InverseAutoregressiveTransform, MaskedLinear
+from genkernels.nn.masked_conv import MaskedConv2d
+from genkernels.nn.prior import Prior
+from genkernels.nn.sequential import FlowSequential
+from genkernels.nn.split import Split
+from genkernels.nn.squeeze import EvenOdd, Squeeze
 
 __all__ = [
     "MADE",
