@@ -36,10 +36,7 @@ def model_kwargs(
     allowed = _parameters(kind)
     for key in ("image_shape", "features", "data_levels", "num_classes"):
         arguments.pop(key, None)
-    if bundle.levels is None:
-        arguments["features"] = bundle.shape[0]
-    else:
-        arguments |= {"image_shape": tuple(bundle.shape), "data_levels": bundle.levels}
+    arguments |= _facts(bundle, allowed, name)
     if classes:
         if not bundle.num_classes:
             raise UsageError(f"--class-conditional needs labels: the data {bundle.name} have none")
@@ -57,6 +54,18 @@ def model_kwargs(
             raise UsageError(f"{name} has no argument {key!r}{nearest(key, allowed)}")
         arguments[key] = _value(value)
     return arguments
+
+
+def _facts(bundle, allowed: list[str] | None, name: str) -> dict:
+    """Shape and levels of the data, by the names that the model gives them."""
+    if allowed is not None and "image_size" in allowed:  # a model of integer images
+        if bundle.levels is None:
+            raise UsageError(f"{name} is a model of images, the data {bundle.name} are points: try maf, glow or nice")
+        channels, *size = bundle.shape
+        return {"image_size": tuple(size), "channels": channels, "levels": bundle.levels}
+    if bundle.levels is None:
+        return {"features": bundle.shape[0]}
+    return {"image_shape": tuple(bundle.shape), "data_levels": bundle.levels}
 
 
 def build(kind: type, name: str, arguments: dict) -> nn.Module:

@@ -6,11 +6,33 @@ import difflib
 
 from torch import nn
 
-from genkernels.models.flows import NICE, FlowModel, Glow, RealNVP
+from genkernels.models.autoregressive import GatedPixelCNN, PixelCNN, PixelModel
+from genkernels.models.flows import IAF, MAF, NICE, FlowModel, Glow, RealNVP
 
-MODELS: dict[str, type[nn.Module]] = {"nice": NICE, "realnvp": RealNVP, "glow": Glow}
+MODELS: dict[str, type[nn.Module]] = {
+    "nice": NICE,
+    "realnvp": RealNVP,
+    "glow": Glow,
+    "maf": MAF,
+    "iaf": IAF,
+    "pixelcnn": PixelCNN,
+    "gatedpixelcnn": GatedPixelCNN,
+}
 
-__all__ = ["MODELS", "NICE", "FlowModel", "Glow", "RealNVP", "build", "model_class"]
+__all__ = [
+    "IAF",
+    "MAF",
+    "MODELS",
+    "NICE",
+    "FlowModel",
+    "GatedPixelCNN",
+    "Glow",
+    "PixelCNN",
+    "PixelModel",
+    "RealNVP",
+    "build",
+    "model_class",
+]
 
 
 def model_class(name: str) -> type[nn.Module]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from genkernels.models._model import LikelihoodModel, arguments
 from genkernels.nn import ActNorm, Dequantize, Logit, Prior
 
+__all__ = ["FlowModel", "arguments", "level_sizes"]
 
-class FlowModel(nn.Module):
+
+class FlowModel(LikelihoodModel):
     r"""A multi-scale flow: images are dequantised, then each level is a `FlowSequential`, and `Split` takes latents out between levels.
 
     .. math:: \log p(x) = \log p_Z(f(x)) + \log|\det \partial f/\partial x|
@@ -21,13 +22,8 @@ class FlowModel(nn.Module):
     Subclasses call `_setup`, fill ``flows`` (one `FlowSequential` a level) and ``splits`` (one less) and call `_finish`.
 
     Attributes:
-        shape: of one datum, ``(C, H, W)`` or ``(D,)``. dim: its number of values.
-        data_levels: grey levels of the data, None for continuous data. num_classes: None where y plays no part.
-        hparams: the constructor's arguments; ``genkernels.models.build(name, **hparams)`` makes the same model.
-        presets: arguments by preset name, for `from_preset`.
+        data_levels: grey levels of the data, None for continuous data. The others: as for `LikelihoodModel`.
     """
-
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def _setup(
         self,
@@ -40,29 +36,24 @@ class FlowModel(nn.Module):
         logit: float,
     ) -> list[nn.Module]:
         """Checks and keeps what all models take; gives the layers that the first level begins with."""
-        nn.Module.__init__(self)
         name = type(self).__name__
         if (image_shape is None) == (features is None):
             raise ValueError(
                 f"{name}: exactly one of image_shape and features must be given, got {image_shape} and {features}"
             )
-        self.hparams = hparams
         if image_shape is not None:
-            self.shape = hparams["image_shape"] = tuple(image_shape)
-            if len(self.shape) != 3 or min(self.shape) < 1:
-                raise ValueError(f"{name}: image_shape must be (C, H, W), got {self.shape}")
+            shape = hparams["image_shape"] = tuple(image_shape)
+            if len(shape) != 3 or min(shape) < 1:
+                raise ValueError(f"{name}: image_shape must be (C, H, W), got {shape}")
         else:
-            self.shape, data_levels = (features,), None
-        self.dim = math.prod(self.shape)
+            shape, data_levels = (features,), None
+        self._begin(hparams, shape, num_classes)
         self.data_levels = data_levels
-        self.num_classes = num_classes
         self.dequantize = Dequantize(data_levels) if data_levels is not None else None
         self.classes = nn.Embedding(num_classes, class_features) if num_classes else None
         self.context_features = class_features if num_classes else 0
         self.flows = nn.ModuleList()
         self.splits = nn.ModuleList()
-        # follows the model's dtype and device
-        self.register_buffer("_like", torch.zeros(()), persistent=False)
         return [Logit(logit)] if logit and data_levels is not None else []
 
     def _finish(self, latent_shapes: list[tuple[int, ...]], prior: str = "normal", learned: bool = False) -> None:
@@ -70,19 +61,6 @@ class FlowModel(nn.Module):
         self.noise = Prior(latent_shapes[0][0])
         self.prior = Prior(latent_shapes[-1][0], prior, learned, self.num_classes)
         self._actnorms = [layer for layer in self.modules() if isinstance(layer, ActNorm)]
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> FlowModel:
-        """The model at a documented size; `overrides` replaces single constructor arguments.
-
-        Raises:
-            ValueError: there is no such preset; names the nearest.
-        """
-        if name not in cls.presets:
-            near = difflib.get_close_matches(str(name), cls.presets, n=2)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"{cls.__name__}: preset must be one of {', '.join(cls.presets)}, got {name!r}{hint}")
-        return cls(**{**cls.presets[name], **overrides})
 
     # --- the map -------------------------------------------------------------------------------------------------------
 
@@ -164,16 +142,6 @@ class FlowModel(nn.Module):
         terms = [self.noise.log_prob(z) for z in latents[:-1]]
         return torch.stack([ldj, *terms, self.prior.log_prob(latents[-1], labels)]).sum(0)
 
-    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``-log_prob / (D ln 2)``, ``[N]``; images: an upper bound of the bits that each value costs."""
-        return self.log_prob(x, y, generator) / (-self.dim * math.log(2))
-
-    def loss(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """What training minimises: the mean bits/dim of images, the mean negative log-density (nats) of points."""
-        if len(self.shape) == 3:
-            return self.bits_per_dim(x, y, generator).mean()
-        return -self.log_prob(x, y, generator).mean()
-
     # --- sampling ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -196,18 +164,8 @@ class FlowModel(nn.Module):
         Returns:
             ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(data_levels - 1)``, or ``[n, D]``.
         """
-        name = type(self).__name__
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"{name}: n must be an integer of at least 0, got {n!r}")
-        if not temperature >= 0:
-            raise ValueError(f"{name}: temperature must be at least 0, got {temperature}")
-        like = self._like
-        if self.num_classes and y is None:
-            device = like.device if generator is None else generator.device
-            y = torch.randint(self.num_classes, (n,), device=device, generator=generator)
-        elif self.num_classes and isinstance(y, int):
-            y = torch.full((n,), y)
-        labels = self._labels(y, n)
+        self._check_sample(n, temperature)
+        labels, like = self._drawn_labels(y, n, generator), self._like
         latents = []
         for i, shape in enumerate(self.latent_shapes):
             top = i == len(self.latent_shapes) - 1
@@ -220,36 +178,13 @@ class FlowModel(nn.Module):
     def _context(self, labels: Tensor | None) -> Tensor | None:
         return None if labels is None else self.classes(labels)
 
-    def _labels(self, y: Tensor | None, count: int) -> Tensor | None:
-        if not self.num_classes:
-            return None
-        name = type(self).__name__
-        if not isinstance(y, Tensor) or list(y.shape) != [count] or y.is_floating_point():
-            got = f"{list(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(y)
-            raise ValueError(
-                f"{name}: y must be integers [N] = [{count}], one class of {self.num_classes} each, got {got}"
-            )
-        if y.device.type == "cpu" and count and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
-            raise ValueError(
-                f"{name}: y must lie in 0..{self.num_classes - 1}, got values from {int(y.min())} to {int(y.max())}"
-            )
-        return y.to(self._like.device, torch.int64)
-
     def _checked(self, x: Tensor) -> Tensor:
-        name = type(self).__name__
-        if list(x.shape[1:]) != list(self.shape) or x.dim() != len(self.shape) + 1:
-            expected = ", ".join(map(str, self.shape))
-            raise ValueError(f"{name}: x must be [N, {expected}], got {list(x.shape)}")
+        self._check_shape(x)
         if self.dequantize is None and not x.is_floating_point():
             raise TypeError(
-                f"{name}: x must be floating point, the data being continuous (data_levels=None), got {x.dtype}"
+                f"{type(self).__name__}: x must be floating point, the data being continuous (data_levels=None), got {x.dtype}"
             )
         return x
-
-
-def arguments(scope: dict[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments, from its ``locals()``."""
-    return {key: value for key, value in scope.items() if key not in ("self", "__class__")}
 
 
 def level_sizes(model: str, image_shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:

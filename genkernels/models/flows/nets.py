@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels.nn import Conv2dZeros, _small_grid
+from genkernels.nn._log_det import zero_log_det
 
 
 class ConvNet(nn.Module):
@@ -120,3 +121,17 @@ def _relu_init(layer):
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     nn.init.zeros_(layer.bias)
     return layer
+
+
+class Flatten(nn.Module):
+    """``[N, *shape]`` to ``[N, D]`` and back."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.flatten(1), zero_log_det(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z.reshape(len(z), *self.shape), zero_log_det(z)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from genkernels.models.flows.base import FlowModel, arguments
-from genkernels.models.flows.nets import MLP
+from genkernels.models.flows.nets import MLP, Flatten
 from genkernels.nn import ActNorm, AffineCoupling, EvenOdd, FlowSequential
-from genkernels.nn._log_det import zero_log_det
 
 
 class NICE(FlowModel):
@@ -58,24 +57,10 @@ class NICE(FlowModel):
         if self.dim % 2:
             raise ValueError(f"NICE: the number of values must be even for the channel split, got {self.dim}")
         half = self.dim // 2
-        chain: list[nn.Module] = [*start, _Flatten(self.shape)] if image_shape is not None else []
+        chain: list[nn.Module] = [*start, Flatten(self.shape)] if image_shape is not None else []
         chain.append(EvenOdd())
         for i in range(couplings):
             net = MLP(half, half, hidden, layers, self.context_features)
             chain.append(AffineCoupling(net, additive=True, flip=i % 2 == 1))
         self.flows.append(FlowSequential(*chain, ActNorm(self.dim), reversible=reversible))
         self._finish([(self.dim,)], prior)
-
-
-class _Flatten(nn.Module):
-    """``[N, *shape]`` to ``[N, D]`` and back."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x.flatten(1), zero_log_det(x)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z.reshape(len(z), *self.shape), zero_log_det(z)

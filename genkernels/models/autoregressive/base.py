@@ -1,0 +1,220 @@
+"""What the PixelCNN family shares: the likelihood of integer images, cached sampling, in-painting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genkernels import losses, ops
+from genkernels.models._model import LikelihoodModel
+from genkernels.nn.dequantize import uniform
+
+HEADS = ("categorical", "logistic_mixture")
+
+
+class PixelModel(LikelihoodModel):
+    r"""A product of conditionals over the pixels in raster order, the channels of a pixel in their own order.
+
+    .. math:: p(x) = \prod_i p(x_i \mid x_1, \dots, x_{i-1}, y)
+
+    Subclasses call `_setup` and define `forward` and `stages`, which tell the same network twice: for a whole image, and for the
+    sampler that computes one column of each layer at a pixel.
+
+    Attributes:
+        levels: grey levels of the data. head: what the network's last layer parametrises. The others: as for `LikelihoodModel`.
+    """
+
+    def _setup(
+        self,
+        hparams: dict[str, Any],
+        image_size: tuple[int, int],
+        channels: int,
+        levels: int,
+        num_classes: int | None,
+        head: str = "categorical",
+        mixtures: int = 0,
+    ) -> None:
+        name = type(self).__name__
+        size = hparams["image_size"] = tuple(image_size)
+        if len(size) != 2 or not all(isinstance(s, int) and s >= 1 for s in size):
+            raise ValueError(f"{name}: image_size must be (H, W), at least 1 each, got {image_size}")
+        if channels < 1:
+            raise ValueError(f"{name}: channels must be at least 1, got {channels}")
+        if not isinstance(levels, int) or not 2 <= levels <= 65536:
+            raise ValueError(f"{name}: levels must be an integer from 2 to 65536, got {levels!r}")
+        if head not in HEADS:
+            raise ValueError(f"{name}: head must be one of {', '.join(HEADS)}, got {head!r}")
+        if head == "logistic_mixture" and channels not in (1, 3):
+            raise ValueError(f"{name}: head logistic_mixture needs 1 or 3 channels, got {channels}")
+        if head == "logistic_mixture" and mixtures < 1:
+            raise ValueError(f"{name}: mixtures must be at least 1, got {mixtures}")
+        self._begin(hparams, (channels, *size), num_classes)
+        self.levels, self.head = levels, head
+        #: how the masks split channels: a mixture's coefficients tie a pixel's channels together, so its network sees none of them
+        self.data_channels = channels if head == "categorical" else 1
+        self.outputs = channels * levels if head == "categorical" else mixtures * (3 if channels == 1 else 10)
+
+    @property
+    def data_levels(self) -> int:
+        return self.levels
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Head parameters of every pixel, each from the pixels before it.
+
+        Args:
+            x: ``[N, C, H, W]`` in [-1, 1]. y: ``[N]`` class indices, where the model has classes.
+
+        Returns:
+            ``[N, C*levels, H, W]`` logits, those of channel c being block c; or the mixture's ``[N, 3K or 10K, H, W]``.
+        """
+        raise NotImplementedError
+
+    def stages(self, y: Tensor | None = None) -> list[ops.Stage]:
+        """The network as the sampler takes it, for labels y ``[N]``."""
+        raise NotImplementedError
+
+    # --- likelihood ----------------------------------------------------------------------------------------------------
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Log-probability of integer images ``[N]``, nats; exact.
+
+        Args:
+            x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]. y: ``[N]`` class indices, where the model has classes.
+            generator: not used: nothing is drawn.
+
+        Raises:
+            ValueError: a shape, a grey level (on the CPU) or a missing y. TypeError: integers other than uint8.
+        """
+        index = self._index(x)
+        scaled = self._scaled(index)
+        params = self.forward(scaled, self._labels(y, len(x)))
+        if self.head == "logistic_mixture":
+            return -losses.discretized_logistic_mixture_nll(params, scaled, self.levels)
+        logits = params.unflatten(1, (self.shape[0], self.levels)).transpose(1, 2)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # cross_entropy sums in the shape of the target: the classes are dimension 1
+        return -F.cross_entropy(logits, index, reduction="none").sum((1, 2, 3))
+
+    # --- sampling ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        y: Tensor | int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Draws from the model, one column of each layer a pixel; no graph is kept and the training mode stays as it is.
+
+        Args:
+            n: how many; 0 gives an empty tensor.
+            temperature: divides the logits (of the mixture too, whose logistic noise it multiplies); 0 takes the mode of each pixel in turn.
+            generator: of everything random, on any device; the same state gives the same sample on every backend.
+            y: class indices ``[n]``, or one for all; None draws them evenly where the model has classes.
+            progress: called as ``progress(rows_done, rows)`` after each row of pixels.
+
+        Returns:
+            ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(levels - 1)``.
+        """
+        self._check_sample(n, temperature)
+        return self._draw(n, None, None, temperature, generator, self._drawn_labels(y, n, generator), progress)
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        x: Tensor,
+        known: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        y: Tensor | int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Draws the unknown values of images, each given the values before it in raster order; known values stay bit for bit.
+
+        A value that is known but comes later has no say in what is drawn before it: keep the top of an image, not its bottom.
+
+        Args:
+            x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]; unknown values may hold anything.
+            known: bool, broadcastable to x's shape. The others: as for `sample`.
+
+        Returns:
+            ``[N, C, H, W]`` as x, uint8 or floats; what was drawn lies at exact levels.
+
+        Raises:
+            ValueError: a shape, or a known value that is no grey level (on the CPU). TypeError: known is not bool.
+        """
+        name = type(self).__name__
+        self._check_shape(x)
+        self._check_sample(len(x), temperature)
+        if not isinstance(known, Tensor) or known.dtype != torch.bool:
+            got = known.dtype if isinstance(known, Tensor) else type(known).__name__
+            raise TypeError(f"{name}: known must be a bool tensor, True where a value is kept, got {got}")
+        try:
+            known = known.to(x.device).expand(x.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: known must be broadcastable to x's shape {list(x.shape)}, got {list(known.shape)}"
+            ) from None
+        index = self._index(x.masked_fill(~known, 0))
+        drawn = self._draw(
+            len(x), index, known, temperature, generator, self._drawn_labels(y, len(x), generator), progress
+        )
+        if x.dtype == torch.uint8:
+            drawn = (drawn * (self.levels - 1)).round()
+        return torch.where(known, x, drawn.to(x.device, x.dtype))
+
+    def _draw(self, n, image, known, temperature, generator, labels, progress) -> Tensor:
+        channels, height, width = self.shape
+        extra = 1 if self.head == "logistic_mixture" else 0
+        like = self._like
+        noise = uniform(
+            (n, channels + extra, height, width), torch.promote_types(like.dtype, torch.float32), like.device, generator
+        )
+        index = ops.autoregressive_sampling(
+            self.stages(labels), noise, levels=self.levels, head=self.head, image=image, known=known, temperature=temperature,
+            progress=progress, rows_per_call=None if progress is None else 1,
+        )  # fmt: skip
+        return index.to(noise.dtype) / (self.levels - 1)
+
+    # --- helpers -------------------------------------------------------------------------------------------------------
+
+    def _scaled(self, index: Tensor) -> Tensor:
+        return index.to(self._like.device, self._like.dtype) * (2 / (self.levels - 1)) - 1
+
+    def _index(self, x: Tensor) -> Tensor:
+        """int64 level indices, on the model's device."""
+        name = type(self).__name__
+        self._check_shape(x)
+        if not (x.is_floating_point() or x.dtype == torch.uint8):
+            raise TypeError(f"{name}: x must be uint8 level indices or floats in [0, 1], got {x.dtype}")
+        if x.device.type == "cpu" and x.numel():
+            low, high = (bound.item() for bound in x.aminmax())
+            top = self.levels - 1 if x.dtype == torch.uint8 else 1
+            if not (0 <= low and high <= top):  # also NaN, which has no grey level
+                kind = f"level indices 0..{top}" if x.dtype == torch.uint8 else "floats in [0, 1]"
+                raise ValueError(f"{name}: x must hold {kind}, got values from {low} to {high}")
+        index = (x * (self.levels - 1)).round() if x.is_floating_point() else x
+        return index.to(self._like.device, torch.int64)
+
+
+class Classes(nn.Embedding):
+    """What a class adds to a layer's pre-activations, ``[N, channels]``; zero at the start."""
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__(num_classes, channels)
+        nn.init.zeros_(self.weight)
+
+
+def class_bias(classes: nn.Module | None, y: Tensor | None) -> Tensor | None:
+    return None if classes is None else classes(y)
+
+
+def check_width(name: str, width: int, data_channels: int) -> None:
+    if width < 1 or width % data_channels:
+        raise ValueError(f"{name}: width must be a positive multiple of the {data_channels} channels, got {width}")
