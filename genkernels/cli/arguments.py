@@ -14,6 +14,7 @@ examples:
   genkernels train glow --data digits --max-steps 2000
   genkernels train --out runs/glow-digits --resume
   genkernels sample runs/glow-digits --n 64 --temperature 0.7
+  genkernels sample runs/gatedpixelcnn-digits --inpaint top-half
   genkernels eval runs/glow-digits
   genkernels info --ops
 """
@@ -100,7 +101,7 @@ def _train(sub: Parser) -> None:
     sub.usage = (
         "genkernels train MODEL --data DATA [--out DIR] [options]\n       genkernels train --out DIR --resume [options]"
     )
-    sub.add_argument("model", metavar="MODEL", nargs="?", help="nice, realnvp, glow, ...")
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="nice, realnvp, glow, maf, iaf, pixelcnn or gatedpixelcnn")
     sub.add_argument("--data", help="digits, photos32, photos64, moons, ..., folder:PATH, npz:PATH, hf:NAME")
     sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
     sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")
@@ -186,6 +187,8 @@ def _sample(sub: Parser) -> None:
     sub.add_argument("--n", type=int, metavar="N", help="how many (default: 64 images or 2000 points)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
     sub.add_argument("--label", type=int, metavar="K", help="the class of every sample (class-conditional models)")
+    sub.add_argument("--inpaint", metavar="PART",
+                     help="keep this part of held-out images and draw the rest (PixelCNN family): top-half, top-quarter, left-half")  # fmt: skip
     sub.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at once (default: 256)")
     sub.add_argument("--out", metavar="F.png|F.npz", help="a sheet, or the arrays (default: a PNG in RUN/samples)")
 

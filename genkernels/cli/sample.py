@@ -25,9 +25,10 @@ def run(arguments) -> int:
     with forced_backend(arguments.backend):
         model, config, state = load(arguments)
         points = config["data"].get("levels") is None
-        n = arguments.n or (2000 if points else 64)
+        n = arguments.n or (2000 if points else 16 if arguments.inpaint else 64)
         if out is None:
             label = "" if arguments.label is None else f"-label{arguments.label}"
+            label += f"-{arguments.inpaint}" if arguments.inpaint else ""
             name = f"n{n}-t{arguments.temperature:g}-seed{arguments.seed}{label}.png"
             out = Path(arguments.run).expanduser() / "samples" / name
             check_writable(out)
@@ -36,6 +37,8 @@ def run(arguments) -> int:
 
         if out.suffix.lower() == ".png" and (missing := why_not(points)):
             raise UsageError(f"writing a PNG: {missing}")
+        if arguments.inpaint:
+            return _inpaint(arguments, model, config, state, n, out)
         images = sample(
             model, n, temperature=arguments.temperature, seed=arguments.seed, label=arguments.label,
             num_classes=classes_of(config), batch_size=arguments.batch_size,
@@ -52,7 +55,43 @@ def run(arguments) -> int:
     return 0
 
 
-def _save_npz(path: Path, images, config: dict) -> None:
+def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> int:
+    """Completes held-out images; a sheet shows each as it was, what is kept of it, and what was made of that."""
+    import torch
+
+    from genkernels import data
+    from genkernels.cli.load import classes_of
+    from genkernels.training.grids import save_png, tile
+    from genkernels.training.sampling import inpaint, known_region
+
+    if arguments.label is not None:
+        raise UsageError("--label cannot be given with --inpaint: held-out images have their own classes")
+    bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
+    if bundle.levels is None:
+        raise UsageError(f"--inpaint completes images: the data {bundle.name} are points")
+    known = known_region(arguments.inpaint, bundle.shape)
+    x, y = bundle.take("test", n)
+    drawn = inpaint(
+        model, x, known, y=y if classes_of(config) else None, temperature=arguments.temperature, seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )  # fmt: skip
+    top = bundle.levels - 1
+    if out.suffix.lower() == ".npz":
+        _save_npz(out, drawn / top, config, known=known.numpy(), original=x.numpy())
+    else:
+        kept = torch.where(known, x / top, 0.5)
+        triples = torch.stack([x / top, kept, drawn / top], 1).flatten(0, 1)
+        if triples.shape[1] not in (1, 3):
+            triples = triples.flatten(0, 1).unsqueeze(1)
+        save_png(out, tile(triples, columns=3 * max(1, round((len(x) / 3) ** 0.5))))
+    print(
+        f"{out}: {len(x):,} held-out images (each: whole, kept, completed) with the {arguments.inpaint} kept, "
+        f"temperature {arguments.temperature:g}, weights of step {state['step']}"
+    )
+    return 0
+
+
+def _save_npz(path: Path, images, config: dict, **more) -> None:
     """Writes ``x`` (and ``levels``) as ``--data npz:`` reads them: level indices for images, float32 for points."""
     import numpy as np
 
@@ -65,5 +104,6 @@ def _save_npz(path: Path, images, config: dict) -> None:
             "x": (images.nan_to_num(0.0) * (levels - 1)).round().clamp(0, levels - 1).byte().numpy(),
             "levels": np.array(levels),
         }
+    arrays |= more
     with replacing(path) as file:
         np.savez(file, **arrays)
