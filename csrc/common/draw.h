@@ -41,6 +41,20 @@ GK_HOST_DEVICE inline int categorical(const T* logits, int64_t stride, int count
   return count - 1;
 }
 
+// The end of `categorical`, for weights exp((logits - most) / temperature) that are there already.
+template <typename T>
+GK_HOST_DEVICE inline int share(const T* weights, int count, T u) {
+  double total = 0;
+  for (int k = 0; k < count; ++k) total += double(weights[k]);
+  const double level = double(u) * total;
+  double below = 0;
+  for (int k = 0; k < count - 1; ++k) {
+    below += double(weights[k]);
+    if (!(below <= level)) return k;
+  }
+  return count - 1;
+}
+
 template <typename T>
 struct OpenUnit;  // the smallest step away from 0 and from 1
 template <>
@@ -64,7 +78,11 @@ GK_HOST_DEVICE inline void logistic_mixture(const T* params, int64_t stride, int
   const int width = channels == 1 ? 2 : 3;
   const T* own = params + (mixtures + m) * stride;  // row r of channel c lies (c * width + r) * mixtures further on
   T x[3];
-  for (int c = 0; c < channels; ++c) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int c = 0; c < 3; ++c) {  // a fixed count: unrolled, x stays in registers
+    if (c >= channels) break;
     T mean = own[int64_t(c * width) * mixtures * stride];
     T log_scale = own[int64_t(c * width + 1) * mixtures * stride];
     log_scale = log_scale < T(-7) ? T(-7) : log_scale;

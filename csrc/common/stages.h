@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include <torch/headeronly/core/ScalarType.h>
+
 namespace genkernels {
 namespace stages {
 
@@ -120,6 +122,33 @@ Network read(const std::vector<int64_t>& plan, const std::vector<Tensor>& tensor
     p.row_length = (noise[3] + 2 * p.border) * p.channels;
     net.state_size += (p.rows * p.row_length + 15) / 16 * 16;
   }
+  return net;
+}
+
+// The arguments of the torch operator, checked; every backend's first line.
+template <typename Tensor, typename Optional>
+Network read_checked(const Tensor& image, const Tensor& state, const Tensor& noise, const Optional& known, const std::vector<Tensor>& tensors,
+                     const std::vector<int64_t>& plan, int64_t head, int64_t levels, int64_t begin, int64_t end) {
+  const bool mixture = head == static_cast<int64_t>(Head::kLogisticMixture);
+  require(image.dim() == 4 && noise.dim() == 4, "image and noise must have 4 dimensions");
+  const int64_t channels = image.size(1);
+  require(noise.size(0) == image.size(0) && noise.size(1) == channels + mixture && noise.size(2) == image.size(2) && noise.size(3) == image.size(3),
+          "noise must be [N, C, H, W], or [N, 1 + C, H, W] for logistic_mixture");
+  require(!mixture || channels == 1 || channels == 3, "a logistic mixture must have 1 or 3 channels");
+  require(begin >= 0 && end <= image.size(2) && levels >= 2, "rows or levels are out of range");
+  const auto dtype = noise.scalar_type();
+  require(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::Double, "noise must be float32 or float64");
+  for (const Tensor& t : tensors) require(t.scalar_type() == dtype && t.is_contiguous(), "tensors of the stages must have noise's dtype and be contiguous");
+  require(image.scalar_type() == torch::headeronly::ScalarType::Long && image.is_contiguous(), "image must be int64 and contiguous");
+  require(noise.is_contiguous(), "noise must be contiguous");
+  if (known.has_value())
+    require(known->scalar_type() == torch::headeronly::ScalarType::Bool && known->is_contiguous() && known->numel() == image.numel(),
+            "known must be bool, contiguous and of the image's shape");
+  Network net = read(plan, tensors, channels, {noise.size(0), noise.size(1), noise.size(2), noise.size(3)});
+  const int64_t width = net.planes.back().channels;
+  require(mixture ? width % (channels == 1 ? 3 : 10) == 0 : width == channels * levels, "the last plane does not fit the head");
+  require(state.dim() == 2 && state.size(0) == image.size(0) && state.size(1) == net.state_size && state.is_contiguous() && state.scalar_type() == dtype,
+          "state must be [N, the caches' size], of noise's dtype and contiguous");
   return net;
 }
 

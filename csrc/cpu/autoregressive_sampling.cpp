@@ -400,31 +400,14 @@ void sample(const Task& t, const Network& net, const Images<T>& io, const std::v
 
 void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::optional<Tensor> known, std::vector<Tensor> tensors,
                              std::vector<int64_t> plan, int64_t head, int64_t levels, double temperature, int64_t begin, int64_t end) {
-  const std::vector<int64_t> shape = shape_of(image), noise_shape = shape_of(noise);
-  STD_TORCH_CHECK(shape.size() == 4 && noise_shape.size() == 4, "autoregressive_sampling: image and noise must have 4 dimensions");
-  const bool mixture = head == static_cast<int64_t>(stages::Head::kLogisticMixture);
-  STD_TORCH_CHECK(noise_shape[1] == shape[1] + mixture && noise_shape[0] == shape[0] && noise_shape[2] == shape[2] && noise_shape[3] == shape[3],
-                  "autoregressive_sampling: noise must be [N, C, H, W], or [N, 1 + C, H, W] for logistic_mixture");
-  STD_TORCH_CHECK(begin >= 0 && end <= shape[2] && levels >= 2, "autoregressive_sampling: rows or levels out of range");
-  const Network net = stages::read(plan, tensors, shape[1], noise_shape);
-  const int64_t width = net.planes.back().channels;
-  STD_TORCH_CHECK(mixture ? (shape[1] == 1 || shape[1] == 3) && width % (shape[1] == 1 ? 3 : 10) == 0 : width == shape[1] * levels,
-                  "autoregressive_sampling: the last plane does not fit the head");
-  STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == shape[0] && state.size(1) == net.state_size,
-                  "autoregressive_sampling: state has the wrong size");
-  for (const Tensor& t : tensors)
-    STD_TORCH_CHECK(t.scalar_type() == noise.scalar_type() && t.is_contiguous(), "autoregressive_sampling: tensors must have noise's dtype and be contiguous");
-  STD_TORCH_CHECK(image.is_contiguous() && noise.is_contiguous() && state.is_contiguous() && state.scalar_type() == noise.scalar_type() &&
-                      image.scalar_type() == ScalarType::Long && (!known.has_value() || known->is_contiguous()),
-                  "autoregressive_sampling: image, state, noise and known must be contiguous, state of noise's dtype, image int64");
-  if (shape[0] == 0 || shape[3] == 0 || begin >= end) return;
-  const Task task{shape[0], shape[1], shape[2], shape[3], noise_shape[1], static_cast<stages::Head>(head), levels, begin, end, temperature};
+  const Network net = stages::read_checked(image, state, noise, known, tensors, plan, head, levels, begin, end);
+  if (image.numel() == 0 || begin >= end) return;
+  const Task task{image.size(0), image.size(1), image.size(2), image.size(3), noise.size(1), static_cast<stages::Head>(head), levels, begin, end, temperature};
   const auto run = [&]<typename T>() {
     sample<T>(task, net, {mutable_data<int64_t>(image), data<T>(noise), data<bool>(known)}, tensors, mutable_data<T>(state));
   };
-  if (noise.scalar_type() == ScalarType::Float) return run.template operator()<float>();
   if (noise.scalar_type() == ScalarType::Double) return run.template operator()<double>();
-  STD_TORCH_CHECK(false, "autoregressive_sampling: no kernel for this dtype");
+  run.template operator()<float>();
 }
 
 }  // namespace

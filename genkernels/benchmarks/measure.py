@@ -12,8 +12,11 @@ less care. A NaN or infinity where the truth is finite never passes; shapes must
 backends must also return the reference's dtypes, and they run once more with ``torch.empty`` filled with NaN, so that
 an output element nobody wrote is seen.
 
+Integers (drawn categories) must equal the same-dtype reference's, all of them: fp64 may fall on the other side of a boundary.
+
 **Time.** A turn is one untimed call, then a few timed ones, each on the next of several input sets (see `rotation`). On a
-GPU by CUDA events, else by the host's clock. Calls shorter than `SHORTEST` are timed several at once.
+GPU by CUDA events, else by the host's clock. Calls shorter than `SHORTEST` are timed several at once;
+calls longer than `LONG` without the untimed one, each a turn of its own, and their peak memory is not taken.
 
 **Peak memory.** The most that one call holds at once beyond what was allocated when it began: outputs, gradients and
 temporaries, not the inputs. On a GPU from ``torch.cuda.max_memory_allocated``; on a CPU by replaying the allocations and
@@ -35,6 +38,7 @@ from torch import Tensor
 FLOOR = 4.0
 WIDE_FLOOR = 64.0
 SHORTEST = 1e-4  # seconds: one timed sample lasts at least this long
+LONG = 1.0  # seconds: from here on a call is its own warm-up
 TURN = 0.02  # seconds: about what one provider takes before the next has its turn
 
 
@@ -115,18 +119,25 @@ class Standard:
     truth: Sequence[Tensor]  # fp64
     reference_errors: Sequence[tuple[float, float]]
     dtypes: Sequence[torch.dtype]
+    seconds: float = 0.0  # that the reference took
 
     @classmethod
     def of(cls, case, op: Callable, inputs: Inputs, names: Sequence[str]) -> Standard:
         """From `op` being the reference: run in fp64 for the truth, in the case's dtypes for its own error."""
-        wide = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
-        truth = values(op, wide.ready(case.direction), case.direction)
+        began = time.perf_counter()
         own = values(op, inputs.ready(case.direction), case.direction)
+        seconds = time.perf_counter() - began
+        truth = own
+        if any(o.is_floating_point() for o in own):
+            wide = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
+            truth = values(op, wide.ready(case.direction), case.direction)
+            truth = [t if o.is_floating_point() else o for o, t in zip(own, truth, strict=True)]
         return cls(
             names=(*case.outputs, *(f"gradient of {n}" for n in names))[: len(own)],
             truth=truth,
             reference_errors=[errors(o, t) for o, t in zip(own, truth, strict=True)],
             dtypes=[o.dtype for o in own],
+            seconds=seconds,
         )
 
     def fault(self, found: Sequence[Tensor], *, floor: float = FLOOR, same_dtypes: bool = True) -> str:
@@ -140,8 +151,12 @@ class Standard:
                 return f"{name}: shape {list(truth.shape)} is wanted, got {list(value.shape)}"
             if same_dtypes and value.dtype != dtype:
                 return f"{name}: {dtype} is wanted, got {value.dtype}"
+            if not dtype.is_floating_point:
+                if wrong := int((value != truth).sum()):
+                    return f"{name}: {wrong} of {truth.numel()} integers differ from the reference's"
+                continue
             # halves are computed in fp32 and rounded once: the reference's own error already has that rounding
-            eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps if dtype.is_floating_point else 0.0
+            eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
             for kind, error, base in zip(("", "largest "), errors(value, truth), own, strict=True):
                 allowed = 2 * base + floor * eps
                 if not error <= allowed:
@@ -202,6 +217,7 @@ class Work:
         self.device = sets[0].args[0].device
         self.next = 0
         self.inner = self.calls = 1
+        self.long = False
 
     def once(self):
         inputs = self.sets[self.next]
@@ -211,7 +227,15 @@ class Work:
     def warm_up(self) -> float:
         """Calls until lazy set-up is over, settles how many calls make a turn, and gives the seconds of one call."""
         began = time.perf_counter()
-        for _ in range(3):
+        self.once()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if (each := time.perf_counter() - began) > LONG:
+            # once more where the first call may have been setting up, unless even that takes the whole run's patience
+            self.long = each > 4 * LONG or min(self._turn()) > LONG
+            if self.long:
+                return each
+        for _ in range(2):
             self.once()
             if time.perf_counter() - began > 2.0:
                 break
@@ -221,8 +245,12 @@ class Work:
         return each
 
     def turn(self) -> list[float]:
-        """Seconds a call, for each of this turn's samples; one call goes before them untimed."""
-        self.once()
+        """Seconds a call, for each of this turn's samples; one call goes before them untimed, unless calls are long."""
+        if not self.long:
+            self.once()
+        return self._turn()
+
+    def _turn(self) -> list[float]:
         return self._turn_on_gpu() if self.device.type == "cuda" else self._turn_on_cpu()
 
     def _turn_on_cpu(self) -> list[float]:
@@ -246,7 +274,9 @@ class Work:
         torch.cuda.synchronize(self.device)
         return [begin.elapsed_time(end) / 1e3 / self.inner for begin, end in marks]
 
-    def peak_bytes(self) -> int:
+    def peak_bytes(self) -> int | None:
+        if self.long:
+            return None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -6,10 +6,11 @@ import textwrap
 
 from genkernels.benchmarks.report import milliseconds
 
-_COLOURS = {"genkernels": "#1667b7", "PyTorch": "#8d97a3", "other libraries": "#d3b98c"}
+_COLOURS = {"genkernels": "#1667b7", "PyTorch": "#8d97a3", "other libraries": "#d3b98c", "yardstick": "#c9d6c4"}
 _NAMES = {
     "reference": "eager PyTorch",
     "compiled": "torch.compile",
+    "one pass": "one forward pass",
     **{name: f"genkernels {name}" for name in ("cpu", "triton", "cuda")},
 }
 _BAR, _GAP, _COLUMN = 0.24, 0.46, 45  # inches a bar, inches for a group's heading, bars in one column
@@ -69,6 +70,8 @@ def _speeds(rows) -> dict[str, float]:
 def _kind(row) -> str:
     if row.provider in ("reference", "compiled"):
         return "PyTorch"
+    if row.gate == "none":
+        return "yardstick"
     return "genkernels" if row.ours else "other libraries"
 
 

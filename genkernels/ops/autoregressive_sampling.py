@@ -327,7 +327,7 @@ OPERATOR = register(
     Operator(
         name=NAME,
         functions=(autoregressive_sampling,),
-        backends={"cpu": "", "triton": "no Triton kernel yet", "cuda": "no CUDA kernel yet"},
+        backends={"cpu": "", "triton": "no Triton kernel yet", "cuda": ""},
         composability={
             "backward": "raises",
             "double backward": "raises",

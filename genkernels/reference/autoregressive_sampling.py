@@ -14,7 +14,7 @@ The kernels keep the activations of every stage and compute one column of each a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
@@ -51,6 +51,21 @@ def autoregressive_sampling(
         noise: of the stages' dtype. known: bool ``[N, C, H, W]``, True where a pixel keeps its value, or None.
     """
     stages = unflatten(tensors, plan)
+    draw_rows(lambda x: network_output(stages, x), image, noise, known, head, levels, temperature, begin, end)
+
+
+def draw_rows(
+    network: Callable[[Tensor], Tensor],
+    image: Tensor,
+    noise: Tensor,
+    known: Tensor | None,
+    head: int,
+    levels: int,
+    temperature: float,
+    begin: int,
+    end: int,
+) -> None:
+    """The loop of `autoregressive_sampling` around any `network` from an image in [−1, 1] to the head's parameters."""
     channels = image.shape[1]
     with torch.no_grad():
         x = level_values(image, levels, noise.dtype)
@@ -58,11 +73,11 @@ def autoregressive_sampling(
             for j in range(image.shape[3]):
                 if head == Head.CATEGORICAL:
                     for c in range(channels):
-                        logits = network_output(stages, x)[:, c * levels : (c + 1) * levels, i, j]
+                        logits = network(x)[:, c * levels : (c + 1) * levels, i, j]
                         drawn = _draw.categorical(logits, noise[:, c, i, j], temperature)
                         _write(image, x, drawn, known, levels, (slice(None), c, i, j))
                 else:
-                    params = network_output(stages, x)[:, :, i, j]
+                    params = network(x)[:, :, i, j]
                     fixed = None if known is None else torch.where(known, image, -1)[:, :, i, j]
                     drawn = _draw.logistic_mixture(params, noise[:, :, i, j], levels, temperature, fixed)
                     _write(image, x, drawn, known, levels, (slice(None), slice(None), i, j))

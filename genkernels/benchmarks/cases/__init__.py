@@ -37,6 +37,10 @@ To measure one more operator, add ``cases/<operator>.py`` with one function, and
 - ``bytes`` and ``flops``: the fewest that the operator must move and do in that direction, whole call: every input read
   once and every output written once, in full tensors (what one pass saves for the other is read again; what the backward
   needs not is not counted). A transcendental function counts as one flop.
+- ``compiled``, where the reference is no single graph that ``torch.compile`` can take: a function that gives the compiled
+  baseline (a loop around a compiled body), or the sentence why there is none.
+- ``yardstick``: something else on the same inputs that the operator is to be measured by ("one forward pass"). It takes its turns
+  among the others as the provider ``one pass``, without a gate, and the table gets a column for it.
 - ``settings`` are the options that tell variants apart. A peer's adapter (``peers/<operator>.py``) reads them.
 '''
 
@@ -68,6 +72,8 @@ class Case:
     bytes: int
     flops: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    compiled: Callable[[], Callable[..., Any]] | str | None = None
+    yardstick: Callable[..., Any] | None = None
 
     @property
     def operator(self) -> str:

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from genkernels import ops
 from genkernels.benchmarks.cases import Case
-from genkernels.reference._stages import Stage
+from genkernels.ops import Stage
+from genkernels.ops.autoregressive_sampling import HEADS
+from genkernels.reference.autoregressive_sampling import draw_rows, network_output
 
 LEVELS = 16
+_NOT_COMPILED = "left out: a loop of hundreds of passes, whose compiled pass the batch 1 row of the full run shows"
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -27,21 +30,21 @@ def cases(device: str, quick: bool) -> list[Case]:
         ]
     image = (28, 28)
     return [
-        plain((1, 1, *image), width=64, layers=8),
+        plain((1, 1, *image), width=64, layers=8, compiled=True),
         plain((16, 1, *image), width=64, layers=8),
         gated((16, 1, 16, 16), width=32, layers=5),
         mixture((4, 3, 16, 16), width=64, layers=5),
     ]
 
 
-def plain(shape, width: int, layers: int) -> Case:
+def plain(shape, width: int, layers: int, compiled: bool = False) -> Case:
     """PixelCNN: 7×7 type A, `layers` 3×3 type B with ReLU, 1×1 to the levels."""
     made = _Drawing()
     made.stage(inputs=((0, (width, shape[1], 7, 7), "before"),), activation="relu")
     for k in range(layers):
         made.stage(inputs=((k + 1, (width, width, 3, 3), "up to"),), activation="relu")
     made.stage(inputs=((layers + 1, (LEVELS, width, 1, 1), "up to"),))
-    return made.case("plain", shape, LEVELS, "categorical")
+    return made.case("plain", shape, LEVELS, "categorical", compiled)
 
 
 def gated(shape, width: int, layers: int) -> Case:
@@ -107,9 +110,22 @@ class _Drawing:
                 found[f"bias {k}"] = draw(form[0]) * 0.1
         return found
 
-    def case(self, variant, shape, levels, head) -> Case:
+    def case(self, variant, shape, levels, head, compiled=False) -> Case:
+        channels, code = shape[1], HEADS.index(head)
+
         def sample(noise, *tensors):
             return ops.autoregressive_sampling(self.stages(tensors), noise, levels=levels, head=head)
+
+        def naive(noise, *tensors, network=network_output):
+            stages, image = self.stages(tensors), noise.new_zeros(shape, dtype=torch.int64)
+            draw_rows(lambda x: network(stages, x), image, noise, None, code, levels, 1.0, 0, shape[2])
+            return image
+
+        def compiled_inside():
+            whole = torch.compile(
+                lambda x, *tensors: network_output(self.stages(tensors), x), fullgraph=True, dynamic=False
+            )
+            return lambda noise, *tensors: naive(noise, *tensors, network=lambda stages, x: whole(x, *tensors))
 
         macs = sum(form[0] * form[1] * float(_live(form, taps).sum()) for form, taps in self.weights)
         stored = sum(math.prod(form) for form, _ in self.weights)
@@ -120,11 +136,13 @@ class _Drawing:
             direction="sample",
             inputs=functools.partial(self.inputs, shape, head),
             op=sample,
-            reference=sample,
+            reference=naive,
             outputs=("image",),
             bytes=4 * stored + 12 * math.prod(shape),
             flops=int(2 * macs) * shape[0] * math.prod(shape[2:]),
             settings={"head": head, "levels": levels},
+            compiled=compiled_inside if compiled else _NOT_COMPILED,
+            yardstick=lambda noise, *tensors: network_output(self.stages(tensors), 2 * noise[:, :channels] - 1),
         )
 
 
