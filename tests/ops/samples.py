@@ -41,16 +41,16 @@ def autoregressive_sampling(device="cpu", dtype=torch.float64):
 
 
 def made(device="cpu", dtype=torch.float64):
-    """The inverse of a small network with a context, through a masked linear layer's output."""
+    """The inverse through a small network with a context."""
     generator = torch.Generator().manual_seed(1)
     degrees = [torch.tensor(d, device=device) for d in ([2, 1, 3], [0, 1, 1, 2], [0, 1, 2, 2])]
     order, counts = reference.made.plan(degrees)
-    shapes = [(2, 3), (4, 3), (4,), (4, 4), (4,), (6, 4), (6,)]
+    shapes = [(2, 3), (2, 4), (4, 3), (4,), (4, 4), (4,), (6, 4), (6,)]
     tensors = (torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes)
 
-    def function(z, w0, b0, w1, b1, w2, b2):
-        context = ops.masked_linear(z, w0, b0, degrees[0], degrees[1]).to(z.dtype)
-        return ops.made_inverse(z, (w0, w1, w2), (b0, b1, b2), order, counts, context=context, scale_map="sigmoid")
+    def function(z, context, w0, b0, w1, b1, w2, b2):
+        layers = (w0, w1, w2), (b0, b1, b2)
+        return ops.made_inverse(z, *layers, order, counts, context=context, scale_map="sigmoid")
 
     return function, tuple(tensors)
 

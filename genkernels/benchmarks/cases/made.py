@@ -1,0 +1,112 @@
+"""Benchmark cases of `genkernels.ops.made`: the autoregressive affine transform, forward and inverted, weights and all.
+
+The transform is what is measured, not the layer: forward is every masked layer, the scale map and the log-determinant. The
+reference of the inverse is its definition, D sequential passes. One forward pass of our own is the yardstick of the inverse.
+
+Bytes: z and x once, the live weights once. Flops: two for each live weight and sample, forward and inverse alike; backward twice
+that. The unit for a transcendental function is lost in them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from genkernels import ops, reference
+from genkernels.benchmarks.cases import Case
+from genkernels.reference.affine_coupling import log_scale
+from genkernels.reference.made import degrees_of, made_forward, plan
+
+LARGE, SMALL, QUICK = (100, 784, 1024, 1024), (100, 64, 512, 512), (10, 8, 24, 24)
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    shapes = [QUICK] if quick else [LARGE, SMALL]
+    return [case(shape, direction) for shape in shapes for direction in ("forward", "forward+backward", "inverse")]
+
+
+def case(shape: tuple[int, ...], direction: str) -> Case:
+    """One row; shape: batch, features, hidden units of each layer."""
+    batch, features, *hidden = shape
+    inverse = direction == "inverse"
+    weights = sum(math.ceil(a * b / 2) for a, b in itertools.pairwise([features, *hidden, 2 * features]))
+    options = {}
+    if inverse and "yardstick" in Case.__dataclass_fields__:
+        options["yardstick"] = forward
+    return Case(
+        name="made/affine",
+        shape=shape,
+        dtype=torch.float32,
+        direction=direction,
+        inputs=functools.partial(_inputs, shape),
+        op=invert if inverse else forward,
+        reference=plain_inverse if inverse else plain_forward,
+        outputs=("x" if inverse else "z", "ldj"),
+        bytes=4 * (weights + 2 * batch * features) * (3 if "+" in direction else 1),
+        flops=2 * batch * weights * (3 if "+" in direction else 1),
+        settings={"scale_map": "sigmoid"},
+        **options,
+    )
+
+
+def degrees(features: int, hidden) -> list[torch.Tensor]:
+    """Natural order; hidden degrees go round 1 … D − 1, sorted."""
+    span = features - 1
+    return [torch.arange(features) + 1, *((torch.arange(h) % span + 1).sort().values for h in hidden)]
+
+
+@functools.cache
+def _plan(features: int, hidden: tuple[int, ...], device: str):
+    order, counts = (t.to(device) for t in plan(degrees(features, hidden)))
+    found = degrees_of(order, counts, hidden)
+    return order, counts, [*found, found[0].repeat(2)]
+
+
+def _split(x, both):
+    layers = len(both) // 2
+    weights, biases = both[:layers], both[layers:]
+    return weights, biases, _plan(x.shape[1], tuple(w.shape[0] for w in weights[:-1]), str(x.device))
+
+
+def forward(x, *both):
+    weights, biases, (_, _, at) = _split(x, both)
+    u, last = x, len(weights) - 1
+    for layer, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        u = ops.masked_linear(u, w, b, at[layer], at[layer + 1], strict=layer == last)
+        u = u if layer == last else F.relu(u)
+    s, t = u.chunk(2, dim=1)
+    ell = log_scale(s, 1)
+    return x * torch.exp(ell) + t, ell.sum(1)
+
+
+def invert(z, *both):
+    weights, biases, (order, counts, _) = _split(z, both)
+    return ops.made_inverse(z, weights, biases, order, counts, scale_map="sigmoid")
+
+
+def plain_forward(x, *both):
+    weights, biases, (order, counts, _) = _split(x, both)
+    return made_forward(x, None, weights, biases, order, counts, False, 1)
+
+
+def plain_inverse(z, *both):
+    weights, biases, (order, counts, _) = _split(z, both)
+    return reference.made_inverse(z, None, weights, biases, order, counts, False, 1)
+
+
+def _inputs(shape, rng) -> dict[str, torch.Tensor]:
+    batch, features, *hidden = shape
+    sizes = [features, *hidden, 2 * features]
+    draw = functools.partial(torch.rand, generator=rng, device=rng.device)
+    # torch.nn.Linear's own start, dead weights drawn too: they must not matter
+    uniform = lambda n, *s: (2 * draw(s) - 1) * n**-0.5  # noqa: E731
+    pairs = list(itertools.pairwise(sizes))
+    return {
+        "x": torch.randn((batch, features), generator=rng, device=rng.device),
+        **{f"weight {i}": uniform(n, m, n) for i, (n, m) in enumerate(pairs)},
+        **{f"bias {i}": uniform(n, m) for i, (n, m) in enumerate(pairs)},
+    }

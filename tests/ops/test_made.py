@@ -1,0 +1,392 @@
+"""made on every backend that runs here, against its definition in fp64."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import genkernels as gk
+from genkernels import ops
+from genkernels.ops.made import METHODS, SCALE_MAPS
+from genkernels.reference.made import degree_mask, degrees_of, made_forward, plan
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def error_is_small(name, ours, same_dtype, exact, units=16):
+    """At most twice the same-dtype reference's error against fp64, or some units in the last place of the largest number."""
+    assert ours.dtype == same_dtype.dtype and ours.shape == same_dtype.shape, name
+    assert ours.is_contiguous(), name
+    if not exact.numel():
+        return
+    error = (ours.double().cpu() - exact).abs().max()
+    allowed = (
+        2 * (same_dtype.double().cpu() - exact).abs().max() + units * torch.finfo(ours.dtype).eps * exact.abs().max()
+    )
+    assert error <= allowed, f"{name}: error {error:.3e} beyond {allowed:.3e}"
+
+
+# ------------------------------------------------------------------------------------------------------- masked linear
+
+#: rows, in, out: single numbers, odd ones, several register tiles and chunks, more rows than a chunk
+SHAPES = [(1, 1, 1), (3, 5, 7), (33, 40, 70), (100, 130, 61), (300, 17, 29), (0, 4, 3), (5, 1, 90)]
+DEGREES = {
+    "sorted": lambda n: torch.randint(0, 9, (n,)).sort().values,
+    "any": lambda n: torch.randint(0, 9, (n,)),
+    "halves": lambda n: torch.arange(n) % max((n + 1) // 2, 1) + 1,
+    "nothing": lambda n: torch.full((n,), 20),
+}
+
+
+def linear_case(shape, into, out, dtype, device):
+    rows, n, m = shape
+    draw = lambda *s: torch.randn(s, dtype=F64).to(dtype).to(device)  # noqa: E731
+    return draw(rows, n), draw(m, n), draw(m), DEGREES[into](n).to(device), DEGREES[out](m).to(device), draw(rows, m)
+
+
+def run_linear(x, weight, bias, into, out, grad, strict):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    y = ops.masked_linear(*leaves, into, out, strict=strict)
+    return {"y": y.detach(), **dict(zip(("x", "weight", "bias"), torch.autograd.grad(y, leaves, grad), strict=True))}
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "into,out", [("sorted", "sorted"), ("any", "halves"), ("sorted", "halves"), ("any", "any"), ("nothing", "sorted")]
+)
+def test_masked_linear(backend, device, poisoned_memory, shape, into, out, dtype):
+    for strict in (False, True):
+        case = linear_case(shape, into, out, dtype, device)
+        ours = run_linear(*case, strict)
+        with gk.use_backend("reference"):
+            same = run_linear(*case, strict)
+            exact = run_linear(*(t.double().cpu() if t.is_floating_point() else t.cpu() for t in case), strict)
+        for name, value in ours.items():
+            error_is_small(f"{name} {strict}", value, same[name], exact[name])
+        dead = ~degree_mask(case[3], case[4], strict)
+        assert (ours["weight"][dead] == 0).all()
+
+
+def test_dead_weights_are_not_multiplied(backend, device):
+    x, weight, bias, into, out, grad = linear_case((9, 30, 40), "any", "halves", F32, device)
+    dead = ~degree_mask(into, out, True)
+    clean = run_linear(x, weight, bias, into, out, grad, True)
+    dirty = run_linear(x, weight.masked_fill(dead, float("nan")), bias, into, out, grad, True)
+    for name, value in clean.items():
+        assert torch.equal(value, dirty[name]), name
+
+
+def test_masked_linear_takes_any_strides_and_leading_dimensions(backend, device):
+    x, weight, bias, into, out, _ = linear_case((24, 10, 12), "any", "any", F64, device)
+    expected = ops.masked_linear(x, weight, bias, into, out)
+    wide = torch.randn(24, 30, dtype=F64, device=device)
+    wide[:, 5:25:2] = x
+    transposed = weight.t().contiguous().t()
+    assert torch.equal(ops.masked_linear(wide[:, 5:25:2], transposed, bias, into, out), expected)
+    assert torch.equal(ops.masked_linear(x.view(2, 3, 4, 10), weight, bias, into, out), expected.view(2, 3, 4, 12))
+    assert torch.equal(ops.masked_linear(x, weight, None, into, out), ops.masked_linear(x, weight, 0 * bias, into, out))
+
+
+def test_masked_linear_gradients(compiled_backend, device):
+    x, weight, bias, into, out, _ = linear_case((3, 4, 5), "any", "any", F64, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    function = lambda *t: ops.masked_linear(*t, into, out, strict=True)  # noqa: E731
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+    torch.library.opcheck(torch.ops.genkernels.masked_linear.default, (*leaves, into, out, True))
+    for t in leaves:
+        t.requires_grad_(False)
+    torch.library.opcheck(
+        torch.ops.genkernels.masked_linear_grad_input.default,
+        (torch.randn(3, 5, dtype=F64, device=device), weight, into, out, True),
+    )
+    torch.library.opcheck(
+        torch.ops.genkernels.masked_linear_grad_weight.default,
+        (torch.randn(3, 5, dtype=F64, device=device), x, into, out, True),
+    )
+
+
+def test_masked_linear_under_autocast(backend, device):
+    x, weight, bias, into, out, _ = linear_case((7, 10, 12), "any", "any", F32, device)
+    with torch.autocast(device, dtype=BF16):
+        y = ops.masked_linear(x, weight, bias, into, out)
+        assert y.dtype == BF16
+        assert ops.masked_linear(x.double(), weight.double(), bias.double(), into, out).dtype == F64
+    halves = [t.bfloat16() for t in (x, weight, bias)]
+    torch.testing.assert_close(y, ops.masked_linear(*halves, into, out))
+
+
+def test_a_sample_alone_gives_its_bits_in_a_batch(compiled_backend, device):
+    x, weight, bias, into, out, _ = linear_case((300, 50, 70), "any", "halves", F32, device)
+    whole = ops.masked_linear(x, weight, bias, into, out)
+    assert torch.equal(whole, ops.masked_linear(x, weight, bias, into, out))
+    if device == "cpu":  # cuBLAS picks another kernel for another batch
+        assert torch.equal(whole[37:38], ops.masked_linear(x[37:38], weight, bias, into, out))
+
+
+# --------------------------------------------------------------------------------------------------------- the inverse
+
+
+def network(
+    features, hidden, *, batch=5, context=False, residual=False, order="natural", dtype=F64, device="cpu", scale=1.0
+):
+    """`(z, weights, biases, order, counts, options)`: sorted random degrees, weights whose outputs stay near 1."""
+    first = {
+        "natural": torch.arange(features),
+        "reversed": torch.arange(features).flip(0),
+        "random": torch.randperm(features),
+    }[order] + 1
+    low = 0 if context or features == 1 else 1
+    units = torch.randint(low, max(features, low + 1), (hidden[0],)).sort().values
+    degrees = [
+        first,
+        *(units if residual else torch.randint(low, max(features, low + 1), (h,)).sort().values for h in hidden),
+    ]
+    steps, counts = plan(degrees)
+    sizes = [features, *hidden, 2 * features]
+    draw = lambda *s: (torch.randn(s, dtype=F64) * scale).to(dtype).to(device)  # noqa: E731
+    weights = [draw(m, n) * n**-0.5 for n, m in itertools.pairwise(sizes)]
+    biases = [0.3 * draw(m) for m in sizes[1:]]
+    options = {"residual": residual, "context": draw(batch, hidden[0]) if context else None}
+    return draw(batch, features) / scale, weights, biases, steps.to(device), counts.to(device), options
+
+
+def run_inverse(z, weights, biases, order, counts, options, scale_map="exp", method="blocked", grads=None):
+    """Outputs and, given their gradients, all gradients, by name."""
+    leaves = {"z": z, **{f"w{i}": w for i, w in enumerate(weights)}, **{f"b{i}": b for i, b in enumerate(biases)}}
+    if options["context"] is not None:
+        leaves["context"] = options["context"]
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
+    ws, bs = ([leaves[f"{k}{i}"] for i in range(len(weights))] for k in "wb")
+    x, ldj = ops.made_inverse(leaves["z"], ws, bs, order, counts, context=leaves.get("context"),
+                              residual=options["residual"], scale_map=scale_map, method=method)  # fmt: skip
+    found = {"x": x.detach(), "ldj": ldj.detach()}
+    if grads is not None:
+        pairs = [(o, g) for o, g in zip((x, ldj), grads, strict=True) if g is not None]
+        got = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs])
+        for name, grad in zip(leaves, got, strict=True):
+            found[f"grad {name}"] = grad
+    return found
+
+
+def widened(case):
+    z, weights, biases, order, counts, options = case
+    wide = lambda t: None if t is None else t.double().cpu()  # noqa: E731
+    return (wide(z), [wide(w) for w in weights], [wide(b) for b in biases], order.cpu(), counts.cpu(),
+            {**options, "context": wide(options["context"])})  # fmt: skip
+
+
+NETWORKS = [
+    {"features": 1, "hidden": (3, 2), "context": True},
+    {"features": 1, "hidden": (1,)},
+    {"features": 2, "hidden": (4, 4, 4), "residual": True},
+    {"features": 7, "hidden": (20, 11), "order": "random"},
+    {"features": 31, "hidden": (9, 50, 13), "order": "reversed", "context": True},
+    {"features": 33, "hidden": (40,) * 5, "residual": True, "order": "random", "context": True, "batch": 70},
+    {"features": 67, "hidden": (30,), "batch": 130, "context": True},
+]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("scale_map", SCALE_MAPS)
+@pytest.mark.parametrize("net", NETWORKS, ids=lambda n: "-".join(map(str, n.values())).replace(" ", ""))
+def test_inverse_and_gradients(compiled_backend, device, poisoned_memory, net, scale_map, dtype):
+    if net["features"] > 30 and dtype != F32 and scale_map != "sigmoid":
+        return  # the reference takes seconds
+    case = network(**net, dtype=dtype, device=device, scale=0.7)
+    z = case[0]
+    grads = torch.randn_like(z), torch.randn(len(z), dtype=torch.promote_types(dtype, F32), device=device)
+    ours = run_inverse(*case, scale_map, grads=grads)
+    with gk.use_backend("reference"):
+        same = run_inverse(*case, scale_map, grads=grads)
+        exact = run_inverse(*widened(case), scale_map, grads=[g.double().cpu() for g in grads])
+    for name, value in ours.items():
+        # in fp64 both round; a half's floor is that of the fp32 arithmetic inside
+        error_is_small(name, value, same[name], exact[name], units=32 if dtype == F64 else 8)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_missing_gradient_is_a_zero(backend, device, missing):
+    case = network(9, (14, 14, 14), residual=True, context=True, device=device)
+    grads = [torch.randn_like(case[0]), torch.randn(5, dtype=F64, device=device)]
+    zero, none = list(grads), list(grads)
+    zero[missing], none[missing] = torch.zeros_like(grads[missing]), None
+    for name, value in run_inverse(*case, grads=none).items():
+        torch.testing.assert_close(value, run_inverse(*case, grads=zero)[name], msg=name)
+
+
+@pytest.mark.parametrize("scale_map", SCALE_MAPS)
+def test_it_is_the_inverse(backend, device, scale_map):
+    z, weights, biases, order, counts, options = network(40, (60, 70), context=True, order="random", device=device)
+    for method in METHODS:
+        x, ldj = ops.made_inverse(z, weights, biases, order, counts, scale_map=scale_map, method=method, **options)
+        back, forward_ldj = made_forward(
+            x, options["context"], weights, biases, order, counts, False, SCALE_MAPS.index(scale_map)
+        )
+        torch.testing.assert_close(back, z)
+        torch.testing.assert_close(forward_ldj, -ldj)
+
+
+def test_gradcheck(compiled_backend, device):
+    z, weights, biases, order, counts, options = network(
+        3, (4, 4, 4), batch=2, residual=True, context=True, order="random", device=device
+    )
+    leaves = [t.requires_grad_() for t in (z, options["context"], *weights, *biases)]
+    for scale_map, method in zip(SCALE_MAPS, METHODS, strict=True):
+
+        def function(z, context, *both, scale_map=scale_map, method=method):
+            return ops.made_inverse(
+                z,
+                both[:4],
+                both[4:],
+                order,
+                counts,
+                context=context,
+                residual=True,
+                scale_map=scale_map,
+                method=method,
+            )
+
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_opcheck(compiled_backend, device):
+    z, weights, biases, order, counts, options = network(4, (5, 6), batch=2, context=True, device=device)
+    arguments = (options["context"], weights, biases, order, counts, False, 1)
+    torch.library.opcheck(torch.ops.genkernels.made_inverse.default, (z, *arguments))
+    torch.library.opcheck(torch.ops.genkernels.made_inverse_backward.default, (z, None, z, *arguments))
+    torch.library.opcheck(
+        torch.ops.genkernels.made_inverse_backward.default, (None, z[:, 0].contiguous(), z, *arguments)
+    )
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(backend, device, batch):
+    case = network(6, (8, 9), batch=batch, context=True, device=device)
+    grads = torch.ones_like(case[0]), torch.ones(batch, dtype=F64, device=device)
+    found = run_inverse(*case, grads=grads)
+    assert found["x"].shape == (batch, 6) and found["ldj"].shape == (batch,)
+    with gk.use_backend("reference"):
+        expected = run_inverse(*case, grads=grads)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_repeats_and_batches_give_the_same_bits(compiled_backend, device):
+    case = network(40, (50, 60), batch=150, dtype=F32, device=device)
+    grads = torch.randn_like(case[0]), torch.randn(150, device=device)
+    first, again = (run_inverse(*case, grads=grads) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    alone = (case[0][77:78], *case[1:])
+    for name, value in run_inverse(*alone).items():
+        assert torch.equal(value, first[name][77:78]), name
+
+
+def test_inputs_stay_as_they_were_and_strides_do_not_matter(backend, device):
+    z, weights, biases, order, counts, options = network(6, (8, 9), device=device)
+    copies = [t.clone() for t in (z, *weights, *biases)]
+    expected = ops.made_inverse(z, weights, biases, order, counts)
+    room = torch.randn(9, 11, dtype=F64, device=device).t()
+    room[1:11:2, :6] = z
+    turned = [w.t().contiguous().t() for w in weights]
+    for ours, theirs in zip(ops.made_inverse(room[1:11:2, :6], turned, biases, order, counts), expected, strict=True):
+        assert torch.equal(ours, theirs) and ours.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(copies, (z, *weights, *biases), strict=True))
+
+
+def test_dead_weights_and_later_features_never_act(backend, device):
+    z, weights, biases, order, counts, options = network(9, (14, 15), order="random", device=device)
+    expected = ops.made_inverse(z, weights, biases, order, counts)
+    degrees = degrees_of(order, counts, (14, 15))
+    outs = [*degrees[1:], degrees[0].repeat(2)]
+    dirty = [
+        w.masked_fill(~degree_mask(i, o, k == 2), float("nan"))
+        for k, (w, i, o) in enumerate(zip(weights, degrees, outs, strict=True))
+    ]
+    for ours, theirs in zip(ops.made_inverse(z, dirty, biases, order, counts), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    late = z.clone()
+    late[2, order[5]] = float("nan")
+    x, ldj = ops.made_inverse(late, weights, biases, order, counts)
+    assert torch.equal(x[:, order[:5]], expected[0][:, order[:5]]) and x[2, order[5:]].isnan().all()
+    others = torch.tensor([0, 1, 3, 4], device=device)
+    assert torch.equal(x[others], expected[0][others]) and ldj.isnan().tolist() == [False, False, True, False, False]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    features=st.integers(1, 36), hidden=st.lists(st.integers(1, 50), min_size=1, max_size=3), batch=st.integers(0, 70),
+    context=st.booleans(), order=st.sampled_from(["natural", "reversed", "random"]), scale_map=st.sampled_from(SCALE_MAPS),
+)  # fmt: skip
+def test_any_network(compiled_backend, device, poisoned_memory, features, hidden, batch, context, order, scale_map):
+    torch.manual_seed(features + 100 * batch)
+    case = network(features, tuple(hidden), batch=batch, context=context, order=order, device=device, scale=0.5)
+    grads = torch.randn_like(case[0]), torch.randn(batch, dtype=F64, device=device)
+    ours = run_inverse(*case, scale_map, grads=grads)
+    with gk.use_backend("reference"):
+        expected = run_inverse(*case, scale_map, grads=grads)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_plan_can_be_undone():
+    degrees = [torch.randperm(7) + 1, torch.randint(0, 7, (9,)).sort().values, torch.randint(0, 7, (4,)).sort().values]
+    for given_degrees, found in zip(degrees, degrees_of(*plan(degrees), (9, 4)), strict=True):
+        assert torch.equal(given_degrees, found)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def changed(**changes):
+    z, weights, biases, order, counts, options = network(3, (4, 5))
+    call = {"z": z, "weights": weights, "biases": biases, "order": order, "counts": counts, **options, **changes}
+    return lambda: ops.made_inverse(**call)
+
+
+ZEROS = torch.zeros
+REFUSED = [
+    (changed(z=[1.0]), TypeError, "made: z must be a torch.Tensor, got list"),
+    (changed(z=ZEROS(5, 3)), TypeError, r"made: weights\[0\] must have the dtype of z, torch.float32, got torch.float64"),
+    (changed(z=ZEROS(5, 3, dtype=torch.int64)), TypeError, "made: z must be float64, float32, bfloat16 or float16, got torch.int64"),
+    (changed(z=ZEROS(3, dtype=F64)), ValueError, r"made: z must be \[N, D\] with D at least 1, got \[3\]"),
+    (changed(z=ZEROS(2, 4, dtype=F64)), ValueError, r"made: weights\[0\] must be \[out, in\] = \[4, 4\], got \[4, 3\]"),
+    (changed(biases=[]), ValueError, "made: weights and biases must be two lists of one length, at least 2, got 3 and 0"),
+    (changed(residual=True), ValueError, "made: a residual network must have an odd number of hidden layers, at least 3, got 2"),
+    (changed(order=torch.arange(3.0)), TypeError, "made: order must be int64, got torch.float32"),
+    (changed(order=torch.arange(4)), ValueError, r"made: order must be \[D\] = \[3\], got \[4\]"),
+    (changed(counts=torch.zeros(2, 3, dtype=torch.int64)), ValueError, r"made: counts must be \[layers - 1, D \+ 1\] = \[2, 4\], got \[2, 3\]"),
+    (changed(context=ZEROS(5, 3, dtype=F64)), ValueError, r"made: context must be \[N, H\] = \[5, 4\], got \[5, 3\]"),
+    (changed(scale_map="cube"), ValueError, "made: scale_map must be one of exp, sigmoid, tanh, got 'cube'"),
+    (changed(method="guess"), ValueError, "made: method must be one of blocked, jacobi, sequential, got 'guess'"),
+    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 2), None, torch.arange(2), torch.arange(4)), ValueError, r"made: x must be \[..., in\] with in = 2, got \[2, 3\]"),
+    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), ZEROS(3), torch.arange(3), torch.arange(4)), ValueError, r"made: bias must be \[out\] = \[4\], got \[3\]"),
+    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), None, torch.arange(3), torch.arange(3)), ValueError, r"made: out_degrees must be \[out\] = \[4\], got \[3\]"),
+    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), None, torch.arange(3.0), torch.arange(4)), TypeError, "made: in_degrees must be int64, got torch.float32"),
+    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3, dtype=F64), None, torch.arange(3), torch.arange(4)), TypeError, "made: weight must have the dtype of x, torch.float32, got torch.float64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("action,error,sentence", REFUSED, ids=range(len(REFUSED)))
+def test_refusals(action, error, sentence):
+    with pytest.raises(error, match=sentence):
+        action()
+
+
+@pytest.mark.skipif(gk.backends.why_missing("cpu") is not None, reason="the CPU library is not built")
+def test_the_kernel_addresses_nothing_by_a_wrong_plan():
+    z, weights, biases, order, counts, _ = network(3, (4, 4, 4), residual=True)
+    call = lambda order, counts, residual=False: ops.made_inverse(z, weights, biases, order, counts, residual=residual)  # noqa: E731
+    for wrong in ([0, 1, 1], [0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(RuntimeError, match="order must be a permutation of 0 to 2"):
+            call(torch.tensor(wrong), counts)
+    for wrong in ([0, 3, 2, 4], [-1, 1, 2, 4], [0, 1, 2, 5], [0, 1, 2, 3]):
+        with pytest.raises(RuntimeError, match="counts must ascend from 0 or more to the number of units"):
+            call(order, torch.tensor([wrong] * 3))
+    with pytest.raises(RuntimeError, match="a residual block must not add a unit to one of a lower degree"):
+        call(order, torch.tensor([[0, 1, 2, 4], [0, 1, 2, 4], [0, 2, 3, 4]]), True)
