@@ -9,7 +9,6 @@ from torch import Tensor
 
 from genkernels import reference
 from genkernels.ops._operator import (
-    FEATURES,
     Operator,
     define,
     differentiate,
@@ -162,12 +161,20 @@ OPERATOR = register(
         name=NAME,
         functions=(logistic_mixture_nll, logistic_mixture_sample),
         backends={
-            "cpu": "no kernel yet",
+            "cpu": "",
             "triton": "no kernel yet",
             "cuda": "would win nothing: every component is read once and nothing is shared between pixels, so that one pass in Triton "
             "already moves the fewest bytes",
         },
-        composability=dict.fromkeys(FEATURES, "reference"),
+        composability={
+            "backward": "kernel",
+            "double backward": "reference",
+            "forward mode": "reference",
+            "vmap": "reference",
+            "compile": "kernel",
+            "autocast": "kernel",
+            "deterministic": "kernel",
+        },
     )
 )
 

@@ -1,0 +1,133 @@
+// The discretised logistic of PixelCNN++ (Salimans et al. 2017), for g++ and for nvcc alike, in units of a level: i the level, M the mean,
+// w = 2·e^−s/(L − 1) the width of a bin in scales, a = (i + ½ − M)·w and b = (i − ½ − M)·w its edges.
+//
+// The probability of an inner level without a difference of sigmoids, and written by the edge nearer to the mean and the one farther
+// from it, near = max(b, −a) ≥ −w/2 and far = near + w:
+//
+//     σ(a) − σ(b) = σ(−near)·σ(far)·(1 − e^−w)
+//     log P = log w − max(near, 0) + log [ φ / ((1 + e^−|near|)·(1 + e^−far)) ],   φ = (1 − e^−w)/w
+//
+// so that the bracket lies within [1e-5, 1] for every parameter, three channels' brackets are multiplied before one logarithm is taken,
+// and no width is too small. An end level has one edge, its near one: log P = −max(near, 0) − log(1 + e^−|near|).
+//
+// Each edge is rounded once from the level and the mean, so the upper edge of a level and the lower edge of the next are one number:
+// the bins add up to 1 as exactly as the sigmoid is computed.
+#pragma once
+
+#include "math.h"
+
+namespace genkernels {
+namespace mixture {
+
+template <typename T>
+constexpr T kLowestLogScale = T(-7);
+
+GK_HOST_DEVICE inline double log(double x) { return ::log(x); }
+
+#if defined(__CUDA_ARCH__)
+GK_HOST_DEVICE inline float log(float x) { return ::logf(x); }
+#else
+// log x for normal x > 0 and for NaN; branch-free (Cephes): x = 2^e·(1 + f) with 1 + f in [√½, √2).
+GK_HOST_DEVICE inline float log(float x) {
+  const int32_t bits = math::float_to_bits(x);
+  const int32_t e = (bits - 0x3f3504f3) >> 23;
+  const float f = math::bits_to_float(bits - (e << 23)) - 1.0f;
+  const float fe = static_cast<float>(e);
+  const float f2 = f * f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  float y = f * f2 * p + fe * -2.12194440e-4f;
+  y = y - 0.5f * f2;
+  y = f + y + fe * 0.693359375f;
+  return x == x ? y : x;
+}
+#endif
+
+// The least e^−|near| that counts where near < 0: keeps 0/0 out of widths beyond the exponential's range. Its cube is a normal number.
+template <typename T>
+struct Floor;
+template <>
+struct Floor<float> {
+  static constexpr float kLeast = 1e-12f;
+};
+template <>
+struct Floor<double> {
+  static constexpr double kLeast = 1e-100;
+};
+
+template <typename T>
+struct Level {
+  T linear;       // log P = linear + log(numerator / denominator)
+  T numerator;    // in [Floor / 2, 1]
+  T denominator;  // in [numerator, 4·w + 4]
+  T by_mean;      // ∂ log P / ∂ (mean in levels) / w, and so ∂ log P / ∂ (mean in [−1, 1]) / e^−s
+  T by_log_scale;  // ∂ log P / ∂ s
+};
+
+// sinh(h)/h for h in [0, ½].
+template <typename T>
+GK_HOST_DEVICE inline T sinhc_small(T h) {
+  const T h2 = h * h;
+  T p = T(1.0 / 39916800);
+  if constexpr (sizeof(T) == 8) p = (T(1.0 / 1307674368000) * h2 + T(1.0 / 6227020800)) * h2 + p;
+  p = p * h2 + T(1.0 / 362880);
+  p = p * h2 + T(1.0 / 5040);
+  p = p * h2 + T(1.0 / 120);
+  p = p * h2 + T(1.0 / 6);
+  return p * h2 + T(1);
+}
+
+// One level under one component. log_width = log w, that of the clamped log-scale. Derivative: also fills by_mean and by_log_scale.
+// Branch-free, so that a loop over it vectorises. NaN in, NaN out.
+template <bool Derivative, typename T>
+GK_HOST_DEVICE inline Level<T> level(T i, T mean, T width, T log_width, bool lowest, bool highest) {
+  const bool end = lowest | highest;
+  const T upper = (i + T(0.5) - mean) * width;
+  const T lower = (i - T(0.5) - mean) * width;
+  const bool above = highest | (!lowest & (lower > -upper));  // the nearer edge is the lower one
+  const T near = math::select(above, lower, -upper);
+  const T far = math::select(above, upper, -lower);
+  const bool inside = near < T(0);  // the mean lies within the bin
+  // 1 − e^−w and e^−far by the half width's exponential: e^−far = e^−w·e^−near, the latter being e^−|near| or its inverse
+  const T half = T(0.5) * width;
+  const T u = math::exp(-half);
+  const T u2 = u * u;
+  const T w = math::select(end, T(0), u2);
+  const T exact = math::exp(-math::abs(near));
+  const T least = math::select(exact < Floor<T>::kLeast, T(Floor<T>::kLeast), exact);
+  const T e = math::select(inside, least, exact);
+  const T e_inside = math::select(inside, e, T(1));
+  const bool narrow = width < T(1);
+  const T sinhc = sinhc_small(math::select(narrow, half, T(0.5)));
+  const T whole = T(1) - u2;  // 1 − e^−w, where w ≥ 1
+  const T other = math::select(inside, e + w, T(1) + e * w);  // (1 + e^−far), times e where the mean lies inside
+  Level<T> r;
+  r.linear = math::select(end, T(0), log_width) - math::select(inside, T(0), near);
+  r.numerator = math::select(end, T(1), math::select(narrow, u * sinhc, whole)) * e_inside;
+  r.denominator = (T(1) + e) * other * math::select(end | narrow, T(1), width);
+  if constexpr (Derivative) {
+    // three quotients by one division
+    const T both = (T(1) + e) * other;
+    const T difference = math::select(narrow, sinhc, whole);
+    const T inverse = T(1) / (both * difference);
+    const T from_near = e_inside * other * (difference * inverse);      // σ(near)
+    const T from_far = math::select(inside, w, e * w) * (T(1) + e) * (difference * inverse);  // σ(−far), 0 at an end
+    const T inner = math::select(narrow, u, u2 * width) * (both * inverse);                // w/(e^w − 1)
+    const T slope = from_near - from_far;
+    r.by_mean = math::select(above, slope, -slope);
+    r.by_log_scale = near * from_near - math::select(end, T(0), far * from_far + inner);
+  } else {
+    r.by_mean = r.by_log_scale = T(0);
+  }
+  return r;
+}
+
+}  // namespace mixture
+}  // namespace genkernels

@@ -1,0 +1,351 @@
+// Discretised logistic mixture on the CPU (Salimans et al., "PixelCNN++", 2017): nll = −Σ_pixels log Σ_k π_k Π_c P_ck, its gradient, its
+// draws. common/logistic_mixture.h has the probability of a level.
+//
+// Layout. params [N, P, S], P = 3·K (C = 1) or 10·K (C = 3): row after row of S pixels, K rows of logits, then for each channel K rows of
+// means, K of log-scales and (C = 3) K of coefficients. A tile is kTile neighbouring pixels of one sample: every row of it is one
+// contiguous piece, the SIMD lanes are pixels, the loops over components and channels go around them, and nothing branches on data.
+// Half storage is widened row by row; fp32 and fp64 are read where they lie.
+//
+// Forward, a tile: the largest logit; for each component log π_k + log Π_c P_ck, unnormalised, into [K, kTile]; two log-sum-exps.
+// Backward repeats that and keeps each component's derivatives of log P_ck, [9·K or 2·K, kTile], within the second-level cache; once the
+// posterior is known they are scaled by it and stored. Saved for backward: the inputs alone. A saved log-sum-exp would spare backward that
+// last scaling and one logarithm a component, but none of the exponentials, all of which the derivatives need.
+//
+// Bytes: forward reads P·S, backward reads P·S and writes P·S; PixelCNN++'s 16×100×32×32 fp32 is 6.6 MB each. Arithmetic: a component takes
+// 3·C exponentials, 3 tanh (C = 3), C divisions and one logarithm, C = 3 about 500 instructions for a vector of lanes: 5 instructions a byte,
+// so that it is arithmetic, not memory, that sets the time.
+//
+// The sum over pixels: tiles of a chunk of kChunk pixels in order, in fp64, then the chunks in order: bitwise the same for any number of threads.
+#include "common.h"
+
+#include "../common/draw.h"
+#include "../common/logistic_mixture.h"
+
+namespace genkernels {
+namespace {
+
+constexpr int64_t kTile = 64;
+constexpr int64_t kChunk = 256;
+constexpr int64_t kGrain = 4096;  // pixels times components below which a second thread does not pay
+
+struct Geometry {
+  int64_t samples, pixels, mixtures, rows;  // N, S, K, P
+  int channels, levels;
+  int64_t chunks() const { return (pixels + kChunk - 1) / kChunk; }
+};
+
+Geometry geometry_of(const Tensor& params, int64_t channels, int64_t levels) {
+  Geometry g;
+  g.samples = params.size(0);
+  g.rows = params.size(1);
+  g.pixels = 1;
+  for (int64_t i = 2; i < params.dim(); ++i) g.pixels *= params.size(i);
+  g.channels = int(channels);
+  g.levels = int(levels);
+  g.mixtures = g.rows / (channels == 1 ? 3 : 10);
+  return g;
+}
+
+// Runs f(sample, chunk) over everything, in parallel, with one scratch of `floats` numbers a thread's range.
+template <typename T, typename F>
+void for_each_chunk(const Geometry& g, int64_t floats, F&& f) {
+  const int64_t chunks = g.chunks(), each = std::max<int64_t>(1, std::min(g.pixels, kChunk) * g.mixtures * g.channels);
+  torch::stable::parallel_for(0, g.samples * chunks, std::max<int64_t>(1, kGrain / each), [&](int64_t from, int64_t to) {
+    std::vector<T> scratch(floats);
+    for (int64_t task = from; task < to; ++task) f(task / chunks, task % chunks, scratch.data());
+  });
+}
+
+// n numbers of a row as T: the tensor itself where it has that type, else `buffer`, filled.
+template <typename S, typename T>
+const T* read(const S* from, T* buffer, int64_t n) {
+  if constexpr (std::is_same_v<S, T>) {
+    return from;
+  } else {
+    load(from, buffer, n);
+    return buffer;
+  }
+}
+
+// A tile's pixels, and what the two passes make of them.
+template <int C, typename T>
+struct Tile {
+  alignas(64) T level[C][kTile], x[C][kTile];
+  alignas(64) T best[kTile];                                // the largest logit
+  alignas(64) T linear[kTile], numerator[kTile], denominator[kTile];
+  alignas(64) T row[5][kTile];                              // widened rows
+  alignas(64) T top[kTile], evidence[kTile], prior[kTile];  // max and Σ of exp over components, of joint and of logits alone
+};
+
+// The C levels of each pixel, from x in [−1, 1], with 1/half the distance of two levels.
+template <int C, typename T>
+void take_levels(const T* x, int64_t stride, int64_t n, T half, Tile<C, T>& tile) {
+  const T highest = T(2) * half;
+  for (int c = 0; c < C; ++c) {
+    const T* __restrict from = x + c * stride;
+    T* __restrict level = tile.level[c];
+    T* __restrict value = tile.x[c];
+    for (int64_t t = 0; t < n; ++t) {
+      T position = (from[t] + T(1)) * half;
+      position = position < T(0) ? T(0) : position;
+      position = position > highest ? highest : position;
+      level[t] = std::nearbyint(position);
+      value[t] = level[t] / half - T(1);
+    }
+  }
+}
+
+// Channel c of one component over a tile: multiplies its probability in; Derivative: writes the rows of derivatives of log P.
+template <int C, int c, bool Derivative, typename T>
+void channel_tile(int64_t n, T half, T log_half, const T* __restrict mean, const T* __restrict log_scale, const T* __restrict first,
+                  const T* __restrict second, Tile<C, T>& tile, T* __restrict by_mean, T* __restrict by_log_scale,
+                  T* __restrict by_first, T* __restrict by_second) {
+  const T* __restrict level = tile.level[c];
+  const T* __restrict x0 = tile.x[0];
+  const T* __restrict x1 = tile.x[C == 3 ? 1 : 0];
+  T* __restrict linear = tile.linear;
+  T* __restrict numerator = tile.numerator;
+  T* __restrict denominator = tile.denominator;
+  const T highest = T(2) * half;
+#pragma GCC ivdep
+  for (int64_t t = 0; t < n; ++t) {
+    T m = mean[t], tanh1 = T(0), sech1 = T(0), tanh2 = T(0), sech2 = T(0);
+    if constexpr (c >= 1) {
+      math::tanh_sech2(first[t], tanh1, sech1);
+      m += tanh1 * x0[t];
+    }
+    if constexpr (c == 2) {
+      math::tanh_sech2(second[t], tanh2, sech2);
+      m += tanh2 * x1[t];
+    }
+    const T given = log_scale[t];
+    const bool below = given < mixture::kLowestLogScale<T>;
+    const T s = math::select(below, mixture::kLowestLogScale<T>, given);
+    const T shrink = math::exp(-s);
+    const T i = level[t];
+    const auto p = mixture::level<Derivative>(i, (m + T(1)) * half, shrink / half, -s - log_half, i <= T(0), i >= highest);
+    linear[t] += p.linear;
+    numerator[t] = c == 0 ? p.numerator : numerator[t] * p.numerator;
+    denominator[t] = c == 0 ? p.denominator : denominator[t] * p.denominator;
+    if constexpr (Derivative) {
+      const T d = shrink * p.by_mean;
+      by_mean[t] = d;
+      by_log_scale[t] = math::select(below, T(0), p.by_log_scale);
+      if constexpr (c >= 1) by_first[t] = d * x0[t] * sech1;
+      if constexpr (c == 2) by_second[t] = d * x1[t] * sech2;
+    }
+  }
+}
+
+// joint [K, kTile] = log (π_k Π_c P_ck), less the largest logit; slopes [P − K rows, kTile] in the rows' own order; the sums in `tile`.
+template <int C, bool Derivative, typename S, typename T>
+void evaluate(const Geometry& g, const S* params, int64_t n, Tile<C, T>& tile, T* joint, T* slopes) {
+  const int64_t K = g.mixtures, width = C == 1 ? 2 : 3;
+  const T half = T(0.5) * T(g.levels - 1), log_half = T(std::log(0.5 * (g.levels - 1)));
+  const auto row = [&](int64_t r, T* buffer) { return read(params + r * g.pixels, buffer, n); };
+  T* __restrict best = tile.best;
+  T* __restrict prior = tile.prior;
+  T* __restrict top = tile.top;
+  T* __restrict evidence = tile.evidence;
+  for (int64_t k = 0; k < K; ++k) {
+    const T* logit = row(k, tile.row[0]);
+    for (int64_t t = 0; t < n; ++t) best[t] = k == 0 || logit[t] > best[t] ? logit[t] : best[t];
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    prior[t] = evidence[t] = T(0);
+    top[t] = -std::numeric_limits<T>::infinity();
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    const T* logit = row(k, tile.row[0]);
+    T* __restrict linear = tile.linear;
+    for (int64_t t = 0; t < n; ++t) {
+      linear[t] = logit[t] - best[t];
+      prior[t] += math::exp(linear[t]);
+    }
+    const auto rest = [&](int64_t c, int64_t r) { return (c * width + r) * K + k; };
+    const auto slope = [&](int64_t c, int64_t r) { return Derivative ? slopes + rest(c, r) * kTile : nullptr; };
+    const auto read_row = [&](int64_t c, int64_t r, int buffer) { return row(K + rest(c, r), tile.row[buffer]); };
+    channel_tile<C, 0, Derivative, T>(n, half, log_half, read_row(0, 0, 1), read_row(0, 1, 2), nullptr, nullptr, tile, slope(0, 0),
+                                      slope(0, 1), nullptr, nullptr);
+    if constexpr (C == 3) {
+      channel_tile<C, 1, Derivative, T>(n, half, log_half, read_row(1, 0, 1), read_row(1, 1, 2), read_row(0, 2, 3), nullptr, tile,
+                                        slope(1, 0), slope(1, 1), slope(0, 2), nullptr);
+      channel_tile<C, 2, Derivative, T>(n, half, log_half, read_row(2, 0, 1), read_row(2, 1, 2), read_row(1, 2, 3), read_row(2, 2, 4),
+                                        tile, slope(2, 0), slope(2, 1), slope(1, 2), slope(2, 2));
+    }
+    T* __restrict out = joint + k * kTile;
+    const T* __restrict numerator = tile.numerator;
+    const T* __restrict denominator = tile.denominator;
+    for (int64_t t = 0; t < n; ++t) {
+      const T v = linear[t] + mixture::log(numerator[t] / denominator[t]);
+      out[t] = v;
+      top[t] = math::select(v > top[t], v, top[t]);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    T* __restrict out = joint + k * kTile;
+    for (int64_t t = 0; t < n; ++t) {
+      out[t] = math::exp(out[t] - top[t]);
+      evidence[t] += out[t];
+    }
+  }
+}
+
+template <int C, typename S, typename T>
+void forward(const Geometry& g, const Tensor& params, const Tensor& x, Tensor& nll) {
+  const S* p = data<S>(params);
+  const T* pixels = data<T>(x);
+  T* out = mutable_data<T>(nll);
+  const int64_t chunks = g.chunks();
+  std::vector<double> partial(g.samples * chunks, 0.0);
+  for_each_chunk<T>(g, g.mixtures * kTile, [&](int64_t sample, int64_t chunk, T* joint) {
+    Tile<C, T> tile;
+    double total = 0;
+    const int64_t end = std::min((chunk + 1) * kChunk, g.pixels);
+    for (int64_t at = chunk * kChunk; at < end; at += kTile) {
+      const int64_t n = std::min(kTile, end - at);
+      take_levels<C, T>(pixels + sample * C * g.pixels + at, g.pixels, n, T(0.5) * T(g.levels - 1), tile);
+      evaluate<C, false>(g, p + sample * g.rows * g.pixels + at, n, tile, joint, static_cast<T*>(nullptr));
+      T* __restrict nats = tile.linear;
+      for (int64_t t = 0; t < n; ++t) nats[t] = mixture::log(tile.prior[t]) - (tile.top[t] + mixture::log(tile.evidence[t]));
+      for (int64_t t = 0; t < n; ++t) total += nats[t];
+    }
+    partial[sample * chunks + chunk] = total;
+  });
+  for (int64_t n = 0; n < g.samples; ++n) {
+    double total = 0;
+    for (int64_t c = 0; c < chunks; ++c) total += partial[n * chunks + c];
+    out[n] = T(total);
+  }
+}
+
+// from · scale as S; through the buffer only where S is half.
+template <typename S, typename T>
+void write(const T* __restrict from, const T* __restrict scale, S* __restrict to, T* __restrict buffer, int64_t n) {
+  if constexpr (std::is_same_v<S, T>) {
+    for (int64_t t = 0; t < n; ++t) to[t] = from[t] * scale[t];
+  } else {
+    for (int64_t t = 0; t < n; ++t) buffer[t] = from[t] * scale[t];
+    store(buffer, to, n);
+  }
+}
+
+template <int C, typename S, typename T>
+void backward(const Geometry& g, const Tensor& grad, const Tensor& params, const Tensor& x, Tensor& grad_params) {
+  const S* p = data<S>(params);
+  const T* pixels = data<T>(x);
+  const T* go = data<T>(grad);
+  S* out = mutable_data<S>(grad_params);
+  const int64_t K = g.mixtures;
+  for_each_chunk<T>(g, g.rows * kTile, [&](int64_t sample, int64_t chunk, T* scratch) {
+    Tile<C, T> tile;
+    T* joint = scratch;
+    T* slopes = scratch + K * kTile;
+    const int64_t end = std::min((chunk + 1) * kChunk, g.pixels);
+    for (int64_t at = chunk * kChunk; at < end; at += kTile) {
+      const int64_t n = std::min(kTile, end - at), base = sample * g.rows * g.pixels + at;
+      take_levels<C, T>(pixels + sample * C * g.pixels + at, g.pixels, n, T(0.5) * T(g.levels - 1), tile);
+      evaluate<C, true>(g, p + base, n, tile, joint, slopes);
+      T* __restrict by_evidence = tile.top;
+      T* __restrict by_prior = tile.denominator;
+      T* __restrict weight = tile.linear;
+      T* __restrict share = tile.numerator;
+      for (int64_t t = 0; t < n; ++t) {
+        by_evidence[t] = -go[sample] / tile.evidence[t];
+        by_prior[t] = -go[sample] / tile.prior[t];
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        const T* logit = read(p + base + k * g.pixels, tile.row[0], n);
+        const T* __restrict posterior = joint + k * kTile;
+        for (int64_t t = 0; t < n; ++t) {
+          weight[t] = posterior[t] * by_evidence[t];
+          share[t] = weight[t] - math::exp(logit[t] - tile.best[t]) * by_prior[t];
+        }
+        S* to = out + base + k * g.pixels;
+        if constexpr (std::is_same_v<S, T>)
+          std::memcpy(to, share, n * sizeof(T));
+        else
+          store(share, to, n);
+        for (int64_t r = 1; r < g.rows / K; ++r)
+          write(slopes + ((r - 1) * K + k) * kTile, weight, out + base + (r * K + k) * g.pixels, tile.row[0], n);
+      }
+    }
+  });
+}
+
+template <typename S, typename T>
+void sample(const Geometry& g, const Tensor& params, const Tensor& noise, double temperature, Tensor& index) {
+  const S* p = data<S>(params);
+  const T* u = data<T>(noise);
+  int64_t* out = mutable_data<int64_t>(index);
+  for_each_chunk<T>(g, g.rows, [&](int64_t sample, int64_t chunk, T* own) {
+    const int64_t end = std::min((chunk + 1) * kChunk, g.pixels);
+    for (int64_t at = chunk * kChunk; at < end; ++at) {
+      const S* from = p + sample * g.rows * g.pixels + at;
+      for (int64_t r = 0; r < g.rows; ++r) own[r] = static_cast<T>(from[r * g.pixels]);
+      int drawn[3];
+      draw::logistic_mixture<T>(own, 1, int(g.mixtures), g.channels, g.levels, T(temperature), u + sample * (1 + g.channels) * g.pixels + at,
+                                g.pixels, drawn);
+      for (int c = 0; c < g.channels; ++c) out[(sample * g.channels + c) * g.pixels + at] = drawn[c];
+    }
+  });
+}
+
+// ---- dispatch ---------------------------------------------------------------------------------------------------------------
+
+template <typename F>
+void dispatch(const Tensor& params, F&& f) {
+  switch (params.scalar_type()) {
+    case ScalarType::Float: return f.template operator()<float, float>();
+    case ScalarType::Double: return f.template operator()<double, double>();
+    case ScalarType::BFloat16: return f.template operator()<BFloat16, float>();
+    case ScalarType::Half: return f.template operator()<Half, float>();
+    default: STD_TORCH_CHECK(false, "logistic_mixture: no kernel for this dtype of params");
+  }
+}
+
+ScalarType work_dtype(const Tensor& params) {
+  return params.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor logistic_mixture_nll(Tensor params, Tensor x, int64_t levels) {
+  const Geometry g = geometry_of(params, x.size(1), levels);
+  Tensor nll = empty(params, {g.samples}, work_dtype(params));
+  dispatch(params, [&]<typename S, typename T>() {
+    if (g.channels == 1)
+      forward<1, S, T>(g, params, x, nll);
+    else
+      forward<3, S, T>(g, params, x, nll);
+  });
+  return nll;
+}
+
+Tensor logistic_mixture_nll_backward(Tensor grad, Tensor params, Tensor x, int64_t levels) {
+  const Geometry g = geometry_of(params, x.size(1), levels);
+  Tensor grad_params = empty(params, shape_of(params), params.scalar_type());
+  dispatch(params, [&]<typename S, typename T>() {
+    if (g.channels == 1)
+      backward<1, S, T>(g, grad, params, x, grad_params);
+    else
+      backward<3, S, T>(g, grad, params, x, grad_params);
+  });
+  return grad_params;
+}
+
+Tensor logistic_mixture_sample(Tensor params, Tensor noise, int64_t levels, double temperature) {
+  const Geometry g = geometry_of(params, noise.size(1) - 1, levels);
+  std::vector<int64_t> shape = shape_of(noise);
+  shape[1] = g.channels;
+  Tensor index = empty(params, shape, ScalarType::Long);
+  dispatch(params, [&]<typename S, typename T>() { sample<S, T>(g, params, noise, temperature, index); });
+  return index;
+}
+
+}  // namespace
+}  // namespace genkernels
+
+STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
+  m.impl("logistic_mixture_nll", TORCH_BOX(&genkernels::logistic_mixture_nll));
+  m.impl("logistic_mixture_nll_backward", TORCH_BOX(&genkernels::logistic_mixture_nll_backward));
+  m.impl("logistic_mixture_sample", TORCH_BOX(&genkernels::logistic_mixture_sample));
+}
