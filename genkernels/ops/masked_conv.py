@@ -225,19 +225,19 @@ OPERATOR = register(
         name=NAME,
         functions=(masked_conv,),
         backends={
-            "cpu": "not written yet",
+            "cpu": "",
             "triton": "not written yet",
             "cuda": "the Triton kernel serves GPUs: an implicit matrix product, which Triton compiles to the tensor cores' own "
             "instructions; CUDA C++ would repeat it",
         },
         composability={
-            "backward": "reference",
+            "backward": "kernel",
             "double backward": "reference",
             "forward mode": "reference",
             "vmap": "reference",
-            "compile": "reference",
-            "autocast": "reference",
-            "deterministic": "reference",
+            "compile": "kernel",
+            "autocast": "kernel",
+            "deterministic": "kernel",
         },
     )
 )

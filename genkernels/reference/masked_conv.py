@@ -141,7 +141,8 @@ def masked_conv_backward(
     nothing = x.new_empty(0)
     grad_x = grad_weight = nothing
     if want_x or want_weight:
-        padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+        # plain integers: the second derivative of a convolution refuses symbolic ones
+        padding = [int(weight.shape[2]) // 2, int(weight.shape[3]) // 2]
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             g, x, weight.masked_fill(~mask, 0), None, [1, 1], padding, [1, 1], False, [0, 0], 1,
             [want_x, want_weight, False],

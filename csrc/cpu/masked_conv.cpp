@@ -1,0 +1,586 @@
+// Masked convolution on the CPU: y = act(x * (w ⊙ m) + b + c) + r over the live taps alone (van den Oord et al. 2016a, 2016b).
+//
+// Shapes. x [N, Cin, H, W], weight [Cout, Cin, kh, kw], condition [N, Cout] or [N, Cout, H, W], residual [N, Cout', H, W]; channels first
+// in and out, nothing is rearranged but a band of rows in scratch (masked_conv.h).
+//
+// Forward. A task is a band of rows of one image, chosen so that its staged input and its result stay in the second-level cache. The
+// weights are packed once a call as [block of output channels][entry][channel], an entry being a live tap of an input channel for any of
+// the block: taps that data_channels kills for a whole block are left out too. Bias and [N, Cout] condition start the sums; the
+// 4-D condition, the activation and the residual are applied to the band before it is stored.
+// Backward. g, the gradient of the pre-activation, is written out where there is an activation. grad_x: the same product, taps mirrored.
+// grad_weight: an outer product over pixels, per live tap, in at most kParts partial sums over the images; these depend on the shape
+// alone and are added in order, so that bits do not depend on the number of threads. No dead tap is ever computed; theirs is 0.
+//
+// Saved for backward: x, weight; relu: the output, beside a residual the pre-activation; gate: the pre-activation (recomputing it would
+// cost the convolution again).
+//
+// Flops: 2·N·H·W·(live weights), twice that backward: at a processor's peak this is the floor, the bytes (x and y once) hide behind it.
+// fp16 is widened as it is staged. bf16 too, unless the processor multiplies pairs of bf16: then torch's convolution of all taps, with
+// the masked weight, is the faster one, and the epilogue here follows it.
+#include "masked_conv.h"
+
+#include "../common/math.h"
+
+namespace genkernels {
+namespace {
+
+using namespace masked;
+
+enum Activation : int64_t { kNone, kRelu, kGate };
+enum Region : int64_t { kRaster, kVertical, kHorizontal };
+constexpr int64_t kBandBytes = 384 * 1024;  // of the second-level cache
+constexpr int64_t kParts = 16;
+
+struct Tap {
+  int64_t row, column;
+  bool centre;  // live only between certain blocks of channels
+};
+
+struct Problem {
+  int64_t batch, inputs, outputs, height, width, kh, kw;
+  int64_t mask_type, data_channels, region, activation;
+  std::vector<Tap> taps;
+  int64_t left() const { return activation == kGate ? outputs / 2 : outputs; }
+  int64_t pixels() const { return height * width; }
+
+  bool live(int64_t o, int64_t i, const Tap& t) const {
+    if (!t.centre) return true;
+    const int64_t of_output = (o % left()) * data_channels / left(), of_input = i * data_channels / inputs;
+    return mask_type == 0 ? of_input < of_output : of_input <= of_output;
+  }
+};
+
+Problem problem_of(const Tensor& x, const Tensor& weight, int64_t mask_type, int64_t data_channels, int64_t region, int64_t activation) {
+  Problem p{x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3), weight.size(2), weight.size(3),
+            mask_type, data_channels, region, activation, {}};
+  const int64_t middle_row = p.kh / 2, middle = p.kw / 2;
+  for (int64_t r = 0; r <= middle_row; ++r)
+    for (int64_t c = 0; c < p.kw; ++c) {
+      if (region == kVertical) {
+        if (r < middle_row || mask_type == 1) p.taps.push_back({r, c, false});
+      } else if ((r < middle_row && region == kRaster) || (r == middle_row && c < middle)) {
+        p.taps.push_back({r, c, false});
+      } else if (r == middle_row && c == middle && (mask_type == 1 || data_channels > 1)) {
+        p.taps.push_back({r, c, data_channels > 1});
+      }
+    }
+  return p;
+}
+
+// ---- one convolution over live taps ---------------------------------------------------------------------------------------
+
+// The geometry and packed weights of the forward product, or of the mirrored one that gives the gradient of x.
+template <typename T>
+struct Packed {
+  struct Block {
+    int64_t first;
+    int channels;
+    int64_t entries, at, weights;  // offsets into the two arrays below
+  };
+  int64_t inputs, outputs;
+  Band band;
+  std::vector<Block> blocks;
+  std::vector<int32_t> at;
+  std::vector<T> weights;
+};
+
+// Rows a band: all that fit in the cache, and fewer where there would be no work for some thread.
+void choose_rows(Band& b, int64_t floats_of_x, int64_t floats_of_y, int64_t itemsize, int64_t batch, int64_t threads) {
+  const int64_t row = (floats_of_x + floats_of_y) * b.pitch() * itemsize;
+  const int64_t halo = (b.up + b.down) * floats_of_x * b.pitch() * itemsize;
+  int64_t bands = 1;
+  while (bands < b.height && (b.height + bands - 1) / bands * row + halo > kBandBytes) ++bands;
+  while (batch * bands < threads && bands < b.height) ++bands;
+  b.rows = (b.height + bands - 1) / bands;
+}
+
+Band reach_of(const Problem& p, bool mirrored) {
+  Band b{p.height, p.width, 0, 0, 0, 0};
+  for (const Tap& t : p.taps) {
+    const int64_t row = t.row - p.kh / 2, column = t.column - p.kw / 2;
+    b.up = std::max(b.up, mirrored ? row : -row);
+    b.down = std::max(b.down, mirrored ? -row : row);
+    b.left = std::max(b.left, mirrored ? column : -column);
+    b.right = std::max(b.right, mirrored ? -column : column);
+  }
+  return b;
+}
+
+template <typename T>
+Packed<T> pack(const Problem& p, const T* weight, bool mirrored) {
+  Packed<T> k;
+  k.inputs = mirrored ? p.outputs : p.inputs;
+  k.outputs = mirrored ? p.inputs : p.outputs;
+  k.band = reach_of(p, mirrored);
+  choose_rows(k.band, k.inputs, k.outputs, sizeof(T), p.batch, torch::stable::get_num_threads());
+  const int64_t plane = k.band.plane(), pitch = k.band.pitch(), taps = int64_t(p.taps.size()), area = p.kh * p.kw;
+  int64_t most = 0;
+  for (int64_t first = 0; first < k.outputs;) {
+    int channels = kBlock;
+    while (channels > k.outputs - first) channels /= 2;
+    k.blocks.push_back({first, channels, 0, int64_t(k.blocks.size()) * k.inputs * taps, most});
+    most += channels * k.inputs * taps;
+    first += channels;
+  }
+  k.at.resize(k.blocks.size() * k.inputs * taps);
+  k.weights.resize(most);
+  torch::stable::parallel_for(0, int64_t(k.blocks.size()), 2, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      auto& block = k.blocks[n];
+      int32_t* at = &k.at[block.at];
+      T* w = &k.weights[block.weights];
+      for (int64_t i = 0; i < k.inputs; ++i)
+        for (const Tap& t : p.taps) {
+          bool any = false;
+          for (int c = 0; c < block.channels; ++c) {
+            const int64_t o = block.first + c;
+            const int64_t co = mirrored ? i : o, ci = mirrored ? o : i;
+            const bool live = p.live(co, ci, t);
+            any |= live;
+            w[c] = live ? weight[(co * p.inputs + ci) * area + t.row * p.kw + t.column] : T(0);
+          }
+          if (!any) continue;
+          const int64_t away = (t.row - p.kh / 2) * pitch + t.column - p.kw / 2;
+          at[block.entries++] = int32_t(i * plane + (mirrored ? -away : away));
+          w += block.channels;
+        }
+    }
+  });
+  return k;
+}
+
+// Runs the product band by band; finish(image, first row, rows, result [outputs][stride], stride) stores what it gave. shift(image, o)
+// starts the sum of output channel o.
+template <typename S, typename T, typename Shift, typename Finish>
+void convolve(const Packed<T>& k, const S* x, int64_t batch, Shift&& shift, Finish&& finish) {
+  const Band& b = k.band;
+  const int64_t bands = (b.height + b.rows - 1) / b.rows, plane = b.plane(), L = Vector<T>::kLanes;
+  const int64_t stride = (b.span() + L * kMostVectors + 15) / 16 * 16;
+  torch::stable::parallel_for(0, batch * bands, 1, [&](int64_t from, int64_t to) {
+    T* staged = scratch<T>(0, k.inputs * plane + L * kMostVectors);
+    T* result = scratch<T>(1, k.outputs * stride);
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t n = task / bands, first = task % bands * b.rows, rows = std::min(b.rows, b.height - first);
+      for (int64_t i = 0; i < k.inputs; ++i) stage_plane(x + (n * k.inputs + i) * b.height * b.width, b, first, rows, staged + i * plane);
+      const int64_t vectors = ((rows - 1) * b.pitch() + b.width + L - 1) / L;
+      // a tile's pixels stay in the first-level cache while the blocks of weights pass by
+      const int64_t step = vectors_beside(kBlock);
+      for (int64_t v = 0; v < vectors; v += step)
+        for (const auto& block : k.blocks) {
+          T start[kBlock];
+          for (int c = 0; c < block.channels; ++c) start[c] = shift(n, block.first + c);
+          for (int64_t u = v, end = std::min(vectors, v + step); u < end;)
+            u += correlate<T>(block.channels, end - u, staged + b.origin() + u * L, &k.at[block.at], &k.weights[block.weights],
+                              block.entries, start, result + block.first * stride + u * L, stride);
+        }
+      finish(n, first, rows, result, stride);
+    }
+  });
+}
+
+// ---- epilogue -------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+inline T sigmoid(T b, T& complement) {
+  const T e = math::exp(-math::abs(b));
+  const T near = math::quotient(T(1), T(1) + e), far = e * near;
+  complement = b < T(0) ? near : far;
+  return b < T(0) ? far : near;
+}
+
+template <typename T>
+void relu(T* u, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) u[i] = u[i] < T(0) ? T(0) : u[i];  // NaN stays
+}
+
+template <typename T>
+void gate(T* __restrict u, const T* __restrict v, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T t, slope, complement;
+    math::tanh_sech2(u[i], t, slope);
+    u[i] = t * sigmoid(v[i], complement);
+  }
+}
+
+// Rows of a plane of a tensor against rows that lie `pitch` apart.
+template <typename S, typename T>
+void add_rows(const S* from, T* to, int64_t rows, int64_t width, int64_t pitch) {
+  T row[256] = {};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; i += 256) {
+      const int64_t n = std::min<int64_t>(256, width - i);
+      const T* given = row;
+      if constexpr (std::is_same_v<S, T>)
+        given = from + r * width + i;
+      else
+        load(from + r * width + i, row, n);
+      for (int64_t j = 0; j < n; ++j) to[r * pitch + i + j] += given[j];
+    }
+}
+
+template <typename S, typename T>
+void store_rows(const T* from, S* to, int64_t rows, int64_t width, int64_t pitch) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if constexpr (std::is_same_v<S, T>)
+      for (int64_t i = 0; i < width; ++i) to[r * width + i] = from[r * pitch + i];
+    else
+      store(from + r * pitch, to + r * width, width);
+  }
+}
+
+// What follows the product, for rows of one image that lie in `result` [outputs][stride].
+template <typename S>
+struct Epilogue {
+  const Problem& p;
+  const S *condition, *residual;  // [N, Cout, H, W] and [N, Cout', H, W], or null
+  S *output, *pre;                // pre or null
+
+  template <typename T>
+  void operator()(int64_t n, int64_t first, int64_t rows, T* result, int64_t stride, int64_t pitch) const {
+    const int64_t left = p.left(), skip = first * p.width, width = p.width, span = (rows - 1) * pitch + width;
+    for (int64_t o = 0; o < left; ++o) {
+      for (int64_t half = 0; half < p.outputs / left; ++half) {
+        const int64_t c = o + half * left, at = (n * p.outputs + c) * p.pixels() + skip;
+        if (condition) add_rows(condition + at, result + c * stride, rows, width, pitch);
+        if (pre) store_rows(result + c * stride, pre + at, rows, width, pitch);
+      }
+      T* u = result + o * stride;
+      if (p.activation == kRelu) relu(u, span);
+      if (p.activation == kGate) gate(u, u + left * stride, span);
+      const int64_t at = (n * left + o) * p.pixels() + skip;
+      if (residual) add_rows(residual + at, u, rows, width, pitch);
+      store_rows(u, output + at, rows, width, pitch);
+    }
+  }
+};
+
+// ---- gradients ------------------------------------------------------------------------------------------------------------
+
+// g over tiles of one plane; u, v: the state of the channel and, for the gate, of its other half.
+template <typename T>
+void slope_relu(T* __restrict g, const T* __restrict u, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) g[i] = u[i] <= T(0) ? T(0) : g[i];
+}
+template <typename T>
+void slope_gate(T* __restrict ga, T* __restrict gb, const T* __restrict a, const T* __restrict b, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T t, slope, complement;
+    math::tanh_sech2(a[i], t, slope);
+    const T s = sigmoid(b[i], complement), g = ga[i];
+    ga[i] = g * s * slope;
+    gb[i] = g * t * (s * complement);
+  }
+}
+
+// Sum in 16 lanes, these in double.
+template <typename T>
+double sum_of(const T* v, int64_t n) {
+  T lane[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int64_t l = 0; l < 16; ++l) lane[l] += v[i + l];
+  double total = 0;
+  for (T l : lane) total += l;
+  for (; i < n; ++i) total += v[i];
+  return total;
+}
+
+// g [N, Cout, H, W] (null where it is the output's gradient itself) and its sums over the pixels [N, Cout] (or null).
+template <typename S, typename T>
+void pre_gradient(const Problem& p, const S* grad_output, const S* grad_pre, const S* state, S* g, double* sums) {
+  constexpr int64_t kTile = 512;
+  const int64_t left = p.left(), halves = p.outputs / left, size = p.pixels();
+  torch::stable::parallel_for(0, p.batch * left, std::max<int64_t>(1, 16384 / size), [&](int64_t from, int64_t to) {
+    T tile[2][kTile], kept[2][kTile], extra[kTile];
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t n = task / left, o = task % left;
+      double total[2] = {0, 0};
+      for (int64_t i = 0; i < size; i += kTile) {
+        const int64_t count = std::min(kTile, size - i);
+        int64_t at[2];
+        for (int64_t h = 0; h < halves; ++h) at[h] = (n * p.outputs + o + h * left) * size + i;
+        if (grad_output)
+          load(grad_output + task * size + i, tile[0], count);
+        else
+          std::fill_n(tile[0], count, T(0));
+        if (p.activation != kNone && grad_output) {
+          for (int64_t h = 0; h < halves; ++h) load(state + at[h], kept[h], count);
+          if (p.activation == kRelu)
+            slope_relu(tile[0], kept[0], count);
+          else
+            slope_gate(tile[0], tile[1], kept[0], kept[1], count);
+        } else if (halves == 2) {
+          std::fill_n(tile[1], count, T(0));
+        }
+        for (int64_t h = 0; h < halves; ++h) {
+          if (grad_pre) {
+            load(grad_pre + at[h], extra, count);
+            for (int64_t j = 0; j < count; ++j) tile[h][j] += extra[j];
+          }
+          if (g) store(tile[h], g + at[h], count);
+          if (sums) total[h] += sum_of(tile[h], count);
+        }
+      }
+      for (int64_t h = 0; sums && h < halves; ++h) sums[n * p.outputs + o + h * left] = total[h];
+    }
+  });
+}
+
+template <typename S, typename T>
+void grad_weight(const Problem& p, const S* g, const S* x, S* to) {
+  constexpr int64_t L = Vector<T>::kLanes;
+  Band b = reach_of(p, false);
+  choose_rows(b, p.inputs, p.outputs, sizeof(T), p.batch, 1);
+  const int64_t bands = (b.height + b.rows - 1) / b.rows, plane = b.plane(), pitch = b.pitch(), items = p.batch * bands;
+  const int64_t taps = int64_t(p.taps.size()), entries = p.inputs * taps, padded = entries + 8;
+  const int64_t stride = (p.outputs + L - 1) / L * L, parts = std::min(kParts, items);
+  // pixels whose g stays in the first-level cache while the entries pass by
+  const int64_t few = std::max<int64_t>(1, std::min(b.rows, 24 * 1024 / (stride * int64_t(sizeof(T))) / p.width));
+  std::vector<int64_t> at(padded, 0);
+  for (int64_t i = 0, e = 0; i < p.inputs; ++i)
+    for (const Tap& t : p.taps) at[e++] = i * plane + (t.row - p.kh / 2) * pitch + t.column - p.kw / 2;
+  std::unique_ptr<T[]> sums(new T[parts * padded * stride]);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t from, int64_t till) {
+    T* staged = scratch<T>(0, p.inputs * plane + L * kMostVectors);
+    T* turned = scratch<T>(1, b.rows * p.width * stride);
+    for (int64_t part = from; part < till; ++part) {
+      bool fresh = true;
+      for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
+        const int64_t n = item / bands, first = item % bands * b.rows, rows = std::min(b.rows, b.height - first);
+        for (int64_t i = 0; i < p.inputs; ++i)
+          stage_plane(x + (n * p.inputs + i) * p.pixels(), b, first, rows, staged + i * plane);
+        stage_transposed(g + n * p.outputs * p.pixels(), p.outputs, b, first, rows, turned, stride);
+        for (int64_t r = 0; r < rows; r += few, fresh = false)
+          for (int64_t v = 0; v < stride / L;) {
+            const int vectors = int(std::min<int64_t>(kOuterVectors, stride / L - v)), together = entries_beside(vectors);
+            for (int64_t e = 0; e < entries; e += together) {
+              const T* from_x[8];
+              for (int j = 0; j < together; ++j) from_x[j] = staged + b.origin() + r * pitch + at[e + j];
+              outer<T>(vectors, from_x, pitch, turned + r * p.width * stride + v * L, stride, std::min(few, rows - r), p.width,
+                       &sums[(part * padded + e) * stride + v * L], fresh);
+            }
+            v += vectors;
+          }
+      }
+    }
+  });
+  torch::stable::parallel_for(0, entries, 16, [&](int64_t from, int64_t till) {
+    for (int64_t part = 1; part < parts; ++part) {
+      const T* more = &sums[part * padded * stride];
+      for (int64_t i = from * stride; i < till * stride; ++i) sums[i] += more[i];
+    }
+  });
+  torch::stable::parallel_for(0, p.outputs, 4, [&](int64_t from, int64_t till) {
+    std::vector<T> row(p.kh * p.kw);
+    for (int64_t o = from; o < till; ++o)
+      for (int64_t i = 0; i < p.inputs; ++i) {
+        std::fill(row.begin(), row.end(), T(0));
+        for (int64_t t = 0; t < taps; ++t)
+          if (p.live(o, i, p.taps[t])) row[p.taps[t].row * p.kw + p.taps[t].column] = sums[(i * taps + t) * stride + o];
+        store(row.data(), to + (o * p.inputs + i) * int64_t(row.size()), int64_t(row.size()));
+      }
+  });
+}
+
+// ---- torch's own convolution, where it is the faster one ------------------------------------------------------------------
+
+template <typename S>
+Tensor masked_weight(const Problem& p, const Tensor& weight) {
+  Tensor to = empty(weight, shape_of(weight), weight.scalar_type());
+  const S* from = data<S>(weight);
+  S* at = mutable_data<S>(to);
+  const int64_t area = p.kh * p.kw;
+  std::fill_n(at, p.outputs * p.inputs * area, S(0.0f));
+  for (int64_t o = 0; o < p.outputs; ++o)
+    for (int64_t i = 0; i < p.inputs; ++i, at += area, from += area)
+      for (const Tap& t : p.taps)
+        if (p.live(o, i, t)) at[t.row * p.kw + t.column] = from[t.row * p.kw + t.column];
+  return to;
+}
+
+Tensor torch_convolution(const Problem& p, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  const std::vector<int64_t> one{1, 1}, none{0, 0}, padding{p.kh / 2, p.kw / 2};
+  std::array<StableIValue, 9> stack{from(x),   from(weight), from(bias), from(one),       from(padding),
+                                    from(one), from(false),  from(none), from(int64_t(1))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+std::tuple<Tensor, Tensor> torch_backward(const Problem& p, const Tensor& g, const Tensor& x, const Tensor& weight, bool want_x,
+                                          bool want_weight) {
+  using torch::stable::detail::from;
+  const std::vector<int64_t> one{1, 1}, none{0, 0}, padding{p.kh / 2, p.kw / 2};
+  const std::array<bool, 3> wanted{want_x, want_weight, false};
+  std::array<StableIValue, 11> stack{from(g),
+                                     from(x),
+                                     from(weight),
+                                     from(std::optional<std::vector<int64_t>>()),
+                                     from(one),
+                                     from(padding),
+                                     from(one),
+                                     from(false),
+                                     from(none),
+                                     from(int64_t(1)),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  using torch::stable::detail::to;
+  Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
+  return {want_x ? torch::stable::contiguous(grad_x) : grad_x, want_weight ? torch::stable::contiguous(grad_weight) : grad_weight};
+}
+
+// ---- the operators --------------------------------------------------------------------------------------------------------
+
+template <typename F>
+void dispatch(const Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f.template operator()<float, float>();
+    case ScalarType::Double: return f.template operator()<double, double>();
+    case ScalarType::BFloat16: return f.template operator()<BFloat16, float>();
+    case ScalarType::Half: return f.template operator()<Half, float>();
+    default: STD_TORCH_CHECK(false, "masked_conv: no kernel for this dtype of x");
+  }
+}
+
+// Where the processor multiplies bf16 pairs, all taps in bf16 cost less than the live ones in fp32.
+bool torch_is_faster(const Tensor& x) {
+#if defined(__x86_64__)
+  static const bool pairs = __builtin_cpu_supports("avx512bf16");
+  return pairs && x.scalar_type() == ScalarType::BFloat16;
+#else
+  return false;
+#endif
+}
+
+// The weight as it is computed with: itself, or widened into `buffer`.
+template <typename S, typename T>
+const T* widened(const Tensor& weight, std::vector<T>& buffer) {
+  if constexpr (std::is_same_v<S, T>) {
+    return data<S>(weight);
+  } else {
+    buffer.resize(weight.numel());
+    load(data<S>(weight), buffer.data(), int64_t(buffer.size()));
+    return buffer.data();
+  }
+}
+
+std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> condition,
+                                       std::optional<Tensor> residual, int64_t mask_type, int64_t data_channels, int64_t region,
+                                       int64_t activation, bool keep) {
+  const Problem p = problem_of(x, weight, mask_type, data_channels, region, activation);
+  const bool kept = keep && (activation == kGate || (activation == kRelu && residual.has_value()));
+  Tensor output = empty(x, {p.batch, p.left(), p.height, p.width}, x.scalar_type());
+  Tensor pre = empty(x, kept ? std::vector<int64_t>{p.batch, p.outputs, p.height, p.width} : std::vector<int64_t>{0}, x.scalar_type());
+  if (p.batch == 0) return {output, pre};
+  dispatch(x, [&]<typename S, typename T>() {
+    const bool flat = condition.has_value() && condition->dim() == 2;
+    std::vector<T> shift(p.outputs * (flat ? p.batch : 1), T(0));
+    const int64_t per_image = flat ? p.outputs : 0;
+    if (flat) load(data<S>(condition), shift.data(), int64_t(shift.size()));
+    const bool by_torch = torch_is_faster(x);  // which adds the bias before it rounds
+    if (bias.has_value() && !by_torch) {
+      std::vector<T> b(p.outputs);
+      load(data<S>(bias), b.data(), p.outputs);
+      for (size_t i = 0; i < shift.size(); ++i) shift[i] += b[i % p.outputs];
+    }
+    const Epilogue<S> epilogue{p, flat ? nullptr : data<S>(condition), data<S>(residual), mutable_data<S>(output),
+                               kept ? mutable_data<S>(pre) : nullptr};
+    if (by_torch) {
+      const Tensor product = torch_convolution(p, x, masked_weight<S>(p, weight), bias);
+      if (activation == kNone && !condition.has_value() && !residual.has_value()) {
+        output = product;
+        return;
+      }
+      const S* from = data<S>(product);
+      torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+        T* image = scratch<T>(1, p.outputs * p.pixels());
+        for (int64_t n = begin; n < end; ++n) {
+          load(from + n * p.outputs * p.pixels(), image, p.outputs * p.pixels());
+          for (int64_t o = 0; flat && o < p.outputs; ++o)
+            for (int64_t i = 0; i < p.pixels(); ++i) image[o * p.pixels() + i] += shift[n * per_image + o];
+          epilogue(n, 0, p.height, image, p.pixels(), p.width);
+        }
+      });
+      return;
+    }
+    std::vector<T> buffer;
+    const Packed<T> packed = pack(p, widened<S>(weight, buffer), false);
+    convolve(packed, data<S>(x), p.batch, [&](int64_t n, int64_t o) { return shift[n * per_image + o]; },
+             [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
+               epilogue(n, first, rows, result, stride, packed.band.pitch());
+             });
+  });
+  return {output, pre};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_pre,
+                                                                std::optional<Tensor> state, Tensor x, Tensor weight, int64_t mask_type,
+                                                                int64_t data_channels, int64_t region, int64_t activation,
+                                                                int64_t condition_rank, bool want_x, bool want_weight, bool want_bias,
+                                                                bool want_condition) {
+  const Problem p = problem_of(x, weight, mask_type, data_channels, region, activation);
+  const ScalarType dtype = x.scalar_type();
+  const std::vector<int64_t> whole{p.batch, p.outputs, p.height, p.width}, flat{p.batch, p.outputs}, nothing{0};
+  Tensor grad_x = empty(x, want_x ? shape_of(x) : nothing, dtype);
+  Tensor grad_w = empty(x, want_weight ? shape_of(weight) : nothing, dtype);
+  Tensor grad_bias = empty(x, want_bias ? std::vector<int64_t>{p.outputs} : nothing, dtype);
+  Tensor grad_condition = empty(x, !want_condition ? nothing : condition_rank == 4 ? whole : flat, dtype);
+  // with no activation g is the output's gradient, unless it must be handed out
+  const bool full = want_condition && condition_rank == 4;
+  const bool made = full || activation != kNone || !grad_output.has_value() || grad_pre.has_value();
+  Tensor g = full ? grad_condition : made ? empty(x, whole, dtype) : *grad_output;
+  const bool summed = want_bias || (want_condition && condition_rank == 2);
+  dispatch(x, [&]<typename S, typename T>() {
+    std::vector<double> sums(summed ? p.batch * p.outputs : 0);
+    if (made || summed)
+      pre_gradient<S, T>(p, data<S>(grad_output), data<S>(grad_pre), data<S>(state), made ? mutable_data<S>(g) : nullptr,
+                         summed ? sums.data() : nullptr);
+    if (want_bias) {
+      std::vector<T> total(p.outputs);
+      for (int64_t o = 0; o < p.outputs; ++o) {
+        double sum = 0;
+        for (int64_t n = 0; n < p.batch; ++n) sum += sums[n * p.outputs + o];
+        total[o] = T(sum);
+      }
+      store(total.data(), mutable_data<S>(grad_bias), p.outputs);
+    }
+    if (want_condition && condition_rank == 2) {
+      const std::vector<T> each(sums.begin(), sums.end());
+      store(each.data(), mutable_data<S>(grad_condition), p.batch * p.outputs);
+    }
+    if (p.batch == 0) {
+      if (want_weight) std::fill_n(mutable_data<S>(grad_w), weight.numel(), S(0.0f));
+      return;
+    }
+    if (torch_is_faster(x)) {
+      if (!want_x && !want_weight) return;
+      const auto found = torch_backward(p, g, x, masked_weight<S>(p, weight), want_x, want_weight);
+      if (want_x) grad_x = std::get<0>(found);
+      if (want_weight) grad_w = masked_weight<S>(p, std::get<1>(found));
+      return;
+    }
+    if (want_x) {
+      std::vector<T> buffer;
+      const Packed<T> packed = pack(p, widened<S>(weight, buffer), true);
+      S* to = mutable_data<S>(grad_x);
+      convolve(packed, data<S>(g), p.batch, [](int64_t, int64_t) { return T(0); },
+               [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
+                 for (int64_t i = 0; i < p.inputs; ++i)
+                   store_rows(result + i * stride, to + (n * p.inputs + i) * p.pixels() + first * p.width, rows, p.width,
+                              packed.band.pitch());
+               });
+    }
+    if (want_weight) grad_weight<S, T>(p, data<S>(g), data<S>(x), mutable_data<S>(grad_w));
+  });
+  return {grad_x, grad_w, grad_bias, grad_condition};
+}
+
+}  // namespace
+}  // namespace genkernels
+
+STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
+  m.impl("masked_conv", TORCH_BOX(&genkernels::masked_conv));
+  m.impl("masked_conv_backward", TORCH_BOX(&genkernels::masked_conv_backward));
+}
