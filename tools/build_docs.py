@@ -20,7 +20,19 @@ sys.path.insert(0, str(ROOT))
 #: page: (title, module whose docstring opens the page, module that lists the names, names or None for __all__)
 PAGES = {
     "layers": ("Layers", "genkernels.nn", "genkernels.nn", None),
-    "flows": ("Normalizing flows", "genkernels.models", "genkernels.models", ("NICE", "RealNVP", "Glow", "build")),
+    "flows": (
+        "Normalizing flows",
+        "genkernels.models.flows",
+        "genkernels.models",
+        ("NICE", "RealNVP", "Glow", "MAF", "IAF", "build"),
+    ),
+    "autoregressive": (
+        "Autoregressive models",
+        "genkernels.models.autoregressive",
+        "genkernels.models",
+        ("PixelCNN", "GatedPixelCNN", "PixelModel"),
+    ),
+    "losses": ("Losses", "genkernels.losses", "genkernels.losses", None),
     "data": ("Data", "genkernels.data", "genkernels.data", ("load", "DataBundle", "DataError")),
     "training": (
         "Training",
@@ -76,40 +88,73 @@ def page(title: str, opening: str, module_name: str, names) -> str:
 
 
 def measured(results: Path) -> str:
-    """The README's table, from a committed results file: what the reader sees is what was measured."""
+    """One table of the README, from a committed results file: what the reader sees is what was measured."""
     data = json.loads(results.read_text())
-    machine = data["machine"]
     rows: dict[tuple, dict] = {}
     for row in data["rows"]:
-        rows.setdefault((row["case"], row["dtype"], row["direction"]), {})[row["provider"]] = row
-    peers = ("nflows", "normflows", "FrEIA")
+        key = row["case"].partition("/")[2], "×".join(map(str, row["shape"])), row["dtype"], row["direction"]
+        rows.setdefault(key, {})[row["provider"]] = row
+    present = {provider for found in rows.values() for provider in found}
+    peers = [name for name in PEERS if name in present]
+    shapes = {shape for _, shape, *_ in rows}
     lines = []
-    for (case, dtype, direction), found in rows.items():
-        reference, ours = found["reference"]["median_s"], found["cpu"]["median_s"]
-        cells = [f"{case.split('/', 1)[1]}, {dtype}, {direction}", f"{reference * 1e3:.2f}"]
-        compiled = found["compiled"]["median_s"]
-        cells += [f"{compiled * 1e3:.2f}", f"**{ours * 1e3:.2f}**", f"{reference / ours:.2f}", f"{compiled / ours:.2f}"]
-        cells.append(f"{100 * found['cpu']['share_of_peak']:.0f} %")
-        for peer in peers:
-            row = found.get(peer)
-            cells.append("" if row is None else "wrong" if row["gate"] == "fail" else f"{row['median_s'] * 1e3:.2f}")
-        lines.append(tuple(cells))
-    header = ("ms, median", "eager", "compiled", "genkernels", "× eager", "× compiled", "of copy", *peers)
-    shape = "×".join(str(n) for n in data["rows"][0]["shape"])
-    versions = machine["versions"]
+    for (variant, shape, dtype, direction), found in rows.items():
+        what = ", ".join([variant, *([shape] if len(shapes) > 1 else []), dtype, direction])
+        lines.append((what, *_cells(found, "one pass" in present), *(_time(found.get(peer)) for peer in peers)))
+    passes = ("passes",) if "one pass" in present else ()
+    header = ("ms, median", "eager", "compiled", "genkernels", "× eager", "× compiled", "of peak", *passes, *peers)
+    return _conditions(results, data, shapes) + table(lines, header)
+
+
+PEERS = ("nflows", "normflows", "FrEIA")
+
+
+def _time(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if row["gate"] == "fail":
+        return "wrong"
+    milliseconds = row["median_s"] * 1e3
+    return f"{milliseconds:,.{2 if milliseconds < 100 else 0}f}"
+
+
+def _cells(found: dict, with_passes: bool) -> list[str]:
+    ours, eager, compiled = found["cpu"], found["reference"], found.get("compiled")
+    ratios = ["" if row is None else _ratio(row["median_s"] / ours["median_s"]) for row in (eager, compiled)]
+    cells = [_time(eager), _time(compiled), f"**{_time(ours)}**", *ratios]
+    cells.append("" if ours["share_of_peak"] is None else f"{100 * ours['share_of_peak']:.0f} %")
+    if with_passes:
+        unit = found.get("one pass")
+        cells.append("" if unit is None else f"{ours['median_s'] / unit['median_s']:.1f}")
+    return cells
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _conditions(results: Path, data: dict, shapes: set[str]) -> str:
+    machine = data["machine"]
+    name = data["rows"][0]["case"].partition("/")[0]
+    shape = f"{next(iter(shapes))}, " if len(shapes) == 1 else ""
+    product = machine["product_flops_per_s"].get("float32", 0) / 1e9
     return (
-        f"`genkernels bench affine_coupling`, x {shape}, {machine['threads']} threads of {machine['device']}, torch {versions['torch']}, "
-        f"{machine['date'][:10]}, commit {machine['commit']}; copy {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s in the same run "
-        f"([`{results.name}`](benchmarks/results/{results.name})). Each provider passed a gate against the fp64 reference first; "
-        "'wrong' means that it did not pass. Inputs rotate beyond the last-level cache.\n\n" + table(lines, header)
+        f"#### {name}\n\n`genkernels bench {name}`, {shape}{machine['threads']} threads of {machine['device']}, torch "
+        f"{machine['versions']['torch']}, {machine['date'][:10]}, commit {machine['commit']}; in the same run copy "
+        f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, fp32 product {product:.0f} Gflop/s "
+        f"([`{results.name}`](benchmarks/results/{results.name})).\n\n"
     )
 
 
 def readme() -> str:
+    from genkernels.ops import OPERATORS
+
     text = (ROOT / "README.md").read_text()
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    return before + BEGIN + "\n" + measured(ROOT / "benchmarks/results/affine_coupling-cpu.json") + END + after
+    files = [ROOT / f"benchmarks/results/{name}-cpu.json" for name in OPERATORS]
+    tables = "\n".join(measured(file) for file in files if file.exists())
+    return before + BEGIN + "\n" + tables + END + after
 
 
 def pages() -> dict[str, str]:

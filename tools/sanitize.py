@@ -40,6 +40,26 @@ def affine_coupling(shapes) -> int:
     return runs
 
 
+def others() -> int:
+    """The other operators: each one's sample call with its gradients, in fp32."""
+    from tests.ops.samples import SAMPLES
+
+    runs = 0
+    for name, sample in SAMPLES.items():
+        operator = gk.ops.OPERATORS[name]
+        if operator.backends.get(gk.current_backend()):
+            continue
+        function, tensors = sample("cuda", torch.float32)
+        if set(operator.torch_ops.values()) & {"differentiable"}:
+            tensors = [t.detach().requires_grad_() for t in tensors]
+            sum((o * o).sum() for o in function(*tensors)).backward()
+        else:
+            function(*tensors)
+        runs += 1
+    torch.cuda.synchronize()
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
@@ -47,6 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with gk.use_backend(arguments.backend):
         print(f"{affine_coupling(SHAPES[: arguments.shapes])} calls of affine_coupling on {arguments.backend}")
+        print(f"{others()} other operators")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def _train(sub: Parser) -> None:
     sub.usage = (
         "genkernels train MODEL --data DATA [--out DIR] [options]\n       genkernels train --out DIR --resume [options]"
     )
-    sub.add_argument("model", metavar="MODEL", nargs="?", help="nice, realnvp, glow, maf, iaf, pixelcnn or gatedpixelcnn")
+    sub.add_argument(
+        "model", metavar="MODEL", nargs="?", help="nice, realnvp, glow, maf, iaf, pixelcnn or gatedpixelcnn"
+    )
     sub.add_argument("--data", help="digits, photos32, photos64, moons, ..., folder:PATH, npz:PATH, hf:NAME")
     sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
     sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")

@@ -12,9 +12,9 @@ from genkernels.training.grids import draw, save_png, scatter, tile
 from genkernels.training.loop import fit
 from genkernels.training.results import Result
 from genkernels.training.rundir import RunDirectory, load_model
-from genkernels.training.sampling import sample
+from genkernels.training.sampling import inpaint, known_region, sample
 
 __all__ = [
     "EMA", "CheckpointError", "HeldOut", "Result", "RunDirectory", "TrainConfig", "TrainingError", "UsageError", "draw",
-    "evaluate", "fit", "load_model", "read_checkpoint", "sample", "save_png", "scatter", "tile", "write_checkpoint",
+    "evaluate", "fit", "inpaint", "known_region", "load_model", "read_checkpoint", "sample", "save_png", "scatter", "tile", "write_checkpoint",
 ]  # fmt: skip

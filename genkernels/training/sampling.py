@@ -106,7 +106,9 @@ def inpaint(
         UsageError: the model cannot do it.
     """
     if not hasattr(model, "inpaint"):
-        raise UsageError(f"{type(model).__name__} cannot in-paint: only the PixelCNN family draws some pixels given others")
+        raise UsageError(
+            f"{type(model).__name__} cannot in-paint: only the PixelCNN family draws some pixels given others"
+        )
     with _drawing(model, seed) as (device, generator):
         parts = []
         for first in range(0, len(x), batch_size):

@@ -105,6 +105,17 @@ def test_a_backend_in_the_environment_is_checked(refused, run_folder, monkeypatc
     assert "backend must be one of" in refused("eval", run_folder)
 
 
+def test_inpainting_that_cannot_be_done(refused, run_folder):
+    assert "NICE cannot in-paint: only the PixelCNN family" in refused("sample", run_folder, "--inpaint", "top-half")
+    sentence = "region must be one of top-half, top-quarter, left-half, got 'bottom'"
+    assert sentence in refused("sample", run_folder, "--inpaint", "bottom")
+    assert "--label cannot be given" in refused("sample", run_folder, "--inpaint", "top-half", "--label", 1)
+
+
+def test_a_model_of_images_on_points(refused):
+    assert "pixelcnn is a model of images, the data moons are points" in refused("train", "pixelcnn", "--data", "moons")
+
+
 def test_a_folder_that_cannot_be_read(refused, tmp_path):
     locked = tmp_path / "pictures"
     locked.mkdir(mode=0o000)

@@ -220,3 +220,26 @@ def test_two_processes_train_one_model_and_stop_together():
     # 32 examples on each of two devices are the 64 of one: the weights begin alike and only the noise differs
     assert main([*argv[:-2], "--max-steps", "3", "--warmup", "5", "--out", "one", "--quiet"]) == 0
     assert [float(x) for x in losses("one")] == pytest.approx(first[:3], rel=0.1)
+
+
+def test_a_pixel_model_trains_samples_evaluates_and_completes_images(capsys):
+    small = ["--set", "width=8", "--set", "layers=1", "--max-steps", "3", "--accelerator", "cpu", "--quiet"]
+    assert main(["train", "gatedpixelcnn", "--data", "digits", *small, "--class-conditional"]) == 0
+    run = Path("runs/gatedpixelcnn-digits")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["hparams"]["levels"] == 17 and metrics["hparams"]["num_classes"] == 10
+    assert main(["eval", str(run), "--accelerator", "cpu", "--json", "e.json"]) == 0
+    assert main(["sample", str(run), "--n", "3", "--out", "s.npz", "--accelerator", "cpu", "--label", "4"]) == 0
+    assert np.load("s.npz")["x"].shape == (3, 1, 8, 8)
+
+    argv = ["sample", str(run), "--inpaint", "top-half", "--n", "5", "--accelerator", "cpu"]
+    assert main([*argv, "--out", "i.npz"]) == 0
+    arrays = np.load("i.npz")
+    known, drawn, original = (arrays[k] for k in ("known", "x", "original"))
+    assert known[:4].all() and not known[4:].any()
+    assert (drawn[..., known] == original[..., known]).all() and (drawn != original).any()
+    assert (original == data.load("digits").take("test", 5)[0].numpy()).all()
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert (run / "samples" / "n5-t1-seed0-top-half.png").stat().st_size > 500
+    assert "5 held-out images (each: whole, kept, completed) with the top-half kept" in capsys.readouterr().out
