@@ -28,13 +28,15 @@
 #include "common.cuh"
 
 namespace genkernels {
-namespace {
+namespace sampling {
 
 using stages::Activation;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kColumns = 4;  // pixels of a row that share a thread's loads of weights
+// Pixels of a row that share a thread's loads of weights. fp64 is for checks, not for speed.
+template <typename T>
+constexpr int kColumnsOf = sizeof(T) == 4 ? 4 : 1;
 
 struct PlaneAt {
   int channels, rows, border, row_length;
@@ -119,7 +121,8 @@ __device__ __forceinline__ T activate(int activation, T a, T b) {
 
 // Row i of stage k: everything that depends on rows above only. A vertical stage is finished here.
 template <typename T>
-__device__ void whole_row(const Problem<T>& q, int k, int i, int64_t n, T* state, T* sums) {
+__device__ __forceinline__ void whole_row(const Problem<T>& q, int k, int i, int64_t n, T* state, T* sums) {
+  constexpr int kColumns = kColumnsOf<T>;
   const StageAt<T> s = q.stages[k];
   const bool gate = s.activation == static_cast<int>(Activation::kGate);
   const int tiles = (q.columns + kColumns - 1) / kColumns;
@@ -179,7 +182,7 @@ __device__ void whole_row(const Problem<T>& q, int k, int i, int64_t n, T* state
 
 // Group g of stage k at pixel (i, j). `partial` holds two numbers a thread; every thread of the block comes here.
 template <typename T>
-__device__ void one_pixel(const Problem<T>& q, int k, int i, int j, int g, T* state, const T* sums, T* partial) {
+__device__ __forceinline__ void one_pixel(const Problem<T>& q, int k, int i, int j, int g, T* state, const T* sums, T* partial) {
   const StageAt<T> s = q.stages[k];
   const bool gate = s.activation == static_cast<int>(Activation::kGate);
   const int made = s.made / q.groups;
@@ -234,7 +237,7 @@ __device__ void one_pixel(const Problem<T>& q, int k, int i, int j, int g, T* st
 
 // The draw of group g (of all channels from a mixture) at pixel (i, j), into the image and into plane 0.
 template <typename T>
-__device__ void draw_pixel(const Problem<T>& q, int i, int j, int g, int64_t n, T* state, T* scratch, T* shared) {
+__device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, int g, int64_t n, T* state, T* scratch, T* shared) {
   const int64_t size = static_cast<int64_t>(q.height) * q.columns, place = static_cast<int64_t>(i) * q.columns + j;
   const T* parameters = at(state, q.planes[q.stage_count], i, j) + (q.mixture ? 0 : g * q.levels);
   const T* noise = q.noise + n * q.noise_channels * size + place;
@@ -392,7 +395,7 @@ void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::opti
   run<float>(launch, image, state, noise, known, tensors, net, mixture, levels, temperature, begin, end);
 }
 
-}  // namespace
+}  // namespace sampling
 }  // namespace genkernels
 
-STABLE_TORCH_LIBRARY_IMPL(genkernels_cuda, CUDA, m) { m.impl("autoregressive_sampling", TORCH_BOX(&genkernels::autoregressive_sampling)); }
+STABLE_TORCH_LIBRARY_IMPL(genkernels_cuda, CUDA, m) { m.impl("autoregressive_sampling", TORCH_BOX(&genkernels::sampling::autoregressive_sampling)); }

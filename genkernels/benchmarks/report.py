@@ -64,7 +64,10 @@ def unsteady(rows) -> list[str]:
 
 def _line(row, times: dict[str, float]) -> str:
     def ratio(base: str) -> str:
-        return f"{times[base] / row.median_s:.2f}" if base in times else "–"
+        if base not in times:
+            return "–"
+        times_as_fast = times[base] / row.median_s
+        return f"{times_as_fast:.2f}" if times_as_fast >= 0.1 else f"{times_as_fast:.2g}"
 
     spread = f"{milliseconds(row.q20_s)} – {milliseconds(row.q80_s)}"
     share = "–" if row.share_of_peak is None else f"{100 * row.share_of_peak:.0f} %"

@@ -118,8 +118,8 @@ def state_size(stages: Sequence[Stage], channels: int, width: int) -> int:
     size = 0
     for plane, count in enumerate(plane_channels(stages, channels)):
         read = [weight.shape[2:] for stage in stages for index, weight in stage.inputs if index == plane]
-        rows = 1 + max((kh // 2 for kh, _ in read), default=0)
-        border = max((kw // 2 for _, kw in read), default=0)
+        rows = 1 + max([0, *(kh // 2 for kh, _ in read)])
+        border = max([0, *(kw // 2 for _, kw in read)])
         size += -(-rows * (width + 2 * border) * count // 16) * 16
     return size
 
@@ -327,7 +327,11 @@ OPERATOR = register(
     Operator(
         name=NAME,
         functions=(autoregressive_sampling,),
-        backends={"cpu": "", "triton": "no Triton kernel yet", "cuda": ""},
+        backends={
+            "cpu": "",
+            "triton": "a program would have to read back what its other threads stored, stage after stage, which Triton does not promise",
+            "cuda": "",
+        },
         composability={
             "backward": "raises",
             "double backward": "raises",

@@ -18,6 +18,15 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 F32, F64 = torch.float32, torch.float64
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The naive definition is thousands of tiny convolutions, which a second thread only slows down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def kernel():
     return emulation.load("autoregressive_sampling").autoregressive_sampling
