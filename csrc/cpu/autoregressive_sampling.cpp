@@ -340,9 +340,20 @@ struct Images {
   const bool* known;  // [N, C, H, W] or null
 };
 
+// `draw::categorical` with the weights computed side by side into `scratch` [count], which vectorises.
+template <typename T>
+int categorical(const T* logits, int count, T temperature, T u, T* __restrict scratch) {
+  if (temperature == T(0)) return draw::categorical(logits, 1, count, temperature, u);
+  T most = logits[0];
+  for (int k = 1; k < count; ++k) most = logits[k] > most ? logits[k] : most;
+  for (int k = 0; k < count; ++k) scratch[k] = math::exp((logits[k] - most) / temperature);
+  return draw::share(scratch, count, u);
+}
+
 // A sample's draws at one pixel: data channels from `c` on, one of them, or all of them from a mixture.
 template <typename T>
-void draw_pixel(const Task& t, const Images<T>& io, int64_t n, int64_t i, int64_t j, int64_t c, const T* parameters, int64_t width, T* plane0) {
+void draw_pixel(const Task& t, const Images<T>& io, int64_t n, int64_t i, int64_t j, int64_t c, const T* parameters, int64_t width, T* plane0,
+                T* scratch) {
   const int64_t size = t.rows * t.columns, place = i * t.columns + j;
   const int64_t first = t.head == stages::Head::kCategorical ? c : 0;
   const int64_t last = t.head == stages::Head::kCategorical ? c + 1 : t.channels;
@@ -357,7 +368,7 @@ void draw_pixel(const Task& t, const Images<T>& io, int64_t n, int64_t i, int64_
   if (all) {
     std::copy(fixed, fixed + (last - first), drawn);
   } else if (t.head == stages::Head::kCategorical) {
-    drawn[0] = draw::categorical(parameters + c * t.levels, 1, static_cast<int>(t.levels), T(t.temperature), noise[c * size]);
+    drawn[0] = categorical(parameters + c * t.levels, static_cast<int>(t.levels), T(t.temperature), noise[c * size], scratch);
   } else {
     const int mixtures = static_cast<int>(width / (t.channels == 1 ? 3 : 10));
     draw::logistic_mixture(parameters, 1, mixtures, static_cast<int>(t.channels), static_cast<int>(t.levels), T(t.temperature), noise, size, drawn, fixed);
@@ -378,7 +389,7 @@ void sample(const Task& t, const Network& net, const Images<T>& io, const std::v
   const int64_t wanted = (t.batch + kRows - 1) / kRows;
   const int64_t chunks = std::min(t.batch, (wanted + threads - 1) / threads * threads);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
-    std::vector<T> sums;
+    std::vector<T> sums, scratch(t.levels);
     for (int64_t chunk = from; chunk < to; ++chunk) {
       const int64_t first = t.batch * chunk / chunks, samples = t.batch * (chunk + 1) / chunks - first;
       sums.resize(samples * sampler.scratch());
@@ -390,7 +401,7 @@ void sample(const Task& t, const Network& net, const Images<T>& io, const std::v
             sampler.pixel(i, j, g, samples, mine, sums.data());
             for (int64_t n = 0; n < samples; ++n) {
               T* own = mine + n * net.state_size;
-              draw_pixel(t, io, first + n, i, j, g, sampler.values(own, last, i, j), width, sampler.values(own, 0, i, j));
+              draw_pixel(t, io, first + n, i, j, g, sampler.values(own, last, i, j), width, sampler.values(own, 0, i, j), scratch.data());
             }
           }
       }

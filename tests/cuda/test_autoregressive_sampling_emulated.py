@@ -12,7 +12,7 @@ import genkernels as gk
 from genkernels import ops
 from genkernels.ops.autoregressive_sampling import HEADS, state_size
 from genkernels.reference._stages import flatten
-from tests.ops.causal_networks import Maker, assert_same_draws, cast, plain, two_stacks, uniform
+from tests.ops.causal_networks import Maker, any_network, assert_same_draws, cast, plain, two_stacks, uniform
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 F32, F64 = torch.float32, torch.float64
@@ -114,6 +114,13 @@ def test_in_painting(kernel, poisoned_memory, head):
     noise = uniform(2, 4 if mixture else 3, 3, 4, seed=2)
     drawn = check(kernel, stages, noise, levels=4, head=head, image=image, known=known)
     assert torch.equal(drawn[known], image[known])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 3, 5])
+def test_any_network(kernel, poisoned_memory, seed, groups):
+    stages, (batch, *size) = any_network(seed, groups, channels=groups, out=3 * groups)
+    check(kernel, stages, uniform(batch, groups, *size, seed=seed), levels=3)
 
 
 def test_blocks_of_rows(kernel, poisoned_memory):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 
 from genkernels.ops import Stage
@@ -184,3 +186,48 @@ def _near_category(logits, u, temperature):
         top = logits.topk(2).values
         return float(top[0] - top[1]) < 1e-5
     return float(((logits / temperature).softmax(0).cumsum(0) - u).abs().min()) < 1e-5
+
+
+def any_network(seed, groups, channels, out):
+    """A random graph of stages that keeps the rules: both directions, several inputs, odd kernels, planes added, residuals, gates, conditions."""
+    chosen = random.Random(seed)
+    make = Maker(seed)
+    planes, stages = [(channels, False)], []
+    batch, size = chosen.randint(1, 4), (chosen.randint(1, 5), chosen.randint(1, 6))
+
+    def tap_mask(width, gate, plane, vertical):
+        source, from_vertical = planes[plane]
+        kh, kw = chosen.choice([1, 3, 5]), chosen.choice([1, 3, 5])
+        if vertical:
+            return mask(width, (kh, kw), "B" if from_vertical else "A", source=source, region="vertical")
+        if from_vertical:  # it belongs to no group: its centre is free
+            return mask(width, (kh, kw), "B", source=source)
+        return mask(width, (kh, kw), "B" if plane else "A", groups, gate, source)
+
+    count = chosen.randint(2, 6)
+    for k in range(count + 1):
+        last = k == count
+        vertical = not last and chosen.random() < 0.4
+        activation = "none" if last else chosen.choice(["none", "relu", "gate"])
+        gate = activation == "gate"
+        width = out if last else groups * chosen.choice([1, 2, 5, 6]) * (2 if gate else 1)
+        read = [p for p, (_, v) in enumerate(planes)]
+        inputs = [chosen.choice(read[-2:]), *chosen.sample(read, chosen.randint(0, min(2, len(read))))]
+        made = width // 2 if gate else width
+        beside = [p for p in read[1:] if planes[p][1] or not vertical]
+        added = [p for p in beside if planes[p][0] == width and not (gate and groups > 1 and not planes[p][1])]
+        residual = [p for p in beside if planes[p][0] == made]
+        shape = chosen.choice([None, (batch, width), (batch, width, *size)])
+        stages.append(
+            Stage(
+                inputs=tuple((p, make.weight(tap_mask(width, gate, p, vertical))) for p in inputs),
+                added=tuple(chosen.sample(added, min(len(added), chosen.randint(0, 2)))),
+                bias=make.bias(width) if chosen.random() < 0.7 else None,
+                condition=make.draw(*shape) * 0.3 if shape else None,
+                activation=activation,
+                residual=chosen.choice([None, *residual]),
+                vertical=vertical,
+            )
+        )
+        planes.append((made, vertical))
+    return stages, (batch, *size)

@@ -9,7 +9,7 @@ import torch
 import genkernels as gk
 from genkernels import backends, ops
 from genkernels.ops import Stage
-from tests.ops.causal_networks import Maker, assert_same_draws, cast, mask, plain, two_stacks, uniform
+from tests.ops.causal_networks import Maker, any_network, assert_same_draws, cast, mask, plain, two_stacks, uniform
 
 F32, F64 = torch.float32, torch.float64
 sample = ops.autoregressive_sampling
@@ -174,6 +174,25 @@ def test_temperature_0_takes_the_first_of_the_largest(device):
     bias = torch.tensor([0.0, 2.0, 2.0, 1.0], device=device)
     stages = [Stage(((0, torch.zeros(4, 1, 1, 1, device=device)),), bias=bias)]
     assert (sample(stages, uniform(2, 1, 2, 2, dtype=F32).to(device), levels=4, temperature=0) == 1).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_network(device, seed, groups):
+    stages, (batch, *size) = any_network(seed, groups, channels=groups, out=3 * groups)
+    check(device, stages, uniform(batch, groups, *size, seed=seed), F64, levels=3)
+    check(device, stages, uniform(batch, groups, *size, seed=seed), F32, levels=3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_network_to_a_mixture(device, seed):
+    stages, (batch, *size) = any_network(100 + seed, 1, channels=3, out=20)
+    check(device, stages, uniform(batch, 4, *size, seed=seed), F32, levels=32, head="logistic_mixture")
+
+
+def test_many_levels(device):
+    drawn = check(device, plain(levels=256, seed=4), uniform(2, 1, 5, 6, seed=4), F32, levels=256)
+    assert len(drawn.unique()) > 20
 
 
 # --- in-painting ------------------------------------------------------------------------------------------------------
