@@ -106,24 +106,24 @@ void channel_tile(int64_t n, T half, T log_half, const T* __restrict mean, const
   T* __restrict linear = tile.linear;
   T* __restrict numerator = tile.numerator;
   T* __restrict denominator = tile.denominator;
-  const T highest = T(2) * half;
+  const T highest = T(2) * half, step = T(1) / half;
 #pragma GCC ivdep
   for (int64_t t = 0; t < n; ++t) {
     T m = mean[t], tanh1 = T(0), sech1 = T(0), tanh2 = T(0), sech2 = T(0);
     if constexpr (c >= 1) {
-      math::tanh_sech2(first[t], tanh1, sech1);
+      mixture::tanh(first[t], tanh1, sech1);
       m += tanh1 * x0[t];
     }
     if constexpr (c == 2) {
-      math::tanh_sech2(second[t], tanh2, sech2);
+      mixture::tanh(second[t], tanh2, sech2);
       m += tanh2 * x1[t];
     }
     const T given = log_scale[t];
     const bool below = given < mixture::kLowestLogScale<T>;
     const T s = math::select(below, mixture::kLowestLogScale<T>, given);
-    const T shrink = math::exp(-s);
+    const T shrink = mixture::exp(-s);
     const T i = level[t];
-    const auto p = mixture::level<Derivative>(i, (m + T(1)) * half, shrink / half, -s - log_half, i <= T(0), i >= highest);
+    const auto p = mixture::level<Derivative>(i, (m + T(1)) * half, shrink * step, -s - log_half, i <= T(0), i >= highest);
     linear[t] += p.linear;
     numerator[t] = c == 0 ? p.numerator : numerator[t] * p.numerator;
     denominator[t] = c == 0 ? p.denominator : denominator[t] * p.denominator;
@@ -160,7 +160,7 @@ void evaluate(const Geometry& g, const S* params, int64_t n, Tile<C, T>& tile, T
     T* __restrict linear = tile.linear;
     for (int64_t t = 0; t < n; ++t) {
       linear[t] = logit[t] - best[t];
-      prior[t] += math::exp(linear[t]);
+      prior[t] += mixture::exp(linear[t]);
     }
     const auto rest = [&](int64_t c, int64_t r) { return (c * width + r) * K + k; };
     const auto slope = [&](int64_t c, int64_t r) { return Derivative ? slopes + rest(c, r) * kTile : nullptr; };
@@ -185,7 +185,7 @@ void evaluate(const Geometry& g, const S* params, int64_t n, Tile<C, T>& tile, T
   for (int64_t k = 0; k < K; ++k) {
     T* __restrict out = joint + k * kTile;
     for (int64_t t = 0; t < n; ++t) {
-      out[t] = math::exp(out[t] - top[t]);
+      out[t] = mixture::exp(out[t] - top[t]);
       evidence[t] += out[t];
     }
   }
@@ -259,7 +259,7 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& params, const
         const T* __restrict posterior = joint + k * kTile;
         for (int64_t t = 0; t < n; ++t) {
           weight[t] = posterior[t] * by_evidence[t];
-          share[t] = weight[t] - math::exp(logit[t] - tile.best[t]) * by_prior[t];
+          share[t] = weight[t] - mixture::exp(logit[t] - tile.best[t]) * by_prior[t];
         }
         S* to = out + base + k * g.pixels;
         if constexpr (std::is_same_v<S, T>)
@@ -273,20 +273,66 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& params, const
   });
 }
 
+// draw::categorical over a tile, pixel by pixel the same numbers in the same order, lanes side by side. weights [K, kTile].
+template <typename T>
+void choose_components(int64_t count, int64_t n, const T* __restrict u, T temperature, T* __restrict weights, int* __restrict chosen) {
+  alignas(64) T most[kTile];
+  alignas(64) double total[kTile], below[kTile];
+  for (int64_t t = 0; t < n; ++t) {
+    most[t] = weights[t];
+    total[t] = below[t] = 0;
+    chosen[t] = 0;
+  }
+  for (int64_t k = 1; k < count; ++k) {
+    const T* __restrict logit = weights + k * kTile;
+    for (int64_t t = 0; t < n; ++t) {
+      const bool more = logit[t] > most[t];
+      most[t] = math::select(more, logit[t], most[t]);
+      chosen[t] = math::select(more, int(k), chosen[t]);
+    }
+  }
+  if (temperature == T(0)) return;
+  for (int64_t k = 0; k < count; ++k) {
+    T* __restrict weight = weights + k * kTile;
+    for (int64_t t = 0; t < n; ++t) {
+      weight[t] = math::exp((weight[t] - most[t]) / temperature);
+      total[t] += double(weight[t]);
+    }
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    total[t] *= double(u[t]);  // the level sought
+    chosen[t] = 0;
+  }
+  for (int64_t k = 0; k + 1 < count; ++k) {
+    const T* __restrict weight = weights + k * kTile;
+    for (int64_t t = 0; t < n; ++t) {
+      below[t] += double(weight[t]);
+      chosen[t] += int(below[t] <= total[t]);
+    }
+  }
+}
+
 template <typename S, typename T>
 void sample(const Geometry& g, const Tensor& params, const Tensor& noise, double temperature, Tensor& index) {
   const S* p = data<S>(params);
   const T* u = data<T>(noise);
   int64_t* out = mutable_data<int64_t>(index);
-  for_each_chunk<T>(g, g.rows, [&](int64_t sample, int64_t chunk, T* own) {
+  const int64_t K = g.mixtures, own = g.rows / K - 1;
+  for_each_chunk<T>(g, K * kTile, [&](int64_t sample, int64_t chunk, T* weights) {
+    int chosen[kTile], drawn[3];
     const int64_t end = std::min((chunk + 1) * kChunk, g.pixels);
-    for (int64_t at = chunk * kChunk; at < end; ++at) {
+    for (int64_t at = chunk * kChunk; at < end; at += kTile) {
+      const int64_t n = std::min(kTile, end - at);
       const S* from = p + sample * g.rows * g.pixels + at;
-      for (int64_t r = 0; r < g.rows; ++r) own[r] = static_cast<T>(from[r * g.pixels]);
-      int drawn[3];
-      draw::logistic_mixture<T>(own, 1, int(g.mixtures), g.channels, g.levels, T(temperature), u + sample * (1 + g.channels) * g.pixels + at,
-                                g.pixels, drawn);
-      for (int c = 0; c < g.channels; ++c) out[(sample * g.channels + c) * g.pixels + at] = drawn[c];
+      const T* given = u + sample * (1 + g.channels) * g.pixels + at;
+      for (int64_t k = 0; k < K; ++k) load(from + k * g.pixels, weights + k * kTile, n);
+      choose_components(K, n, given, T(temperature), weights, chosen);
+      for (int64_t t = 0; t < n; ++t) {
+        T alone[10] = {T(0)};  // the chosen component as a mixture of one
+        for (int64_t r = 0; r < own; ++r) alone[1 + r] = static_cast<T>(from[(K + r * K + chosen[t]) * g.pixels + t]);
+        draw::logistic_mixture<T>(alone, 1, 1, g.channels, g.levels, T(temperature), given + t, g.pixels, drawn);
+        for (int c = 0; c < g.channels; ++c) out[(sample * g.channels + c) * g.pixels + at + t] = drawn[c];
+      }
     }
   });
 }

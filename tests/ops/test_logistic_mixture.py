@@ -51,8 +51,11 @@ def operators(backend):
 
 
 def assert_as_accurate(name, ours, same_dtype, exact, scale):
-    """Our error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of `scale`."""
-    units = 16 if ours.dtype == torch.float64 else 2
+    """Our error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of `scale`.
+
+    In fp64 neither side is the exact one, and a posterior's relative error is the absolute one of its log, some 100 nats: 256 units.
+    """
+    units = 256 if ours.dtype == torch.float64 else 2
     assert ours.dtype == same_dtype.dtype and ours.shape == same_dtype.shape, name
     assert not ours.isnan().any(), f"{name}: NaN"
     error = (ours.double() - exact).abs()
