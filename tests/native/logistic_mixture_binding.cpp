@@ -1,0 +1,51 @@
+// Binds csrc/common/logistic_mixture.h for test_logistic_mixture_native.py, as the plain loops that a compiler vectorises.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "common/logistic_mixture.h"
+
+namespace py = pybind11;
+namespace mixture = genkernels::mixture;
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// (log P, ∂/∂ mean in levels, ∂/∂ log-scale) of one level index under each (mean in levels, log-scale).
+template <typename T>
+py::tuple level(const Array<T>& i, const Array<T>& mean, const Array<T>& log_scale, int levels) {
+  const py::ssize_t n = i.size();
+  Array<T> log_p(n), by_mean(n), by_log_scale(n);
+  const T *a = i.data(), *b = mean.data(), *c = log_scale.data();
+  T *p = log_p.mutable_data(), *q = by_mean.mutable_data(), *r = by_log_scale.mutable_data();
+  const T half = T(0.5) * T(levels - 1), log_half = T(std::log(0.5 * (levels - 1)));
+  for (py::ssize_t t = 0; t < n; ++t) {
+    const T width = mixture::exp(-c[t]) / half;
+    const auto l = mixture::level<true>(a[t], b[t], width, -c[t] - log_half, a[t] <= T(0), a[t] >= T(levels - 1));
+    p[t] = l.linear + mixture::log(l.numerator / l.denominator);
+    q[t] = l.by_mean * width;
+    r[t] = l.by_log_scale;
+  }
+  return py::make_tuple(log_p, by_mean, by_log_scale);
+}
+
+// (log, exp, tanh, sech²) of each x.
+template <typename T>
+py::tuple functions(const Array<T>& x) {
+  const py::ssize_t n = x.size();
+  Array<T> log(n), exp(n), tanh(n), sech2(n);
+  const T* in = x.data();
+  T *a = log.mutable_data(), *b = exp.mutable_data(), *c = tanh.mutable_data(), *d = sech2.mutable_data();
+  for (py::ssize_t t = 0; t < n; ++t) {
+    a[t] = mixture::log(in[t]);
+    b[t] = mixture::exp(in[t]);
+    mixture::tanh(in[t], c[t], d[t]);
+  }
+  return py::make_tuple(log, exp, tanh, sech2);
+}
+
+PYBIND11_MODULE(MODULE_NAME, m) {
+  m.def("level_float32", level<float>);
+  m.def("level_float64", level<double>);
+  m.def("functions_float32", functions<float>);
+  m.def("functions_float64", functions<double>);
+}
