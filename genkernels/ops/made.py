@@ -282,7 +282,7 @@ OPERATOR = register(
     Operator(
         name=NAME,
         functions=(masked_linear, made_inverse),
-        backends={"cpu": "", "triton": "not written yet", "cuda": "not written yet"},
+        backends={"cpu": "", "triton": "", "cuda": ""},
         composability={
             "backward": "kernel",
             "double backward": "reference",

@@ -56,14 +56,12 @@ def build(operator: str) -> Path:
 def load(operator: str):
     """The operators of ``csrc/cuda/<operator>.cu``, with the schemas that the real ones have."""
     global _LIBRARY
-    import genkernels.ops  # noqa: F401  defines the schemas of torch.ops.genkernels
+    import genkernels.ops  # defines the schemas of torch.ops.genkernels
 
     _LIBRARY = _LIBRARY or torch.library.Library("genkernels_emulated", "DEF")
-    for suffix in ("", "_backward", "_reverse"):
-        name = operator + suffix
-        if hasattr(torch.ops.genkernels, name):
-            schema = str(getattr(torch.ops.genkernels, name).default._schema)
-            _LIBRARY.define(schema.removeprefix("genkernels::"))
+    for name in genkernels.ops.OPERATORS[operator].torch_ops:
+        schema = str(getattr(torch.ops.genkernels, name).default._schema)
+        _LIBRARY.define(schema.removeprefix("genkernels::"))
     torch.ops.load_library(str(build(operator)))
     return torch.ops.genkernels_emulated
 

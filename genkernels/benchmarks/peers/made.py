@@ -3,10 +3,10 @@
 - **nflows** ``MaskedAffineAutoregressiveTransform``, feed-forward blocks: k hidden layers are ``num_blocks = k - 1``. Its scale is
   softplus(s) + 0.001; ``_elementwise_forward`` and ``_elementwise_inverse`` are overridden by the same lines with sigmoid(s + 2), so that
   all compute one function.
-- **normflows** ``MaskedAffineAutoregressive`` is the same code with sigmoid(s + 2) + 0.001: the same override drops the 0.001.
+- **normflows** ``MaskedAffineAutoregressive`` has no ReLU after its first layer: another function, left out.
 
-Both keep hidden units unsorted and give s and t of a feature side by side: our rows and columns are permuted into theirs while the
-inputs are arranged, outside the clock. The modules' parameters are replaced by the ready tensors.
+nflows keeps hidden units unsorted and gives s and t of a feature side by side: our rows and columns are permuted into its own while
+the inputs are arranged, outside the clock. The module's parameters are replaced by the ready tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from genkernels.benchmarks.peers import Adapter
 
-PEERS = ("nflows", "normflows")
+PEERS = ("nflows",)
 
 
 def unsupported(peer: str, case) -> str:
@@ -24,12 +24,9 @@ def unsupported(peer: str, case) -> str:
 
 
 def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adapter:
-    if peer == "nflows":
-        from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform as Flow
-    else:
-        from normflows.flows.affine.autoregressive import MaskedAffineAutoregressive as Flow
+    from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
 
-    class Sigmoid(Flow):
+    class Sigmoid(MaskedAffineAutoregressiveTransform):
         def _elementwise_forward(self, inputs, autoregressive_params):
             s, shift = self._unconstrained_scale_and_shift(autoregressive_params)
             return torch.sigmoid(s + 2) * inputs + shift, F.logsigmoid(s + 2).sum(1)
@@ -46,7 +43,7 @@ def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adap
         for name in ("weight", "bias"):
             delattr(linear, name)
 
-    # where our sorted unit or feature-wise output stands in theirs
+    # where our sorted unit or feature-wise output stands in nflows'
     ours_of = [torch.argsort(torch.argsort(linear.degrees, stable=True)) for linear in linears[:-1]]
     ours_of.append(torch.arange(2 * features).view(2, features).t().reshape(-1))
     columns = [torch.arange(features), *ours_of[:-1]]

@@ -1,0 +1,401 @@
+r"""Masked linear layers and the inverse of an autoregressive affine transform on the GPU.
+
+.. math:: z_i = x_i\,\sigma(s_i) + t_i,\qquad (s, t)_i = \mathrm{MADE}(x_{<i})
+
+Germain et al. 2015; Papamakarios et al. 2017. `genkernels.reference.made` has the maths of the inverse and of its gradient.
+
+Layout. ``order [D]`` and ``counts [layers, D + 1]`` say which units become known at which step. Weights as they are, activations
+``[N, H]`` in global memory, which a program's few samples keep in the first caches. Features are gathered into the order of the steps
+first, so that every prefix is contiguous.
+
+Parallelisation. A program solves ROWS samples alone, from the first feature to the last: no program waits for another, so one
+launch does the whole inverse. A step is a few dot products over what is known: the two parameters of its feature, then each layer's
+units whose degree has just become known, UNITS at a time. Every unit is computed once. Programs read the live weights once
+each, through the second-level cache; the floor is their bytes times the number of programs.
+
+The gradient's transposed solve is the same from the last feature backwards, over transposed weights. It leaves each layer's signal, from
+which the weights' gradients are one product a layer (cuBLAS, in `genkernels.ops`' dtype), masked.
+
+Masked products themselves are dense cuBLAS products with a masked weight: on a GPU the half that is dead costs less than a product
+of one's own would lose.
+
+Within a program, units written by some threads are read by others: `tl.debug_barrier` is a barrier of the program's threads. Sums
+run in a fixed order: bitwise the same from run to run. Offsets are 64-bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genkernels.triton import KernelSpec, _math
+
+EXP = tl.constexpr(0)
+SIGMOID = tl.constexpr(1)
+
+SIZES = ("n", "features", "hidden", "layers")  # not worth a compilation for each value
+
+#: Samples of a program, depth of one step of a dot product, units at a time. ptxas alone settles for 64 registers and spills.
+ROWS, DEPTH, UNITS = 4, 64, 4
+
+
+def _options(wide: bool) -> dict[str, int]:
+    return {"num_warps": 4, "maxnreg": 255 if wide else 128}
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+@triton.jit
+def _log_scale(b_s, MAP: tl.constexpr):
+    """(ℓ, ℓ') of the log-scale s."""
+    if MAP == EXP:
+        return b_s, tl.full(b_s.shape, 1.0, b_s.dtype)
+    elif MAP == SIGMOID:
+        b_u = b_s + 2.0
+        b_e = _math.exp(-tl.abs(b_u))
+        b_near = _math.reciprocal_of_sum(1.0, b_e)
+        return tl.minimum(b_u, 0.0) - _math.log1p(b_e), tl.where(b_u < 0, b_near, b_e * b_near)
+    else:
+        return _math.tanh(b_s)
+
+
+@triton.jit
+def _dot(p_weight, o_row, m_row, p_act, o_sample, m_sample, begin, end, UNITS: tl.constexpr, DEPTH: tl.constexpr):
+    """Σ_k weight[row, k] act[sample, k] over begin ≤ k < end, [ROWS, UNITS]; o_row, o_sample are offsets of whole rows."""
+    b_sum = tl.zeros((o_sample.shape[0], UNITS), p_act.dtype.element_ty)
+    for k in range(begin, end, DEPTH):
+        o_k = k + tl.arange(0, DEPTH)
+        m_k = o_k < end
+        b_w = tl.load(p_weight + (o_row[:, None] + o_k[None, :]), m_row[:, None] & m_k[None, :], other=0.0)
+        b_a = tl.load(p_act + (o_sample[:, None] + o_k[None, :]), m_sample[:, None] & m_k[None, :], other=0.0)
+        b_sum += tl.sum(b_a[:, None, :] * b_w[None, :, :], axis=2)
+    return b_sum
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _extend_kernel(
+    p_z, p_x, p_ldj, p_weights, p_biases, p_out_weight, p_out_bias, p_context, p_values, p_units, p_counts,
+    n, features, hidden, layers, MAP: tl.constexpr, RESIDUAL: tl.constexpr, SOLVES: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """The inverse (SOLVES), or all units from a known x.
+
+    z, x [n, D] in the order of the steps, ldj [n]; weights [layers, H, max(D, H)] padded, biases [layers, H], out_weight [2·D, H] and
+    out_bias in the order of the steps; values, units [layers, n, H]: pre-activations and what the next layer reads.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_n = o_n < n
+    o_unit = tl.arange(0, UNITS)
+    wide_hidden = hidden.to(tl.int64)  # what 64-bit offsets come from
+    stride = tl.maximum(features, hidden).to(tl.int64)
+    plane = n.to(tl.int64) * hidden
+    wide = p_x.dtype.element_ty
+    b_ldj = tl.zeros((ROWS,), wide)
+    for step in range(0, features + 1):
+        # the units of degree `step`, layer by layer
+        for layer in range(0, layers):
+            first = tl.load(p_counts + layer * (features + 1) + tl.maximum(step - 1, 0))
+            first = tl.where(step == 0, 0, first)
+            last = tl.load(p_counts + layer * (features + 1) + step)
+            for unit in range(first, last, UNITS):
+                o_row = unit + o_unit
+                m_row = o_row < last
+                o_w = (layer * wide_hidden + o_row) * stride
+                if layer == 0:
+                    b_v = _dot(p_weights, o_w, m_row, p_x, o_n * features, m_n, 0, step, UNITS, DEPTH)
+                else:
+                    known = tl.load(p_counts + (layer - 1) * (features + 1) + step)
+                    p_u = p_units + (layer - 1) * plane
+                    b_v = _dot(p_weights, o_w, m_row, p_u, o_n * hidden, m_n, 0, known, UNITS, DEPTH)
+                b_v += tl.load(p_biases + layer * wide_hidden + o_row, m_row, other=0.0)[None, :]
+                o_out = o_n[:, None] * hidden + o_row[None, :]
+                m_out = m_n[:, None] & m_row[None, :]
+                if p_context is not None:
+                    if layer == 0:
+                        b_v += tl.load(p_context + o_out, m_out, other=0.0)
+                b_u = tl.where(b_v < 0, 0.0, b_v)
+                if RESIDUAL:
+                    if layer % 2 == 0:
+                        if layer >= 2:
+                            b_v += tl.load(p_values + (layer - 2) * plane + o_out, m_out, other=0.0)
+                        b_u = tl.where((layer != layers - 1) & (b_v < 0), 0.0, b_v)
+                tl.store(p_values + layer * plane + o_out, b_v, m_out)
+                tl.store(p_units + layer * plane + o_out, b_u, m_out)
+            tl.debug_barrier()
+        if SOLVES:
+            if step < features:
+                known = tl.load(p_counts + (layers - 1) * (features + 1) + step)
+                p_u = p_units + (layers - 1) * plane
+                o_row = step + (o_unit % 2) * features
+                b_p = _dot(
+                    p_out_weight,
+                    o_row.to(tl.int64) * hidden,
+                    o_unit < 2,
+                    p_u,
+                    o_n * hidden,
+                    m_n,
+                    0,
+                    known,
+                    UNITS,
+                    DEPTH,
+                )
+                b_p += tl.load(p_out_bias + o_row, o_unit < 2, other=0.0)[None, :]
+                b_s = tl.sum(tl.where(o_unit[None, :] == 0, b_p, 0.0), axis=1)
+                b_t = tl.sum(tl.where(o_unit[None, :] == 1, b_p, 0.0), axis=1)
+                b_log, _ = _log_scale(b_s, MAP)
+                b_z = tl.load(p_z + o_n * features + step, m_n, other=0.0)
+                tl.store(p_x + o_n * features + step, (b_z - b_t) * _math.exp(-b_log), m_n)
+                b_ldj -= b_log
+                tl.debug_barrier()
+    if SOLVES:
+        tl.store(p_ldj + o_n, b_ldj, m_n)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _transposed_kernel(
+    p_grad_x, p_grad_ldj, p_x, p_params, p_solution, p_cotangents, p_weights, p_out_weight, p_values, p_signals, p_counts,
+    n, features, hidden, layers, MAP: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """The transposed solve: λ [n, D], the parameters' cotangents [n, 2·D] and the hidden layers' signals [layers, n, H].
+
+    weights [layers, max(D, H), H] and out_weight [H, 2·D] are transposed; everything in the order of the steps.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_n = o_n < n
+    o_unit = tl.arange(0, UNITS)
+    wide_hidden = hidden.to(tl.int64)  # what 64-bit offsets come from
+    stride = tl.maximum(features, hidden).to(tl.int64)
+    plane = n.to(tl.int64) * hidden
+    wide = p_x.dtype.element_ty
+    b_by_ldj = tl.zeros((ROWS,), wide)
+    if p_grad_ldj is not None:
+        b_by_ldj = tl.load(p_grad_ldj + o_n, m_n, other=0.0)
+    for back in range(0, features + 1):
+        step = features - back  # first the units of this degree, then the feature of this degree
+        for up in range(0, layers):
+            layer = layers - 1 - up
+            first = tl.load(p_counts + layer * (features + 1) + tl.maximum(step - 1, 0))
+            first = tl.where(step == 0, 0, first)
+            last = tl.load(p_counts + layer * (features + 1) + step)
+            for unit in range(first, last, UNITS):
+                o_row = unit + o_unit
+                m_row = o_row < last
+                if layer == layers - 1:
+                    o_w = o_row * (2 * features.to(tl.int64))
+                    o_c = o_n * (2 * features)
+                    b_g = _dot(p_out_weight, o_w, m_row, p_cotangents, o_c, m_n, step, features, UNITS, DEPTH)
+                    b_g += _dot(
+                        p_out_weight, o_w, m_row, p_cotangents, o_c, m_n, features + step, 2 * features, UNITS, DEPTH
+                    )
+                else:
+                    below = tl.load(p_counts + (layer + 1) * (features + 1) + tl.maximum(step - 1, 0))
+                    below = tl.where(step == 0, 0, below)
+                    o_w = ((layer + 1) * stride + o_row) * wide_hidden
+                    p_above = p_signals + (layer + 1) * plane
+                    b_g = _dot(p_weights, o_w, m_row, p_above, o_n * hidden, m_n, below, hidden, UNITS, DEPTH)
+                o_out = o_n[:, None] * hidden + o_row[None, :]
+                m_out = m_n[:, None] & m_row[None, :]
+                b_v = tl.load(p_values + layer * plane + o_out, m_out, other=0.0)
+                if RESIDUAL:
+                    b_g = tl.where((b_v <= 0) & (layer != layers - 1), 0.0, b_g)
+                    if layer % 2 == 0:
+                        if layer + 2 < layers:
+                            b_g += tl.load(p_signals + (layer + 2) * plane + o_out, m_out, other=0.0)
+                else:
+                    b_g = tl.where(b_v <= 0, 0.0, b_g)
+                tl.store(p_signals + layer * plane + o_out, b_g, m_out)
+            tl.debug_barrier()
+        if step > 0:
+            feature = step - 1
+            seen = tl.load(p_counts + feature)  # units of the first layer that do not see it
+            o_w = feature * wide_hidden + 0 * o_unit
+            b_sum = _dot(p_weights, o_w, o_unit < 1, p_signals, o_n * hidden, m_n, seen, hidden, UNITS, DEPTH)
+            b_rest = -tl.sum(b_sum, axis=1)
+            o_feature = o_n * features + feature
+            if p_grad_x is not None:
+                b_rest += tl.load(p_grad_x + o_feature, m_n, other=0.0)
+            o_c = o_n * (2 * features) + feature
+            b_log, b_slope = _log_scale(tl.load(p_params + o_c, m_n, other=0.0), MAP)
+            b_found = b_rest * _math.exp(-b_log)
+            b_x = tl.load(p_x + o_feature, m_n, other=0.0)
+            tl.store(p_solution + o_feature, b_found, m_n)
+            tl.store(p_cotangents + o_c, (b_found * b_x * _math.exp(b_log) + b_by_ldj) * b_slope, m_n)
+            tl.store(p_cotangents + o_c + features, b_found, m_n)
+            tl.debug_barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------- launchers
+
+
+def masked_linear(input, weight, bias, in_degrees, out_degrees, strict):
+    """Contiguous tensors on one GPU: a dense product with the masked weight. The caller has checked them."""
+    return F.linear(input, _masked(weight, in_degrees, out_degrees, strict), bias)
+
+
+def masked_linear_grad_input(grad_output, weight, in_degrees, out_degrees, strict):
+    return grad_output @ _masked(weight, in_degrees, out_degrees, strict)
+
+
+def masked_linear_grad_weight(grad_output, input, in_degrees, out_degrees, strict):
+    return _masked(grad_output.mT @ input, in_degrees, out_degrees, strict)
+
+
+def _masked(weight: Tensor, in_degrees: Tensor, out_degrees: Tensor, strict: bool) -> Tensor:
+    out, into = out_degrees[:, None], in_degrees[None, :]
+    return weight.masked_fill(out <= into if strict else out < into, 0)
+
+
+class _Padded:
+    """The layers' tensors in one piece each: hidden layers padded to one width, features in the order of the steps."""
+
+    def __init__(self, weights, biases, order, counts):
+        *hidden, last = weights
+        self.features, self.layers = order.numel(), len(hidden)
+        self.sizes = [w.shape[0] for w in hidden]
+        self.hidden = max(self.sizes)
+        width = max(self.features, self.hidden)
+        new = last.new_zeros
+        self.weights, self.biases = new((self.layers, self.hidden, width)), new((self.layers, self.hidden))
+        for layer, (w, b) in enumerate(zip(hidden, biases[:-1], strict=True)):
+            w = w[:, order] if layer == 0 else w
+            self.weights[layer, : w.shape[0], : w.shape[1]] = w
+            self.biases[layer, : w.shape[0]] = b
+        self.rows = torch.cat([order, order + self.features])
+        self.out_weight = new((2 * self.features, self.hidden))
+        self.out_weight[:, : last.shape[1]] = last[self.rows]
+        self.out_bias = biases[-1][self.rows]
+        # a count beyond the units there are would be an address beyond the tensors
+        most = torch.tensor(self.sizes, dtype=counts.dtype).to(counts.device, non_blocking=True)
+        self.counts = counts.clamp(min=0).minimum(most[:, None]).contiguous()
+
+    def padded(self, context: Tensor | None) -> Tensor | None:
+        if context is None or context.shape[1] == self.hidden:
+            return context
+        return F.pad(context, (0, self.hidden - context.shape[1])).contiguous()
+
+
+def _extend(net: _Padded, z, x, ldj, context, residual, scale_map):
+    """Runs `_extend_kernel`: ``(values, units)`` ``[layers, N, H]``; solves for x where z is given."""
+    n = x.shape[0]
+    values, units = (x.new_zeros((net.layers, n, net.hidden)) for _ in range(2))
+    with torch.cuda.device_of(x):
+        _extend_kernel[(triton.cdiv(n, ROWS),)](
+            z, x, ldj, net.weights, net.biases, net.out_weight, net.out_bias, net.padded(context), values, units, net.counts,
+            n, net.features, net.hidden, net.layers, MAP=int(scale_map), RESIDUAL=bool(residual), SOLVES=z is not None,
+            ROWS=ROWS, DEPTH=DEPTH, UNITS=UNITS, enable_fp_fusion=True, **_options(x.dtype == torch.float64),
+        )  # fmt: skip
+    return values, units
+
+
+def made_inverse(z, context, weights, biases, order, counts, residual, scale_map):
+    """`(x, ldj)` of contiguous fp32 or fp64 tensors on one GPU; the caller has checked them."""
+    x, ldj = torch.empty_like(z), z.new_empty(z.shape[0])
+    if z.shape[0] == 0:
+        return x, ldj
+    found = torch.empty_like(z)
+    net = _Padded(weights, biases, order, counts)
+    _extend(net, z[:, order].contiguous(), found, ldj, context, residual, scale_map)
+    x[:, order] = found
+    return x, ldj
+
+
+def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map):
+    """Gradients of z, context and each layer's weight and bias. Conditions as for `made_inverse`."""
+    n, features = x.shape
+    if n == 0:
+        both = [t for pair in zip(weights, biases, strict=True) for t in pair]
+        return [torch.zeros_like(x), x.new_zeros((0, weights[0].shape[0])), *map(torch.zeros_like, both)]
+    net = _Padded(weights, biases, order, counts)
+    steps = x[:, order].contiguous()
+    values, units = _extend(net, None, steps, None, context, residual, scale_map)
+    in_steps = torch.arange(1, features + 1, device=x.device)
+    ranks = [torch.searchsorted(c, torch.arange(net.hidden, device=x.device), right=True) for c in net.counts]
+    live = [ranks[0][:, None] >= in_steps, *(ranks[i][:, None] >= ranks[i - 1] for i in range(1, net.layers))]
+    live_out = in_steps.repeat(2)[:, None] > ranks[-1]
+    params = F.linear(units[-1], net.out_weight.masked_fill(~live_out, 0), net.out_bias)
+    solution, cotangents, signals = torch.empty_like(steps), torch.empty_like(params), torch.zeros_like(values)
+    given = None if grad_x is None else grad_x[:, order].contiguous()
+    with torch.cuda.device_of(x):
+        _transposed_kernel[(triton.cdiv(n, ROWS),)](
+            given, grad_ldj, steps, params, solution, cotangents, net.weights.mT.contiguous(), net.out_weight.mT.contiguous(),
+            values, signals, net.counts, n, features, net.hidden, net.layers, MAP=int(scale_map), RESIDUAL=bool(residual),
+            ROWS=ROWS, DEPTH=DEPTH, UNITS=UNITS, enable_fp_fusion=True, **_options(x.dtype == torch.float64),
+        )  # fmt: skip
+    by_z = torch.empty_like(x)
+    by_z[:, order] = solution
+    grads = [by_z, -signals[0, :, : net.sizes[0]].contiguous()]
+    inverse_order = torch.argsort(order)
+    for layer, out in enumerate(net.sizes):
+        u = steps if layer == 0 else units[layer - 1]
+        by_weight = -(signals[layer].mT @ u).masked_fill(~live[layer], 0)
+        by_weight = by_weight[:out, inverse_order] if layer == 0 else by_weight[:out, : net.sizes[layer - 1]]
+        grads += [by_weight.contiguous(), -signals[layer].sum(0)[:out]]
+    by_out = -(cotangents.mT @ units[-1]).masked_fill(~live_out, 0)[:, : net.sizes[-1]]
+    by_weight, by_bias = torch.empty_like(weights[-1]), torch.empty_like(biases[-1])
+    by_weight[net.rows], by_bias[net.rows] = by_out, -cotangents.sum(0)
+    return [*grads, by_weight, by_bias]
+
+
+# ------------------------------------------------------------------------------------------ ahead-of-time compilation
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """What the launchers compile: each scale map and type, with and without context and residual blocks."""
+    specs = []
+    for kind, scale_map, flag in (("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)):
+        tensor, tile = f"*{kind}", {"ROWS": ROWS, "DEPTH": DEPTH, "UNITS": UNITS}
+        sizes = dict.fromkeys(("n", "features", "hidden", "layers"), "i32")
+        names = (
+            "p_z",
+            "p_x",
+            "p_ldj",
+            "p_weights",
+            "p_biases",
+            "p_out_weight",
+            "p_out_bias",
+            "p_context",
+            "p_values",
+            "p_units",
+        )
+        for solves in (True, False):
+            absent = {} if flag else {"p_context": None}
+            absent |= {} if solves else {"p_z": None, "p_ldj": None}
+            constants = {"MAP": scale_map, "RESIDUAL": flag, "SOLVES": solves, **tile}
+            signature = {name: "constexpr" if name in absent else tensor for name in names}
+            signature |= {"p_counts": "*i64", **sizes, **dict.fromkeys(constants, "constexpr")}
+            label = f"{kind} map {scale_map} residual {flag} solves {solves}"
+            specs.append(KernelSpec(label, _extend_kernel, signature, constants | absent, _options(kind == "fp64")))
+        names = (
+            "p_grad_x",
+            "p_grad_ldj",
+            "p_x",
+            "p_params",
+            "p_solution",
+            "p_cotangents",
+            "p_weights",
+            "p_out_weight",
+            "p_values",
+            "p_signals",
+        )
+        constants = {"MAP": scale_map, "RESIDUAL": flag, **tile}
+        signature = {
+            **dict.fromkeys(names, tensor),
+            "p_counts": "*i64",
+            **sizes,
+            **dict.fromkeys(constants, "constexpr"),
+        }
+        specs.append(
+            KernelSpec(
+                f"{kind} map {scale_map} residual {flag}",
+                _transposed_kernel,
+                signature,
+                constants,
+                _options(kind == "fp64"),
+            )
+        )
+    return specs
