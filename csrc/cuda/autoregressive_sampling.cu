@@ -34,6 +34,9 @@ using stages::Activation;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Threads that work on a sample: the more, the shorter each one's sum, which is what a pixel waits for.
+constexpr int kBlock = 512;
+
 // Pixels of a row that share a thread's loads of weights. fp64 is for checks, not for speed.
 template <typename T>
 constexpr int kColumnsOf = sizeof(T) == 4 ? 4 : 1;
@@ -126,7 +129,7 @@ __device__ __forceinline__ void whole_row(const Problem<T>& q, int k, int i, int
   const StageAt<T> s = q.stages[k];
   const bool gate = s.activation == static_cast<int>(Activation::kGate);
   const int tiles = (q.columns + kColumns - 1) / kColumns;
-  for (int task = threadIdx.x; task < tiles * s.made; task += kThreads) {
+  for (int task = threadIdx.x; task < tiles * s.made; task += kBlock) {
     const int l = task % s.made, first = task / s.made * kColumns;
     for (int half = 0; half <= (gate ? 1 : 0); ++half) {
       const int o = l + half * s.made;
@@ -187,8 +190,8 @@ __device__ __forceinline__ void one_pixel(const Problem<T>& q, int k, int i, int
   const bool gate = s.activation == static_cast<int>(Activation::kGate);
   const int made = s.made / q.groups;
   int lanes = 1;
-  while (lanes < made && lanes < kThreads) lanes *= 2;
-  const int slices = kThreads / lanes, lane = threadIdx.x % lanes, slice = threadIdx.x / lanes;
+  while (lanes < made && lanes < kBlock) lanes *= 2;
+  const int slices = kBlock / lanes, lane = threadIdx.x % lanes, slice = threadIdx.x / lanes;
   for (int first = 0; first < made; first += lanes) {
     const bool live = first + lane < made;
     const int l = g * made + (live ? first + lane : 0);
@@ -217,7 +220,7 @@ __device__ __forceinline__ void one_pixel(const Problem<T>& q, int k, int i, int
       }
     }
     partial[threadIdx.x] = a;
-    partial[kThreads + threadIdx.x] = b;
+    partial[kBlock + threadIdx.x] = b;
     __syncthreads();
     if (slice == 0 && live) {
       const T* before = sums + s.sums + static_cast<int64_t>(j) * s.width + l;
@@ -225,7 +228,7 @@ __device__ __forceinline__ void one_pixel(const Problem<T>& q, int k, int i, int
       b = gate ? before[s.made] : T(0);
       for (int m = 0; m < slices; ++m) {
         a += partial[m * lanes + lane];
-        b += partial[kThreads + m * lanes + lane];
+        b += partial[kBlock + m * lanes + lane];
       }
       T value = activate(s.activation, a, b);
       if (s.residual >= 0) value += at(state, q.planes[s.residual], i, j)[l];
@@ -278,7 +281,7 @@ __device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, in
   }
   __syncthreads();
   if (q.temperature != T(0)) {
-    for (int c = threadIdx.x; c < q.levels; c += kThreads) scratch[c] = math::exp((parameters[c] - shared[0]) / q.temperature);
+    for (int c = threadIdx.x; c < q.levels; c += kBlock) scratch[c] = math::exp((parameters[c] - shared[0]) / q.temperature);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -292,8 +295,8 @@ __device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, in
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sample_rows(const Problem<T> q) {
-  __shared__ T partial[2 * kThreads];
+__global__ void __launch_bounds__(kBlock, 1) sample_rows(const Problem<T> q) {
+  __shared__ T partial[2 * kBlock];
   const int64_t n = blockIdx.x;
   T* state = q.state + n * q.state_size;
   T* sums = q.sums + n * q.sums_size;
@@ -381,7 +384,7 @@ void run(const Launcher& launch, const Tensor& image, const Tensor& state, const
                            static_cast<T>(temperature), net.state_size, sums_size, static_cast<const T*>(packed.data_ptr()),
                            static_cast<const T*>(noise.data_ptr()), known ? static_cast<const bool*>(known->data_ptr()) : nullptr,
                            static_cast<int64_t*>(image.data_ptr()), static_cast<T*>(state.data_ptr()), static_cast<T*>(sums.data_ptr())};
-  launch(sample_rows<T>, batch, dim3(kThreads), problem);
+  launch(sample_rows<T>, batch, dim3(kBlock), problem);
 }
 
 void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::optional<Tensor> known, std::vector<Tensor> tensors,

@@ -65,9 +65,9 @@ def test_plain(kernel, poisoned_memory, dtype, shape):
     check(kernel, plain(seed=1), uniform(shape[0], 1, *shape[1:], seed=2), dtype, levels=5)
 
 
-@pytest.mark.parametrize("width", [1, 33, 64, 300])
+@pytest.mark.parametrize("width", [1, 33, 64, 600])
 def test_widths(kernel, poisoned_memory, width):
-    """300 channels take two turns of a block's 256 threads."""
+    """600 channels take two turns of the 512 threads of a block."""
     check(kernel, plain(width=width, layers=1, seed=2), uniform(1, 1, 2, 3, seed=2), levels=5)
 
 
