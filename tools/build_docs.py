@@ -63,7 +63,7 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 def operator_page(operator) -> str:
     reference = importlib.import_module(f"genkernels.reference.{operator.name}")
     parts = [f"# {operator.name}\n\n{inspect.cleandoc(reference.__doc__)}\n"]
-    parts += [entry(f"genkernels.ops.{f.__name__}", f) for f in operator.functions]
+    parts += [entry(f"genkernels.ops.{f.__name__}", f) for f in (*operator.functions, *operator.types)]
     floors = {
         "reference": f"genkernels/reference/{operator.name}.py",
         "cpu": f"csrc/cpu/{operator.name}.cpp",

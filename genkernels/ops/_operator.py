@@ -39,6 +39,8 @@ class Operator:
     name: str
     #: The public functions of `genkernels.ops`.
     functions: tuple[Callable, ...] = ()
+    #: The public types that they take, for the documentation.
+    types: tuple[type, ...] = ()
     #: Backends that have a kernel, mapped to "" or to the reason why there is none ("would win nothing: …").
     backends: dict[str, str] = field(default_factory=dict)
     composability: dict[str, str] = field(default_factory=dict)

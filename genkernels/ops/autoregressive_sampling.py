@@ -327,6 +327,7 @@ OPERATOR = register(
     Operator(
         name=NAME,
         functions=(autoregressive_sampling,),
+        types=(Stage,),
         backends={
             "cpu": "",
             "triton": "a program would have to read back what its other threads stored, stage after stage, which Triton does not promise",

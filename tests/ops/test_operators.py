@@ -55,6 +55,8 @@ def test_has_all_that_an_operator_needs(name):
         assert getattr(ops, function.__name__) is function
         for part in ("Equivalent to", "Args:", "Returns:"):
             assert part in function.__doc__, f"{function.__name__}: its docstring lacks {part!r}"
+    for kind in operator.types:
+        assert getattr(ops, kind.__name__) is kind and "Args:" in kind.__doc__
     assert set(operator.backends) == set(backends.NAMES) - {"auto", "reference"}
     floors = {"cpu": f"csrc/cpu/{name}.cpp", "cuda": f"csrc/cuda/{name}.cu", "triton": f"genkernels/triton/{name}.py"}
     for backend, missing_because in operator.backends.items():
