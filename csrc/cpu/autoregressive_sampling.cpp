@@ -11,6 +11,7 @@
 //
 // Parallel over samples: a thread owns chunks of up to kRows samples, which share each load of a weight. The order of every sum is fixed by the
 // network alone, so a sample is bitwise the same in any batch and for any number of threads.
+// Sharing a row's products among threads at batch 1 was tried: on a machine that is not idle it waits for the second thread longer than it gains.
 //
 // Counted for the 7×7 A + 8 × 3×3 B network of 64 channels: 166 k multiply-adds a pixel, 40 % of them in the pixel-by-pixel part (one
 // pass over the image by dense convolutions: 300 k). At batch 1 that part reads 262 kB of weights a pixel, from the second-level cache: the floor.

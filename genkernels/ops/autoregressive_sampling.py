@@ -243,16 +243,18 @@ def _check_stage(at, k, stage, channels, vertical, groups, noise) -> int:
 def _check_taps(at: str, stage: Stage, plane: int, plane_is_vertical: bool, weight: Tensor, groups: int) -> None:
     """That no weight looks at what is not drawn yet."""
     weight = weight.detach()
-    y, x = weight.shape[2] // 2, weight.shape[3] // 2
+    kh, kw = weight.shape[2:]
+    y, x = kh // 2, kw // 2
+    in_order = weight.flatten(2)  # taps in raster order
     if stage.vertical:
         first = y + plane_is_vertical
-        if weight[:, :, first:].any():
+        if in_order[:, :, first * kw :].any():
             rows = (
                 "below its own" if plane_is_vertical else "from its own on, plane " + str(plane) + " not being vertical"
             )
             raise ValueError(f"{at}: weight of plane {plane} must be 0 at rows {rows}, for a vertical stage")
         return
-    if weight[:, :, y + 1 :].any() or weight[:, :, y, x + 1 :].any():
+    if kh * kw > 1 and in_order[:, :, y * kw + x + 1 :].any():
         raise ValueError(f"{at}: weight of plane {plane} must be 0 at taps after the centre")
     if plane_is_vertical:
         return
@@ -261,10 +263,10 @@ def _check_taps(at: str, stage: Stage, plane: int, plane_is_vertical: bool, weig
         if plane == 0 and centre.any():
             raise ValueError(f"{at}: weight of plane 0 must be 0 at the centre, a pixel would see itself")
         return
-    halves = 2 if stage.activation == "gate" else 1
-    blocks = centre.unflatten(0, (halves, groups, -1)).unflatten(2 + 1, (groups, -1)) if centre.numel() else None
-    if blocks is None:
+    if not centre.numel():
         return
+    halves = 2 if stage.activation == "gate" else 1
+    blocks = centre.unflatten(0, (halves, groups, -1)).unflatten(3, (groups, -1))
     blocks = blocks.abs().sum(dim=(0, 2, 4)) != 0  # [group of the output, group of the input]
     reach = 0 if plane else -1
     late = torch.ones(groups, groups, dtype=torch.bool).triu(reach + 1)
