@@ -9,11 +9,11 @@
 // Forward, a tile: the largest logit; for each component log π_k + log Π_c P_ck, unnormalised, into [K, kTile]; two log-sum-exps.
 // Backward repeats that and keeps each component's derivatives of log P_ck, [9·K or 2·K, kTile], within the second-level cache; once the
 // posterior is known they are scaled by it and stored. Saved for backward: the inputs alone. A saved log-sum-exp would spare backward that
-// last scaling and one logarithm a component, but none of the exponentials, all of which the derivatives need.
+// last scaling and one logarithm a component, but none of the exponentials of the levels, all of which the derivatives need.
 //
 // Bytes: forward reads P·S, backward reads P·S and writes P·S; PixelCNN++'s 16×100×32×32 fp32 is 6.6 MB each. Arithmetic: a component takes
-// 3·C exponentials, 3 tanh (C = 3), C divisions and one logarithm, C = 3 about 500 instructions for a vector of lanes: 5 instructions a byte,
-// so that it is arithmetic, not memory, that sets the time.
+// 3·C + 2 exponentials, C = 3 also 3 for the tanh, one division and one logarithm, backward C divisions more: some 400 vector instructions
+// for 16 lanes of 40 bytes each, so that it is arithmetic, not memory, that sets the time; hence the exponential of its own.
 //
 // The sum over pixels: tiles of a chunk of kChunk pixels in order, in fp64, then the chunks in order: bitwise the same for any number of threads.
 #include "common.h"

@@ -288,7 +288,7 @@ def _sample_kernel(
     o_index, o, m = tl.reshape(o_index, (BLOCK,)), tl.reshape(o, (BLOCK,)), tl.reshape(m2, (BLOCK,))
     o_noise = o_index + (tl.program_id(0) // blocks).to(tl.int64) * size
     b_u = tl.load(p_noise + o_noise, m, other=0.5)
-    b_t = temperature.to(b_u.dtype) + temperature_low.to(b_u.dtype)
+    b_t = tl.zeros_like(b_u) + temperature + temperature_low
     b_most = _wide(tl.load(p_params + o, m, other=0.0))
     b_chosen = tl.zeros((BLOCK,), tl.int64)
     for k in range(1, K):
@@ -336,9 +336,9 @@ def _constants(params: int, channels: int, levels: int) -> dict[str, int]:
 
 
 def _tile_of(mixtures: int) -> tuple[dict[str, int], int]:
-    """Tile and warps, by K alone: two numbers a thread (four spill in fp64), of the pixels no fewer than fill a 32-byte sector."""
+    """Tile and warps, by K alone: two numbers a thread, since four spill in fp64 and 16 warps of them in fp32."""
     rows = max(2, triton.next_power_of_2(mixtures))
-    block = max(8, min(128, 512 // rows))
+    block = max(2, min(128, 512 // rows))
     return {"KP": rows, "BLOCK": block}, min(32, max(4, rows * block // 64))
 
 

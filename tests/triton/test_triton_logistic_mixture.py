@@ -61,7 +61,7 @@ def test_agrees_with_the_reference(device, poisoned, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("levels", "trials"), [(2, 12), (17, 6), (256, 1)])
+@pytest.mark.parametrize(("levels", "trials"), [(2, 6), (17, 1)])
 def test_the_bins_add_up_to_one_and_gradients_are_finite(device, levels, trials, dtype):
     """A program a level: the interpreter is slow, the CPU's tests take more trials."""
     mixtures = 4
@@ -81,9 +81,8 @@ def test_a_nan_anywhere_makes_its_sample_nan_and_no_other(device):
     for row in range(10):
         params, x = make(3, (2, 3), 3, 2, 256, torch.float32, device)
         params[1, 2 * row + 1, 1, 1] = float("nan")
-        for level in (-1.0, 1.0, 7 / 255):
-            x[1, :, 1, 1] = level
-            assert kernels.logistic_mixture_nll(params, x, 256).isnan().tolist() == [False, True, False]
+        x[1, :, 1, 1] = (-1.0, 1.0, 7 / 255)[row % 3]
+        assert kernels.logistic_mixture_nll(params, x, 256).isnan().tolist() == [False, True, False]
     x[2, 1, 0, 0] = float("nan")
     assert kernels.logistic_mixture_nll(params, x, 256).isnan().tolist() == [False, True, True]
 
