@@ -23,13 +23,16 @@ template <typename T>
 GK_HOST_DEVICE inline int categorical(const T* logits, int64_t stride, int count, T temperature, T u) {
   T most = logits[0];
   int first = 0;
-  for (int k = 1; k < count; ++k) {
-    if (logits[k * stride] > most) {
-      most = logits[k * stride];
+  bool ordered = true;
+  for (int k = 0; k < count; ++k) {
+    const T logit = logits[k * stride];
+    ordered &= logit == logit;
+    if (logit > most) {
+      most = logit;
       first = k;
     }
   }
-  if (temperature == T(0)) return first;
+  if (temperature == T(0)) return ordered ? first : 0;
   double total = 0;
   for (int k = 0; k < count; ++k) total += double(math::exp((logits[k * stride] - most) / temperature));
   const double level = double(u) * total;

@@ -291,7 +291,11 @@ void choose_components(int64_t count, int64_t n, const T* __restrict u, T temper
       chosen[t] = math::select(more, int(k), chosen[t]);
     }
   }
-  if (temperature == T(0)) return;
+  if (temperature == T(0)) {
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t t = 0; t < n; ++t) chosen[t] = math::select(weights[k * kTile + t] == weights[k * kTile + t], chosen[t], 0);  // NaN: 0
+    return;
+  }
   for (int64_t k = 0; k < count; ++k) {
     T* __restrict weight = weights + k * kTile;
     for (int64_t t = 0; t < n; ++t) {

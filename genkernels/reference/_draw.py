@@ -19,7 +19,7 @@ def categorical(logits: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
         ``[...]`` int64. Weights are computed in the logits' dtype, their sums in fp64; NaN among the logits gives 0.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1).masked_fill(logits.isnan().any(-1), 0)
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
     below = weights.double().cumsum(-1)
     level = u.double().unsqueeze(-1) * below[..., -1:]

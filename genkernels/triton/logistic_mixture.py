@@ -291,11 +291,15 @@ def _sample_kernel(
     b_t = tl.zeros_like(b_u) + temperature + temperature_low
     b_most = _wide(tl.load(p_params + o, m, other=0.0))
     b_chosen = tl.zeros((BLOCK,), tl.int64)
+    b_ordered = b_most == b_most
     for k in range(1, K):
         b_logit = _wide(tl.load(p_params + o + k * size, m, other=0.0))
+        b_ordered &= b_logit == b_logit
         b_chosen = tl.where(b_logit > b_most, k, b_chosen)
         b_most = tl.where(b_logit > b_most, b_logit, b_most)
-    if not COLD:
+    if COLD:
+        b_chosen = tl.where(b_ordered, b_chosen, 0)
+    else:
         b_total = tl.zeros((BLOCK,), tl.float64)
         for k in range(0, K):
             b_logit = _wide(tl.load(p_params + o + k * size, m, other=0.0))

@@ -340,10 +340,13 @@ def test_fresh_memory_is_not_read(device, poisoned_memory):
     check(device, plain(channels=3, width=9, seed=1), uniform(3, 3, 4, 4), F32, levels=5)
 
 
-def test_nan_weights_draw_as_the_definition(device):
-    stages = plain(seed=1)
-    stages[0].bias[3] = math.nan
-    check(device, stages, uniform(2, 1, 3, 3), F32, levels=5)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_weights_draw_as_the_definition(device, temperature):
+    for last in (False, True):
+        stages = plain(seed=1)
+        stages[-1 if last else 0].bias[3] = math.nan
+        drawn = check(device, stages, uniform(2, 1, 3, 3), F32, levels=5, temperature=temperature)
+        assert (drawn == 0).all()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -401,6 +401,18 @@ def test_the_same_noise_gives_the_same_integers(backend, device, poisoned_memory
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_nan_logit_takes_the_first_component(backend, device, which, temperature):
+    params, x = make(2, (3, 5), 1, 4, 17, torch.float32, device)
+    noise = torch.rand(2, 2, 3, 5, device=device)
+    params[:, which] = float("nan")
+    ours = ops.logistic_mixture_sample(params, noise, levels=17, temperature=temperature)
+    first = torch.cat([torch.zeros_like(params[:, :1]), params[:, 4::4]], 1)
+    alone = ops.logistic_mixture_sample(first, noise, levels=17, temperature=temperature)
+    assert torch.equal(ours, alone)
+
+
 def test_the_later_channels_follow_the_coefficients(backend, device):
     """Narrow components: the draw is the mean, shifted by tanh(coefficient) times the earlier channels' drawn values."""
     levels, count = 256, 64
