@@ -409,15 +409,15 @@ Tensor torch_convolution(const Problem& p, const Tensor& x, const Tensor& weight
   return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
-std::tuple<Tensor, Tensor> torch_backward(const Problem& p, const Tensor& g, const Tensor& x, const Tensor& weight, bool want_x,
-                                          bool want_weight) {
+std::tuple<Tensor, Tensor, Tensor> torch_backward(const Problem& p, const Tensor& g, const Tensor& x, const Tensor& weight, bool want_x,
+                                                  bool want_weight, bool want_bias) {
   using torch::stable::detail::from;
   const std::vector<int64_t> one{1, 1}, none{0, 0}, padding{p.kh / 2, p.kw / 2};
-  const std::array<bool, 3> wanted{want_x, want_weight, false};
+  const std::array<bool, 3> wanted{want_x, want_weight, want_bias};
   std::array<StableIValue, 11> stack{from(g),
                                      from(x),
                                      from(weight),
-                                     from(std::optional<std::vector<int64_t>>()),
+                                     from(std::optional<std::vector<int64_t>>(std::vector<int64_t>{p.outputs})),
                                      from(one),
                                      from(padding),
                                      from(one),
@@ -428,7 +428,8 @@ std::tuple<Tensor, Tensor> torch_backward(const Problem& p, const Tensor& g, con
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   using torch::stable::detail::to;
   Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
-  return {want_x ? torch::stable::contiguous(grad_x) : grad_x, want_weight ? torch::stable::contiguous(grad_weight) : grad_weight};
+  const auto dense = [](bool wanted, const Tensor& t) { return wanted ? torch::stable::contiguous(t) : t; };
+  return {dense(want_x, grad_x), dense(want_weight, grad_weight), grad_bias};
 }
 
 // ---- the operators --------------------------------------------------------------------------------------------------------
@@ -531,13 +532,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
   const bool full = want_condition && condition_rank == 4;
   const bool made = full || activation != kNone || !grad_output.has_value() || grad_pre.has_value();
   Tensor g = full ? grad_condition : made ? empty(x, whole, dtype) : *grad_output;
-  const bool summed = want_bias || (want_condition && condition_rank == 2);
+  const bool by_torch = p.batch && torch_is_faster(x), flat_condition = want_condition && condition_rank == 2;
+  const bool bias_by_torch = by_torch && want_bias && !flat_condition;  // on the way, where nothing else is summed
+  const bool summed = flat_condition || (want_bias && !bias_by_torch);
   dispatch(x, [&]<typename S, typename T>() {
     std::vector<double> sums(summed ? p.batch * p.outputs : 0);
     if (made || summed)
       pre_gradient<S, T>(p, data<S>(grad_output), data<S>(grad_pre), data<S>(state), made ? mutable_data<S>(g) : nullptr,
                          summed ? sums.data() : nullptr);
-    if (want_bias) {
+    if (want_bias && !bias_by_torch) {
       std::vector<T> total(p.outputs);
       for (int64_t o = 0; o < p.outputs; ++o) {
         double sum = 0;
@@ -546,7 +549,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
       }
       store(total.data(), mutable_data<S>(grad_bias), p.outputs);
     }
-    if (want_condition && condition_rank == 2) {
+    if (flat_condition) {
       const std::vector<T> each(sums.begin(), sums.end());
       store(each.data(), mutable_data<S>(grad_condition), p.batch * p.outputs);
     }
@@ -554,11 +557,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
       if (want_weight) std::fill_n(mutable_data<S>(grad_w), weight.numel(), S(0.0f));
       return;
     }
-    if (torch_is_faster(x)) {
-      if (!want_x && !want_weight) return;
-      const auto found = torch_backward(p, g, x, masked_weight<S>(p, weight), want_x, want_weight);
+    if (by_torch) {
+      if (!want_x && !want_weight && !bias_by_torch) return;
+      const auto found = torch_backward(p, g, x, masked_weight<S>(p, weight), want_x, want_weight, bias_by_torch);
       if (want_x) grad_x = std::get<0>(found);
       if (want_weight) grad_w = masked_weight<S>(p, std::get<1>(found));
+      if (bias_by_torch) grad_bias = std::get<2>(found);
       return;
     }
     if (want_x) {

@@ -226,7 +226,7 @@ OPERATOR = register(
         functions=(masked_conv,),
         backends={
             "cpu": "",
-            "triton": "not written yet",
+            "triton": "",
             "cuda": "the Triton kernel serves GPUs: an implicit matrix product, which Triton compiles to the tensor cores' own "
             "instructions; CUDA C++ would repeat it",
         },

@@ -186,7 +186,9 @@ def test_composability_cell(name, feature):
             action()
         return
     ran, ours, expected, *_ = action()
-    torch.testing.assert_close(tuple(ours), tuple(expected))
+    # two bf16 results each round by themselves
+    apart = {"rtol": 2e-2, "atol": 2e-2} if feature == "autocast" and cells.lowers else {}
+    torch.testing.assert_close(tuple(ours), tuple(expected), **apart)
     assert bool(ran) == (promised == "kernel"), f"{feature}: promised {promised}, ran {ran or 'the reference'}"
 
 

@@ -40,6 +40,13 @@ def chosen(specs):
         "_backward_kernel 8x12x64x64 fp32 fp32 exp channel halves of forward",
         "_backward_kernel 8x12x64x64 fp32 fp32 tanh checkerboard interleaved of reverse",
         "_sum_kernel blocks 2048 fp32",
+        "_conv_kernel gated bf16 gate ieee forward",
+        "_conv_kernel 7x7A bf16 none ieee forward",
+        "_weight_kernel gated bf16 gate ieee",
+        "_weight_kernel 7x7A bf16 none ieee",
+        "_slope_kernel gated bf16 gate",
+        "_pack_kernel rgb bf16 relu swapped",
+        "_unpack_kernel rgb bf16 relu",
     ]
     return [specs[name] for name in wanted]
 
