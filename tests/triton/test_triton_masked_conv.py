@@ -13,7 +13,7 @@ PROBLEMS = [
     *PROBLEMS[:-1],
     Problem(2, 3, 4, 23, 24, (3, 3)),
     Problem(1, 40, 70, 5, 6, (3, 3)),
-    Problem(2, 4, 160, 3, 3, (3, 3), activation="gate", condition=2),
+    Problem(1, 4, 80, 3, 3, (3, 3), activation="gate", condition=2),
 ]
 # the interpreter is slow: fp64 and fp16 on every third
 CASES = [(p, d) for i, p in enumerate(PROBLEMS) for d in (DTYPES if i % 3 == 0 else DTYPES[:2])]
