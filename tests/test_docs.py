@@ -35,8 +35,8 @@ def test_examples_in_docstrings_run(name):
 
 def test_the_python_in_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    assert len(blocks) == 3
-    drop_in, equivalent, deep = blocks
+    assert len(blocks) == 4
+    drop_in, equivalent, deep, masked = blocks
     space: dict = {}
     exec(drop_in, space)
     fused = space["layer"](space["x"])
@@ -47,3 +47,6 @@ def test_the_python_in_the_readme_runs():
     torch.testing.assert_close(space["ldj"], fused[1])
     exec(deep, space)
     space["ldj"].sum().backward()
+    exec(masked, space)
+    torch.testing.assert_close(space["flow"].inverse(space["z"])[0], space["x"])
+    assert torch.equal(space["completed"][..., :14, :], space["images"][..., :14, :]) and space["nll"].shape == (2,)
