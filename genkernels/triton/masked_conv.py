@@ -391,7 +391,7 @@ def _power(n: int, low: int, high: int) -> int:
 def _conv_tiles(itemsize: int, inputs: int, left: int, gate: bool) -> _Tiles:
     channels = inputs if inputs >= 16 else 16 * 4
     if itemsize == 8:
-        return _Tiles(16, 32, 16, 4, 1)
+        return _Tiles(16, 32, 16, 2, 1)
     # the gate holds two sums; the tiles are the largest that spill no register
     if itemsize == 4:
         rows = _power(left, 16, 16 if gate else 64)

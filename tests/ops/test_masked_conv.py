@@ -86,6 +86,7 @@ PROBLEMS = [
     Problem(2, 17, 19, 2, 3, (7, 5)),
     Problem(3, 3, 12, 1, 1, (1, 1), "A", 3, activation="gate"),
     Problem(2, 20, 33, 3, 3, (1, 1), activation="relu", condition=4),
+    Problem(2, 6, 132, 3, 5, (1, 1), data_channels=3),
     Problem(1, 3, 5, 3, 130, (3, 3), bias=False),
     Problem(1, 70, 66, 17, 16, (3, 3), activation="relu"),
 ]
