@@ -93,7 +93,7 @@ struct Cut {
   }
 };
 
-constexpr int64_t kGroup = 4 * kRows;  // rows that a part takes at once
+constexpr int64_t kGroup = 8 * kRows;  // rows (columns, for the input's gradient) that a part takes at once
 
 template <typename T>
 void linear(const Stairs& s, const T* x, int64_t samples, const T* weight, const T* bias, T* y) {
@@ -142,10 +142,12 @@ void linear_grad_input(const Stairs& s, const T* g, int64_t samples, const T* we
         const int64_t deepest = live[from];
         for (int64_t r = 0; r < deepest; ++r) {
           const T* row = weight + s.rows[s.out - 1 - r] * s.in;
-          for (int64_t j = 0; j < columns; ++j) panel[r * columns + j] = row[column(j)];
+          T* to = panel + r * columns;
+          if (s.plain) std::copy_n(row + from, columns, to);
+          else for (int64_t j = 0; j < columns; ++j) to[j] = row[s.columns[from + j]];
         }
         const T* pointers[kGroup];
-        for (int64_t j = 0; j < columns; ++j) pointers[j] = panel + j;
+        for (int64_t j = 0; j < columns; ++j) pointers[j] = panel + (columns - 1 - j);
         std::fill_n(static_cast<T*>(out), columns * width, T(0));
         staircase<T>(pointers, columns, columns, act, width, [&](int64_t j) { return live[from + columns - 1 - j]; }, out, width, width);
         turn_back(static_cast<const T*>(out), width, count, columns, column, grad_x + first * s.in, s.in);
@@ -154,11 +156,18 @@ void linear_grad_input(const Stairs& s, const T* g, int64_t samples, const T* we
   });
 }
 
-// grad[row(r)][column(k)] = ±Σ_n g[n][r]·u[n][k] for the k < depth(r) that row r sees, 0 elsewhere. u [samples, width] has whole vectors in
-// a row; r counts in the order of ascending depth, g [samples, stride] is in memory at g_at(r).
-template <typename T, typename GAt, typename Depth, typename Row, typename Column>
+// The stride of rows of n numbers in whole vectors, off the powers of two that would put all rows into the same few cache sets.
+template <typename T>
+int64_t stride_for(int64_t n) {
+  const int64_t stride = round_up(n, kLanes<T>);
+  return stride * int64_t(sizeof(T)) % 512 == 0 ? stride + kLanes<T> : stride;
+}
+
+// grad[row(r)][column[k]] = ±Σ_n g[r][n]·u[n][k] for the k < depth(r) that row r sees, 0 elsewhere (column null: k). u has a stride of
+// `width`, whole vectors in a row; r counts in the order of ascending depth and has its signals, the samples side by side, at g_at(r).
+template <typename T, typename GAt, typename Depth, typename Row>
 void outer(const T* g, int64_t stride, GAt g_at, const T* u, int64_t width, int64_t samples, int64_t rows, int64_t columns, Depth depth,
-           Row row, Column column, T sign, T* grad) {
+           Row row, const int64_t* column, T sign, T* grad) {
   const int64_t groups = (rows + kRows - 1) / kRows;
   for_tasks(groups, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns * samples * kRows)), [&](int64_t begin, int64_t end) {
     Scratch<T> out(kRows * width);
@@ -169,18 +178,23 @@ void outer(const T* g, int64_t stride, GAt g_at, const T* u, int64_t width, int6
       const int64_t wide = round_up(depth(from + high - 1), kLanes<T>);
       const T* pointers[kRows];
       for (int64_t j = 0; j < high; ++j) {
-        pointers[j] = g + g_at(from + j);
+        pointers[j] = g + g_at(from + j) * stride;
         std::fill_n(out + j * width, wide, T(0));
       }
       // in strips that the first-level cache holds
       for (int64_t n = 0; n < wide; n += kVectors * kLanes<T>)
-        multiply<T>(pointers, high, stride, u + n, width, samples, out + n, width, std::min(kVectors * kLanes<T>, wide - n));
+        multiply<T>(pointers, high, 1, u + n, width, samples, out + n, width, std::min(kVectors * kLanes<T>, wide - n));
       for (int64_t j = 0; j < high; ++j) {
         T* to = grad + row(from + j) * columns;
         const T* found = out + j * width;
         const int64_t live = depth(from + j);
-        for (int64_t k = 0; k < live; ++k) to[column(k)] = sign * found[k];
-        for (int64_t k = live; k < columns; ++k) to[column(k)] = T(0);
+        if (column == nullptr) {
+          for (int64_t k = 0; k < live; ++k) to[k] = sign * found[k];
+          std::fill(to + live, to + columns, T(0));
+        } else {
+          for (int64_t k = 0; k < live; ++k) to[column[k]] = sign * found[k];
+          for (int64_t k = live; k < columns; ++k) to[column[k]] = T(0);
+        }
       }
     }
   });
@@ -216,13 +230,15 @@ Tensor masked_linear_grad_weight(Tensor grad_output, Tensor input, Tensor in_deg
   const int64_t samples = input.size(0);
   Tensor grad = empty(input, {s.out, s.in}, input.scalar_type());
   with_dtype(input, [&]<typename T>() {
-    const int64_t width = round_up(s.in, kLanes<T>);
-    const bool ready = s.plain && width == s.in;
-    Scratch<T> copy(ready ? 0 : samples * width);
-    if (!ready) gather_columns<T>(data<T>(input), samples, s.in, s.columns, copy, width);
-    outer<T>(data<T>(grad_output), s.out, [&](int64_t r) { return s.rows[r]; }, ready ? data<T>(input) : static_cast<T*>(copy), width,
-             samples, s.out, s.in, [&](int64_t r) { return s.depth[r]; }, [&](int64_t r) { return s.rows[r]; },
-             [&](int64_t k) { return s.columns[k]; }, T(1), mutable_data<T>(grad));
+    const int64_t width = stride_for<T>(s.in);
+    Scratch<T> sorted(samples * width), signals(s.out * samples);
+    gather_columns<T>(data<T>(input), samples, s.in, s.columns, sorted, width);
+    const T* g = data<T>(grad_output);
+    for_tasks(s.out, 64, [&](int64_t begin, int64_t end) {
+      turn(g + begin, s.out, samples, end - begin, [](int64_t r) { return r; }, signals + begin * samples, samples);
+    });
+    outer<T>(signals, samples, [&](int64_t r) { return s.rows[r]; }, sorted, width, samples, s.out, s.in, [&](int64_t r) { return s.depth[r]; }, [&](int64_t r) { return s.rows[r]; },
+             s.plain ? nullptr : s.columns.data(), T(1), mutable_data<T>(grad));
   });
   return grad;
 }
@@ -320,11 +336,11 @@ std::vector<Tensor> made_inverse_backward(std::optional<Tensor> grad_x, std::opt
     const Call<T> call(D, weights, biases, order, counts, residual, scale_map);
     const made::Network<T>& net = call.net;
     const int64_t size = chunk_for<T>(samples);
-    // For the weights' gradients: what each layer reads [N, padded], the features in the order of the steps, and each layer's signal [N, H].
+    // For the weights' gradients: what each layer reads [N, padded], the features in the order of the steps, and each layer's signal [H, N].
     std::vector<std::unique_ptr<Scratch<T>>> inputs, signals;
     std::vector<int64_t> padded, rows;
     for (int64_t l = 0; l < layers; ++l) {
-      padded.push_back(round_up(net.inputs(l), kLanes<T>));
+      padded.push_back(stride_for<T>(net.inputs(l)));
       rows.push_back(l == hidden ? 2 * D : net.sizes[l]);
       inputs.push_back(std::make_unique<Scratch<T>>(samples * padded[l]));
       signals.push_back(std::make_unique<Scratch<T>>(samples * rows[l]));
@@ -345,14 +361,14 @@ std::vector<Tensor> made_inverse_backward(std::optional<Tensor> grad_x, std::opt
           T* in = *inputs[l] + row * padded[l];
           turn_back<T>(chunk.input(l), width, count, net.inputs(l), same, in, padded[l]);
           for (int64_t n = 0; n < count; ++n) std::fill(in + n * padded[l] + net.inputs(l), in + (n + 1) * padded[l], T(0));
-          turn_back<T>(l == hidden ? static_cast<T*>(params) : static_cast<T*>(*own[l]), width, count, rows[l], same, *signals[l] + row * rows[l], rows[l]);
+          const T* mine = l == hidden ? static_cast<T*>(params) : static_cast<T*>(*own[l]);
+          for (int64_t r = 0; r < rows[l]; ++r) std::copy_n(mine + r * width, count, *signals[l] + r * samples + row);
         }
       }
     });
     T* by_context = mutable_data<T>(grads[1]);
-    const T* first = *signals[0];
-    for (int64_t i = 0; i < samples * rows[0]; ++i) by_context[i] = -first[i];
-    std::vector<double> sums;
+    turn_back<T>(*signals[0], samples, samples, rows[0], [](int64_t r) { return r; }, by_context, rows[0]);
+    for (int64_t i = 0; i < samples * rows[0]; ++i) by_context[i] = -by_context[i];
     for (int64_t l = 0; l < layers; ++l) {
       const T* g = *signals[l];
       const int64_t into = net.inputs(l);
@@ -363,13 +379,11 @@ std::vector<Tensor> made_inverse_backward(std::optional<Tensor> grad_x, std::opt
       for (int64_t k = 0; k <= D && l < hidden; ++k)
         depth.resize(net.counts[l][k], l == 0 ? k : net.counts[l - 1][k]);
       for (int64_t i = 0; i < D && l == hidden; ++i) depth.insert(depth.end(), 2, net.counts[hidden - 1][i]);
-      outer<T>(g, rows[l], signal_at, *inputs[l], padded[l], samples, rows[l], into, [&](int64_t r) { return depth[r]; }, row_of,
-               [&](int64_t k) { return l == 0 ? net.order[k] : k; }, T(-1), mutable_data<T>(grads[2 + 2 * l]));
-      sums.assign(rows[l], 0.0);
-      for (int64_t n = 0; n < samples; ++n)
-        for (int64_t r = 0; r < rows[l]; ++r) sums[r] += double(g[n * rows[l] + r]);
+      outer<T>(g, samples, signal_at, *inputs[l], padded[l], samples, rows[l], into, [&](int64_t r) { return depth[r]; }, row_of,
+               l == 0 && !call.is_natural(order) ? net.order.data() : nullptr, T(-1), mutable_data<T>(grads[2 + 2 * l]));
       T* by_bias = mutable_data<T>(grads[3 + 2 * l]);
-      for (int64_t r = 0; r < rows[l]; ++r) by_bias[row_of(r)] = T(-sums[signal_at(r)]);
+      for (int64_t r = 0; r < rows[l]; ++r)
+        by_bias[row_of(r)] = T(-std::accumulate(g + signal_at(r) * samples, g + (signal_at(r) + 1) * samples, 0.0));
     }
   });
   return grads;

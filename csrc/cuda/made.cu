@@ -156,7 +156,8 @@ class Call {
 
   // A fresh [N, H] of a layer, zeros: units of a degree that no step reaches are read by products all the same.
   T* units(const Tensor& like, int64_t layer) {
-    keep(torch::stable::new_zeros(like, {net.samples, net.size[layer]}));
+    const std::vector<int64_t> shape = {net.samples, static_cast<int64_t>(net.size[layer])};
+    keep(torch::stable::new_zeros(like, shape));
     return write<T>(kept_.back());
   }
   const Tensor& last_kept() const { return kept_.back(); }

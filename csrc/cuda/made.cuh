@@ -96,9 +96,8 @@ __global__ void __launch_bounds__(kSolveThreads) made_extend(
 ) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = net.features, top = net.layers - 1;
   const Samples samples{static_cast<int64_t>(blockIdx.x) * kSamples, net.samples};
-  T total[kSamples];
-#pragma unroll
-  for (int s = 0; s < kSamples; ++s) total[s] = T(0);
+  const int mine = threadIdx.x;  // the sample whose x this thread computes, one of the first kSamples threads
+  T total = 0;
   for (int step = 0; step <= D; ++step) {
     for (int layer = 0; layer <= top; ++layer) {
       const int last = net.known(layer, step), inputs = layer == 0 ? D : net.size[layer - 1];
@@ -136,31 +135,29 @@ __global__ void __launch_bounds__(kSolveThreads) made_extend(
       for (int s = 0; s < kSamples; ++s) s_t[h][s] = net.bias[top + 1][row];
       add_dot(net.weight[top + 1] + row * net.size[top], true, net.units[top], net.size[top], samples, 0, net.known(top, step), s_t[h]);
     }
-    if (threadIdx.x == 0) {
+    T scale_value = 0, shift = 0;
 #pragma unroll
-      for (int s = 0; s < kSamples; ++s) {
-        if (!samples.inside(s)) continue;
-        const int64_t n = samples.at(s);
-        if (params != nullptr) {
-          params[n * 2 * D + step] = s_t[0][s];
-          params[n * 2 * D + D + step] = s_t[1][s];
-        }
-        if (z_steps != nullptr) {
-          T log_scale, scale, slope;
-          scale_of(net.map, s_t[0][s], log_scale, scale, slope);
-          x_steps[n * D + step] = (z_steps[n * D + step] - s_t[1][s]) * math::exp(-log_scale);
-          total[s] -= log_scale;
-        }
+    for (int s = 0; s < kSamples; ++s) {
+      if (s != mine) continue;
+      scale_value = s_t[0][s];
+      shift = s_t[1][s];
+    }
+    if (mine < kSamples && samples.inside(mine)) {
+      const int64_t n = samples.at(mine);
+      if (params != nullptr) {
+        params[n * 2 * D + step] = scale_value;
+        params[n * 2 * D + D + step] = shift;
+      }
+      if (z_steps != nullptr) {
+        T log_scale, scale, slope;
+        scale_of(net.map, scale_value, log_scale, scale, slope);
+        x_steps[n * D + step] = (z_steps[n * D + step] - shift) * math::exp(-log_scale);
+        total -= log_scale;
       }
     }
     __syncthreads();
   }
-  if (log_det != nullptr && threadIdx.x == 0) {
-#pragma unroll
-    for (int s = 0; s < kSamples; ++s) {
-      if (samples.inside(s)) log_det[samples.at(s)] = total[s];
-    }
-  }
+  if (log_det != nullptr && mine < kSamples && samples.inside(mine)) log_det[samples.at(mine)] = total;
 }
 
 // The transposed solve, last feature to first: λ into solution [N, D], the cotangents of s and t over params, the layers' signals.
