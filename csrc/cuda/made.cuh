@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_dot(const T* weight, bool live, const T* act
 
 // x_steps [N, D] and log_det [N] from z_steps; or, z_steps null, everything from a given x_steps. params [N, 2·D] where not null.
 template <typename T>
-__global__ void __launch_bounds__(kSolveThreads) made_extend(
+__global__ void __launch_bounds__(kSolveThreads, 1) made_extend(
     const __grid_constant__ MadeNetwork<T> net,
     const T* __restrict__ z_steps,  // [N, D] or null
     const T* __restrict__ context,  // [N, H of the first layer] or null
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kSolveThreads) made_extend(
 
 // The transposed solve, last feature to first: λ into solution [N, D], the cotangents of s and t over params, the layers' signals.
 template <typename T>
-__global__ void __launch_bounds__(kSolveThreads) made_solve_transposed(
+__global__ void __launch_bounds__(kSolveThreads, 1) made_solve_transposed(
     const __grid_constant__ MadeNetwork<T> net,  // transposed weights
     const T* __restrict__ grad_steps,  // [N, D] or null
     const T* __restrict__ grad_ldj,    // [N] or null

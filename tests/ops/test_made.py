@@ -282,6 +282,15 @@ def test_repeats_and_batches_give_the_same_bits(compiled_backend, device):
     first, again = (run_inverse(*case, grads=grads) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1 if threads > 1 else 2)
+            again = run_inverse(*case, grads=grads)
+        finally:
+            torch.set_num_threads(threads)
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), f"{name} by the number of threads"
     alone = (case[0][77:78], *case[1:])
     for name, value in run_inverse(*alone).items():
         assert torch.equal(value, first[name][77:78]), name
