@@ -392,11 +392,20 @@ Tensor masked_weight(const Problem& p, const Tensor& weight) {
   const S* from = data<S>(weight);
   S* at = mutable_data<S>(to);
   const int64_t area = p.kh * p.kw;
-  std::fill_n(at, p.outputs * p.inputs * area, S(0.0f));
+  std::memset(static_cast<void*>(at), 0, p.outputs * p.inputs * area * sizeof(S));
+  std::vector<int64_t> always, sometimes;  // live for every pair of channels; between certain groups alone
+  for (size_t t = 0; t < p.taps.size(); ++t) (p.taps[t].centre ? sometimes : always).push_back(int64_t(t));
   for (int64_t o = 0; o < p.outputs; ++o)
-    for (int64_t i = 0; i < p.inputs; ++i, at += area, from += area)
-      for (const Tap& t : p.taps)
-        if (p.live(o, i, t)) at[t.row * p.kw + t.column] = from[t.row * p.kw + t.column];
+    for (int64_t i = 0; i < p.inputs; ++i, at += area, from += area) {
+      for (int64_t t : always) {
+        const int64_t k = p.taps[t].row * p.kw + p.taps[t].column;
+        at[k] = from[k];
+      }
+      for (int64_t t : sometimes) {
+        const int64_t k = p.taps[t].row * p.kw + p.taps[t].column;
+        if (p.live(o, i, p.taps[t])) at[k] = from[k];
+      }
+    }
   return to;
 }
 
@@ -472,7 +481,9 @@ std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Te
                                        int64_t activation, bool keep) {
   const Problem p = problem_of(x, weight, mask_type, data_channels, region, activation);
   const bool kept = keep && (activation == kGate || (activation == kRelu && residual.has_value()));
-  Tensor output = empty(x, {p.batch, p.left(), p.height, p.width}, x.scalar_type());
+  const bool by_torch = p.batch && torch_is_faster(x);
+  const bool passes = by_torch && activation == kNone && !condition.has_value() && !residual.has_value();  // torch's is the output
+  Tensor output = empty(x, passes ? std::vector<int64_t>{0} : std::vector<int64_t>{p.batch, p.left(), p.height, p.width}, x.scalar_type());
   Tensor pre = empty(x, kept ? std::vector<int64_t>{p.batch, p.outputs, p.height, p.width} : std::vector<int64_t>{0}, x.scalar_type());
   if (p.batch == 0) return {output, pre};
   dispatch(x, [&]<typename S, typename T>() {
@@ -480,8 +491,7 @@ std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Te
     std::vector<T> shift(p.outputs * (flat ? p.batch : 1), T(0));
     const int64_t per_image = flat ? p.outputs : 0;
     if (flat) load(data<S>(condition), shift.data(), int64_t(shift.size()));
-    const bool by_torch = torch_is_faster(x);  // which adds the bias before it rounds
-    if (bias.has_value() && !by_torch) {
+    if (bias.has_value() && !by_torch) {  // torch adds it before it rounds
       std::vector<T> b(p.outputs);
       load(data<S>(bias), b.data(), p.outputs);
       for (size_t i = 0; i < shift.size(); ++i) shift[i] += b[i % p.outputs];
@@ -490,7 +500,7 @@ std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Te
                                kept ? mutable_data<S>(pre) : nullptr};
     if (by_torch) {
       const Tensor product = torch_convolution(p, x, masked_weight<S>(p, weight), bias);
-      if (activation == kNone && !condition.has_value() && !residual.has_value()) {
+      if (passes) {
         output = product;
         return;
       }
@@ -524,15 +534,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
   const Problem p = problem_of(x, weight, mask_type, data_channels, region, activation);
   const ScalarType dtype = x.scalar_type();
   const std::vector<int64_t> whole{p.batch, p.outputs, p.height, p.width}, flat{p.batch, p.outputs}, nothing{0};
-  Tensor grad_x = empty(x, want_x ? shape_of(x) : nothing, dtype);
-  Tensor grad_w = empty(x, want_weight ? shape_of(weight) : nothing, dtype);
+  const bool by_torch = p.batch && torch_is_faster(x);  // which makes the tensors of its results itself
+  Tensor grad_x = empty(x, want_x && !by_torch ? shape_of(x) : nothing, dtype);
+  Tensor grad_w = empty(x, want_weight && !by_torch ? shape_of(weight) : nothing, dtype);
   Tensor grad_bias = empty(x, want_bias ? std::vector<int64_t>{p.outputs} : nothing, dtype);
   Tensor grad_condition = empty(x, !want_condition ? nothing : condition_rank == 4 ? whole : flat, dtype);
   // with no activation g is the output's gradient, unless it must be handed out
   const bool full = want_condition && condition_rank == 4;
   const bool made = full || activation != kNone || !grad_output.has_value() || grad_pre.has_value();
   Tensor g = full ? grad_condition : made ? empty(x, whole, dtype) : *grad_output;
-  const bool by_torch = p.batch && torch_is_faster(x), flat_condition = want_condition && condition_rank == 2;
+  const bool flat_condition = want_condition && condition_rank == 2;
   const bool bias_by_torch = by_torch && want_bias && !flat_condition;  // on the way, where nothing else is summed
   const bool summed = flat_condition || (want_bias && !bias_by_torch);
   dispatch(x, [&]<typename S, typename T>() {
