@@ -54,9 +54,7 @@ def compare(name: str, bundle, seconds: float, out: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument(
-        "--models", nargs="+", default=["glow", "maf", "pixelcnn", "gatedpixelcnn"], choices=models.MODELS
-    )
+    parser.add_argument("--models", nargs="+", default=["glow", "pixelcnn", "gatedpixelcnn"], choices=models.MODELS)
     parser.add_argument("--out", type=Path, default=Path("likelihoods"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -21,7 +21,7 @@ class GatedPixelCNN(PixelModel):
         kernel_size: of the layers after the first, odd; the first has 7.
         head: ``categorical``: a softmax over the levels; ``logistic_mixture``: `mixtures` discretised logistics a pixel, whose
             coefficients tie its channels together (PixelCNN++). 1 or 3 channels.
-        dropout: of the channels' values, before each gated layer, in training.
+        dropout: share of whole channels that are dropped before each gated layer, in training.
         num_classes: condition every layer on a class y.
 
     Example:
@@ -36,7 +36,7 @@ class GatedPixelCNN(PixelModel):
     """
 
     presets: ClassVar = {
-        "digits": {"image_size": (8, 8), "channels": 1, "levels": 17, "width": 48, "layers": 4, "dropout": 0.3},
+        "digits": {"image_size": (8, 8), "channels": 1, "levels": 17, "width": 32, "layers": 2, "dropout": 0.1},
         "photos32": {"image_size": (32, 32), "channels": 3, "levels": 256, "width": 48, "layers": 5,
                      "head": "logistic_mixture"},
         "cifar10": {"image_size": (32, 32), "channels": 3, "levels": 256, "width": 129, "layers": 15, "kernel_size": 5},
@@ -66,7 +66,7 @@ class GatedPixelCNN(PixelModel):
         )
         self.hidden = MaskedConv2d("B", width, width, 1, groups, activation="relu")
         self.last = MaskedConv2d("B", width, self.outputs, 1, groups)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         y = self._labels(y, len(x))

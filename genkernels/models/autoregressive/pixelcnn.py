@@ -20,7 +20,7 @@ class PixelCNN(PixelModel):
     Args:
         image_size: ``(H, W)``. channels: of the image, drawn R, G, B. levels: grey levels of the data.
         width: channels in between, a multiple of `channels`. layers: 3×3 layers.
-        residual: each 3×3 layer adds to its input. dropout: of the channels' values, before each 3×3 layer, in training.
+        residual: each 3×3 layer adds to its input. dropout: share of whole channels that are dropped before each 3×3 layer, in training.
         num_classes: condition every layer on a class y.
 
     Example:
@@ -60,7 +60,7 @@ class PixelCNN(PixelModel):
             MaskedConv2d("B", width, width, 3, channels, activation="relu") for _ in range(layers)
         )
         self.last = MaskedConv2d("B", width, self.outputs, 1, channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout2d(dropout)
         count = (layers + 1) if num_classes else 0
         self.classes = nn.ModuleList(Classes(num_classes, width) for _ in range(count))
 
