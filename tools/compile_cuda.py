@@ -130,13 +130,14 @@ def check_loads(library: Path) -> str:
         "import sys, torch, genkernels.ops\n"
         "from genkernels.ops._operator import OPERATORS\n"
         "torch.ops.load_library(sys.argv[1])\n"
-        "names = [n for op in OPERATORS.values() for n in op.torch_ops]\n"
+        "names = [n for op in OPERATORS.values() if op.backends['cuda'] == '' for n in op.torch_ops]\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "print(*[n for n in names if has(f'genkernels_cuda::{n}', 'CUDA')])\n"
+        "print(*[n if has(f'genkernels_cuda::{n}', 'CUDA') else n + '!' for n in names])\n"
     )
     names = run([sys.executable, "-c", script, str(library)], cwd=ROOT).strip()
-    if not names:
-        raise SystemExit("compile_cuda: the library loads but registers no operator of genkernels.ops")
+    missing = [name[:-1] for name in names.split() if name.endswith("!")]
+    if missing or not names:
+        raise SystemExit(f"compile_cuda: the library loads but does not register {', '.join(missing) or 'any operator'}")
     return names
 
 

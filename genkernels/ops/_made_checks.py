@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkernels.ops._operator import choose
+from genkernels.ops._operator import autocasting, choose
 
 NAME = "made"
 SCALE_MAPS = ("exp", "sigmoid", "tanh")
@@ -25,7 +25,7 @@ def work_dtype(*tensors: Tensor | None) -> torch.dtype:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast a linear layer takes autocast's dtype, unless something is fp64."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocasting(first):
         return tensors
     if any(isinstance(t, Tensor) and t.dtype not in _FLOATS[1:] for t in tensors):
         return tensors
@@ -83,7 +83,7 @@ def inverse(z, weights, biases, order, counts, context, residual, scale_map, met
     layers = {f"weights[{i}]": w for i, w in enumerate(weights)} | {f"biases[{i}]": b for i, b in enumerate(biases)}
     if not isinstance(z, Tensor):
         raise TypeError(f"{NAME}: z must be a torch.Tensor, got {type(z).__name__}")
-    _floats({"z": z, "context": context, **layers}, mixed=torch.is_autocast_enabled(z.device.type))
+    _floats({"z": z, "context": context, **layers}, mixed=autocasting(z))
     if z.dim() != 2 or z.shape[1] < 1:
         raise ValueError(f"{NAME}: z must be [N, D] with D at least 1, got {list(z.shape)}")
     if len(weights) < 2 or len(weights) != len(biases):

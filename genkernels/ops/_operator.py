@@ -69,6 +69,12 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def autocasting(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; asked of the meta device, which has none, torch raises."""
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def backend_for(operator: Operator, tensor: Tensor) -> str:
     """The backend that runs `operator` on `tensor`'s device: the forced one, else the fastest there is.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from genkernels import reference
 from genkernels.ops._operator import (
     Operator,
+    autocasting,
     choose,
     define,
     differentiate,
@@ -169,7 +170,7 @@ def _check(x: Tensor, params: Tensor, scale_map: str, split: str, layout: str) -
             raise TypeError(f"{NAME}: {label} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
     if x.device != params.device:
         raise ValueError(f"{NAME}: x and params must be on one device, got {x.device} and {params.device}")
-    if not _pairs(x.dtype, params.dtype) and not torch.is_autocast_enabled(x.device.type):
+    if not _pairs(x.dtype, params.dtype) and not autocasting(x):
         raise TypeError(
             f"{NAME}: params must have x's dtype, or be bfloat16 or float16 beside a float32 x, "
             f"got x {x.dtype} and params {params.dtype}"

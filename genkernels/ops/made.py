@@ -5,6 +5,7 @@ The maths is in `genkernels.reference.made`, the checks are in `genkernels.ops._
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from genkernels import reference
 from genkernels.ops import _made_checks as checks
 from genkernels.ops._operator import (
     Operator,
+    autocasting,
     define,
     differentiate,
     differentiate_reference,
@@ -126,7 +128,7 @@ def made_inverse(
     weights, biases = both[: len(weights)], both[len(weights) :]
     arguments = (z, context, weights, biases, order.contiguous(), counts.contiguous(), bool(residual), scale)
     # autocast must not reach the products inside: log-determinants are computed in fp32 at least
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False) if autocasting(z) else contextlib.nullcontext():
         if transforms_active():
             x, ldj = reference.made_inverse(*arguments)
         elif method != "blocked":

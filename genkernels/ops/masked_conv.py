@@ -8,6 +8,7 @@ from torch import Tensor
 from genkernels import reference
 from genkernels.ops._operator import (
     Operator,
+    autocasting,
     choose,
     define,
     differentiate,
@@ -83,13 +84,12 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As torch's autocast treats a convolution: the lower dtype, but fp64 stays where all are fp64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasting(tensors[0]):
         return tensors
     given = [t for t in tensors if t is not None]
     if all(t.dtype == torch.float64 for t in given):
         return tensors
-    lower = torch.get_autocast_dtype(device)
+    lower = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(None if t is None else t.to(lower) for t in tensors)
 
 
@@ -142,7 +142,7 @@ def _check(x, weight, bias, condition, residual, mask_type, data_channels, regio
             raise ValueError(f"{NAME}: x and {label} must be on one device, got {x.device} and {tensor.device}")
         if tensor.dtype != x.dtype:
             mixed = label
-    if mixed and not torch.is_autocast_enabled(x.device.type):
+    if mixed and not autocasting(x):
         raise TypeError(f"{NAME}: {mixed} must have x's dtype, got x {x.dtype} and {mixed} {given[mixed].dtype}")
     if x.dim() != 4 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{NAME}: x must be [N, Cin, H, W] with H, W ≥ 1, got {list(x.shape)}")

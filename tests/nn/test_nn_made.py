@@ -286,3 +286,10 @@ REFUSED = [
 def test_refusals(action, sentence):
     with pytest.raises(ValueError, match=sentence):
         action()
+
+
+@pytest.mark.parametrize("method", ["blocked", "jacobi", "sequential"])
+def test_shapes_alone_on_the_meta_device(method):
+    layer = gk.nn.AutoregressiveTransform(gk.nn.MADE(4, 8), method=method).to("meta")
+    for result, ldj in (layer(torch.empty(3, 4, device="meta")), layer.inverse(torch.empty(3, 4, device="meta"))):
+        assert result.shape == (3, 4) and ldj.shape == (3,) and result.is_meta

@@ -255,3 +255,15 @@ def test_the_private_names_that_detect_transforms_still_exist():
     with torch.autograd.forward_ad.dual_level():
         seen.append(_operator.transforms_active())
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OPERATORS if name != "made"]
+)  # its sample reads degrees: test_nn_made has it
+def test_shapes_alone_on_the_meta_device(name):
+    """Models are built and sized without memory: every operator gives its results' shapes there."""
+    function, tensors = SAMPLES[name]()
+    expected = function(*tensors)
+    function, tensors = SAMPLES[name]("meta")
+    found = function(*tensors)
+    assert [(o.shape, o.dtype, o.device.type) for o in found] == [(o.shape, o.dtype, "meta") for o in expected]
