@@ -137,7 +137,9 @@ def check_loads(library: Path) -> str:
     names = run([sys.executable, "-c", script, str(library)], cwd=ROOT).strip()
     missing = [name[:-1] for name in names.split() if name.endswith("!")]
     if missing or not names:
-        raise SystemExit(f"compile_cuda: the library loads but does not register {', '.join(missing) or 'any operator'}")
+        raise SystemExit(
+            f"compile_cuda: the library loads but does not register {', '.join(missing) or 'any operator'}"
+        )
     return names
 
 
