@@ -31,6 +31,17 @@ CUDA_LIBRARY = torch.library.Library("genkernels_cuda", "DEF")
 #: What each row of the composability table says about; each cell is "kernel", "reference" or "raises".
 FEATURES = ("backward", "double backward", "forward mode", "vmap", "compile", "autocast", "deterministic")
 
+#: The cells of an operator with first-order kernels: what has none of its own goes through the reference.
+DIFFERENTIABLE = {
+    "backward": "kernel",
+    "double backward": "reference",
+    "forward mode": "reference",
+    "vmap": "reference",
+    "compile": "kernel",
+    "autocast": "kernel",
+    "deterministic": "kernel",
+}
+
 
 @dataclass
 class Operator:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from genkernels import reference
 from genkernels.ops._operator import (
+    DIFFERENTIABLE,
     Operator,
     autocasting,
     choose,
@@ -245,15 +246,7 @@ OPERATOR = register(
         name=NAME,
         functions=(affine_coupling, affine_coupling_inverse, affine_coupling_reverse),
         backends={"cpu": "", "triton": "", "cuda": ""},
-        composability={
-            "backward": "kernel",
-            "double backward": "reference",
-            "forward mode": "reference",
-            "vmap": "reference",
-            "compile": "kernel",
-            "autocast": "kernel",
-            "deterministic": "kernel",
-        },
+        composability=DIFFERENTIABLE,
     )
 )
 

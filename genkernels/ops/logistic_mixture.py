@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genkernels import reference
 from genkernels.ops._operator import (
+    DIFFERENTIABLE,
     Operator,
     define,
     differentiate,
@@ -166,15 +167,7 @@ OPERATOR = register(
             "cuda": "would win nothing: every component is read once and nothing is shared between pixels, so that one pass in Triton "
             "already moves the fewest bytes",
         },
-        composability={
-            "backward": "kernel",
-            "double backward": "reference",
-            "forward mode": "reference",
-            "vmap": "reference",
-            "compile": "kernel",
-            "autocast": "kernel",
-            "deterministic": "kernel",
-        },
+        composability=DIFFERENTIABLE,
     )
 )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from genkernels import reference
 from genkernels.ops import _made_checks as checks
 from genkernels.ops._operator import (
+    DIFFERENTIABLE,
     Operator,
     autocasting,
     define,
@@ -285,15 +286,7 @@ OPERATOR = register(
         name=NAME,
         functions=(masked_linear, made_inverse),
         backends={"cpu": "", "triton": "", "cuda": ""},
-        composability={
-            "backward": "kernel",
-            "double backward": "reference",
-            "forward mode": "reference",
-            "vmap": "reference",
-            "compile": "kernel",
-            "autocast": "kernel",
-            "deterministic": "kernel",
-        },
+        composability=DIFFERENTIABLE,
     )
 )
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from genkernels import reference
 from genkernels.ops._operator import (
+    DIFFERENTIABLE,
     Operator,
     autocasting,
     choose,
@@ -230,15 +231,7 @@ OPERATOR = register(
             "cuda": "the Triton kernel serves GPUs: an implicit matrix product, which Triton compiles to the tensor cores' own "
             "instructions; CUDA C++ would repeat it",
         },
-        composability={
-            "backward": "kernel",
-            "double backward": "reference",
-            "forward mode": "reference",
-            "vmap": "reference",
-            "compile": "kernel",
-            "autocast": "kernel",
-            "deterministic": "kernel",
-        },
+        composability=DIFFERENTIABLE,
     )
 )
 
