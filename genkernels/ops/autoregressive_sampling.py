@@ -332,7 +332,7 @@ OPERATOR = register(
         types=(Stage,),
         backends={
             "cpu": "",
-            "triton": "a program would have to read back what its other threads stored, stage after stage, which Triton does not promise",
+            "triton": "not written: stage after stage, threads would hand results to one another through memory, as the CUDA kernel does",
             "cuda": "",
         },
         composability={

@@ -412,6 +412,7 @@ GLOW = SMALL["glow image"]
         (lambda: GLOW().log_prob(torch.zeros(1, 4, 4)), ValueError, r"x must be \[N, 1, 4, 4\], got \[1, 4, 4\]"),
         (lambda: GLOW().log_prob(torch.zeros(2, 1, 4, 4, dtype=torch.int64)), TypeError, "must be uint8 .* got torch.int64"),
         (lambda: GLOW().log_prob(torch.full((2, 1, 4, 4), 17, dtype=torch.uint8)), ValueError, r"indices 0\.\.16, got .* 17"),
+        (lambda: models.IAF(features=3, order="backwards"), ValueError, "IAF: order must be one of alternate, natural, reversed, random"),
         (lambda: SMALL["glow points"]().log_prob(torch.zeros(2, 4, dtype=torch.uint8)), TypeError, "must be floating point"),
         (lambda: GLOW().sample(-1), ValueError, "n must be an integer of at least 0, got -1"),
         (lambda: GLOW().sample(2.0), ValueError, "n must be an integer of at least 0, got 2.0"),

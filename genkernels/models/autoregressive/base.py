@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from genkernels import losses, ops
 from genkernels.models._model import LikelihoodModel
 from genkernels.nn.dequantize import uniform
-
-HEADS = ("categorical", "logistic_mixture")
+from genkernels.ops.autoregressive_sampling import HEADS
 
 
 class PixelModel(LikelihoodModel):

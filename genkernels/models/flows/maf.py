@@ -10,6 +10,7 @@ from genkernels.models.flows.base import FlowModel, arguments
 from genkernels.models.flows.nets import Flatten
 from genkernels.nn import MADE, ActNorm, AutoregressiveTransform, FlowSequential, InverseAutoregressiveTransform
 
+ORDERS = ("alternate", "natural", "reversed", "random")
 _PRESETS = {
     "digits": {"image_shape": (1, 8, 8), "data_levels": 17, "transforms": 5, "hidden": 256, "logit": 0.01},
     "photos32": {"image_shape": (3, 32, 32), "transforms": 5, "hidden": 1024, "logit": 0.05},
@@ -65,6 +66,8 @@ class MAF(FlowModel):
         start = self._setup(arguments(locals()), image_shape, features, data_levels, num_classes, class_features, logit)
         if transforms < 0:
             raise ValueError(f"{type(self).__name__}: transforms must be at least 0, got {transforms}")
+        if order not in ORDERS:
+            raise ValueError(f"{type(self).__name__}: order must be one of {', '.join(ORDERS)}, got {order!r}")
         chain: list[nn.Module] = [*start, Flatten(self.shape)] if image_shape is not None else []
         widths = (hidden,) * (1 + 2 * hidden_layers if residual else hidden_layers)
         for i in range(transforms):
