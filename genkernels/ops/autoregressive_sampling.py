@@ -332,7 +332,7 @@ OPERATOR = register(
         types=(Stage,),
         backends={
             "cpu": "",
-            "triton": "not written: stage after stage, threads would hand results to one another through memory, as the CUDA kernel does",
+            "triton": "",
             "cuda": "",
         },
         composability={

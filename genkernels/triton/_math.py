@@ -36,6 +36,9 @@ EXP_RANGE_64 = tl.constexpr((-708.396, 709.782712893384))
 EXP_SERIES = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14)))  # e^r = sum of r^k / k!
 ATANH_SERIES = tl.constexpr(tuple(1 / (2 * k + 1) for k in range(16)))  # atanh(r) = r * sum of r^2k / (2k+1)
 
+SQRT_HALF_BITS_32 = tl.constexpr(0x3F3504F3)
+SQRT_HALF_BITS_64 = tl.constexpr(0x3FE6A09E667F3BCD)
+
 
 @triton.jit
 def reciprocal_of_sum(b_a, b_b):
@@ -124,6 +127,36 @@ def log1p(b_y):
         b_sum = b_sum * b_r2 + ATANH_SERIES[k]
     b_h = 0.5 * b_y * b_y
     return b_y - (b_h - b_r * (b_h + 2.0 * b_sum * b_r2))
+
+
+@triton.jit
+def log(b_x):
+    """log x for normal x > 0 and for NaN: x = 2^e m with m in [√½, √2), log m = 2 atanh((m - 1) / (m + 1))."""
+    if b_x.dtype == tl.float64:
+        b_bits = b_x.to(tl.int64, bitcast=True)
+        b_e = (b_bits - SQRT_HALF_BITS_64) >> 52
+        b_m = (b_bits - (b_e << 52)).to(tl.float64, bitcast=True)
+        b_n = b_e.to(tl.float64)
+        b_f = b_m - 1.0
+        b_r = b_f * reciprocal_of_sum(2.0, b_f)
+        b_r2 = b_r * b_r
+        b_sum = b_r2 * ATANH_SERIES[12] + ATANH_SERIES[11]
+        for k in tl.static_range(10, 0, -1):
+            b_sum = b_sum * b_r2 + ATANH_SERIES[k]
+        b_y = (b_n * LN2_LOW_64 + 2.0 * b_r * b_r2 * b_sum) + 2.0 * b_r + b_n * LN2_HIGH_64
+    else:
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_e = (b_bits - SQRT_HALF_BITS_32) >> 23
+        b_m = (b_bits - (b_e << 23)).to(tl.float32, bitcast=True)
+        b_n = b_e.to(tl.float32)
+        b_f = b_m - 1.0
+        b_r = b_f * reciprocal_of_sum(2.0, b_f)
+        b_r2 = b_r * b_r
+        b_sum = b_r2 * ATANH_SERIES[5] + ATANH_SERIES[4]
+        for k in tl.static_range(3, 0, -1):
+            b_sum = b_sum * b_r2 + ATANH_SERIES[k]
+        b_y = (b_n * LN2_LOW_32 + 2.0 * b_r * b_r2 * b_sum) + 2.0 * b_r + b_n * LN2_HIGH_32
+    return tl.where(b_x == b_x, b_y, b_x)
 
 
 @triton.jit

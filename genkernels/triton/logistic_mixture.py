@@ -28,18 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels.triton import KernelSpec, _math
+from genkernels.triton import KernelSpec, _draw, _math
 
-LOWEST_LOG_SCALE = tl.constexpr(-7.0)
-SQRT_HALF_BITS_32 = tl.constexpr(0x3F3504F3)
-SQRT_HALF_BITS_64 = tl.constexpr(0x3FE6A09E667F3BCD)
 # the least e^-|near| that counts where the mean lies within the bin: no 0/0 at any width, and its cube is a normal number
 FLOOR_32 = tl.constexpr(1e-12)
 FLOOR_64 = tl.constexpr(1e-100)
 # sinh(h)/h = sum of h^2k / (2k+1)!
 SINHC_SERIES = tl.constexpr(tuple(1 / math.factorial(2 * k + 1) for k in range(8)))
-EDGE_32 = tl.constexpr(2.0**-24)
-EDGE_64 = tl.constexpr(2.0**-53)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -49,36 +44,6 @@ EDGE_64 = tl.constexpr(2.0**-53)
 def _wide(b_x):
     """The type that is computed in."""
     return b_x if b_x.dtype == tl.float64 else b_x.to(tl.float32)
-
-
-@triton.jit
-def _log(b_x):
-    """log x for normal x > 0 and for NaN: x = 2^e m with m in [√½, √2), log m = 2 atanh((m - 1) / (m + 1))."""
-    if b_x.dtype == tl.float64:
-        b_bits = b_x.to(tl.int64, bitcast=True)
-        b_e = (b_bits - SQRT_HALF_BITS_64) >> 52
-        b_m = (b_bits - (b_e << 52)).to(tl.float64, bitcast=True)
-        b_n = b_e.to(tl.float64)
-        b_f = b_m - 1.0
-        b_r = b_f * _math.reciprocal_of_sum(2.0, b_f)
-        b_r2 = b_r * b_r
-        b_sum = b_r2 * _math.ATANH_SERIES[12] + _math.ATANH_SERIES[11]
-        for k in tl.static_range(10, 0, -1):
-            b_sum = b_sum * b_r2 + _math.ATANH_SERIES[k]
-        b_y = (b_n * _math.LN2_LOW_64 + 2.0 * b_r * b_r2 * b_sum) + 2.0 * b_r + b_n * _math.LN2_HIGH_64
-    else:
-        b_bits = b_x.to(tl.int32, bitcast=True)
-        b_e = (b_bits - SQRT_HALF_BITS_32) >> 23
-        b_m = (b_bits - (b_e << 23)).to(tl.float32, bitcast=True)
-        b_n = b_e.to(tl.float32)
-        b_f = b_m - 1.0
-        b_r = b_f * _math.reciprocal_of_sum(2.0, b_f)
-        b_r2 = b_r * b_r
-        b_sum = b_r2 * _math.ATANH_SERIES[5] + _math.ATANH_SERIES[4]
-        for k in tl.static_range(3, 0, -1):
-            b_sum = b_sum * b_r2 + _math.ATANH_SERIES[k]
-        b_y = (b_n * _math.LN2_LOW_32 + 2.0 * b_r * b_r2 * b_sum) + 2.0 * b_r + b_n * _math.LN2_HIGH_32
-    return tl.where(b_x == b_x, b_y, b_x)
 
 
 @triton.jit
@@ -99,7 +64,7 @@ def _channel(b_level, b_mean, b_given, LEVELS: tl.constexpr):
     """
     HALF: tl.constexpr = 0.5 * (LEVELS - 1)
     LOG_HALF: tl.constexpr = tl.constexpr(_log_half(LEVELS))
-    b_s = tl.maximum(b_given, LOWEST_LOG_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    b_s = tl.maximum(b_given, _draw.LOWEST_LOG_SCALE, propagate_nan=tl.PropagateNan.ALL)
     b_shrink = _math.exp(-b_s)
     b_width = b_shrink * (1 / HALF)
     b_centre = (b_mean + 1.0) * HALF
@@ -141,7 +106,7 @@ def _channel(b_level, b_mean, b_given, LEVELS: tl.constexpr):
     b_slope = b_from_near - b_from_far
     b_by_mean = b_shrink * tl.where(m_above, b_slope, -b_slope)
     b_by_log_scale = b_near * b_from_near - tl.where(m_end, 0.0, b_far * b_from_far + b_inner)
-    b_by_log_scale = tl.where(b_given < LOWEST_LOG_SCALE, 0.0, b_by_log_scale)
+    b_by_log_scale = tl.where(b_given < _draw.LOWEST_LOG_SCALE, 0.0, b_by_log_scale)
     return b_linear, b_numerator, b_denominator, b_by_mean, b_by_log_scale
 
 
@@ -202,11 +167,11 @@ def _nll_kernel(
         b_linear += b_l1 + b_l2
         b_up *= b_up1 * b_up2
         b_down *= b_down1 * b_down2
-    b_joint = b_logit + b_linear + _log(b_up * _math.reciprocal_of_sum(b_down, 0.0))
+    b_joint = b_logit + b_linear + _math.log(b_up * _math.reciprocal_of_sum(b_down, 0.0))
     b_top = tl.max(b_joint, axis=0)
     b_evidence = tl.sum(_math.exp(b_joint - b_top[None, :]), axis=0)
     b_prior = tl.sum(_math.exp(b_logit), axis=0)
-    b_nll = _log(b_prior) - (b_top + _log(b_evidence))
+    b_nll = _math.log(b_prior) - (b_top + _math.log(b_evidence))
     b_nll = tl.where(tl.reshape(m_pixel, (BLOCK,)), b_nll, 0.0)
     tl.store(p_nll + tl.program_id(0).to(tl.int64), tl.sum(b_nll, axis=0))
 
@@ -243,7 +208,7 @@ def _backward_kernel(
         b_linear += b_l1 + b_l2
         b_up *= b_up1 * b_up2
         b_down *= b_down1 * b_down2
-    b_joint = b_logit + b_linear + _log(b_up * _math.reciprocal_of_sum(b_down, 0.0))
+    b_joint = b_logit + b_linear + _math.log(b_up * _math.reciprocal_of_sum(b_down, 0.0))
     b_joint = _math.exp(b_joint - tl.max(b_joint, axis=0)[None, :])
     b_weight = b_joint * (-b_g / tl.sum(b_joint, axis=0))[None, :]
     b_prior = _math.exp(b_logit)
@@ -263,19 +228,6 @@ def _backward_kernel(
         tl.store(p_out + o + 7 * row, b_m2.to(OUT), m)
         tl.store(p_out + o + 8 * row, (b_weight * b_s2).to(OUT), m)
         tl.store(p_out + o + 9 * row, (b_m2 * b_x1 * b_sech2).to(OUT), m)
-
-
-@triton.jit
-def _draw(b_mean, b_s, b_u, b_t, LEVELS: tl.constexpr):
-    """(level, its x): the logistic's distribution function inverted at u, rounded to a level."""
-    EDGE: tl.constexpr = EDGE_64 if b_u.dtype == tl.float64 else EDGE_32
-    b_u = tl.minimum(tl.maximum(b_u, EDGE), 1.0 - EDGE)
-    b_s = tl.maximum(b_s, LOWEST_LOG_SCALE, propagate_nan=tl.PropagateNan.ALL)
-    b_value = b_mean + _math.exp(b_s) * b_t * (_log(b_u) - _log(1.0 - b_u))
-    b_value = tl.maximum(b_value, -1.0, propagate_nan=tl.PropagateNan.ALL)
-    b_value = tl.minimum(b_value, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    b_level = tl.floor((b_value + 1.0) * (0.5 * (LEVELS - 1)) + 0.5)
-    return tl.where(b_level == b_level, b_level, 0.0).to(tl.int64), 2.0 * b_level / (LEVELS - 1) - 1.0
 
 
 @triton.jit(do_not_specialize=("pixels", "blocks", "temperature", "temperature_low"))
@@ -315,20 +267,22 @@ def _sample_kernel(
     o += (K + b_chosen) * size
     b_mean = _wide(tl.load(p_params + o, m, other=0.0))
     b_s = _wide(tl.load(p_params + o + row, m, other=0.0))
-    b_index, b_x0 = _draw(b_mean, b_s, tl.load(p_noise + o_noise + size, m, other=0.5), b_t, LEVELS)
+    b_index, b_x0 = _draw.logistic_level(b_mean, b_s, tl.load(p_noise + o_noise + size, m, other=0.5), b_t, LEVELS)
     tl.store(p_index + o_index, b_index, m)
     if C == 3:
         b_tanh, _ = _math.tanh(_wide(tl.load(p_params + o + 2 * row, m, other=0.0)))
         b_mean = _wide(tl.load(p_params + o + 3 * row, m, other=0.0)) + b_tanh * b_x0
         b_s = _wide(tl.load(p_params + o + 4 * row, m, other=0.0))
-        b_index, b_x1 = _draw(b_mean, b_s, tl.load(p_noise + o_noise + 2 * size, m, other=0.5), b_t, LEVELS)
+        b_index, b_x1 = _draw.logistic_level(
+            b_mean, b_s, tl.load(p_noise + o_noise + 2 * size, m, other=0.5), b_t, LEVELS
+        )
         tl.store(p_index + o_index + size, b_index, m)
         b_tanh, _ = _math.tanh(_wide(tl.load(p_params + o + 5 * row, m, other=0.0)))
         b_mean = _wide(tl.load(p_params + o + 6 * row, m, other=0.0)) + b_tanh * b_x0
         b_tanh, _ = _math.tanh(_wide(tl.load(p_params + o + 8 * row, m, other=0.0)))
         b_mean += b_tanh * b_x1
         b_s = _wide(tl.load(p_params + o + 7 * row, m, other=0.0))
-        b_index, _ = _draw(b_mean, b_s, tl.load(p_noise + o_noise + 3 * size, m, other=0.5), b_t, LEVELS)
+        b_index, _ = _draw.logistic_level(b_mean, b_s, tl.load(p_noise + o_noise + 3 * size, m, other=0.5), b_t, LEVELS)
         tl.store(p_index + o_index + 2 * size, b_index, m)
 
 

@@ -24,6 +24,8 @@ def _function_kernel(p_x, p_y, p_y2, n, FUNCTION: tl.constexpr, TILE: tl.constex
         b_y = _math.exp_bounded(b_x)
     elif FUNCTION == "log1p":
         b_y = _math.log1p(b_x)
+    elif FUNCTION == "log":
+        b_y = _math.log(b_x)
     elif FUNCTION == "one_over_one_plus":
         b_y = _math.reciprocal_of_sum(1.0, b_x)
     else:
@@ -71,6 +73,15 @@ def test_exp_errs_by_one_unit_over_its_whole_range(device, dtype):
 def test_log1p_keeps_small_arguments(device, dtype):
     x = torch.cat([spread(0, 1, dtype, device), tiny(-120, dtype, device)])
     assert worst_units(x, run("log1p", x), mpmath.log1p) < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_near_one_and_over_its_whole_range(device, dtype):
+    whole = 2 ** spread(*((-125, 127) if dtype == torch.float32 else (-1020, 1023)), torch.float64, "cpu")
+    x = torch.cat([spread(0.5, 2, dtype, device), 1 - tiny(-20, dtype, device) / 2, whole.to(dtype).to(device)])
+    assert worst_units(x[x != 1], run("log", x[x != 1]), mpmath.log) < 2
+    one, nan = torch.ones(1, dtype=dtype, device=device), torch.full((1,), float("nan"), dtype=dtype, device=device)
+    assert run("log", one).item() == 0 and run("log", nan).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
