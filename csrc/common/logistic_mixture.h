@@ -22,14 +22,11 @@ namespace mixture {
 template <typename T>
 constexpr T kLowestLogScale = T(-7);
 
-GK_HOST_DEVICE inline double log(double x) { return ::log(x); }
-
 // e^x for x ≤ 80, with everything below the normal numbers as small as they get, or 0: all that is needed here, in two thirds of the
 // instructions of math::exp, whose range reduction and polynomial it has.
 GK_HOST_DEVICE inline double exp(double x) { return ::exp(x); }
 
 #if defined(__CUDA_ARCH__)
-GK_HOST_DEVICE inline float log(float x) { return ::logf(x); }
 GK_HOST_DEVICE inline float exp(float x) { return ::expf(x); }
 #else
 GK_HOST_DEVICE inline float exp(float x) {
@@ -47,28 +44,6 @@ GK_HOST_DEVICE inline float exp(float x) {
   p = p * (r * r) + (r + 1.0f);
   // 2^n: the integer n in the low bits of `shifted`, moved to the exponent
   return p * math::bits_to_float((math::float_to_bits(shifted) << 23) + 0x3f800000);
-}
-
-// log x for normal x > 0 and for NaN; branch-free (Cephes): x = 2^e·(1 + f) with 1 + f in [√½, √2).
-GK_HOST_DEVICE inline float log(float x) {
-  const int32_t bits = math::float_to_bits(x);
-  const int32_t e = (bits - 0x3f3504f3) >> 23;
-  const float f = math::bits_to_float(bits - (e << 23)) - 1.0f;
-  const float fe = static_cast<float>(e);
-  const float f2 = f * f;
-  float p = 7.0376836292e-2f;
-  p = p * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  float y = f * f2 * p + fe * -2.12194440e-4f;
-  y = y - 0.5f * f2;
-  y = f + y + fe * 0.693359375f;
-  return x == x ? y : x;
 }
 #endif
 

@@ -33,6 +33,25 @@ GK_HOST_DEVICE inline float abs<float>(float x) {
   return ::fabsf(x);
 }
 
+// a·b rounded by itself: what is added to it does not join it in one operation, though the flags let the compilers do that. g++: a fused
+// operation cannot be fused again, and adding −0 changes no number. A CPU without fused operations rounds twice anyway.
+template <typename T>
+GK_HOST_DEVICE inline T product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4)
+    return ::__fmul_rn(a, b);
+  else
+    return ::__dmul_rn(a, b);
+#elif defined(__FMA__) || defined(__aarch64__)
+  if constexpr (sizeof(T) == 4)
+    return ::fmaf(a, b, -0.0f);
+  else
+    return ::fma(a, b, -0.0);
+#else
+  return a * b;
+#endif
+}
+
 // min(x, 0) that keeps a NaN.
 template <typename T>
 GK_HOST_DEVICE inline T min_zero(T x) {
@@ -40,6 +59,7 @@ GK_HOST_DEVICE inline T min_zero(T x) {
 }
 
 GK_HOST_DEVICE inline double exp(double x) { return ::exp(x); }
+GK_HOST_DEVICE inline double log(double x) { return ::log(x); }
 GK_HOST_DEVICE inline double quotient(double a, double d) { return a / d; }
 GK_HOST_DEVICE inline double log1p_unit(double e) { return ::log1p(e); }
 GK_HOST_DEVICE inline void tanh_sech2(double x, double& tanh_x, double& sech2) {
@@ -52,6 +72,7 @@ GK_HOST_DEVICE inline void tanh_sech2(double x, double& tanh_x, double& sech2) {
 #if defined(__CUDA_ARCH__)
 
 GK_HOST_DEVICE inline float exp(float x) { return ::expf(x); }
+GK_HOST_DEVICE inline float log(float x) { return ::logf(x); }
 
 // a / d for d in [1, 3], to an ulp: the hardware's reciprocal and one correction. The division operator has a slow path for
 // denormals and infinities that cannot arise here, and its branch would keep a thread's lanes from overlapping.
@@ -99,6 +120,28 @@ GK_HOST_DEVICE inline float exp(float x) {
   return p * bits_to_float((half + 127) << 23) * bits_to_float((n - half + 127) << 23);
 }
 
+// log x for normal x > 0 and for NaN; branch-free (Cephes): x = 2^e·(1 + f) with 1 + f in [√½, √2).
+GK_HOST_DEVICE inline float log(float x) {
+  const int32_t bits = float_to_bits(x);
+  const int32_t e = (bits - 0x3f3504f3) >> 23;
+  const float f = bits_to_float(bits - (e << 23)) - 1.0f;
+  const float fe = static_cast<float>(e);
+  const float f2 = f * f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  float y = f * f2 * p + fe * -2.12194440e-4f;
+  y = y - 0.5f * f2;
+  y = f + y + fe * 0.693359375f;
+  return x == x ? y : x;
+}
+
 GK_HOST_DEVICE inline float quotient(float a, float d) { return a / d; }
 
 #endif
@@ -133,6 +176,15 @@ GK_HOST_DEVICE inline void tanh_sech2(float x, float& tanh_x, float& sech2) {
   const float magnitude = a < 0.625f ? small : large;
   tanh_x = ::copysignf(magnitude, x);
   sech2 = 4.0f * e * d * d;
+}
+
+// log u − log(1 − u) for u in [2^-24, 1 − 2^-24] (fp64: 2^-53) and for NaN. 1 − u is exact from ½ on, and for every u that is a multiple of
+// the distance of numbers there, as uniform draws are; what it loses elsewhere, found exactly, moves log(1 − u) by its ratio to 1 − u.
+template <typename T>
+GK_HOST_DEVICE inline T logit(T u) {
+  const T rest = T(1) - u;
+  const T lost = (T(1) - rest) - u;
+  return log(u) - (log(rest) + lost / rest);
 }
 
 }  // namespace math

@@ -1,7 +1,8 @@
-// Binds csrc/common/logistic_mixture.h for test_logistic_mixture_native.py, as the plain loops that a compiler vectorises.
+// Binds csrc/common/logistic_mixture.h and draw.h for test_logistic_mixture_native.py, as the plain loops that a compiler vectorises.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "common/draw.h"
 #include "common/logistic_mixture.h"
 
 namespace py = pybind11;
@@ -21,7 +22,7 @@ py::tuple level(const Array<T>& i, const Array<T>& mean, const Array<T>& log_sca
   for (py::ssize_t t = 0; t < n; ++t) {
     const T width = mixture::exp(-c[t]) / half;
     const auto l = mixture::level<true>(a[t], b[t], width, -c[t] - log_half, a[t] <= T(0), a[t] >= T(levels - 1));
-    p[t] = l.linear + mixture::log(l.numerator / l.denominator);
+    p[t] = l.linear + genkernels::math::log(l.numerator / l.denominator);
     q[t] = l.by_mean * width;
     r[t] = l.by_log_scale;
   }
@@ -36,16 +37,47 @@ py::tuple functions(const Array<T>& x) {
   const T* in = x.data();
   T *a = log.mutable_data(), *b = exp.mutable_data(), *c = tanh.mutable_data(), *d = sech2.mutable_data();
   for (py::ssize_t t = 0; t < n; ++t) {
-    a[t] = mixture::log(in[t]);
+    a[t] = genkernels::math::log(in[t]);
     b[t] = mixture::exp(in[t]);
     mixture::tanh(in[t], c[t], d[t]);
   }
   return py::make_tuple(log, exp, tanh, sech2);
 }
 
+template <typename T>
+Array<T> logit(const Array<T>& u) {
+  Array<T> out(u.size());
+  const T* in = u.data();
+  T* to = out.mutable_data();
+  for (py::ssize_t t = 0; t < u.size(); ++t) to[t] = genkernels::math::logit(in[t]);
+  return out;
+}
+
+// The level drawn at u under each (mean, log-scale), as a vectorised loop and, second, alone as a mixture of one.
+template <typename T>
+py::tuple draw(const Array<T>& mean, const Array<T>& log_scale, const Array<T>& u, T temperature, int levels) {
+  const py::ssize_t n = u.size();
+  Array<T> loop(n), alone(n);
+  const T *a = mean.data(), *b = log_scale.data(), *c = u.data();
+  T *p = loop.mutable_data(), *q = alone.mutable_data();
+  const T half = T(0.5) * T(levels - 1);
+  for (py::ssize_t t = 0; t < n; ++t) p[t] = genkernels::draw::logistic(a[t], b[t], c[t], temperature, half);
+  for (py::ssize_t t = 0; t < n; ++t) {
+    const T params[3] = {T(0), a[t], b[t]}, noise[2] = {T(0.5), c[t]};
+    int index;
+    genkernels::draw::logistic_mixture(params, 1, 1, 1, levels, temperature, noise, 1, &index);
+    q[t] = T(index);
+  }
+  return py::make_tuple(loop, alone);
+}
+
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("level_float32", level<float>);
   m.def("level_float64", level<double>);
+  m.def("logit_float32", logit<float>);
+  m.def("logit_float64", logit<double>);
+  m.def("draw_float32", draw<float>);
+  m.def("draw_float64", draw<double>);
   m.def("functions_float32", functions<float>);
   m.def("functions_float64", functions<double>);
 }

@@ -1,4 +1,4 @@
-"""csrc/common/logistic_mixture.h against mpmath: the one header that g++ and nvcc both compile."""
+"""csrc/common/logistic_mixture.h against mpmath, and draw.h: the one header that g++ and nvcc both compile."""
 
 from __future__ import annotations
 
@@ -113,3 +113,57 @@ def test_any_width_is_finite(module, dtype):
     for index in (0, 1, 2):
         for value in call(module, "level", dtype, np.full(35, index, dtype), mean, log_scale, 3):
             assert np.isfinite(value).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_logit(module, dtype):
+    """Two units in the last place of the larger of its two logarithms; exactly 0 at a half."""
+    edge = 2.0**-24 if dtype == F32 else 2.0**-53
+    rng = np.random.default_rng(0)
+    near = np.concatenate(
+        [np.logspace(np.log10(edge), -0.3, 3000), rng.random(6000), 0.5 + np.linspace(-1e-3, 1e-3, 1001)]
+    )
+    u = np.clip(np.concatenate([near, 1 - near, [0.5, edge, 1 - edge]]), edge, 1 - edge).astype(dtype)
+    if dtype == F32:
+        u = np.concatenate([u, (np.arange(1, 2**24, 37) * edge).astype(F32)])  # the grid of uniform draws
+    found = call(module, "logit", dtype, u)
+    assert found.dtype == dtype and (found[u == 0.5] == 0).all()
+    if dtype == F32:
+        a, b = np.log(u.astype(F64)), np.log1p(-u.astype(F64))
+        error, larger = np.abs(found - (a - b)), np.maximum(np.abs(a), np.abs(b))
+    else:
+        with mpmath.workdps(40):
+            logs = [(mpmath.log(mpmath.mpf(x)), mpmath.log(1 - mpmath.mpf(x))) for x in u.tolist()]
+            error = np.array(
+                [float(abs(mpmath.mpf(f) - (a - b))) for f, (a, b) in zip(found.tolist(), logs, strict=True)]
+            )
+            larger = np.array([float(max(abs(a), abs(b))) for a, b in logs])
+    assert (error <= 2 * np.spacing(larger.astype(dtype)).astype(F64)).all()
+    assert np.isnan(call(module, "logit", dtype, np.full(37, np.nan, dtype))).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_draws_are_the_definitions_integers(module, dtype, temperature):
+    """All of them, of a vectorised loop and one by one, with noise at and beyond the edges, odd scales and NaN."""
+    torch = pytest.importorskip("torch")
+    from genkernels.reference import _draw
+
+    rng = np.random.default_rng(1)
+    count = 300_000
+    mean, log_scale = rng.normal(size=count) * 0.7, rng.normal(size=count) * 2 - 3
+    u = rng.integers(0, 2**24, count) / 2**24
+    u[::11], u[1::97], u[2::97], u[3::97] = rng.random(len(u[::11])) ** 8, 0, 0.5, 1 - 2.0**-24
+    log_scale[::89], log_scale[1::89], log_scale[2::89] = -100, 200, -7
+    mean[::101], log_scale[1::101], u[2::101] = np.nan, np.nan, np.nan
+    mean, log_scale, u = (v.astype(dtype) for v in (mean, log_scale, u))
+    params = torch.from_numpy(np.stack([np.zeros_like(mean), mean, log_scale], -1))
+    noise = torch.from_numpy(np.stack([np.full_like(u, 0.5), u], -1))
+    for levels in (2, 256, 65536):
+        loop, alone = call(module, "draw", dtype, mean, log_scale, u, temperature, levels)
+        expected = _draw.logistic_mixture(params, noise, levels, temperature)[:, 0].numpy()
+        assert (np.nan_to_num(loop) == alone).all()
+        wrong = (alone != expected).sum()
+        # where the functions differ in their last place a value within some 1e-7 levels/2 of a boundary may cross it: none of 256 levels here
+        assert wrong <= 4e-9 * levels * count * (dtype == F32), (levels, wrong)
+        assert (np.abs(alone - expected) <= 1).all()
