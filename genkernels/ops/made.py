@@ -59,16 +59,28 @@ def masked_linear(
     """
     x, weight, bias = checks.autocast(x, weight, bias)
     checks.linear(x, weight, bias, in_degrees, out_degrees)
-    rows = x.reshape(-1, x.shape[-1])
+    # a small layer takes no longer than a few calls that change nothing: none is made where nothing is to be changed
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if runs_reference(OPERATOR, x):
         y = reference.masked_linear(rows, weight, bias, in_degrees, out_degrees, strict)
     else:
         # the CPU kernel computes halves in fp32; on a GPU the product itself does
         work = checks.work_dtype(x) if x.device.type == "cpu" else x.dtype
-        dense = (t if t is None else t.to(work).contiguous() for t in (rows, weight, bias))
-        y = torch.ops.genkernels.masked_linear(*dense, in_degrees.contiguous(), out_degrees.contiguous(), strict)
-        y = y.to(x.dtype)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        y = torch.ops.genkernels.masked_linear(
+            _dense(rows, work),
+            _dense(weight, work),
+            None if bias is None else _dense(bias, work),
+            in_degrees.contiguous(),
+            out_degrees.contiguous(),
+            strict,
+        )
+        if work != x.dtype:
+            y = y.to(x.dtype)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
 def made_inverse(
@@ -250,7 +262,7 @@ def _differentiate_lists(name: str, function: Callable) -> None:
                     grads[i] = grad
         return tuple(nested(ctx, grads))
 
-    differentiate(name, setup_context, backward)
+    differentiate(name, setup_context, backward, uses_autograd=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- fakes
