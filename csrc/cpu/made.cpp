@@ -15,7 +15,8 @@
 // gradients are then one masked product a layer, −δᵀu.
 //
 // Parallel over chunks of samples, for layers also over groups of rows: a sum is always added up in the same order, so neither the batch nor
-// the threads change its bits. Bytes: the live weights once a chunk, from the outer caches; the floor is the flops.
+// the threads change its bits. A thread is started for no less than kWork multiply-adds: below, a call is a few microseconds of its own beside
+// those of torch's dispatch. Bytes: the live weights once a chunk, from the outer caches; the floor is the flops.
 #include "made_solve.h"
 
 #include <functional>
@@ -25,6 +26,9 @@ namespace genkernels {
 namespace {
 
 using namespace product;
+
+// Multiply-adds below which a task is not worth a thread of its own, some 5 µs of them: waking one takes 1 to 10 µs.
+constexpr int64_t kWork = 128 * 1024;
 
 void for_tasks(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   if (tasks > 0) torch::stable::parallel_for(0, tasks, grain, body);
@@ -45,6 +49,7 @@ std::vector<int64_t> sorted_by(const std::vector<int64_t>& key, int64_t keys) {
 struct Stairs {
   int64_t out, in;
   std::vector<int64_t> columns, rows, depth;  // permutations; depth [out], in the order of `rows`
+  int64_t live() const { return std::accumulate(depth.begin(), depth.end(), int64_t(0)); }
   bool plain;                                 // columns are in place already
 };
 
@@ -71,7 +76,7 @@ Stairs stairs_of(const Tensor& in_degrees, const Tensor& out_degrees, bool stric
 template <typename T>
 void gather_columns(const T* from, int64_t rows, int64_t stride, const std::vector<int64_t>& columns, T* to, int64_t width) {
   const int64_t count = int64_t(columns.size());
-  for_tasks(rows, 64, [&](int64_t begin, int64_t end) {
+  for_tasks(rows, std::max<int64_t>(1, kWork / 8 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t k = 0; k < count; ++k) to[r * width + k] = from[r * stride + columns[k]];
       std::fill(to + r * width + count, to + (r + 1) * width, T(0));
@@ -79,17 +84,20 @@ void gather_columns(const T* from, int64_t rows, int64_t stride, const std::vect
   });
 }
 
-// Samples of a chunk, and into how many parts the rows are cut when there are fewer chunks than threads.
+// Samples of a chunk, and into how many parts the rows are cut when there are fewer chunks than threads. live: weights that act.
 template <typename T>
 struct Cut {
-  int64_t size, chunks, parts;
-  Cut(int64_t samples, int64_t groups) {
+  int64_t size, chunks, parts, grain;
+  Cut(int64_t samples, int64_t groups, int64_t live) {
     const int64_t most = 8 * kLanes<T>;
     chunks = (samples + most - 1) / most;
     size = chunks ? round_up((samples + chunks - 1) / chunks, kLanes<T>) : 0;
     chunks = size ? (samples + size - 1) / size : 0;
     const int64_t threads = torch::stable::get_num_threads();
-    parts = chunks == 0 || chunks >= threads ? 1 : std::min<int64_t>((threads + chunks - 1) / chunks, std::max<int64_t>(groups, 1));
+    const int64_t each = std::max<int64_t>(1, size * live);
+    parts = chunks == 0 || chunks >= threads ? 1 : std::min({(threads + chunks - 1) / chunks, groups, each / kWork});
+    parts = std::max<int64_t>(parts, 1);
+    grain = std::max<int64_t>(1, kWork * parts / each);
   }
 };
 
@@ -98,11 +106,11 @@ constexpr int64_t kGroup = 8 * kRows;  // rows (columns, for the input's gradien
 template <typename T>
 void linear(const Stairs& s, const T* x, int64_t samples, const T* weight, const T* bias, T* y) {
   const int64_t groups = (s.out + kGroup - 1) / kGroup;
-  const Cut<T> cut(samples, groups);
+  const Cut<T> cut(samples, groups, s.live());
   Scratch<T> gathered(s.plain ? 0 : s.out * s.in);
   if (!s.plain) gather_columns<T>(weight, s.out, s.in, s.columns, gathered, s.in);
   const T* w = s.plain ? weight : static_cast<T*>(gathered);
-  for_tasks(cut.chunks * cut.parts, 1, [&](int64_t begin, int64_t end) {
+  for_tasks(cut.chunks * cut.parts, cut.grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % cut.parts, first = task / cut.parts * cut.size, count = std::min(cut.size, samples - first);
       const int64_t width = round_up(count, kLanes<T>);
@@ -127,10 +135,10 @@ void linear(const Stairs& s, const T* x, int64_t samples, const T* weight, const
 template <typename T>
 void linear_grad_input(const Stairs& s, const T* g, int64_t samples, const T* weight, T* grad_x) {
   const int64_t groups = (s.in + kGroup - 1) / kGroup;
-  const Cut<T> cut(samples, groups);
+  const Cut<T> cut(samples, groups, s.live());
   std::vector<int64_t> live(s.in);  // rows that see a column (in the order of columns): the last live[k] of them
   for (int64_t k = 0; k < s.in; ++k) live[k] = s.depth.end() - std::upper_bound(s.depth.begin(), s.depth.end(), k);
-  for_tasks(cut.chunks * cut.parts, 1, [&](int64_t begin, int64_t end) {
+  for_tasks(cut.chunks * cut.parts, cut.grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % cut.parts, first = task / cut.parts * cut.size, count = std::min(cut.size, samples - first);
       const int64_t width = round_up(count, kLanes<T>);
@@ -169,7 +177,7 @@ template <typename T, typename GAt, typename Depth, typename Row>
 void outer(const T* g, int64_t stride, GAt g_at, const T* u, int64_t width, int64_t samples, int64_t rows, int64_t columns, Depth depth,
            Row row, const int64_t* column, T sign, T* grad) {
   const int64_t groups = (rows + kRows - 1) / kRows;
-  for_tasks(groups, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns * samples * kRows)), [&](int64_t begin, int64_t end) {
+  for_tasks(groups, std::max<int64_t>(1, kWork / std::max<int64_t>(1, columns * samples * kRows / 2)), [&](int64_t begin, int64_t end) {
     Scratch<T> out(kRows * width);
     for (int64_t task = begin; task < end; ++task) {
       // groups from both ends in turn: shallow and deep ones are shared out evenly
@@ -234,7 +242,7 @@ Tensor masked_linear_grad_weight(Tensor grad_output, Tensor input, Tensor in_deg
     Scratch<T> sorted(samples * width), signals(s.out * samples);
     gather_columns<T>(data<T>(input), samples, s.in, s.columns, sorted, width);
     const T* g = data<T>(grad_output);
-    for_tasks(s.out, 64, [&](int64_t begin, int64_t end) {
+    for_tasks(s.out, std::max<int64_t>(64, kWork / 8 / std::max<int64_t>(1, samples)), [&](int64_t begin, int64_t end) {
       turn(g + begin, s.out, samples, end - begin, [](int64_t r) { return r; }, signals + begin * samples, samples);
     });
     outer<T>(signals, samples, [&](int64_t r) { return s.rows[r]; }, sorted, width, samples, s.out, s.in, [&](int64_t r) { return s.depth[r]; }, [&](int64_t r) { return s.rows[r]; },
