@@ -17,7 +17,7 @@
 // Flops: 2·N·H·W·(live weights), twice that backward: at a processor's peak this is the floor, the bytes (x and y once) hide behind it.
 // fp16 is widened as it is staged. bf16 too, unless the processor multiplies pairs of bf16: then torch's convolution of all taps, with
 // the masked weight, is the faster one, and the epilogue here follows it.
-#include "masked_conv.h"
+#include "masked_conv_bf16.h"
 
 #include "../common/math.h"
 
@@ -30,6 +30,7 @@ enum Activation : int64_t { kNone, kRelu, kGate };
 enum Region : int64_t { kRaster, kVertical, kHorizontal };
 constexpr int64_t kBandBytes = 384 * 1024;  // of the second-level cache
 constexpr int64_t kParts = 16;
+constexpr int64_t kLeastItems = 4;  // of the weight's gradient: bands where there are few images
 
 struct Tap {
   int64_t row, column;
@@ -70,18 +71,18 @@ Problem problem_of(const Tensor& x, const Tensor& weight, int64_t mask_type, int
 // ---- one convolution over live taps ---------------------------------------------------------------------------------------
 
 // The geometry and packed weights of the forward product, or of the mirrored one that gives the gradient of x.
-template <typename T>
+template <typename A>
 struct Packed {
   struct Block {
     int64_t first;
     int channels;
     int64_t entries, at, weights;  // offsets into the two arrays below
   };
-  int64_t inputs, outputs;
+  int64_t inputs, outputs, planes;  // a plane holds A::kChannels channels
   Band band;
   std::vector<Block> blocks;
   std::vector<int32_t> at;
-  std::vector<T> weights;
+  std::vector<typename A::Staged> weights;
 };
 
 // Rows a band: all that fit in the cache, and fewer where there would be no work for some thread.
@@ -106,38 +107,43 @@ Band reach_of(const Problem& p, bool mirrored) {
   return b;
 }
 
-template <typename T>
-Packed<T> pack(const Problem& p, const T* weight, bool mirrored) {
-  Packed<T> k;
+template <typename A>
+Packed<A> pack(const Problem& p, const typename A::Weight* weight, bool mirrored) {
+  using Staged = typename A::Staged;
+  Packed<A> k;
   k.inputs = mirrored ? p.outputs : p.inputs;
   k.outputs = mirrored ? p.inputs : p.outputs;
+  k.planes = (k.inputs + A::kChannels - 1) / A::kChannels;
   k.band = reach_of(p, mirrored);
-  choose_rows(k.band, k.inputs, k.outputs, sizeof(T), p.batch, torch::stable::get_num_threads());
+  choose_rows(k.band, k.planes, k.outputs, sizeof(Staged), p.batch, torch::stable::get_num_threads());
   const int64_t plane = k.band.plane(), pitch = k.band.pitch(), taps = int64_t(p.taps.size()), area = p.kh * p.kw;
   int64_t most = 0;
   for (int64_t first = 0; first < k.outputs;) {
     int channels = kBlock;
     while (channels > k.outputs - first) channels /= 2;
-    k.blocks.push_back({first, channels, 0, int64_t(k.blocks.size()) * k.inputs * taps, most});
-    most += channels * k.inputs * taps;
+    k.blocks.push_back({first, channels, 0, int64_t(k.blocks.size()) * k.planes * taps, most});
+    most += channels * k.planes * taps;
     first += channels;
   }
-  k.at.resize(k.blocks.size() * k.inputs * taps);
+  k.at.resize(k.blocks.size() * k.planes * taps);
   k.weights.resize(most);
   torch::stable::parallel_for(0, int64_t(k.blocks.size()), 2, [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) {
       auto& block = k.blocks[n];
       int32_t* at = &k.at[block.at];
-      T* w = &k.weights[block.weights];
-      for (int64_t i = 0; i < k.inputs; ++i)
+      Staged* w = &k.weights[block.weights];
+      for (int64_t i = 0; i < k.planes; ++i)
         for (const Tap& t : p.taps) {
           bool any = false;
           for (int c = 0; c < block.channels; ++c) {
             const int64_t o = block.first + c;
-            const int64_t co = mirrored ? i : o, ci = mirrored ? o : i;
-            const bool live = p.live(co, ci, t);
-            any |= live;
-            w[c] = live ? weight[(co * p.inputs + ci) * area + t.row * p.kw + t.column] : T(0);
+            w[c] = Staged(0);
+            for (int64_t j = 0; j < std::min(A::kChannels, k.inputs - i * A::kChannels); ++j) {
+              const int64_t from = i * A::kChannels + j, co = mirrored ? from : o, ci = mirrored ? o : from;
+              if (!p.live(co, ci, t)) continue;
+              any = true;
+              A::place(w[c], j, weight[(co * p.inputs + ci) * area + t.row * p.kw + t.column]);
+            }
           }
           if (!any) continue;
           const int64_t away = (t.row - p.kh / 2) * pitch + t.column - p.kw / 2;
@@ -151,17 +157,19 @@ Packed<T> pack(const Problem& p, const T* weight, bool mirrored) {
 
 // Runs the product band by band; finish(image, first row, rows, result [outputs][stride], stride) stores what it gave. shift(image, o)
 // starts the sum of output channel o.
-template <typename S, typename T, typename Shift, typename Finish>
-void convolve(const Packed<T>& k, const S* x, int64_t batch, Shift&& shift, Finish&& finish) {
+template <typename S, typename A, typename Shift, typename Finish>
+void convolve(const Packed<A>& k, const S* x, int64_t batch, Shift&& shift, Finish&& finish) {
+  using T = typename A::Sum;
   const Band& b = k.band;
   const int64_t bands = (b.height + b.rows - 1) / b.rows, plane = b.plane(), L = Vector<T>::kLanes;
   const int64_t stride = (b.span() + L * kMostVectors + 15) / 16 * 16;
   torch::stable::parallel_for(0, batch * bands, 1, [&](int64_t from, int64_t to) {
-    T* staged = scratch<T>(0, k.inputs * plane + L * kMostVectors);
+    auto* staged = scratch<typename A::Staged>(0, k.planes * plane + L * kMostVectors);
     T* result = scratch<T>(1, k.outputs * stride);
     for (int64_t task = from; task < to; ++task) {
       const int64_t n = task / bands, first = task % bands * b.rows, rows = std::min(b.rows, b.height - first);
-      for (int64_t i = 0; i < k.inputs; ++i) stage_plane(x + (n * k.inputs + i) * b.height * b.width, b, first, rows, staged + i * plane);
+      for (int64_t i = 0; i < k.planes; ++i)
+        A::stage_channels(x + n * k.inputs * b.height * b.width, i, k.inputs, b, first, rows, staged + i * plane);
       const int64_t vectors = ((rows - 1) * b.pitch() + b.width + L - 1) / L;
       // a tile's pixels stay in the first-level cache while the blocks of weights pass by
       const int64_t step = vectors_beside(kBlock);
@@ -170,7 +178,7 @@ void convolve(const Packed<T>& k, const S* x, int64_t batch, Shift&& shift, Fini
           T start[kBlock];
           for (int c = 0; c < block.channels; ++c) start[c] = shift(n, block.first + c);
           for (int64_t u = v, end = std::min(vectors, v + step); u < end;)
-            u += correlate<T>(block.channels, end - u, staged + b.origin() + u * L, &k.at[block.at], &k.weights[block.weights],
+            u += correlate<A>(block.channels, end - u, staged + b.origin() + u * L, &k.at[block.at], &k.weights[block.weights],
                               block.entries, start, result + block.first * stride + u * L, stride);
         }
       finish(n, first, rows, result, stride);
@@ -328,40 +336,42 @@ void pre_gradient(const Problem& p, const S* grad_output, const S* grad_pre, con
   });
 }
 
-template <typename S, typename T>
+template <typename S, typename A>
 void grad_weight(const Problem& p, const S* g, const S* x, S* to) {
-  constexpr int64_t L = Vector<T>::kLanes;
+  using T = typename A::Sum;
+  constexpr int64_t L = Vector<T>::kLanes, kGroup = kOuterVectors * L;
   Band b = reach_of(p, false);
-  choose_rows(b, p.inputs, p.outputs, sizeof(T), p.batch, 1);
+  choose_rows(b, p.inputs, p.outputs, sizeof(T), p.batch, kLeastItems);
   const int64_t bands = (b.height + b.rows - 1) / b.rows, plane = b.plane(), pitch = b.pitch(), items = p.batch * bands;
   const int64_t taps = int64_t(p.taps.size()), entries = p.inputs * taps, padded = entries + 8;
   const int64_t stride = (p.outputs + L - 1) / L * L, parts = std::min(kParts, items);
+  const int64_t each = (p.width + A::kPixels - 1) / A::kPixels;  // elements of g in a row
   // pixels whose g stays in the first-level cache while the entries pass by
-  const int64_t few = std::max<int64_t>(1, std::min(b.rows, 24 * 1024 / (stride * int64_t(sizeof(T))) / p.width));
+  const int64_t few = std::max<int64_t>(1, std::min(b.rows, 24 * 1024 / (std::min(kGroup, stride) * int64_t(sizeof(T))) / each));
   std::vector<int64_t> at(padded, 0);
   for (int64_t i = 0, e = 0; i < p.inputs; ++i)
     for (const Tap& t : p.taps) at[e++] = i * plane + (t.row - p.kh / 2) * pitch + t.column - p.kw / 2;
   std::unique_ptr<T[]> sums(new T[parts * padded * stride]);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t from, int64_t till) {
-    T* staged = scratch<T>(0, p.inputs * plane + L * kMostVectors);
-    T* turned = scratch<T>(1, b.rows * p.width * stride);
+    auto* staged = scratch<typename A::Pixel>(0, p.inputs * plane + L * kMostVectors);
+    auto* turned = scratch<typename A::Staged>(1, b.rows * each * stride);
     for (int64_t part = from; part < till; ++part) {
       bool fresh = true;
       for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
         const int64_t n = item / bands, first = item % bands * b.rows, rows = std::min(b.rows, b.height - first);
         for (int64_t i = 0; i < p.inputs; ++i)
-          stage_plane(x + (n * p.inputs + i) * p.pixels(), b, first, rows, staged + i * plane);
-        stage_transposed(g + n * p.outputs * p.pixels(), p.outputs, b, first, rows, turned, stride);
+          A::stage_pixels(x + (n * p.inputs + i) * p.pixels(), b, first, rows, staged + i * plane);
+        stage_transposed<A>(g + n * p.outputs * p.pixels(), p.outputs, b, first, rows, turned, stride, kGroup);
         for (int64_t r = 0; r < rows; r += few, fresh = false)
-          for (int64_t v = 0; v < stride / L;) {
-            const int vectors = int(std::min<int64_t>(kOuterVectors, stride / L - v)), together = entries_beside(vectors);
+          for (int64_t o = 0; o < stride; o += kGroup) {
+            const int64_t across = std::min(kGroup, stride - o);
+            const int vectors = int(across / L), together = entries_beside(vectors);
             for (int64_t e = 0; e < entries; e += together) {
-              const T* from_x[8];
+              const typename A::Pixel* from_x[8];
               for (int j = 0; j < together; ++j) from_x[j] = staged + b.origin() + r * pitch + at[e + j];
-              outer<T>(vectors, from_x, pitch, turned + r * p.width * stride + v * L, stride, std::min(few, rows - r), p.width,
-                       &sums[(part * padded + e) * stride + v * L], fresh);
+              outer<A>(vectors, from_x, pitch, turned + rows * each * o + r * each * across, across, std::min(few, rows - r), p.width,
+                       &sums[(part * padded + e) * stride + o], stride, fresh);
             }
-            v += vectors;
           }
       }
     }
@@ -454,21 +464,22 @@ void dispatch(const Tensor& x, F&& f) {
   }
 }
 
-// Where the processor multiplies bf16 pairs, all taps in bf16 cost less than the live ones in fp32.
-bool torch_is_faster(const Tensor& x) {
-#if defined(__x86_64__)
-  static const bool pairs = __builtin_cpu_supports("avx512bf16");
-  return pairs && x.scalar_type() == ScalarType::BFloat16;
-#else
-  return false;
-#endif
+bool torch_is_faster(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 && has_amx(); }
+
+// f<A>(), A being the arithmetic for storage S.
+template <typename S, typename T, typename F>
+void with_arithmetic(F&& f) {
+  if constexpr (kHasPairs && std::is_same_v<S, BFloat16>)
+    if (multiplies_pairs()) return f.template operator()<Pairs>();
+  f.template operator()<Single<T>>();
 }
 
-// The weight as it is computed with: itself, or widened into `buffer`.
-template <typename S, typename T>
-const T* widened(const Tensor& weight, std::vector<T>& buffer) {
-  if constexpr (std::is_same_v<S, T>) {
-    return data<S>(weight);
+// The weight as A packs it: itself, or widened into `buffer`.
+template <typename S, typename A>
+const typename A::Weight* packable(const Tensor& weight, std::vector<typename A::Weight>& buffer) {
+  using Weight = typename A::Weight;
+  if constexpr (sizeof(S) == sizeof(Weight)) {
+    return data<Weight>(weight);
   } else {
     buffer.resize(weight.numel());
     load(data<S>(weight), buffer.data(), int64_t(buffer.size()));
@@ -516,12 +527,14 @@ std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Te
       });
       return;
     }
-    std::vector<T> buffer;
-    const Packed<T> packed = pack(p, widened<S>(weight, buffer), false);
-    convolve(packed, data<S>(x), p.batch, [&](int64_t n, int64_t o) { return shift[n * per_image + o]; },
-             [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
-               epilogue(n, first, rows, result, stride, packed.band.pitch());
-             });
+    with_arithmetic<S, T>([&]<typename A>() {
+      std::vector<typename A::Weight> buffer;
+      const Packed<A> packed = pack<A>(p, packable<S, A>(weight, buffer), false);
+      convolve(packed, data<S>(x), p.batch, [&](int64_t n, int64_t o) { return shift[n * per_image + o]; },
+               [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
+                 epilogue(n, first, rows, result, stride, packed.band.pitch());
+               });
+    });
   });
   return {output, pre};
 }
@@ -576,18 +589,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
       if (bias_by_torch) grad_bias = std::get<2>(found);
       return;
     }
-    if (want_x) {
-      std::vector<T> buffer;
-      const Packed<T> packed = pack(p, widened<S>(weight, buffer), true);
-      S* to = mutable_data<S>(grad_x);
-      convolve(packed, data<S>(g), p.batch, [](int64_t, int64_t) { return T(0); },
-               [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
-                 for (int64_t i = 0; i < p.inputs; ++i)
-                   store_rows(result + i * stride, to + (n * p.inputs + i) * p.pixels() + first * p.width, rows, p.width,
-                              packed.band.pitch());
-               });
-    }
-    if (want_weight) grad_weight<S, T>(p, data<S>(g), data<S>(x), mutable_data<S>(grad_w));
+    with_arithmetic<S, T>([&]<typename A>() {
+      if (want_x) {
+        std::vector<typename A::Weight> buffer;
+        const Packed<A> packed = pack<A>(p, packable<S, A>(weight, buffer), true);
+        S* to = mutable_data<S>(grad_x);
+        convolve(packed, data<S>(g), p.batch, [](int64_t, int64_t) { return T(0); },
+                 [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
+                   for (int64_t i = 0; i < p.inputs; ++i)
+                     store_rows(result + i * stride, to + (n * p.inputs + i) * p.pixels() + first * p.width, rows, p.width,
+                                packed.band.pitch());
+                 });
+      }
+      if (want_weight) grad_weight<S, A>(p, data<S>(g), data<S>(x), mutable_data<S>(grad_w));
+    });
   });
   return {grad_x, grad_w, grad_bias, grad_condition};
 }

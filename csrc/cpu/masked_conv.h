@@ -111,25 +111,26 @@ void correlate_tile(const T* x, const int32_t* at, const T* w, int64_t entries, 
   } while (e < entries);
 }
 
-// `left` vectors, as many as fit at once; returns how many were done.
-template <typename T, int C>
-int64_t correlate_some(int64_t left, const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out, int64_t stride) {
+// `left` vectors, as many as fit at once; returns how many were done. A: the arithmetic, Single or Pairs.
+template <typename A, int C, typename Staged, typename Sum>
+int64_t correlate_some(int64_t left, const Staged* x, const int32_t* at, const Staged* w, int64_t entries, const Sum* shift, Sum* out,
+                       int64_t stride) {
   constexpr int V = vectors_beside(C);
   constexpr int Half = (V + 1) / 2;
-  if (left > Half) return correlate_tile<T, C, V>(x, at, w, entries, shift, out, stride), V;
-  if (left > 1) return correlate_tile<T, C, Half>(x, at, w, entries, shift, out, stride), Half;
-  return correlate_tile<T, C, 1>(x, at, w, entries, shift, out, stride), 1;
+  if (left > Half) return A::template correlate<C, V>(x, at, w, entries, shift, out, stride), V;
+  if (left > 1) return A::template correlate<C, Half>(x, at, w, entries, shift, out, stride), Half;
+  return A::template correlate<C, 1>(x, at, w, entries, shift, out, stride), 1;
 }
 
-template <typename T>
-int64_t correlate(int channels, int64_t left, const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out,
-                  int64_t stride) {
+template <typename A, typename Staged, typename Sum>
+int64_t correlate(int channels, int64_t left, const Staged* x, const int32_t* at, const Staged* w, int64_t entries, const Sum* shift,
+                  Sum* out, int64_t stride) {
   switch (channels) {
     case 8:
-      if constexpr (kBlock == 8) return correlate_some<T, 8>(left, x, at, w, entries, shift, out, stride);
-    case 4: return correlate_some<T, 4>(left, x, at, w, entries, shift, out, stride);
-    case 2: return correlate_some<T, 2>(left, x, at, w, entries, shift, out, stride);
-    default: return correlate_some<T, 1>(left, x, at, w, entries, shift, out, stride);
+      if constexpr (kBlock == 8) return correlate_some<A, 8>(left, x, at, w, entries, shift, out, stride);
+    case 4: return correlate_some<A, 4>(left, x, at, w, entries, shift, out, stride);
+    case 2: return correlate_some<A, 2>(left, x, at, w, entries, shift, out, stride);
+    default: return correlate_some<A, 1>(left, x, at, w, entries, shift, out, stride);
   }
 }
 
@@ -138,9 +139,10 @@ int64_t correlate(int channels, int64_t left, const T* x, const int32_t* at, con
 constexpr int kOuterVectors = kRegisters == 32 ? 4 : 2;  // of output channels, at most
 constexpr int entries_beside(int vectors) { return vectors == kOuterVectors ? 6 : 8; }
 
-// x: a pointer an entry, to pixel 0 of the first row. g [rows·width][g_stride]. acc [E][g_stride], overwritten or added to.
+// x: a pointer an entry, to pixel 0 of the first row. g [rows·width][g_stride]. to [E][to_stride], overwritten or added to.
 template <typename T, int E, int V>
-void outer_tile(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, int64_t rows, int64_t width, T* to, bool first) {
+void outer_tile(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, int64_t rows, int64_t width, T* to, int64_t to_stride,
+                bool first) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::kLanes;
   Vec acc[E][V] = {};
@@ -161,20 +163,23 @@ void outer_tile(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, 
   for (int e = 0; e < E; ++e)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      T* at = to + e * g_stride + v * L;
+      T* at = to + e * to_stride + v * L;
       store_vector<T>(first ? acc[e][v] : acc[e][v] + load_vector(at), at);
     }
 }
 
-template <typename T>
-void outer(int vectors, const T* const* x, int64_t pitch, const T* g, int64_t g_stride, int64_t rows, int64_t width, T* to, bool first) {
+template <typename A, typename Pixel, typename Staged, typename Sum>
+void outer(int vectors, const Pixel* const* x, int64_t pitch, const Staged* g, int64_t g_stride, int64_t rows, int64_t width, Sum* to,
+           int64_t to_stride, bool first) {
   switch (vectors) {
     case 4:
-      if constexpr (kOuterVectors == 4) return outer_tile<T, entries_beside(4), 4>(x, pitch, g, g_stride, rows, width, to, first);
+      if constexpr (kOuterVectors == 4)
+        return A::template outer<entries_beside(4), 4>(x, pitch, g, g_stride, rows, width, to, to_stride, first);
     case 3:
-      if constexpr (kOuterVectors == 4) return outer_tile<T, entries_beside(3), 3>(x, pitch, g, g_stride, rows, width, to, first);
-    case 2: return outer_tile<T, entries_beside(2), 2>(x, pitch, g, g_stride, rows, width, to, first);
-    default: return outer_tile<T, entries_beside(1), 1>(x, pitch, g, g_stride, rows, width, to, first);
+      if constexpr (kOuterVectors == 4)
+        return A::template outer<entries_beside(3), 3>(x, pitch, g, g_stride, rows, width, to, to_stride, first);
+    case 2: return A::template outer<entries_beside(2), 2>(x, pitch, g, g_stride, rows, width, to, to_stride, first);
+    default: return A::template outer<entries_beside(1), 1>(x, pitch, g, g_stride, rows, width, to, to_stride, first);
   }
 }
 
@@ -195,9 +200,9 @@ struct Band {
   }
 };
 
-// Rows [first - up, first + count + down) of one plane.
-template <typename S, typename T>
-void stage_plane(const S* image, const Band& b, int64_t first, int64_t count, T* to) {
+// Rows [first - up, first + count + down) of one plane; read(pixel, to) writes a row of the image from that pixel on.
+template <typename T, typename Read>
+void stage_rows(const Band& b, int64_t first, int64_t count, T* to, Read&& read) {
   const int64_t pitch = b.pitch(), gap = pitch - b.width;
   for (int64_t i = 0; i < b.left; ++i) to[i] = T(0);
   to += b.left;
@@ -206,33 +211,83 @@ void stage_plane(const S* image, const Band& b, int64_t first, int64_t count, T*
       for (int64_t i = 0; i < pitch; ++i) to[i] = T(0);
       continue;
     }
-    const S* row = image + r * b.width;
-    if constexpr (std::is_same_v<S, T>)
-      for (int64_t i = 0; i < b.width; ++i) to[i] = row[i];
-    else
-      load(row, to, b.width);
+    read(r * b.width, to);
     for (int64_t i = 0; i < gap; ++i) to[b.width + i] = T(0);
   }
 }
 
-// Pixels of `count` rows from `first` on, channels last and padded with zeros: to [count·W][stride]. In blocks of 16 pixels, whose lines
-// stay in the cache while the channels pass by.
 template <typename S, typename T>
-void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t first, int64_t count, T* to, int64_t stride) {
-  const int64_t pixels = count * b.width, plane = b.height * b.width;
+void stage_plane(const S* image, const Band& b, int64_t first, int64_t count, T* to) {
+  stage_rows(b, first, count, to, [&](int64_t pixel, T* row) {
+    if constexpr (std::is_same_v<S, T>)
+      for (int64_t i = 0; i < b.width; ++i) row[i] = image[pixel + i];
+    else
+      load(image + pixel, row, b.width);
+  });
+}
+
+// Pixels of `count` rows, channels last, in groups of `group` channels, the last one padded with zeros to `stride` channels in all:
+// [group][pixel][channel]. With A::kPixels = 2 an element holds two neighbours of a row, the last of an odd row beside a zero. In blocks
+// of 16 elements, whose lines stay in the cache while the channels pass by.
+template <typename A, typename S>
+void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t first, int64_t count, typename A::Staged* to, int64_t stride,
+                      int64_t group) {
+  const int64_t plane = b.height * b.width, width = b.width % A::kPixels ? b.width : count * b.width, lines = count * b.width / width;
+  const int64_t each = (width + A::kPixels - 1) / A::kPixels;
   const S* from = image + first * b.width;
-  T row[16];
-  for (int64_t q = 0; q < pixels; q += 16) {
-    const int64_t n = std::min<int64_t>(16, pixels - q);
-    for (int64_t c = 0; c < channels; ++c) {
-      load(from + c * plane + q, row, n);
-      T* column = to + q * stride + c;
-      for (int64_t i = 0; i < n; ++i) column[i * stride] = row[i];
-    }
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = channels; c < stride; ++c) to[(q + i) * stride + c] = T(0);
+  typename A::Staged row[16];
+  for (int64_t c0 = 0; c0 < stride; c0 += group) {
+    const int64_t across = std::min(group, stride - c0);
+    for (int64_t line = 0; line < lines; ++line)
+      for (int64_t q = 0; q < each; q += 16, to += 16 * across) {
+        const int64_t n = std::min<int64_t>(16, each - q);
+        for (int64_t c = c0; c < std::min(channels, c0 + across); ++c) {
+          A::read_pixels(from + c * plane + line * width + q * A::kPixels, row, std::min(n * A::kPixels, width - q * A::kPixels));
+          typename A::Staged* column = to + c - c0;
+          for (int64_t i = 0; i < n; ++i) column[i * across] = row[i];
+        }
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t c = std::max(channels, c0); c < c0 + across; ++c) to[i * across + c - c0] = typename A::Staged(0);
+        if (n < 16) to -= (16 - n) * across;
+      }
   }
 }
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------------
+
+// One product a lane: storage S is widened to T as it is staged. Pairs (masked_conv_bf16.h) has the same members.
+template <typename T>
+struct Single {
+  using Staged = T;  // an element of a staged plane, of a packed weight, of g turned
+  using Pixel = T;   // an element of the planes that the weight's gradient reads
+  using Weight = T;  // what the weight is packed from
+  using Sum = T;
+  static constexpr int64_t kChannels = 1;  // of x in an element of correlate
+  static constexpr int64_t kPixels = 1;    // of g in an element of outer
+
+  static void place(Staged& element, int64_t, Weight w) { element = w; }
+  template <typename S>
+  static void stage_channels(const S* image, int64_t i, int64_t, const Band& b, int64_t first, int64_t count, Staged* to) {
+    stage_plane(image + i * b.height * b.width, b, first, count, to);
+  }
+  template <typename S>
+  static void stage_pixels(const S* image, const Band& b, int64_t first, int64_t count, Pixel* to) {
+    stage_plane(image, b, first, count, to);
+  }
+  template <typename S>
+  static void read_pixels(const S* from, Staged* to, int64_t n) {
+    load(from, to, n);
+  }
+  template <int C, int V>
+  static void correlate(const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out, int64_t stride) {
+    correlate_tile<T, C, V>(x, at, w, entries, shift, out, stride);
+  }
+  template <int E, int V>
+  static void outer(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, int64_t rows, int64_t width, T* to, int64_t to_stride,
+                    bool first) {
+    outer_tile<T, E, V>(x, pitch, g, g_stride, rows, width, to, to_stride, first);
+  }
+};
 
 }  // namespace masked
 }  // namespace genkernels
