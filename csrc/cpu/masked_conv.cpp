@@ -211,32 +211,6 @@ void gate(T* __restrict u, const T* __restrict v, int64_t n) {
   }
 }
 
-// Rows of a plane of a tensor against rows that lie `pitch` apart.
-template <typename S, typename T>
-void add_rows(const S* from, T* to, int64_t rows, int64_t width, int64_t pitch) {
-  T row[256] = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < width; i += 256) {
-      const int64_t n = std::min<int64_t>(256, width - i);
-      const T* given = row;
-      if constexpr (std::is_same_v<S, T>)
-        given = from + r * width + i;
-      else
-        load(from + r * width + i, row, n);
-      for (int64_t j = 0; j < n; ++j) to[r * pitch + i + j] += given[j];
-    }
-}
-
-template <typename S, typename T>
-void store_rows(const T* from, S* to, int64_t rows, int64_t width, int64_t pitch) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if constexpr (std::is_same_v<S, T>)
-      for (int64_t i = 0; i < width; ++i) to[r * width + i] = from[r * pitch + i];
-    else
-      store(from + r * pitch, to + r * width, width);
-  }
-}
-
 // What follows the product, for rows of one image that lie in `result` [outputs][stride].
 template <typename S>
 struct Epilogue {

@@ -200,10 +200,32 @@ struct Band {
   }
 };
 
-// Rows [first - up, first + count + down) of one plane; read(pixel, to) writes a row of the image from that pixel on.
+// f(i, constant count) over [0, n) in pieces of 16, then of 8, 4, 2 and 1: rows are short, and loops of unknown length would spend their
+// time in what is left over behind the last whole vector.
+template <typename F>
+inline void in_pieces(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) f(i, std::integral_constant<int, 16>());
+  if (n & 8) f(i, std::integral_constant<int, 8>()), i += 8;
+  if (n & 4) f(i, std::integral_constant<int, 4>()), i += 4;
+  if (n & 2) f(i, std::integral_constant<int, 2>()), i += 2;
+  if (n & 1) f(i, std::integral_constant<int, 1>());
+}
+
+template <typename S, typename T>
+inline void load_row(const S* from, T* to, int64_t n) {
+  in_pieces(n, [&](int64_t i, auto count) { load(from + i, to + i, count()); });
+}
+template <typename S, typename T>
+inline void store_row(const T* from, S* to, int64_t n) {
+  in_pieces(n, [&](int64_t i, auto count) { store(from + i, to + i, count()); });
+}
+
+// Rows [first - up, first + count + down) of one plane; read(pixel, to, n) writes n of the image from that pixel on.
 template <typename T, typename Read>
 void stage_rows(const Band& b, int64_t first, int64_t count, T* to, Read&& read) {
   const int64_t pitch = b.pitch(), gap = pitch - b.width;
+  if (gap + b.up + b.down == 0) return read(first * b.width, to, count * b.width);
   for (int64_t i = 0; i < b.left; ++i) to[i] = T(0);
   to += b.left;
   for (int64_t r = first - b.up; r < first + count + b.down; ++r, to += pitch) {
@@ -211,44 +233,99 @@ void stage_rows(const Band& b, int64_t first, int64_t count, T* to, Read&& read)
       for (int64_t i = 0; i < pitch; ++i) to[i] = T(0);
       continue;
     }
-    read(r * b.width, to);
+    read(r * b.width, to, b.width);
     for (int64_t i = 0; i < gap; ++i) to[b.width + i] = T(0);
   }
 }
 
 template <typename S, typename T>
 void stage_plane(const S* image, const Band& b, int64_t first, int64_t count, T* to) {
-  stage_rows(b, first, count, to, [&](int64_t pixel, T* row) {
-    if constexpr (std::is_same_v<S, T>)
-      for (int64_t i = 0; i < b.width; ++i) row[i] = image[pixel + i];
-    else
-      load(image + pixel, row, b.width);
-  });
+  stage_rows(b, first, count, to, [&](int64_t pixel, T* row, int64_t n) { load_row(image + pixel, row, n); });
+}
+
+// Rows of a tensor's plane against rows that lie `pitch` apart in scratch: added to them, or stored from them.
+template <typename S, typename T>
+void add_rows(const S* from, T* to, int64_t rows, int64_t width, int64_t pitch) {
+  if (pitch == width) width *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r, from += width, to += pitch)
+    in_pieces(width, [&](int64_t i, auto count) {
+      T given[count()];
+      load(from + i, given, count());
+      for (int j = 0; j < count(); ++j) to[i + j] += given[j];
+    });
+}
+template <typename S, typename T>
+void store_rows(const T* from, S* to, int64_t rows, int64_t width, int64_t pitch) {
+  if (pitch == width) width *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r, from += pitch, to += width) store_row(from, to, width);
+}
+
+// to[i·stride + c] = from[c][i], i < n, c < columns; of four bytes an element in the AVX-512 build columns is always 16.
+template <typename T>
+inline void transpose(const T (&from)[16][16], T* to, int64_t stride, int64_t n, int64_t columns) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    constexpr __mmask16 kAll = 0xffff;  // the forms without a mask start from an undefined vector, of which some g++ warn
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_maskz_unpacklo_epi32(kAll, a[i], a[i + 1]);
+      b[i + 1] = _mm512_maskz_unpackhi_epi32(kAll, a[i], a[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 16
+      for (int j = 0; j < 2; ++j) {  // a[i + k]: columns k, k + 4, k + 8, k + 12 of rows i to i + 3
+        a[i + 2 * j] = _mm512_maskz_unpacklo_epi64(__mmask8(kAll), b[i + j], b[i + 2 + j]);
+        a[i + 2 * j + 1] = _mm512_maskz_unpackhi_epi64(__mmask8(kAll), b[i + j], b[i + 2 + j]);
+      }
+#pragma GCC unroll 16
+    for (int k = 0; k < 4; ++k) {
+      const __m512i even_low = _mm512_maskz_shuffle_i32x4(kAll, a[k], a[4 + k], 0x88);
+      const __m512i odd_low = _mm512_maskz_shuffle_i32x4(kAll, a[k], a[4 + k], 0xdd);
+      const __m512i even = _mm512_maskz_shuffle_i32x4(kAll, a[8 + k], a[12 + k], 0x88);
+      const __m512i odd = _mm512_maskz_shuffle_i32x4(kAll, a[8 + k], a[12 + k], 0xdd);
+      b[k] = _mm512_maskz_shuffle_i32x4(kAll, even_low, even, 0x88);
+      b[k + 4] = _mm512_maskz_shuffle_i32x4(kAll, odd_low, odd, 0x88);
+      b[k + 8] = _mm512_maskz_shuffle_i32x4(kAll, even_low, even, 0xdd);
+      b[k + 12] = _mm512_maskz_shuffle_i32x4(kAll, odd_low, odd, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (i < n) _mm512_storeu_si512(to + i * stride, b[i]);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < columns; ++c) to[i * stride + c] = from[c][i];
 }
 
 // Pixels of `count` rows, channels last, in groups of `group` channels, the last one padded with zeros to `stride` channels in all:
-// [group][pixel][channel]. With A::kPixels = 2 an element holds two neighbours of a row, the last of an odd row beside a zero. In blocks
-// of 16 elements, whose lines stay in the cache while the channels pass by.
+// [group][pixel][channel]. With A::kPixels = 2 an element holds two neighbours of a row, the last of an odd row beside a zero.
 template <typename A, typename S>
 void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t first, int64_t count, typename A::Staged* to, int64_t stride,
                       int64_t group) {
   const int64_t plane = b.height * b.width, width = b.width % A::kPixels ? b.width : count * b.width, lines = count * b.width / width;
   const int64_t each = (width + A::kPixels - 1) / A::kPixels;
   const S* from = image + first * b.width;
-  typename A::Staged row[16];
   for (int64_t c0 = 0; c0 < stride; c0 += group) {
     const int64_t across = std::min(group, stride - c0);
     for (int64_t line = 0; line < lines; ++line)
-      for (int64_t q = 0; q < each; q += 16, to += 16 * across) {
-        const int64_t n = std::min<int64_t>(16, each - q);
-        for (int64_t c = c0; c < std::min(channels, c0 + across); ++c) {
-          A::read_pixels(from + c * plane + line * width + q * A::kPixels, row, std::min(n * A::kPixels, width - q * A::kPixels));
-          typename A::Staged* column = to + c - c0;
-          for (int64_t i = 0; i < n; ++i) column[i * across] = row[i];
+      for (int64_t q = 0; q < each; q += 16) {
+        const int64_t n = std::min<int64_t>(16, each - q), pixel = line * width + q * A::kPixels;
+        for (int64_t c = c0; c < c0 + across; c += 16) {
+          typename A::Staged square[16][16];
+          for (int64_t k = 0; k < 16; ++k) {
+            if (c + k < channels)
+              A::read_pixels(from + (c + k) * plane + pixel, square[k], std::min(n * A::kPixels, width - q * A::kPixels));
+            else
+              std::fill_n(square[k], 16, typename A::Staged(0));
+          }
+          transpose(square, to + c - c0, across, n, std::min<int64_t>(16, c0 + across - c));
         }
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t c = std::max(channels, c0); c < c0 + across; ++c) to[i * across + c - c0] = typename A::Staged(0);
-        if (n < 16) to -= (16 - n) * across;
+        to += n * across;
       }
   }
 }
@@ -276,7 +353,7 @@ struct Single {
   }
   template <typename S>
   static void read_pixels(const S* from, Staged* to, int64_t n) {
-    load(from, to, n);
+    load_row(from, to, n);
   }
   template <int C, int V>
   static void correlate(const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out, int64_t stride) {

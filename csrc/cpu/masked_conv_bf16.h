@@ -124,21 +124,21 @@ struct Pairs {
   static void stage_channels(const BFloat16* image, int64_t i, int64_t channels, const Band& b, int64_t first, int64_t count, Staged* to) {
     const uint16_t* low = reinterpret_cast<const uint16_t*>(image) + 2 * i * b.height * b.width;
     const uint16_t* high = low + b.height * b.width;
-    if (2 * i + 1 < channels)
-      stage_rows(b, first, count, to, [&](int64_t pixel, Staged* row) {
-        for (int64_t j = 0; j < b.width; ++j) row[j] = uint32_t(low[pixel + j]) | uint32_t(high[pixel + j]) << 16;
+    const bool both = 2 * i + 1 < channels;
+    stage_rows(b, first, count, to, [&](int64_t pixel, Staged* row, int64_t n) {
+      const uint16_t *l = low + pixel, *h = high + pixel;
+      in_pieces(n, [&](int64_t j, auto length) {
+        for (int k = 0; k < length(); ++k) row[j + k] = uint32_t(l[j + k]) | (both ? uint32_t(h[j + k]) << 16 : 0);
       });
-    else
-      stage_rows(b, first, count, to, [&](int64_t pixel, Staged* row) {
-        for (int64_t j = 0; j < b.width; ++j) row[j] = low[pixel + j];
-      });
+    });
   }
   static void stage_pixels(const BFloat16* image, const Band& b, int64_t first, int64_t count, Pixel* to) {
     stage_plane(reinterpret_cast<const uint16_t*>(image), b, first, count, to);
   }
   static void read_pixels(const BFloat16* from, Staged* to, int64_t n) {
-    to[(n - 1) / 2] = 0;
-    std::memcpy(to, from, n * sizeof(BFloat16));
+    const int64_t pairs = n / 2;
+    in_pieces(pairs, [&](int64_t i, auto count) { std::memcpy(to + i, from + 2 * i, count() * sizeof(Staged)); });
+    if (n & 1) to[pairs] = reinterpret_cast<const uint16_t*>(from)[n - 1];
   }
   template <int C, int V>
   static void correlate(const uint32_t* x, const int32_t* at, const uint32_t* w, int64_t entries, const float* shift, float* out,
