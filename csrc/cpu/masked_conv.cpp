@@ -41,19 +41,20 @@ struct Problem {
   int64_t batch, inputs, outputs, height, width, kh, kw;
   int64_t mask_type, data_channels, region, activation;
   std::vector<Tap> taps;
+  std::vector<int64_t> of_output, of_input;  // the block of data_channels that each channel belongs to, where there are several
   int64_t left() const { return activation == kGate ? outputs / 2 : outputs; }
   int64_t pixels() const { return height * width; }
 
   bool live(int64_t o, int64_t i, const Tap& t) const {
-    if (!t.centre) return true;
-    const int64_t of_output = (o % left()) * data_channels / left(), of_input = i * data_channels / inputs;
-    return mask_type == 0 ? of_input < of_output : of_input <= of_output;
+    return !t.centre || (mask_type == 0 ? of_input[i] < of_output[o] : of_input[i] <= of_output[o]);
   }
 };
 
 Problem problem_of(const Tensor& x, const Tensor& weight, int64_t mask_type, int64_t data_channels, int64_t region, int64_t activation) {
   Problem p{x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3), weight.size(2), weight.size(3),
-            mask_type, data_channels, region, activation, {}};
+            mask_type, data_channels, region, activation, {}, {}, {}};
+  for (int64_t o = 0; data_channels > 1 && o < p.outputs; ++o) p.of_output.push_back((o % p.left()) * data_channels / p.left());
+  for (int64_t i = 0; data_channels > 1 && i < p.inputs; ++i) p.of_input.push_back(i * data_channels / p.inputs);
   const int64_t middle_row = p.kh / 2, middle = p.kw / 2;
   for (int64_t r = 0; r <= middle_row; ++r)
     for (int64_t c = 0; c < p.kw; ++c) {
@@ -117,6 +118,8 @@ Packed<A> pack(const Problem& p, const typename A::Weight* weight, bool mirrored
   k.band = reach_of(p, mirrored);
   choose_rows(k.band, k.planes, k.outputs, sizeof(Staged), p.batch, torch::stable::get_num_threads());
   const int64_t plane = k.band.plane(), pitch = k.band.pitch(), taps = int64_t(p.taps.size()), area = p.kh * p.kw;
+  // from one channel of the product to the next one in the weight
+  const int64_t output_step = mirrored ? area : p.inputs * area, input_step = mirrored ? p.inputs * area : area;
   int64_t most = 0;
   for (int64_t first = 0; first < k.outputs;) {
     int channels = kBlock;
@@ -134,16 +137,18 @@ Packed<A> pack(const Problem& p, const typename A::Weight* weight, bool mirrored
       Staged* w = &k.weights[block.weights];
       for (int64_t i = 0; i < k.planes; ++i)
         for (const Tap& t : p.taps) {
-          bool any = false;
+          const int64_t first = i * A::kChannels, count = std::min(A::kChannels, k.inputs - first);
+          const auto* from = weight + block.first * output_step + first * input_step + t.row * p.kw + t.column;
+          bool any = !t.centre;
           for (int c = 0; c < block.channels; ++c) {
-            const int64_t o = block.first + c;
-            w[c] = Staged(0);
-            for (int64_t j = 0; j < std::min(A::kChannels, k.inputs - i * A::kChannels); ++j) {
-              const int64_t from = i * A::kChannels + j, co = mirrored ? from : o, ci = mirrored ? o : from;
-              if (!p.live(co, ci, t)) continue;
+            Staged element(0);
+            for (int64_t j = 0; j < A::kChannels; ++j) {
+              const int64_t o = block.first + c, from_j = first + j;
+              if (j >= count || (t.centre && !p.live(mirrored ? from_j : o, mirrored ? o : from_j, t))) continue;
               any = true;
-              A::place(w[c], j, weight[(co * p.inputs + ci) * area + t.row * p.kw + t.column]);
+              A::place(element, j, from[c * output_step + j * input_step]);
             }
+            w[c] = element;
           }
           if (!any) continue;
           const int64_t away = (t.row - p.kh / 2) * pitch + t.column - p.kw / 2;
@@ -155,10 +160,17 @@ Packed<A> pack(const Problem& p, const typename A::Weight* weight, bool mirrored
   return k;
 }
 
+// Whether the product can be written where it belongs: pixels lie as the tensor has them, nothing is rounded, and no block of channels
+// writes more vectors than it is asked for (a whole block's tiles come in every size).
+template <typename S, typename A>
+bool goes_straight(const Packed<A>& k) {
+  return std::is_same_v<S, typename A::Sum> && k.band.pitch() == k.band.width && k.outputs % kBlock == 0;
+}
+
 // Runs the product band by band; finish(image, first row, rows, result [outputs][stride], stride) stores what it gave. shift(image, o)
-// starts the sum of output channel o.
+// starts the sum of output channel o. straight: the tensor of the result where that is all there is to do, else null.
 template <typename S, typename A, typename Shift, typename Finish>
-void convolve(const Packed<A>& k, const S* x, int64_t batch, Shift&& shift, Finish&& finish) {
+void convolve(const Packed<A>& k, const S* x, int64_t batch, S* straight, Shift&& shift, Finish&& finish) {
   using T = typename A::Sum;
   const Band& b = k.band;
   const int64_t bands = (b.height + b.rows - 1) / b.rows, plane = b.plane(), L = Vector<T>::kLanes;
@@ -173,14 +185,27 @@ void convolve(const Packed<A>& k, const S* x, int64_t batch, Shift&& shift, Fini
       const int64_t vectors = ((rows - 1) * b.pitch() + b.width + L - 1) / L;
       // a tile's pixels stay in the first-level cache while the blocks of weights pass by
       const int64_t step = vectors_beside(kBlock);
-      for (int64_t v = 0; v < vectors; v += step)
-        for (const auto& block : k.blocks) {
-          T start[kBlock];
-          for (int c = 0; c < block.channels; ++c) start[c] = shift(n, block.first + c);
-          for (int64_t u = v, end = std::min(vectors, v + step); u < end;)
-            u += correlate<A>(block.channels, end - u, staged + b.origin() + u * L, &k.at[block.at], &k.weights[block.weights],
-                              block.entries, start, result + block.first * stride + u * L, stride);
+      const auto run = [&](int64_t from_vector, int64_t till_vector, T* to, int64_t to_stride) {
+        for (int64_t v = from_vector; v < till_vector; v += step)
+          for (const auto& block : k.blocks) {
+            T start[kBlock];
+            for (int c = 0; c < block.channels; ++c) start[c] = shift(n, block.first + c);
+            for (int64_t u = v, end = std::min(till_vector, v + step); u < end;)
+              u += correlate<A>(block.channels, end - u, staged + b.origin() + u * L, &k.at[block.at], &k.weights[block.weights],
+                                block.entries, start, to + block.first * to_stride + u * L, to_stride);
+          }
+      };
+      if constexpr (std::is_same_v<S, T>)
+        if (straight) {
+          const int64_t pixels = b.height * b.width, whole = rows * b.width / L, rest = rows * b.width - whole * L;
+          T* to = straight + n * k.outputs * pixels + first * b.width;
+          run(0, whole, to, pixels);
+          if (rest == 0) continue;
+          run(whole, vectors, result, stride);
+          for (int64_t o = 0; o < k.outputs; ++o) store_row(result + o * stride + whole * L, to + o * pixels + whole * L, rest);
+          continue;
         }
+      run(0, vectors, result, stride);
       finish(n, first, rows, result, stride);
     }
   });
@@ -356,15 +381,21 @@ void grad_weight(const Problem& p, const S* g, const S* x, S* to) {
       for (int64_t i = from * stride; i < till * stride; ++i) sums[i] += more[i];
     }
   });
-  torch::stable::parallel_for(0, p.outputs, 4, [&](int64_t from, int64_t till) {
-    std::vector<T> row(p.kh * p.kw);
-    for (int64_t o = from; o < till; ++o)
-      for (int64_t i = 0; i < p.inputs; ++i) {
-        std::fill(row.begin(), row.end(), T(0));
-        for (int64_t t = 0; t < taps; ++t)
-          if (p.live(o, i, p.taps[t])) row[p.taps[t].row * p.kw + p.taps[t].column] = sums[(i * taps + t) * stride + o];
-        store(row.data(), to + (o * p.inputs + i) * int64_t(row.size()), int64_t(row.size()));
-      }
+  constexpr int64_t kTogether = 16;  // output channels: a line of the sums
+  torch::stable::parallel_for(0, (p.outputs + kTogether - 1) / kTogether, 1, [&](int64_t from, int64_t till) {
+    const int64_t area = p.kh * p.kw, row = p.inputs * area;
+    std::vector<T> rows(kTogether * row);
+    for (int64_t o = from * kTogether; o < std::min(p.outputs, till * kTogether); o += kTogether) {
+      const int64_t count = std::min(kTogether, p.outputs - o);
+      const T* sum = &sums[o];
+      for (int64_t i = 0; i < p.inputs; ++i)
+        for (const Tap& t : p.taps) {
+          T* at = &rows[i * area + t.row * p.kw + t.column];
+          for (int64_t c = 0; c < count; ++c) at[c * row] = p.live(o + c, i, t) ? sum[c] : T(0);
+          sum += stride;
+        }
+      store(rows.data(), to + o * row, count * row);
+    }
   });
 }
 
@@ -504,7 +535,9 @@ std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Te
     with_arithmetic<S, T>([&]<typename A>() {
       std::vector<typename A::Weight> buffer;
       const Packed<A> packed = pack<A>(p, packable<S, A>(weight, buffer), false);
-      convolve(packed, data<S>(x), p.batch, [&](int64_t n, int64_t o) { return shift[n * per_image + o]; },
+      const bool alone = activation == kNone && !epilogue.condition && !epilogue.residual && !kept;
+      S* straight = alone && goes_straight<S>(packed) ? mutable_data<S>(output) : nullptr;
+      convolve(packed, data<S>(x), p.batch, straight, [&](int64_t n, int64_t o) { return shift[n * per_image + o]; },
                [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
                  epilogue(n, first, rows, result, stride, packed.band.pitch());
                });
@@ -568,7 +601,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
         std::vector<typename A::Weight> buffer;
         const Packed<A> packed = pack<A>(p, packable<S, A>(weight, buffer), true);
         S* to = mutable_data<S>(grad_x);
-        convolve(packed, data<S>(g), p.batch, [](int64_t, int64_t) { return T(0); },
+        convolve(packed, data<S>(g), p.batch, goes_straight<S>(packed) ? to : nullptr, [](int64_t, int64_t) { return T(0); },
                  [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
                    for (int64_t i = 0; i < p.inputs; ++i)
                      store_rows(result + i * stride, to + (n * p.inputs + i) * p.pixels() + first * p.width, rows, p.width,
