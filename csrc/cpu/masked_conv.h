@@ -81,6 +81,10 @@ template <typename T, int C, int V>
 void correlate_tile(const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out, int64_t stride) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::kLanes;
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) __builtin_prefetch(out + c * stride + v * L, 1);
   int64_t e = 0;
   do {
     const int64_t end = entries - e < kRun + kRun / 2 ? entries : e + kRun;
