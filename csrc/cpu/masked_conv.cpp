@@ -9,65 +9,29 @@
 // 4-D condition, the activation and the residual are applied to the band before it is stored.
 // Backward. g, the gradient of the pre-activation, is written out where there is an activation. grad_x: the same product, taps mirrored.
 // grad_weight: an outer product over pixels, per live tap, in at most kParts partial sums over the images; these depend on the shape
-// alone and are added in order, so that bits do not depend on the number of threads. No dead tap is ever computed; theirs is 0.
+// alone and are added in order, so that bits do not depend on the number of threads. A dead tap's is 0.
 //
 // Saved for backward: x, weight; relu: the output, beside a residual the pre-activation; gate: the pre-activation (recomputing it would
 // cost the convolution again).
 //
 // Flops: 2·N·H·W·(live weights), twice that backward: at a processor's peak this is the floor, the bytes (x and y once) hide behind it.
-// fp16 is widened as it is staged. bf16 too, unless the processor multiplies pairs of bf16: then torch's convolution of all taps, with
-// the masked weight, is the faster one, and the epilogue here follows it.
-#include "masked_conv_bf16.h"
+// fp16 is widened as it is staged. bf16 is multiplied in pairs where the processor does that (masked_conv_bf16.h), on one with AMX by
+// torch (masked_conv_torch.h), else widened.
+#include "masked_conv.h"
 
 #include "../common/math.h"
+#include "masked_conv_bf16.h"
+#include "masked_conv_problem.h"
+#include "masked_conv_torch.h"
 
 namespace genkernels {
 namespace {
 
 using namespace masked;
 
-enum Activation : int64_t { kNone, kRelu, kGate };
-enum Region : int64_t { kRaster, kVertical, kHorizontal };
 constexpr int64_t kBandBytes = 384 * 1024;  // of the second-level cache
 constexpr int64_t kParts = 16;
 constexpr int64_t kLeastItems = 4;  // of the weight's gradient: bands where there are few images
-
-struct Tap {
-  int64_t row, column;
-  bool centre;  // live only between certain blocks of channels
-};
-
-struct Problem {
-  int64_t batch, inputs, outputs, height, width, kh, kw;
-  int64_t mask_type, data_channels, region, activation;
-  std::vector<Tap> taps;
-  std::vector<int64_t> of_output, of_input;  // the block of data_channels that each channel belongs to, where there are several
-  int64_t left() const { return activation == kGate ? outputs / 2 : outputs; }
-  int64_t pixels() const { return height * width; }
-
-  bool live(int64_t o, int64_t i, const Tap& t) const {
-    return !t.centre || (mask_type == 0 ? of_input[i] < of_output[o] : of_input[i] <= of_output[o]);
-  }
-};
-
-Problem problem_of(const Tensor& x, const Tensor& weight, int64_t mask_type, int64_t data_channels, int64_t region, int64_t activation) {
-  Problem p{x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3), weight.size(2), weight.size(3),
-            mask_type, data_channels, region, activation, {}, {}, {}};
-  for (int64_t o = 0; data_channels > 1 && o < p.outputs; ++o) p.of_output.push_back((o % p.left()) * data_channels / p.left());
-  for (int64_t i = 0; data_channels > 1 && i < p.inputs; ++i) p.of_input.push_back(i * data_channels / p.inputs);
-  const int64_t middle_row = p.kh / 2, middle = p.kw / 2;
-  for (int64_t r = 0; r <= middle_row; ++r)
-    for (int64_t c = 0; c < p.kw; ++c) {
-      if (region == kVertical) {
-        if (r < middle_row || mask_type == 1) p.taps.push_back({r, c, false});
-      } else if ((r < middle_row && region == kRaster) || (r == middle_row && c < middle)) {
-        p.taps.push_back({r, c, false});
-      } else if (r == middle_row && c == middle && (mask_type == 1 || data_channels > 1)) {
-        p.taps.push_back({r, c, data_channels > 1});
-      }
-    }
-  return p;
-}
 
 // ---- one convolution over live taps ---------------------------------------------------------------------------------------
 
@@ -399,63 +363,6 @@ void grad_weight(const Problem& p, const S* g, const S* x, S* to) {
   });
 }
 
-// ---- torch's own convolution, where it is the faster one ------------------------------------------------------------------
-
-template <typename S>
-Tensor masked_weight(const Problem& p, const Tensor& weight) {
-  Tensor to = empty(weight, shape_of(weight), weight.scalar_type());
-  const S* from = data<S>(weight);
-  S* at = mutable_data<S>(to);
-  const int64_t area = p.kh * p.kw;
-  std::memset(static_cast<void*>(at), 0, p.outputs * p.inputs * area * sizeof(S));
-  std::vector<int64_t> always, sometimes;  // live for every pair of channels; between certain groups alone
-  for (size_t t = 0; t < p.taps.size(); ++t) (p.taps[t].centre ? sometimes : always).push_back(int64_t(t));
-  for (int64_t o = 0; o < p.outputs; ++o)
-    for (int64_t i = 0; i < p.inputs; ++i, at += area, from += area) {
-      for (int64_t t : always) {
-        const int64_t k = p.taps[t].row * p.kw + p.taps[t].column;
-        at[k] = from[k];
-      }
-      for (int64_t t : sometimes) {
-        const int64_t k = p.taps[t].row * p.kw + p.taps[t].column;
-        if (p.live(o, i, p.taps[t])) at[k] = from[k];
-      }
-    }
-  return to;
-}
-
-Tensor torch_convolution(const Problem& p, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
-  const std::vector<int64_t> one{1, 1}, none{0, 0}, padding{p.kh / 2, p.kw / 2};
-  std::array<StableIValue, 9> stack{from(x),   from(weight), from(bias), from(one),       from(padding),
-                                    from(one), from(false),  from(none), from(int64_t(1))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
-}
-
-std::tuple<Tensor, Tensor, Tensor> torch_backward(const Problem& p, const Tensor& g, const Tensor& x, const Tensor& weight, bool want_x,
-                                                  bool want_weight, bool want_bias) {
-  using torch::stable::detail::from;
-  const std::vector<int64_t> one{1, 1}, none{0, 0}, padding{p.kh / 2, p.kw / 2};
-  const std::array<bool, 3> wanted{want_x, want_weight, want_bias};
-  std::array<StableIValue, 11> stack{from(g),
-                                     from(x),
-                                     from(weight),
-                                     from(std::optional<std::vector<int64_t>>(std::vector<int64_t>{p.outputs})),
-                                     from(one),
-                                     from(padding),
-                                     from(one),
-                                     from(false),
-                                     from(none),
-                                     from(int64_t(1)),
-                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-  using torch::stable::detail::to;
-  Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
-  const auto dense = [](bool wanted, const Tensor& t) { return wanted ? torch::stable::contiguous(t) : t; };
-  return {dense(want_x, grad_x), dense(want_weight, grad_weight), grad_bias};
-}
-
 // ---- the operators --------------------------------------------------------------------------------------------------------
 
 template <typename F>
@@ -468,8 +375,6 @@ void dispatch(const Tensor& x, F&& f) {
     default: STD_TORCH_CHECK(false, "masked_conv: no kernel for this dtype of x");
   }
 }
-
-bool torch_is_faster(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 && has_amx(); }
 
 // f<A>(), A being the arithmetic for storage S.
 template <typename S, typename T, typename F>

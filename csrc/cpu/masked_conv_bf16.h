@@ -25,13 +25,8 @@ namespace masked {
 #if defined(__x86_64__) && defined(__AVX512F__)
 constexpr bool kHasPairs = true;
 
-// A processor with AMX is left to torch's convolution: its matrix units do many times as much in bf16 as the vector units do.
-inline bool has_amx() {
-  static const bool has = __builtin_cpu_supports("amx-bf16");
-  return has;
-}
 inline bool multiplies_pairs() {
-  static const bool does = __builtin_cpu_supports("avx512bf16") && !has_amx();
+  static const bool does = __builtin_cpu_supports("avx512bf16");
   return does;
 }
 
@@ -155,7 +150,6 @@ struct Pairs {
 #else
 constexpr bool kHasPairs = false;
 using Pairs = void;
-inline bool has_amx() { return false; }
 inline bool multiplies_pairs() { return false; }
 #endif
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -72,7 +73,8 @@ class Problem(NamedTuple):
         )
 
 
-# whole and ragged tiles of pixels and of channels; one channel in, one out; a kernel larger than the image; long rows; wide kernels
+# whole and ragged tiles of pixels and of channels; one channel in, one out; a kernel larger than the image; long rows; wide kernels;
+# products that are written straight to the tensor, of ragged tiles and in several bands
 PROBLEMS = [
     Problem(2, 16, 32, 8, 8, (3, 3)),
     Problem(3, 6, 9, 5, 7, (3, 3), "B", 3, condition=2, activation="relu"),
@@ -89,6 +91,8 @@ PROBLEMS = [
     Problem(2, 6, 132, 3, 5, (1, 1), data_channels=3),
     Problem(1, 3, 5, 3, 130, (3, 3), bias=False),
     Problem(1, 70, 66, 17, 16, (3, 3), activation="relu"),
+    Problem(2, 9, 16, 7, 5, (1, 1)),
+    Problem(1, 23, 72, 41, 33, (1, 1), bias=False),
 ]
 IDS = [f"{i}-{p.mask_type}-{p.region}-{p.activation}" for i, p in enumerate(PROBLEMS)]
 
@@ -265,9 +269,10 @@ def test_a_gradient_without_its_pre_activation_is_refused(compiled_backend, devi
         output.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(compiled_backend, device, problem):
-    tensors = problem.tensors(torch.float32, device)
+def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(compiled_backend, device, problem, dtype):
+    tensors = problem.tensors(dtype, device)
     given = cotangents(problem, tensors)
     threads = torch.get_num_threads()
     try:
@@ -300,18 +305,22 @@ def strided(offset, step, values):
     return view
 
 
-@settings(max_examples=80, deadline=None)
-@given(data=st.data(), seed=st.integers(0, 1000))
-def test_any_shape_stride_and_option(data, seed):
-    draw = data.draw
+def any_problem(draw):
     c, gate = draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, 2]))
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (1, 3), (3, 1), (5, 5), (3, 7)]))
-    problem = Problem(
+    return Problem(
         draw(st.integers(0, 3)), c * draw(st.integers(1, 7)), gate * c * draw(st.integers(1, 7)), draw(st.integers(1, 9)),
         draw(st.integers(1, 40)), kernel, draw(st.sampled_from("AB")), c, draw(st.sampled_from(REGIONS)),
         "gate" if gate == 2 else draw(st.sampled_from(["none", "relu"])), draw(st.sampled_from([0, 2, 4])),
         draw(st.booleans()), draw(st.booleans()),
     )  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 1000))
+def test_any_shape_stride_and_option(data, seed):
+    draw = data.draw
+    problem = any_problem(draw)
     if not problem.mask.any():
         return
     torch.manual_seed(seed)
@@ -334,17 +343,63 @@ def test_any_shape_stride_and_option(data, seed):
         )
 
 
+def by_torch(device, dtype):
+    """Whether the CPU kernel leaves the product to torch's convolution of all taps."""
+    cpus = Path("/proc/cpuinfo")
+    return device == "cpu" and dtype == torch.bfloat16 and cpus.exists() and "amx_bf16" in cpus.read_text()
+
+
+@pytest.mark.skipif(by_torch("cpu", torch.bfloat16), reason="torch's convolution rounds before the condition is added")
+@pytest.mark.skipif(ops.OPERATORS["masked_conv"].backends["cpu"] != "", reason="there is no CPU kernel")
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 1000))
+def test_small_whole_numbers_are_rounded_once_in_bf16(data, seed):
+    """Their products and sums are exact in fp32, in whatever order: the result is the exact one, rounded."""
+    problem = any_problem(data.draw)
+    if not problem.mask.any():
+        return
+    if problem.activation == "gate":
+        problem = problem._replace(activation="relu")
+    torch.manual_seed(seed)
+    drawn = [*problem.tensors(), *cotangents(problem, problem.tensors())]
+    exact = [t if t is None else torch.randint_like(t, -3, 4) for t in drawn]
+    rounded = [t if t is None else t.bfloat16() for t in exact]
+    true = everything(reference, problem, exact[:5], *exact[5:])
+    for name, value in everything(torch.ops.genkernels, problem, rounded[:5], *rounded[5:]).items():
+        assert torch.equal(value, true[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_values_reach_the_pixels_that_see_them_and_no_earlier_one(compiled_backend, device, bad):
+def test_non_finite_values_reach_the_pixels_that_see_them_and_no_earlier_one(compiled_backend, device, bad, dtype):
     """The reference multiplies dead taps by 0, and 0 · inf is NaN: there the leak of a NaN is the definition's own."""
-    problem = Problem(1, 2, 3, 5, 6, (3, 3), "B")
-    x, weight, bias, *_ = problem.tensors(torch.float32, device)
+    if by_torch(device, dtype):
+        pytest.skip("torch's convolution multiplies dead taps by 0")
+    problem = Problem(1, 3, 3, 5, 6, (3, 3), "B")
+    x, weight, bias, *_ = problem.tensors(dtype, device)
     clean = problem.call(x, weight, bias)
     x[0, :, 2, 3] = bad
     y = problem.call(x, weight, bias)
     sees = may_see(problem)[:, :, :, 0, 2, 3].to(device)
     assert not y[0][sees].isfinite().any()
     assert torch.equal(y[0].flatten(1)[:, : 2 * 6 + 3], clean[0].flatten(1)[:, : 2 * 6 + 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [6, 7])
+def test_a_non_finite_pixel_shows_in_the_gradients_of_the_taps_that_meet_it_alone(
+    compiled_backend, device, width, dtype
+):
+    if by_torch(device, dtype):
+        pytest.skip("torch's convolution may multiply what lies outside the image")
+    problem = Problem(1, 3, 5, 4, width, (3, 3), "B")
+    x, weight, bias, *_ = problem.tensors(dtype, device)
+    x[0, 1, 1, width - 1] = float("nan")  # of the last column: no tap to the left ever reads it
+    (grad,) = torch.autograd.grad(problem.call(x, weight.requires_grad_(), bias).sum(), weight)
+    meets = problem.mask.clone()
+    meets[:, :, :, 0] = False
+    meets[:, [0, 2]] = False
+    assert torch.equal(grad.isnan().cpu(), meets)
 
 
 def test_autocast_takes_the_lower_dtype_as_a_convolution_does(backend, device):

@@ -43,8 +43,9 @@ def cases(device: str, quick: bool) -> list[Case]:
         _row("vertical", (batch, 64, 28, 28), 64, (3, 3), region="vertical"),
         _row("horizontal", (batch, 64, 28, 28), 64, (1, 3), region="horizontal"),
         _row("digits", (64 if device == "cpu" else 1024, 64, 8, 8), 64, (3, 3)),
+        _row("1x1", (batch, 64, 28, 28), 256, (1, 1)),
     ]
-    halves = [rows[0], rows[4]] if device == "cpu" else rows
+    halves = [rows[0], rows[4], rows[-1]] if device == "cpu" else rows
     wanted = [(row, direction, fp32) for row in rows for direction in (_FORWARD, _BOTH)]
     wanted += [(row, direction, bf16) for row in halves for direction in (_FORWARD, _BOTH)]
     return [case(dtype=dtype, direction=direction, **row) for row, direction, dtype in wanted]
