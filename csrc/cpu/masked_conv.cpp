@@ -485,7 +485,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
       }
       store(total.data(), mutable_data<S>(grad_bias), p.outputs);
     }
-    if (flat_condition) {
+    if (flat_condition && p.batch) {
       const std::vector<T> each(sums.begin(), sums.end());
       store(each.data(), mutable_data<S>(grad_condition), p.batch * p.outputs);
     }
