@@ -1,6 +1,6 @@
 // torch's own convolution of all taps with the masked weight, and its backward: for bf16 where the processor has AMX, whose matrix units
 // do many times as much in bf16 as the vector units do. Everywhere else the kernels over live taps are the faster ones. What a dead tap
-// meets is multiplied by 0 here, so that NaN and infinity show there.
+// meets is multiplied by 0 here, so that NaN and infinity show there, and bits of the weight's gradient depend on the number of threads.
 #pragma once
 
 #include "masked_conv_problem.h"
