@@ -207,21 +207,21 @@ struct Epilogue {
   const S *condition, *residual;  // [N, Cout, H, W] and [N, Cout', H, W], or null
   S *output, *pre;                // pre or null
 
-  template <typename T>
-  void operator()(int64_t n, int64_t first, int64_t rows, T* result, int64_t stride, int64_t pitch) const {
+  template <typename A, typename T>
+  void apply(int64_t n, int64_t first, int64_t rows, T* result, int64_t stride, int64_t pitch) const {
     const int64_t left = p.left(), skip = first * p.width, width = p.width, span = (rows - 1) * pitch + width;
     for (int64_t o = 0; o < left; ++o) {
       for (int64_t half = 0; half < p.outputs / left; ++half) {
         const int64_t c = o + half * left, at = (n * p.outputs + c) * p.pixels() + skip;
         if (condition) add_rows(condition + at, result + c * stride, rows, width, pitch);
-        if (pre) store_rows(result + c * stride, pre + at, rows, width, pitch);
+        if (pre) store_rows<A>(result + c * stride, pre + at, rows, width, pitch);
       }
       T* u = result + o * stride;
       if (p.activation == kRelu) relu(u, span);
       if (p.activation == kGate) gate(u, u + left * stride, span);
       const int64_t at = (n * left + o) * p.pixels() + skip;
       if (residual) add_rows(residual + at, u, rows, width, pitch);
-      store_rows(u, output + at, rows, width, pitch);
+      store_rows<A>(u, output + at, rows, width, pitch);
     }
   }
 };
@@ -432,7 +432,7 @@ std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Te
           load(from + n * p.outputs * p.pixels(), image, p.outputs * p.pixels());
           for (int64_t o = 0; flat && o < p.outputs; ++o)
             for (int64_t i = 0; i < p.pixels(); ++i) image[o * p.pixels() + i] += shift[n * per_image + o];
-          epilogue(n, 0, p.height, image, p.pixels(), p.width);
+          epilogue.template apply<Single<T>>(n, 0, p.height, image, p.pixels(), p.width);
         }
       });
       return;
@@ -444,7 +444,7 @@ std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Te
       S* straight = alone && goes_straight<S>(packed) ? mutable_data<S>(output) : nullptr;
       convolve(packed, data<S>(x), p.batch, straight, [&](int64_t n, int64_t o) { return shift[n * per_image + o]; },
                [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
-                 epilogue(n, first, rows, result, stride, packed.band.pitch());
+                 epilogue.template apply<A>(n, first, rows, result, stride, packed.band.pitch());
                });
     });
   });
@@ -509,7 +509,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
         convolve(packed, data<S>(g), p.batch, goes_straight<S>(packed) ? to : nullptr, [](int64_t, int64_t) { return T(0); },
                  [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
                    for (int64_t i = 0; i < p.inputs; ++i)
-                     store_rows(result + i * stride, to + (n * p.inputs + i) * p.pixels() + first * p.width, rows, p.width,
+                     store_rows<A>(result + i * stride, to + (n * p.inputs + i) * p.pixels() + first * p.width, rows, p.width,
                                 packed.band.pitch());
                  });
       }

@@ -258,10 +258,10 @@ void add_rows(const S* from, T* to, int64_t rows, int64_t width, int64_t pitch) 
       for (int j = 0; j < count(); ++j) to[i + j] += given[j];
     });
 }
-template <typename S, typename T>
+template <typename A, typename S, typename T>
 void store_rows(const T* from, S* to, int64_t rows, int64_t width, int64_t pitch) {
   if (pitch == width) width *= rows, rows = 1;
-  for (int64_t r = 0; r < rows; ++r, from += pitch, to += width) store_row(from, to, width);
+  for (int64_t r = 0; r < rows; ++r, from += pitch, to += width) A::store(from, to, width);
 }
 
 // to[i·stride + c] = from[c][i], i < n, c < columns; of four bytes an element in the AVX-512 build columns is always 16.
@@ -358,6 +358,10 @@ struct Single {
   template <typename S>
   static void read_pixels(const S* from, Staged* to, int64_t n) {
     load_row(from, to, n);
+  }
+  template <typename S>
+  static void store(const T* from, S* to, int64_t n) {
+    store_row(from, to, n);
   }
   template <int C, int V>
   static void correlate(const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out, int64_t stride) {

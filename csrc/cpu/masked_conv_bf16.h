@@ -7,8 +7,8 @@
 // outer:     the two are neighbouring pixels of one row: g is turned as [pair of pixels][channel], and x's two pixels are any two
 //            neighbours of a plane of bf16, read as 32 bits. The last pixel of an odd row is multiplied alone, beside zeros.
 //
-// The instruction takes denormal factors and gives denormal sums as 0, and rounds to nearest even; NaN and infinity are as usual. Sums are
-// not cut into runs as in fp32: what they lose is far below the bf16 rounding of the result.
+// The instruction takes denormal factors and gives denormal sums as 0, and rounds to nearest even; NaN and infinity are as usual. So does
+// vcvtneps2bf16, which rounds the results. Sums are not cut into runs as in fp32: what they lose is far below the rounding of the result.
 //
 // Compiled into the AVX-512 build alone, whose other code needs no AVX512-BF16; `multiplies_pairs` says whether this processor may run it.
 #pragma once
@@ -104,6 +104,13 @@ GENKERNELS_PAIRS void outer_pairs(const uint16_t* const* x, int64_t pitch, const
     }
 }
 
+GENKERNELS_PAIRS inline void store_rounded(const float* from, BFloat16* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 valid = n - i < 16 ? __mmask16((1u << (n - i)) - 1) : __mmask16(0xffff);
+    _mm256_mask_storeu_epi16(to + i, valid, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(valid, from + i)));
+  }
+}
+
 #undef GENKERNELS_PAIRS
 
 // Single's counterpart.
@@ -135,6 +142,7 @@ struct Pairs {
     in_pieces(pairs, [&](int64_t i, auto count) { std::memcpy(to + i, from + 2 * i, count() * sizeof(Staged)); });
     if (n & 1) to[pairs] = reinterpret_cast<const uint16_t*>(from)[n - 1];
   }
+  static void store(const float* from, BFloat16* to, int64_t n) { store_rounded(from, to, n); }
   template <int C, int V>
   static void correlate(const uint32_t* x, const int32_t* at, const uint32_t* w, int64_t entries, const float* shift, float* out,
                         int64_t stride) {
