@@ -16,6 +16,7 @@
 // Counted for the 7×7 A + 8 × 3×3 B network of 64 channels: 166 k multiply-adds a pixel, 40 % of them in the pixel-by-pixel part (one
 // pass over the image by dense convolutions: 300 k). At batch 1 that part reads 262 kB of weights a pixel, from the second-level cache: the floor.
 #include "common.h"
+#include "vector.h"
 
 #include "../common/draw.h"
 #include "../common/stages.h"
@@ -27,22 +28,7 @@ using stages::Activation;
 using stages::Network;
 using stages::Plane;
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kRegisters = 32;
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kBytes = 16, kRegisters = 32;
-#else
-constexpr int kBytes = 16, kRegisters = 16;
-#endif
 constexpr int kRows = kRegisters == 32 ? 8 : 6;  // rows of a product that share its weights' loads
-
-template <typename T>
-struct Simd {
-  typedef T type __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
-  static constexpr int kLanes = kBytes / sizeof(T);
-};
 
 // Vectors of outputs that a tile of M rows keeps in registers beside its weights and one input.
 constexpr int widest(int m) {
@@ -53,8 +39,8 @@ constexpr int widest(int m) {
 // out[m][v] += Σ_k in[m·in_stride + k] · w[k][v], v < NV vectors.
 template <typename T, int M, int NV>
 inline void tile(const T* in, int64_t in_stride, int64_t count, const T* w, int64_t w_stride, T* out, int64_t out_stride) {
-  using V = typename Simd<T>::type;
-  constexpr int L = Simd<T>::kLanes;
+  using V = typename Vector<T>::unaligned;
+  constexpr int L = Vector<T>::kLanes;
   V sum[M][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -81,7 +67,7 @@ inline void tile(const T* in, int64_t in_stride, int64_t count, const T* w, int6
 
 template <typename T, int M, int NV>
 inline void tiles(const T* in, int64_t in_stride, int64_t count, const T* w, int64_t vectors, T* out, int64_t out_stride) {
-  constexpr int L = Simd<T>::kLanes;
+  constexpr int L = Vector<T>::kLanes;
   const int64_t w_stride = vectors * L;
   int64_t v = 0;
   for (; v + NV <= vectors; v += NV) tile<T, M, NV>(in, in_stride, count, w + v * L, w_stride, out + v * L, out_stride);
@@ -172,7 +158,7 @@ class Sampler {
           const Plane& from = net_.planes[product.plane];
           for (int64_t n = 0; n < samples; ++n)
             multiply(line(state + n * net_.state_size, from, i - product.up) + product.start, from.channels, columns_, product.count,
-                     weights_.data() + product.offset, p.padded / Simd<T>::kLanes, sums + n * sums_ + p.sums + g * p.padded, p.stride);
+                     weights_.data() + product.offset, p.padded / Vector<T>::kLanes, sums + n * sums_ + p.sums + g * p.padded, p.stride);
         }
       if (s.vertical)
         for (int64_t n = 0; n < samples; ++n)
@@ -190,7 +176,7 @@ class Sampler {
       for (const Product<T>& product : p.beside[g]) {
         const Plane& from = net_.planes[product.plane];
         multiply(line(state, from, i) + j * from.channels + product.start, net_.state_size, samples, product.count,
-                 weights_.data() + product.offset, p.padded / Simd<T>::kLanes, to, sums_);
+                 weights_.data() + product.offset, p.padded / Vector<T>::kLanes, to, sums_);
       }
       for (int64_t n = 0; n < samples; ++n) finish(s, p, k + 1, i, j, g, state + n * net_.state_size, sums + n * sums_ + p.sums);
     }
@@ -250,7 +236,7 @@ class Sampler {
   }
 
   void pack(const stages::Stage& s, int64_t groups) {
-    constexpr int64_t L = Simd<T>::kLanes;
+    constexpr int64_t L = Vector<T>::kLanes;
     Packed<T> p;
     p.groups = groups;
     p.group_width = s.width / groups;

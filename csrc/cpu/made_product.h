@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common.h"
+#include "vector.h"
 
 #include <array>
 #include <memory>
@@ -15,29 +16,18 @@
 namespace genkernels {
 namespace product {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kVectors = 2;
-#else
-constexpr int kBytes = 16, kVectors = 2;
-#endif
-constexpr int kRows = 6;       // kRows·kVectors sums, kVectors activations and a weight fit the registers
+constexpr int kVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kRows = 6;  // kRows·kVectors sums, kVectors activations and a weight fit the registers
 constexpr int64_t kPiece = 24 * 1024;  // bytes of activations in a piece of the depth
 
 template <typename T>
-constexpr int64_t kLanes = kBytes / sizeof(T);
+constexpr int64_t kLanes = Vector<T>::kLanes;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
-};
-
 template <typename T, int R, int V, bool Unit>
 void tile(const T* const* w, int64_t step, const T* __restrict act, int64_t ld, int64_t depth, T* __restrict out, int64_t ldo) {
-  using Vec = typename Vector<T>::type;
+  using Vec = typename Vector<T>::unaligned;
   constexpr int64_t L = kLanes<T>;
   Vec sum[R][V];
   const T* row[R];

@@ -12,38 +12,12 @@
 #pragma once
 
 #include "common.h"
+#include "vector.h"
 
 #include <memory>
 
 namespace genkernels {
 namespace masked {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kRegisters = 16;
-#else
-constexpr int kVectorBytes = 16;
-constexpr int kRegisters = 16;
-#endif
-
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-  static constexpr int64_t kLanes = kVectorBytes / sizeof(T);
-};
-
-template <typename T>
-inline typename Vector<T>::type load_vector(const T* from) {
-  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
-}
-template <typename T>
-inline void store_vector(typename Vector<T>::type value, T* to) {
-  *reinterpret_cast<typename Vector<T>::unaligned*>(to) = value;
-}
 
 // Memory of one thread, kept from call to call: fresh pages cost more than they hold. Slots grow and are never freed. What a tile reads
 // beyond a staged plane is left over from earlier, and the lanes that see it are thrown away.

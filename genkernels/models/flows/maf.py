@@ -12,7 +12,7 @@ from genkernels.nn import MADE, ActNorm, AutoregressiveTransform, FlowSequential
 
 ORDERS = ("alternate", "natural", "reversed", "random")
 _PRESETS = {
-    "digits": {"image_shape": (1, 8, 8), "data_levels": 17, "transforms": 5, "hidden": 256, "logit": 0.01},
+    "digits": {"image_shape": (1, 8, 8), "data_levels": 17, "transforms": 5, "hidden": 128, "logit": 0.01},
     "photos32": {"image_shape": (3, 32, 32), "transforms": 5, "hidden": 1024, "logit": 0.05},
     "cifar10": {"image_shape": (3, 32, 32), "transforms": 10, "hidden": 2048, "logit": 0.05},
     "points": {"features": 2, "transforms": 8, "hidden": 64},
