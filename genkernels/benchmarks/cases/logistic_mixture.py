@@ -30,6 +30,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     if not quick:
         rows += [
             case("grey256", grey, 1, 5, 256, both, fp32),
+            case("grey256", grey, 1, 5, 256, "sample", fp32),
             case("rgb", rgb, 3, 10, 256, both, bf16),
             case("grey256", grey, 1, 5, 256, both, bf16),
             case("rgb", rgb, 3, 10, 256, "forward", fp32),
