@@ -22,7 +22,7 @@ from genkernels import data, models, training
 from genkernels.benchmarks import machine
 from genkernels.training import TrainConfig
 
-TRIAL = 15  # steps
+TRIAL = 60  # steps; fewer end before the processor is up to speed
 
 
 def train(name: str, bundle, config: TrainConfig, out: Path | None) -> training.Result:
