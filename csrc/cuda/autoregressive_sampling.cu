@@ -287,14 +287,17 @@ __device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, in
   if (threadIdx.x == 0) {
     int first = 0;
     T most = parameters[0];
+    bool ordered = most == most;
     for (int c = 1; c < q.levels; ++c) {
-      if (parameters[c] > most) {
-        most = parameters[c];
+      const T logit = parameters[c];
+      ordered &= logit == logit;
+      if (logit > most) {
+        most = logit;
         first = c;
       }
     }
     shared[0] = most;
-    shared[1] = T(first);
+    shared[1] = T(ordered ? first : 0);
   }
   __syncthreads();
   if (q.temperature != T(0)) {

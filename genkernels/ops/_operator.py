@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -167,8 +168,8 @@ def _launch_on_gpu(operator: Operator, name: str, reference: Callable, *argument
     return reference(*arguments)
 
 
-def differentiate(name: str, setup_context: Callable, backward: Callable, uses_autograd: bool = False) -> None:
-    """Registers the first-order gradient of `genkernels::name`; `uses_autograd` where `backward` itself differentiates something.
+def differentiate(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Registers the first-order gradient of `genkernels::name`.
 
     ``torch.library.register_autograd`` reads the schema anew in every call, which costs as much as a small layer (some 30 µs). It is left to
     operators with lists of tensors and with defaults, which it fills in; the others get the same `autograd.Function` without that.
@@ -184,13 +185,8 @@ def differentiate(name: str, setup_context: Callable, backward: Callable, uses_a
         setup_context(ctx, arguments, output)
         return output
 
-    def back(ctx, *grads):
-        if uses_autograd or torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        with torch._C._AutoDispatchBelowAutograd():  # no graph of the gradient is wanted: straight to the kernels
-            return backward(ctx, *grads)
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(back)}
+    # `backward` runs with autograd in reach: reading saved tensors may run a checkpoint's forward pass again
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"{name}_gradient", (torch.autograd.Function,), members)
 
     def call(*arguments):
@@ -234,7 +230,7 @@ def differentiate_reference(name: str, reference: Callable) -> None:
                     grads[i] = grad
         return tuple(grads)
 
-    differentiate(name, setup_context, backward, uses_autograd=True)
+    differentiate(name, setup_context, backward)
 
 
 def refuse_gradient(name: str, sentence: str) -> None:
@@ -261,6 +257,13 @@ def refuse_gradient_in_place(name: str, sentence: str) -> None:
             return run(*arguments)
 
     LIBRARY.impl(name, call, "Autograd")
+
+
+def temperature_of(operator: str, value: float) -> float:
+    """A temperature as every backend can hold it: below fp32's normal numbers it counts as 0, above 2^127 as that."""
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{operator}: temperature must be a finite number, 0 or more, got {value!r}")
+    return 0.0 if value < 2.0**-126 else float(min(value, 2.0**127))
 
 
 def choose(operator: str, argument: str, value: str, options: Sequence[str]) -> int:

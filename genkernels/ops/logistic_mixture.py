@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from genkernels.ops._operator import (
     refuse_gradient,
     register,
     runs_reference,
+    temperature_of,
 )
 
 NAME = "logistic_mixture"
@@ -80,7 +79,7 @@ def logistic_mixture_sample(
         params: as for `logistic_mixture_nll`.
         noise: ``[N, 1 + C, *spatial]`` uniform in [0, 1), any floating dtype: the mixture's, then each channel's. C is 1 or 3.
         levels: as for `logistic_mixture_nll`. temperature: divides the logits and multiplies the logistic noise; 0 takes the first of the
-            largest logits, and its mean.
+            largest logits, and its mean. Below 2^-126 it counts as 0, above 2^127 as that.
 
     Returns:
         Level indices ``[N, C, *spatial]``, int64. They carry no graph.
@@ -88,15 +87,12 @@ def logistic_mixture_sample(
     Raises: as for `logistic_mixture_nll`. Source: the same.
     """
     _check(params, noise, "noise", 1, levels)
-    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"{NAME}: temperature must be a finite number, 0 or more, got {temperature!r}")
+    temperature = temperature_of(NAME, temperature)
     noise = noise.to(_work_dtype(params))
     if runs_reference(OPERATOR, params):
         with torch.no_grad():
-            return reference.logistic_mixture_sample(params, noise, levels, float(temperature))
-    return torch.ops.genkernels.logistic_mixture_sample(
-        params.contiguous(), noise.contiguous(), levels, float(temperature)
-    )
+            return reference.logistic_mixture_sample(params, noise, levels, temperature)
+    return torch.ops.genkernels.logistic_mixture_sample(params.contiguous(), noise.contiguous(), levels, temperature)
 
 
 def _work_dtype(params: Tensor) -> torch.dtype:

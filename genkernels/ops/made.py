@@ -262,7 +262,7 @@ def _differentiate_lists(name: str, function: Callable) -> None:
                     grads[i] = grad
         return tuple(nested(ctx, grads))
 
-    differentiate(name, setup_context, backward, uses_autograd=True)
+    differentiate(name, setup_context, backward)
 
 
 # --------------------------------------------------------------------------------------------------------------- fakes

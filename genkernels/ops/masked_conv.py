@@ -40,7 +40,8 @@ def masked_conv(
 
     .. math:: y = \mathrm{act}\big(x * (w \odot m) + b + c\big) + r
 
-    Taps that the mask m kills are neither multiplied by the kernels nor given a gradient: theirs is exactly 0.
+    Taps that the mask m kills add nothing and are given no gradient: theirs is exactly 0. Kernels leave them out, but for some at the centre with several
+    data channels, whose weight is taken as 0: a NaN or an infinity that only they see may show.
 
     Equivalent to (``mask_type="B"``, ``data_channels=1``, 3×3, ``activation="relu"``)::
 

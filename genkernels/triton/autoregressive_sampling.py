@@ -238,7 +238,10 @@ def _mixture_channel(
     b_seen = _draw.level_value(b_level.to(b_t.dtype), LEVELS)
     tl.store(p_image + o, b_level, m)
     tl.store(p_state + o_x, b_seen, m)
-    return tl.where(b_x == b_x, b_seen, b_x) if p_known is None else b_seen
+    m_nan = b_x != b_x
+    if p_known is not None:
+        m_nan &= tl.load(p_known + o, m, other=0) == 0
+    return tl.where(m_nan, b_x, b_seen)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -384,6 +387,7 @@ def kernel_specs() -> list[KernelSpec]:
         ("rgb gated", "fp32", 3, 256, 0, True, 256, 4, False, False),
         ("mixture grey", "fp32", 1, 256, 5, False, 64, 4, False, False),
         ("mixture", "fp32", 3, 256, 10, True, 100, 1, True, False),
+        ("one component", "fp32", 3, 256, 1, False, 64, 1, False, False),
         ("small", "fp32", 1, 2, 0, True, 4, 1, False, False),
         ("many levels", "fp32", 1, 65536, 0, False, 65536, 1, False, False),
         ("wide", "fp64", 1, 17, 0, True, 64, 1, False, False),

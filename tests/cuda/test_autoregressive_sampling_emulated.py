@@ -101,6 +101,14 @@ def test_heads_and_temperature(kernel, poisoned_memory, temperature):
         check(kernel, stages, noise, levels=64, head="logistic_mixture", temperature=temperature)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_not_a_number(kernel, poisoned_memory, temperature):
+    for bad in (float("nan"), float("inf")):
+        stages = plain(seed=9)
+        stages[-1].bias[3] = bad
+        check(kernel, stages, uniform(2, 1, 2, 3, seed=1), levels=5, temperature=temperature)
+
+
 def test_many_levels(kernel, poisoned_memory):
     check(kernel, plain(levels=300, layers=1, seed=4), uniform(1, 1, 2, 3, seed=1), levels=300)
 

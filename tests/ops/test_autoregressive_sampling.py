@@ -349,6 +349,19 @@ def test_nan_weights_draw_as_the_definition(device, temperature):
         assert (drawn == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e39, 1e300])
+def test_temperatures_beyond_fp32(device, temperature, dtype):
+    """As 0, and as one so high that every level is as likely as the next."""
+    stages, noise = plain(seed=9), uniform(2, 1, 5, 5, seed=1)
+    drawn = check(device, stages, noise, dtype, levels=5, temperature=temperature)
+    expected = (5 * noise).long() if temperature > 1 else naive(cast(stages, dtype), noise, levels=5, temperature=0)
+    assert torch.equal(drawn, expected)
+    mixture = plain(channels=3, out=20, groups=1, seed=9)
+    options = {"levels": 64, "head": "logistic_mixture", "temperature": temperature}
+    check(device, mixture, uniform(2, 4, 4, 5, seed=2), dtype, **options)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

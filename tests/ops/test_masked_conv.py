@@ -352,7 +352,7 @@ def by_torch(device, dtype):
 
 
 @pytest.mark.skipif(by_torch("cpu", torch.bfloat16), reason="torch's convolution rounds before the condition is added")
-@pytest.mark.skipif(ops.OPERATORS["masked_conv"].backends["cpu"] != "", reason="there is no CPU kernel")
+@pytest.mark.skipif(backends.why_missing("cpu") is not None, reason="there is no CPU kernel")
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 1000))
 def test_small_whole_numbers_are_rounded_once_in_bf16(data, seed):
@@ -454,7 +454,6 @@ def test_bad_input_gets_one_sentence(changes, error, sentence):
     assert text.startswith("masked_conv: ") and sentence in text and "\n" not in text
 
 
-@pytest.mark.skipif(ops.OPERATORS["masked_conv"].backends["cpu"] != "", reason="there is no CPU kernel")
 @pytest.mark.skipif(backends.cpu_variant() != "avx512", reason="the AVX2 build is the one in use already, or none is")
 def test_the_avx2_build_agrees_too():
     """The same tests on the other build of the library, which this processor would not choose by itself."""

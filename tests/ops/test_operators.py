@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import genkernels as gk
 from genkernels import backends, ops
@@ -204,6 +205,19 @@ def test_compiles_end_to_end_with_its_gradient(name):
         return
     leaves = [t.clone().requires_grad_() for t in tensors]
     ours = torch.autograd.grad(sum((o * o).sum() for o in compiled(*leaves)), leaves)
+    expected = on_reference(lambda: grads_of(function, tensors)[0])
+    torch.testing.assert_close(tuple(ours), tuple(expected))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_activation_checkpoints(name):
+    """Unpacking what backward saved runs the forward pass again, and must record it."""
+    if not is_differentiable(name):
+        pytest.skip("it has no backward pass")
+    function, tensors = SAMPLES[name]()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    outputs = checkpoint(function, *leaves, use_reentrant=False)
+    ours = torch.autograd.grad(sum((o * o).sum() for o in outputs), leaves)
     expected = on_reference(lambda: grads_of(function, tensors)[0])
     torch.testing.assert_close(tuple(ours), tuple(expected))
 

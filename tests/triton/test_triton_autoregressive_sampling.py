@@ -156,8 +156,25 @@ def test_not_a_number(device, head, temperature):
     for bad in (float("nan"), float("inf")):
         stages[-1].bias[1] = bad
         cold = {"levels": 4, "head": head, "temperature": temperature}
-        ours = draw(kernels, device, stages, noise.float(), **cold)
-        assert torch.equal(ours, draw(reference, "cpu", cast(stages, F32), noise.float(), **cold))
+        image = torch.randint(0, 4, (2, 3, 2, 2))
+        for known in (None, torch.zeros(1, 3, 1, 1, dtype=torch.bool), torch.rand(2, 3, 2, 2) < 0.5):
+            given = cold if known is None else cold | {"image": image, "known": known}
+            ours = draw(kernels, device, stages, noise.float(), **given)
+            assert torch.equal(ours, draw(reference, "cpu", cast(stages, F32), noise.float(), **given))
+
+
+def test_a_mean_that_is_not_a_number_passes_on_to_later_channels(device):
+    """Unless the channel is known: then its value does."""
+    stages = plain(channels=3, levels=256, layers=0, out=10, groups=1)
+    stages[-1].bias[1] = float("nan")  # of channel 0, the only component
+    noise, image = uniform(1, 4, 2, 2).float(), torch.full((1, 3, 2, 2), 100)
+    for first in (False, True):
+        known = torch.zeros(1, 3, 2, 2, dtype=torch.bool)
+        known[:, 0] = first
+        given = {"levels": 256, "head": "logistic_mixture", "image": image, "known": known}
+        ours = draw(kernels, device, stages, noise, **given)
+        assert torch.equal(ours, draw(reference, "cpu", cast(stages, F32), noise, **given))
+        assert bool(ours[:, 1:].any()) == first
 
 
 def test_empty_batch_and_no_rows(device):
