@@ -11,16 +11,8 @@ from genkernels.reference._stages import flatten
 from genkernels.triton import autoregressive_sampling as kernels
 from tests.ops.causal_networks import Maker, any_network, assert_same_draws, cast, plain, two_stacks, uniform
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 F32, F64 = torch.float32, torch.float64
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The naive definition is thousands of tiny convolutions, which a second thread only slows down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(
