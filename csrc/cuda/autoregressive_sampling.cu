@@ -7,7 +7,8 @@
 //
 // A row: vertical stages, and what every other stage takes from rows above, for all columns at once (a thread: one channel of kColumns pixels). Then,
 // a pixel at a time, the taps to the left and at the centre: the block's threads are (slices of the sum) × (channels), slices add up in
-// shared memory in a fixed order. The draw: weights of the categories by all threads, the search in the cumulative sum by one.
+// shared memory in a fixed order. The draw: weights of the categories by all threads, their sums in 32 pieces, the search in the cumulative
+// sum by one.
 //
 // Nothing is read back to the host and nothing is copied from it: descriptors of stages reach the device as kernel arguments.
 //
@@ -255,9 +256,19 @@ __device__ __forceinline__ void one_pixel(const Problem<T>& q, int k, int i, int
   }
 }
 
+// What the threads of a draw tell one another of their pieces of the categories, and at the end what holds for all of them.
+constexpr int kPieces = 32, kNone = -1, kUnordered = -2;
+
+template <typename T>
+struct Pieces {
+  T most[kPieces + 1];
+  int first[kPieces + 1];
+  double sum[kPieces];
+};
+
 // The draw of group g (of all channels from a mixture) at pixel (i, j), into the image and into plane 0.
 template <typename T>
-__device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, int g, int64_t n, T* state, T* scratch, T* shared) {
+__device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, int g, int64_t n, T* state, T* scratch, Pieces<T>& pieces) {
   const int64_t size = static_cast<int64_t>(q.height) * q.columns, place = static_cast<int64_t>(i) * q.columns + j;
   const T* parameters = at(state, q.planes[q.stage_count], i, j) + (q.mixture ? 0 : g * q.levels);
   const T* noise = q.noise + n * q.noise_channels * size + place;
@@ -284,29 +295,67 @@ __device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, in
     __syncthreads();
     return;
   }
-  if (threadIdx.x == 0) {
-    int first = 0;
-    T most = parameters[0];
-    bool ordered = most == most;
-    for (int c = 1; c < q.levels; ++c) {
+  // in pieces of neighbouring categories, one a thread: 256 in a row would take longer than the stages
+  const int each = (q.levels + kPieces - 1) / kPieces, piece = threadIdx.x;
+  const int from = piece * each, to = from + each < q.levels ? from + each : q.levels;
+  if (piece < kPieces) {
+    int first = kNone;
+    T most = T(0);
+    bool ordered = true;
+    for (int c = from; c < to; ++c) {
       const T logit = parameters[c];
       ordered &= logit == logit;
-      if (logit > most) {
+      if (first == kNone || logit > most) {
         most = logit;
         first = c;
       }
     }
-    shared[0] = most;
-    shared[1] = T(ordered ? first : 0);
-  }
-  __syncthreads();
-  if (q.temperature != T(0)) {
-    for (int c = threadIdx.x; c < q.levels; c += kBlock) scratch[c] = math::exp((parameters[c] - shared[0]) / q.temperature);
+    pieces.most[piece] = most;
+    pieces.first[piece] = ordered ? first : kUnordered;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    int drawn = static_cast<int>(shared[1]);
-    if (q.temperature != T(0)) drawn = draw::share(scratch, q.levels, noise[g * size]);
+    int first = kNone;
+    T most = T(0);
+    bool ordered = true;
+#pragma unroll 4
+    for (int p = 0; p < kPieces; ++p) {
+      if (pieces.first[p] == kNone) continue;
+      ordered &= pieces.first[p] != kUnordered;
+      if (first == kNone || pieces.most[p] > most) {
+        most = pieces.most[p];
+        first = pieces.first[p];
+      }
+    }
+    pieces.most[kPieces] = most;
+    pieces.first[kPieces] = ordered ? first : 0;  // NaN among the logits: 0
+  }
+  __syncthreads();
+  if (q.temperature != T(0)) {
+    for (int c = threadIdx.x; c < q.levels; c += kBlock) scratch[c] = math::exp((parameters[c] - pieces.most[kPieces]) / q.temperature);
+    __syncthreads();
+    if (piece < kPieces) {
+      double sum = 0;
+      for (int c = from; c < to; ++c) sum += double(scratch[c]);
+      pieces.sum[piece] = sum;
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    int drawn = pieces.first[kPieces];
+    if (q.temperature != T(0)) {  // as draw::categorical, past whole pieces first
+      double total = 0, below = 0;
+#pragma unroll 4
+      for (int p = 0; p < kPieces; ++p) total += pieces.sum[p];
+      const double level = double(noise[g * size]) * total;
+      int p = 0;
+      while (p < kPieces - 1 && below + pieces.sum[p] <= level) below += pieces.sum[p++];
+      for (drawn = p * each; drawn < q.levels - 1; ++drawn) {
+        below += double(scratch[drawn]);
+        if (!(below <= level)) break;
+      }
+      drawn = drawn < q.levels ? drawn : q.levels - 1;
+    }
     if (known && known[g * size]) drawn = static_cast<int>(image[g * size]);
     image[g * size] = drawn;
     plane0[g] = T(2) * T(drawn) / T(q.levels - 1) - T(1);
@@ -317,6 +366,7 @@ __device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, in
 template <typename T>
 __global__ void __launch_bounds__(kBlock, 1) sample_rows(const Problem<T> q) {
   __shared__ T partial[2 * kBlock];
+  __shared__ Pieces<T> pieces;
   const int64_t n = blockIdx.x;
   T* state = q.state + n * q.state_size;
   T* sums = q.sums + n * q.sums_size;
@@ -331,7 +381,7 @@ __global__ void __launch_bounds__(kBlock, 1) sample_rows(const Problem<T> q) {
         for (int k = 0; k < q.stage_count; ++k) {
           if (!q.stages[k].vertical) one_pixel(q, k, i, j, g, state, sums, partial);
         }
-        draw_pixel(q, i, j, g, n, state, scratch, partial);
+        draw_pixel(q, i, j, g, n, state, scratch, pieces);
       }
     }
   }
