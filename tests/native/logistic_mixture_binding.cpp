@@ -11,22 +11,25 @@ namespace mixture = genkernels::mixture;
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// (log P, ∂/∂ mean in levels, ∂/∂ log-scale) of one level index under each (mean in levels, log-scale).
+// (log P, ∂/∂ mean in levels, ∂/∂ log-scale, log P where no derivative is wanted) of one level index under each (mean in levels, log-scale).
 template <typename T>
 py::tuple level(const Array<T>& i, const Array<T>& mean, const Array<T>& log_scale, int levels) {
   const py::ssize_t n = i.size();
-  Array<T> log_p(n), by_mean(n), by_log_scale(n);
+  Array<T> log_p(n), by_mean(n), by_log_scale(n), alone(n);
   const T *a = i.data(), *b = mean.data(), *c = log_scale.data();
-  T *p = log_p.mutable_data(), *q = by_mean.mutable_data(), *r = by_log_scale.mutable_data();
+  T *p = log_p.mutable_data(), *q = by_mean.mutable_data(), *r = by_log_scale.mutable_data(), *o = alone.mutable_data();
   const T half = T(0.5) * T(levels - 1), log_half = T(std::log(0.5 * (levels - 1)));
   for (py::ssize_t t = 0; t < n; ++t) {
     const T width = mixture::exp(-c[t]) / half;
-    const auto l = mixture::level<true>(a[t], b[t], width, -c[t] - log_half, a[t] <= T(0), a[t] >= T(levels - 1));
+    const auto bin = mixture::bin_of(a[t], T(levels - 1));
+    const auto l = mixture::level<true>(bin, b[t], width, -c[t] - log_half);
+    const auto value = mixture::level<false>(bin, b[t], width, -c[t] - log_half);
     p[t] = l.linear + genkernels::math::log(l.numerator / l.denominator);
+    o[t] = value.linear + genkernels::math::log(value.numerator / value.denominator);
     q[t] = l.by_mean * width;
     r[t] = l.by_log_scale;
   }
-  return py::make_tuple(log_p, by_mean, by_log_scale);
+  return py::make_tuple(log_p, by_mean, by_log_scale, alone);
 }
 
 // (log, exp, tanh, sech²) of each x.

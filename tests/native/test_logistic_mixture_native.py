@@ -64,9 +64,10 @@ def test_log_probability_and_its_derivatives(module, dtype, levels):
             width = float(2 * mpmath.exp(-mpmath.mpf(float(log_scale[t]))) / (levels - 1))
             edge = (abs(float(i[t] - mean[t])) + 0.5) * width
             # relative to the terms that a sum is made of: log w and the edges
-            scales = (abs(float(log_scale[t])) + np.log(levels) + edge + 1, width, edge + 1)
+            value = abs(float(log_scale[t])) + np.log(levels) + edge + 1
+            names = ("log P", "by mean", "by log-scale", "log P alone")
             for name, ours, true, scale in zip(
-                ("log P", "by mean", "by log-scale"), found, (log_p, by_mean, by_log_scale), scales, strict=True
+                names, found, (log_p, by_mean, by_log_scale, log_p), (value, width, edge + 1, value), strict=True
             ):
                 assert ours.dtype == dtype
                 error = abs(float(mpmath.mpf(float(ours[t])) - true))
