@@ -2,8 +2,9 @@
 
 Two ceilings give every row its share of the peak: a copy of a buffer larger than the last-level cache (bytes read plus
 bytes written) and a square matrix product, each the best of several tries, at the start of the run and again at its end.
-A row's share is the larger of (bytes/s ÷ copy) and (flop/s ÷ product). It can pass 100 % where a row's tensors stay in
-the cache or are written past it.
+A row's share is the larger of (bytes/s ÷ copy) and (flop/s ÷ product), for a half type the faster of its own product and
+fp32's, into which it may be widened: processors without half arithmetic multiply it a hundred times slower. A share can pass
+100 % where a row's tensors stay in the cache or are written past it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 _PACKAGES = ("triton", "nflows", "normflows", "FrEIA")
 _GUESSED_CACHE = 32 << 20
+_HALVES = {torch.bfloat16, torch.float16}
 
 
 def device_name(device: torch.device) -> str:
@@ -99,14 +101,18 @@ class Ceilings:
 
     def measure(self, dtypes: Iterable[torch.dtype], seconds: float = 0.4) -> None:
         self.copy = max(self.copy, self._copy(seconds))
-        for dtype in dtypes:
+        wanted = set(dtypes)
+        if wanted & _HALVES:
+            wanted.add(torch.float32)
+        for dtype in wanted:
             name = str(dtype).removeprefix("torch.")
             self.product[name] = max(self.product.get(name, 0.0), self._product(dtype, seconds))
 
     def share(self, nbytes: int, flops: int, dtype: str, seconds: float) -> float | None:
         shares = [nbytes / seconds / self.copy] if self.copy else []
-        if self.product.get(dtype):
-            shares.append(flops / seconds / self.product[dtype])
+        takes = (dtype, "float32") if getattr(torch, dtype) in _HALVES else (dtype,)
+        if product := max(self.product.get(name, 0.0) for name in takes):
+            shares.append(flops / seconds / product)
         return max(shares, default=None)
 
     def _copy(self, seconds: float) -> float:

@@ -196,7 +196,16 @@ def test_shares_take_the_larger_of_bytes_and_flops():
     ceilings = machine.Ceilings(torch.device("cpu"), copy=100.0, product={"float32": 1000.0})
     assert ceilings.share(50, 100, "float32", 1.0) == 0.5
     assert ceilings.share(50, 900, "float32", 1.0) == 0.9
-    assert ceilings.share(50, 900, "bfloat16", 2.0) == 0.25
+    assert ceilings.share(50, 900, "float64", 2.0) == 0.25
+
+
+@pytest.mark.parametrize("product, share", [({"bfloat16": 4000.0}, 0.5), ({"bfloat16": 10.0}, 2.0), ({}, 2.0)])
+def test_a_half_types_product_is_at_least_that_of_fp32(product, share):
+    ceilings = machine.Ceilings(torch.device("cpu"), copy=100.0, product={"float32": 1000.0} | product)
+    assert ceilings.share(1, 2000, "bfloat16", 1.0) == share
+
+
+def test_without_ceilings_there_is_no_share():
     assert machine.Ceilings(torch.device("cpu")).share(50, 900, "float32", 1.0) is None
 
 
@@ -205,5 +214,6 @@ def test_ceilings_keep_the_best_of_two_measurements(monkeypatch):
     ceilings = machine.Ceilings(torch.device("cpu"))
     ceilings.measure([torch.float32], seconds=0.001)
     first = ceilings.copy
-    ceilings.measure([torch.float32], seconds=0.001)
+    ceilings.measure([torch.bfloat16], seconds=0.001)
+    assert set(ceilings.product) == {"float32", "bfloat16"}  # a half type may be widened
     assert 0 < first <= ceilings.copy < math.inf and ceilings.product["float32"] > 0

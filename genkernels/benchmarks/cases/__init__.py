@@ -47,6 +47,7 @@ To measure one more operator, add ``cases/<operator>.py`` with one function, and
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
@@ -55,6 +56,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def ready(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes once what a reference needs beside its inputs (a mask): cached; for ``torch.compile`` a constant, not part of the graph."""
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    def look_up(*arguments):
+        return cached(*arguments)
+
+    return look_up
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from genkernels import ops, reference
-from genkernels.benchmarks.cases import Case
+from genkernels.benchmarks.cases import Case, ready
 from genkernels.reference.affine_coupling import log_scale
 from genkernels.reference.made import degrees_of, made_forward, plan
 
@@ -58,7 +58,7 @@ def degrees(features: int, hidden) -> list[torch.Tensor]:
     return [torch.arange(features) + 1, *((torch.arange(h) % span + 1).sort().values for h in hidden)]
 
 
-@functools.cache
+@ready
 def _plan(features: int, hidden: tuple[int, ...], device: str):
     order, counts = (t.to(device) for t in plan(degrees(features, hidden)))
     found = degrees_of(order, counts, hidden)

@@ -15,7 +15,7 @@ import math
 import torch
 
 from genkernels import ops, reference
-from genkernels.benchmarks.cases import Case
+from genkernels.benchmarks.cases import Case, ready
 from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, causal_mask
 
 _FORWARD, _BOTH = "forward", "forward+backward"
@@ -87,7 +87,7 @@ def _ours(options, x, weight, bias, condition=None):
     return ops.masked_conv(x, weight, bias, condition=condition, **options)
 
 
-_ready_mask = functools.cache(causal_mask)
+_ready_mask = ready(causal_mask)
 
 
 def _plain(of_mask, codes, x, weight, bias, condition=None):
