@@ -106,7 +106,7 @@ def measured(results: Path) -> str:
     return _conditions(results, data, shapes) + table(lines, header)
 
 
-PEERS = ("nflows", "normflows", "FrEIA")
+PEERS = ("nflows", "normflows", "FrEIA", "zuko")
 
 
 def _time(row: dict | None) -> str:

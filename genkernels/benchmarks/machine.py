@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("triton", "nflows", "normflows", "FrEIA")
+_PACKAGES = ("triton", "nflows", "normflows", "FrEIA", "zuko")
 _GUESSED_CACHE = 32 << 20
 _HALVES = {torch.bfloat16, torch.float16}
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from genkernels.benchmarks.cases import affine_coupling
+from genkernels.benchmarks.cases import affine_coupling, made
 from genkernels.benchmarks.peers import PACKAGES, Peer
 from genkernels.benchmarks.providers import Unavailable
 from genkernels.benchmarks.runner import draw, run_case
@@ -28,11 +28,11 @@ def test_reasons(monkeypatch):
         Peer("nflows").open(problem)
 
 
-def test_a_process_that_raises_or_dies_is_a_reason_not_a_crash():
+def test_a_process_that_raises_or_dies_is_a_reason_not_a_crash(tmp_path):
     peer = Peer("json")  # any module will do for a peer that fails
     try:
         with pytest.raises(Unavailable, match="raised FileNotFoundError"):
-            peer.ask(do="open", file="/nonexistent")
+            peer.ask(do="open", file=str(tmp_path / "missing"))
         peer._process.kill()
         peer._process.wait()
         with pytest.raises(Unavailable, match="ended|[Pp]ipe"):
@@ -45,7 +45,7 @@ def test_a_process_that_raises_or_dies_is_a_reason_not_a_crash():
 COMPUTED = {"nflows": 2, "normflows": 3, "FrEIA": 2}  # scale maps
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", COMPUTED)
 def test_the_real_peer_computes_our_function(name, effort):
     """Every scale map and direction that it offers passes the gate. Skipped where it is not installed (extra `bench`)."""
     if importlib.util.find_spec(name) is None:
@@ -65,3 +65,18 @@ def test_the_real_peer_computes_our_function(name, effort):
     finally:
         peer.close()
     assert len(passed) == 3 * COMPUTED[name]
+
+
+@pytest.mark.parametrize("name, shapes", [("nflows", [(5, 6, 16, 16)]), ("zuko", [(5, 6, 16, 16), (3, 9, 7, 20)])])
+def test_a_peers_masked_network_is_ours(name, shapes, effort):
+    """Forward, gradients and inverse pass the gate, with fewer hidden units than degrees too. Skipped where it is not installed."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    peer = Peer(name)
+    try:
+        for shape in shapes:
+            for direction in ("forward", "forward+backward", "inverse"):
+                rows, skipped = run_case(made.case(shape, direction), [peer], CPU, effort)
+                assert not skipped and [row.fault for row in rows] == [""] and rows[0].median_s
+    finally:
+        peer.close()

@@ -3,10 +3,12 @@
 - **nflows** ``MaskedAffineAutoregressiveTransform``, feed-forward blocks: k hidden layers are ``num_blocks = k - 1``. Its scale is
   softplus(s) + 0.001; ``_elementwise_forward`` and ``_elementwise_inverse`` are overridden by the same lines with sigmoid(s + 2), so that
   all compute one function.
+- **zuko** ``MaskedAutoregressiveTransform``, as ``zuko.flows.MAF`` has it, with a univariate transform of scale sigmoid(s + 2) instead of its
+  own. Its inverse gives no log-determinant on the way: ``inv.call_and_ladj`` runs one pass more.
 - **normflows** ``MaskedAffineAutoregressive`` has no ReLU after its first layer: another function, left out.
 
-nflows keeps hidden units unsorted and gives s and t of a feature side by side: our rows and columns are permuted into its own while
-the inputs are arranged, outside the clock. The module's parameters are replaced by the ready tensors.
+Both keep hidden units unsorted and give the two parameters of a feature side by side: our rows and columns are permuted into their own while
+the inputs are arranged, outside the clock. The modules' parameters are replaced by the ready tensors.
 """
 
 from __future__ import annotations
@@ -16,14 +18,43 @@ import torch.nn.functional as F
 
 from genkernels.benchmarks.peers import Adapter
 
-PEERS = ("nflows",)
+PEERS = ("nflows", "zuko")
 
 
 def unsupported(peer: str, case) -> str:
-    return "" if len(set(case.shape[2:])) == 1 else "has hidden layers of one size only"
+    return "has hidden layers of one size only" if peer == "nflows" and len(set(case.shape[2:])) > 1 else ""
 
 
 def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adapter:
+    _, features, *hidden = shape
+    run, linears, degrees, halves = {"nflows": _nflows, "zuko": _zuko}[peer](features, hidden, direction == "inverse")
+    for linear in linears:  # plain attributes, so that ready tensors (and their gradients) can stand in
+        for name in ("weight", "bias"):
+            delattr(linear, name)
+
+    # where our sorted unit or half-wise output stands in the peer's layers
+    ours_of = [torch.argsort(torch.argsort(d, stable=True)) for d in degrees]
+    ours_of.append((features * torch.tensor(halves) + torch.arange(features)[:, None]).flatten())
+    columns = [torch.arange(features), *ours_of[:-1]]
+
+    def op(x, *both):
+        for linear, weight, bias in zip(linears, both[: len(linears)], both[len(linears) :], strict=True):
+            linear.weight, linear.bias = weight, bias
+        return run(x)
+
+    def arrange(x, *both):
+        weights, biases = both[: len(linears)], both[len(linears) :]
+        return (
+            x,
+            *(w[rows][:, cols] for w, rows, cols in zip(weights, ours_of, columns, strict=True)),
+            *(b[rows] for b, rows in zip(biases, ours_of, strict=True)),
+        )
+
+    return Adapter(op, arrange)
+
+
+def _nflows(features: int, hidden: list[int], inverse: bool):
+    """The call, its linear layers, the degrees of the hidden ones' units, and which of our halves (s, t) it has first."""
     from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
 
     class Sigmoid(MaskedAffineAutoregressiveTransform):
@@ -35,30 +66,28 @@ def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adap
             s, shift = self._unconstrained_scale_and_shift(autoregressive_params)
             return (inputs - shift) / torch.sigmoid(s + 2), -F.logsigmoid(s + 2).sum(1)
 
-    _, features, *hidden = shape
     layer = Sigmoid(features, hidden[0], num_blocks=len(hidden) - 1, use_residual_blocks=False)
     net = layer.autoregressive_net
     linears = [net.initial_layer, *(block.linear for block in net.blocks), net.final_layer]
-    for linear in linears:  # plain attributes, so that ready tensors (and their gradients) can stand in
-        for name in ("weight", "bias"):
-            delattr(linear, name)
+    return layer.inverse if inverse else layer, linears, [linear.degrees for linear in linears[:-1]], (0, 1)
 
-    # where our sorted unit or feature-wise output stands in nflows'
-    ours_of = [torch.argsort(torch.argsort(linear.degrees, stable=True)) for linear in linears[:-1]]
-    ours_of.append(torch.arange(2 * features).view(2, features).t().reshape(-1))
-    columns = [torch.arange(features), *ours_of[:-1]]
 
-    def op(x, *both):
-        for linear, weight, bias in zip(linears, both[: len(linears)], both[len(linears) :], strict=True):
-            linear.weight, linear.bias = weight, bias
-        return layer.inverse(x) if direction == "inverse" else layer(x)
+def _zuko(features: int, hidden: list[int], inverse: bool):
+    from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+    from zuko.transforms import MonotonicAffineTransform
 
-    def arrange(x, *both):
-        weights, biases = both[: len(linears)], both[len(linears) :]
-        return (
-            x,
-            *(w[rows][:, cols] for w, rows, cols in zip(weights, ours_of, columns, strict=True)),
-            *(b[rows] for b, rows in zip(biases, ours_of, strict=True)),
-        )
+    class Sigmoid(MonotonicAffineTransform):
+        def __init__(self, shift, scale):
+            super(MonotonicAffineTransform, self).__init__()
+            self.shift, self.scale, self.log_scale = shift, torch.sigmoid(scale + 2), F.logsigmoid(scale + 2)
 
-    return Adapter(op, arrange)
+    layer = MaskedAutoregressiveTransform(features, hidden_features=hidden, univariate=Sigmoid)
+    linears = list(layer.hyper)[::2]
+    # a unit's degree: the number of features that it may see
+    degrees = [torch.arange(width) % (features - 1) for width in hidden]
+
+    def run(x):
+        transform = layer()
+        return (transform.inv if inverse else transform).call_and_ladj(x)
+
+    return run, linears, degrees, (1, 0)
