@@ -109,6 +109,40 @@ def measured(results: Path) -> str:
 PEERS = ("nflows", "normflows", "FrEIA", "zuko")
 
 
+#: For results files that say so: the instructions that a CPU has, in words.
+INSTRUCTIONS = {"avx512": " with AVX-512", "avx2": " with AVX2"}
+
+
+def summary(files: list[Path]) -> str:
+    """A line an operator: how its rows on another machine compare, the slowest and the fastest of them named by their ratios."""
+    lines, machines = [], []
+    for results in files:
+        data = json.loads(results.read_text())
+        rows: dict[tuple, dict] = {}
+        for row in data["rows"]:
+            rows.setdefault((row["case"], *row["shape"], row["dtype"], row["direction"]), {})[row["provider"]] = row
+        name = data["rows"][0]["case"].partition("/")[0]
+        cells = [f"[{name}](benchmarks/results/{results.name})", f"{len(rows)}"]
+        for baseline in ("reference", "compiled"):
+            found = [row for row in rows.values() if baseline in row and row[baseline]["median_s"]]
+            ratios = sorted(row[baseline]["median_s"] / row["cpu"]["median_s"] for row in found)
+            middle = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
+            cells.append(" · ".join(_ratio(ratio) for ratio in (ratios[0], middle, ratios[-1])))
+        lines.append(tuple(cells))
+        machine = data["machine"]
+        machines.append(
+            f"{_device(machine)}, torch {machine['versions']['torch']}, {machine['date'][:10]}, commit {machine['commit']}"
+        )
+    return (
+        f"#### On a processor with AVX2 alone\n\nThe same commands, {'; '.join(dict.fromkeys(machines))}: lowest, middle and highest ratio.\n\n"
+        + table(lines, ("operator", "rows", "× eager", "× compiled"))
+    )
+
+
+def _device(machine: dict) -> str:
+    return f"{machine['threads']} threads of {machine['device']}{INSTRUCTIONS.get(machine.get('cpu_variant'), '')}"
+
+
 def _time(row: dict | None) -> str:
     if row is None:
         return ""
@@ -139,7 +173,7 @@ def _conditions(results: Path, data: dict, shapes: set[str]) -> str:
     shape = f"{next(iter(shapes))}, " if len(shapes) == 1 else ""
     product = machine["product_flops_per_s"].get("float32", 0) / 1e9
     return (
-        f"#### {name}\n\n`genkernels bench {name}`, {shape}{machine['threads']} threads of {machine['device']}, torch "
+        f"#### {name}\n\n`genkernels bench {name}`, {shape}{_device(machine)}, torch "
         f"{machine['versions']['torch']}, {machine['date'][:10]}, commit {machine['commit']}; in the same run copy "
         f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, fp32 product {product:.0f} Gflop/s "
         f"([`{results.name}`](benchmarks/results/{results.name})).\n\n"
@@ -154,6 +188,11 @@ def readme() -> str:
     after = rest.split(END, 1)[1]
     files = [ROOT / f"benchmarks/results/{name}-cpu.json" for name in OPERATORS]
     tables = "\n".join(measured(file) for file in files if file.exists())
+    others = [
+        file for file in (ROOT / f"benchmarks/results/{name}-cpu-avx2.json" for name in OPERATORS) if file.exists()
+    ]
+    if others:
+        tables += "\n" + summary(others)
     return before + BEGIN + "\n" + tables + END + after
 
 

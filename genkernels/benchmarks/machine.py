@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from genkernels import backends
+
 _PACKAGES = ("triton", "nflows", "normflows", "FrEIA", "zuko")
 _GUESSED_CACHE = 32 << 20
 _HALVES = {torch.bfloat16, torch.float16}
@@ -159,6 +161,7 @@ def describe(device: torch.device, ceilings: Ceilings, quick: bool) -> dict:
     return {
         "device": device_name(device),
         "device_type": device.type,
+        "cpu_variant": backends.cpu_variant(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cache_bytes": cache_bytes(device),

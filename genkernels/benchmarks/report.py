@@ -89,13 +89,15 @@ def conditions(machine: dict) -> list[str]:
     if not machine:
         return []
     count = machine["threads"]
-    threads = f"{count} thread{'s' * (count > 1)}" if machine["device_type"] == "cpu" else ""
+    on_cpu = machine["device_type"] == "cpu"
+    threads = f"{count} thread{'s' * (count > 1)}" if on_cpu else ""
+    instructions = {"avx512": "AVX-512", "avx2": "AVX2"}.get(machine.get("cpu_variant"), "") if on_cpu else ""
     versions = machine["versions"]
     commit = f"commit {machine['commit']}" if machine["commit"] else ""
     date = machine["date"].replace("T", " ").replace("+00:00", " UTC")
     products = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["product_flops_per_s"].items())
     return [
-        " · ".join(filter(None, (machine["device"], threads, f"torch {versions['torch']}"))),
+        " · ".join(filter(None, (machine["device"], instructions, threads, f"torch {versions['torch']}"))),
         " · ".join(filter(None, (f"genkernels {versions['genkernels']}", commit, date))),
         f"reached in this run: copy {machine['copy_bytes_per_s'] / 1e9:,.1f} GB/s (read + written), "
         f"matrix product {products} Gflop/s",
