@@ -47,7 +47,7 @@ inline Tensor torch_convolution(const Problem& p, const Tensor& x, const Tensor&
   const std::vector<int64_t> one{1, 1}, none{0, 0}, padding{p.kh / 2, p.kw / 2};
   std::array<StableIValue, 9> stack{from(x),   from(weight), from(bias), from(one),       from(padding),
                                     from(one), from(false),  from(none), from(int64_t(1))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
@@ -67,7 +67,7 @@ inline std::tuple<Tensor, Tensor, Tensor> torch_backward(const Problem& p, const
                                      from(none),
                                      from(int64_t(1)),
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   using torch::stable::detail::to;
   Tensor grad_x = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]), grad_bias = to<Tensor>(stack[2]);
   const auto dense = [](bool wanted, const Tensor& t) { return wanted ? torch::stable::contiguous(t) : t; };

@@ -63,7 +63,7 @@ Tensor masked_linear(const Tensor& input, const Tensor& weight, std::optional<Te
   const Tensor masked = mask(weight, in_degrees, out_degrees, strict);
   std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(masked),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
