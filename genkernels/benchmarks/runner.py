@@ -48,6 +48,7 @@ def main(
     dtypes: Sequence[str | torch.dtype] | None = None,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
+    limit: float | None = None,
 ) -> int:
     """Measures, prints the table, and writes the JSON file and the picture where asked.
 
@@ -59,6 +60,7 @@ def main(
         dtypes: only rows of these, ``"float32"``, ``"bf16"``, ….
         providers: only these: ``reference``, ``compiled``, a backend, a peer. The gate holds all the same.
         threads: CPU threads; torch's own choice by default.
+        limit: seconds after which no other row is begun; measuring is shorter to match, and the rows left out are named.
 
     Returns:
         0; 1 where one of our own backends fails its gate, or where nothing could be measured.
@@ -73,8 +75,11 @@ def main(
         report.check_writable("json", json)
     if plot is not None:
         report.check_plot(plot)
-    with _threads(threads), torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
-        results = measure(rows, chosen, place, QUICK if quick else FULL, quick=quick)
+    if limit is not None and not limit > 0:
+        raise ValueError(f"bench: limit must be more than 0 seconds, got {limit}")
+    on_device = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
+    with _threads(threads), on_device, _whole_fp32(place):
+        results = measure(rows, chosen, place, _effort(len(rows), quick, limit), quick=quick, limit=limit)
     report.show(results)
     if json is not None:
         report.write_json(results, json)
@@ -84,19 +89,28 @@ def main(
 
 
 def measure(
-    cases: Sequence[Case], chosen: Sequence[Provider], device: torch.device, effort: Effort, quick: bool = False
+    cases: Sequence[Case],
+    chosen: Sequence[Provider],
+    device: torch.device,
+    effort: Effort,
+    quick: bool = False,
+    limit: float | None = None,
 ) -> Results:
-    """Every provider on every case."""
+    """Every provider on every case; after `limit` seconds, on those begun by then: every third case comes first, so that they are of all kinds."""
+    began = time.monotonic()
     ceilings = machine.Ceilings(device)
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     seconds = min(0.4, 2 * effort.seconds)
     ceilings.measure(dtypes, seconds)
-    results, left_out = Results({}), {}
+    results, left_out, found = Results({}), {}, {}
+    order = sorted(range(len(cases)), key=lambda index: index % 3) if limit else range(len(cases))
     try:
-        for index, case in enumerate(cases):
-            _progress(f"[{index + 1}/{len(cases)}] {case.title}")
-            rows, skipped = run_case(case, chosen, device, effort)
-            results.rows += rows
+        for count, index in enumerate(order):
+            if limit and found and time.monotonic() - began > limit:
+                break
+            case = cases[index]
+            _progress(f"[{count + 1}/{len(cases)}] {case.title}")
+            found[index], skipped = run_case(case, chosen, device, effort)
             for provider, reason in skipped:
                 left_out.setdefault(provider, {}).setdefault(reason, []).append(case.name)
     finally:
@@ -104,12 +118,15 @@ def measure(
         for provider in chosen:
             if isinstance(provider, peers.Peer):
                 provider.close()
+    results.rows = [row for index in sorted(found) for row in found[index]]
     ceilings.measure(dtypes, seconds)
     for row in results.rows:
         if row.median_s and row.gate != "none":  # bytes and flops are the operator's
             row.share_of_peak = ceilings.share(row.bytes, row.flops, row.dtype, row.median_s)
     results.machine = machine.describe(device, ceilings, quick)
-    results.notes = _summary(left_out, len(cases))
+    results.notes = _summary(left_out, len(found))
+    if late := [case.title for index, case in enumerate(cases) if index not in found]:
+        results.notes.append(f"{len(late)} of {len(cases)} cases, the {limit:g} s being over: {'; '.join(late)}")
     return results
 
 
@@ -266,6 +283,27 @@ def _providers(device: str, wanted: Sequence[str] | None) -> list[Provider]:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"bench: providers must be among {', '.join(names)} on {device}, got {name!r}{hint}")
     return [provider for provider in offered if provider.name in wanted]
+
+
+def _effort(rows: int, quick: bool, limit: float | None) -> Effort:
+    """Half of the time goes to what is compiled and checked, the rest to some five providers a row."""
+    if quick or limit is None:
+        return QUICK if quick else FULL
+    seconds = min(FULL.seconds, max(QUICK.seconds, limit / max(rows, 1) / 10))
+    return Effort(seconds, QUICK.samples if seconds < FULL.seconds else FULL.samples)
+
+
+@contextlib.contextmanager
+def _whole_fp32(device: torch.device) -> Iterator[None]:
+    """No TF32 on a GPU, which cuDNN's convolutions take unless told: a fp32 row is fp32 for every provider, whatever kernel torch picks,
+    and the integers that the definition draws are those of fp32."""
+    before = torch.backends.cudnn.allow_tf32
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager

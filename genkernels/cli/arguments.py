@@ -218,6 +218,9 @@ def _bench(sub: Parser) -> None:
         "--provider", action="append", metavar="P", help="only this: reference, compiled, a backend, a peer; repeatable"
     )
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    sub.add_argument(
+        "--limit", type=float, metavar="S", help="begin no other row after S seconds; what is left out is named"
+    )
 
 
 def _nearest(name: str, names) -> str:

@@ -12,6 +12,7 @@ def run(arguments) -> int:
         return main(
             arguments.cases, json=arguments.json, plot=arguments.plot, quick=arguments.quick, device=arguments.device,
             dtypes=arguments.dtype, providers=arguments.provider, threads=arguments.threads,
+            limit=arguments.limit,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error

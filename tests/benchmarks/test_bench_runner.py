@@ -153,6 +153,7 @@ REFUSED = [
         r"bench: providers must be among reference.* got 'refrence'; did you mean reference\?",
     ),
     ({"threads": 0}, r"bench: threads must be at least 1, got 0"),
+    ({"limit": 0.0}, r"bench: limit must be more than 0 seconds, got 0.0"),
     ({"cases": ["affine_copling"]}, r"bench: CASE must be .*, got 'affine_copling'; nearest: affine_coupling"),
     ({"cases": ["affine_coupling/sigmod"]}, r"got 'affine_coupling/sigmod'; nearest: affine_coupling/sigmoid"),
     ({"cases": ["zzz"]}, r"got 'zzz'; nearest: affine_coupling"),
@@ -217,3 +218,30 @@ def test_ceilings_keep_the_best_of_two_measurements(monkeypatch):
     ceilings.measure([torch.bfloat16], seconds=0.001)
     assert set(ceilings.product) == {"float32", "bfloat16"}  # a half type may be widened
     assert 0 < first <= ceilings.copy < math.inf and ceilings.product["float32"] > 0
+
+
+def test_a_limit_leaves_out_rows_of_every_kind_and_names_them(fake, toy, effort, monkeypatch):
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(machine, "spare_bytes", lambda device: 1 << 20)
+    clock = iter(range(1000))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))  # a second a look
+    rows = [toy(name=f"toy/{letter}") for letter in "abcdef"]
+    whole = runner.measure(rows, [fake(right, "reference")], torch.device("cpu"), effort)
+    assert [row.case[-1] for row in whole.rows] == list("abcdef") and not whole.notes
+    some = runner.measure(rows, [fake(right, "reference")], torch.device("cpu"), effort, limit=2.5)
+    assert [row.case[-1] for row in some.rows] == list("abd")  # a, d, b, in the table's order
+    assert len(some.notes) == 1 and some.notes[0].startswith("3 of 6 cases, the 2.5 s being over: toy/c")
+
+
+def test_a_limit_shortens_what_is_measured():
+    assert runner._effort(40, False, None) is runner.FULL and runner._effort(40, True, 9.0) is runner.QUICK
+    assert runner._effort(40, False, 60.0).seconds == pytest.approx(0.15)
+    assert runner._effort(4, False, 1e3) == runner.FULL
+
+
+def test_fp32_is_no_tf32_on_a_gpu():
+    before = torch.backends.cudnn.allow_tf32
+    with runner._whole_fp32(torch.device("cuda")):
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+    assert torch.backends.cudnn.allow_tf32 == before
