@@ -4,6 +4,10 @@ python tools/gpu_check.py --results DIR --parts build test sanitize bench
 
 Builds the CUDA library for the GPU that is there, runs the tests, compute-sanitizer on tiny shapes, and the benchmarks with their
 rooflines. Logs and results go to DIR; a short table is printed last. Without a GPU it goes as far as it can and says so.
+
+Every group of tests and every operator's benchmark is a process of its own: an error of the device, which ends all work of the process
+that meets it, or a hang costs its own group alone. Groups of tests run side by side, since most of their time is Triton's
+compiling on one core; what is timed runs alone.
 """
 
 from __future__ import annotations
@@ -12,15 +16,36 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("build", "test", "sanitize", "bench")
 BUDGET_S = 530  # all parts together
-SHARE_S = {"build": 150, "test": 240, "sanitize": 120, "bench": 180}
+SHARE_S = {"build": 150, "test": 190, "sanitize": 75, "bench": 60}  # one process
+#: Seconds that each operator's benchmark may take, start and end of its process included.
+BENCH_S = {"affine_coupling": 48, "masked_conv": 48, "made": 32, "autoregressive_sampling": 40, "logistic_mixture": 32}
+#: Groups of tests that are shared out among several processes.
+SHARDS = {
+    "cuda": 4, "ops-affine_coupling": 3, "ops-autoregressive_sampling": 4, "ops-logistic_mixture": 2, "ops-made": 2,
+    "ops-masked_conv": 4, "triton-affine_coupling": 3, "triton-autoregressive_sampling": 3, "triton-logistic_mixture": 2,
+    "triton-masked_conv": 3,
+}  # fmt: skip
+#: Between the signal that lets a process report what it has and the one that ends it.
+GRACE_S = 10
+
+
+class Job(NamedTuple):
+    part: str
+    name: str
+    command: list[str]
+    extra: dict[str, str] = {}
+    limit: float | None = None
 
 
 class Check:
@@ -30,33 +55,69 @@ class Check:
         self.rows: list[dict] = []
         self.env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
-    def run(
-        self, part: str, name: str, command: list[str], extra: dict | None = None, limit: float | None = None
-    ) -> bool:
-        left = BUDGET_S - (time.monotonic() - self.began)
-        limit = min(left, limit or SHARE_S[part])
-        log = self.results / f"{part}-{name}.log"
+    def run(self, *jobs: Job) -> bool:
+        """Runs the jobs of one part, as many side by side as there are cores; they share the part's time."""
+        cores = os.cpu_count() or 1
+        threads = {"OMP_NUM_THREADS": str(max(1, cores // len(jobs)))} if len(jobs) > 1 else {}
+        end = time.monotonic() + (jobs[0].limit or SHARE_S[jobs[0].part])
+        with ThreadPoolExecutor(min(cores, len(jobs))) as pool:
+            return all(list(pool.map(lambda job: self._run(job, threads, end), jobs)))
+
+    def _run(self, job: Job, threads: dict[str, str], end: float) -> bool:
+        limit = min(self.began + BUDGET_S, end) - time.monotonic()
+        log = self.results / f"{job.part}-{job.name}.log"
         start = time.monotonic()
         if limit < 5:
-            self.note(part, name, "skipped", 0.0, "the time is used up")
+            self.note(job, "skipped", 0.0, "the time is used up")
             return False
         with log.open("w") as out:
             try:
-                code = subprocess.run(
-                    command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=self.env | (extra or {}), timeout=limit
-                ).returncode
-                outcome = "ok" if code == 0 else f"failed ({code})"
-            except subprocess.TimeoutExpired:
-                outcome = f"stopped after {limit:.0f} s"
+                code = run_group(job.command, out, self.env | threads | job.extra, limit)
+                outcome = "ok" if code == 0 else f"failed ({code})" if code is not None else f"stopped at {limit:.0f} s"
             except OSError as error:
                 outcome = f"could not start: {error}"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        self.note(part, name, outcome, time.monotonic() - start, lines[-1][:90] if lines else "")
+        self.note(job, outcome, time.monotonic() - start, lines[-1][:90] if lines else "")
         return outcome == "ok"
 
-    def note(self, part: str, name: str, outcome: str, seconds: float, last: str) -> None:
-        self.rows.append({"part": part, "what": name, "outcome": outcome, "seconds": round(seconds, 1), "last": last})
-        print(f"{part:9} {name:12} {outcome:16} {seconds:6.1f} s  {last}", flush=True)
+    def note(self, job: Job, outcome: str, seconds: float, last: str) -> None:
+        row = {"part": job.part, "what": job.name, "outcome": outcome, "seconds": round(seconds, 1), "last": last}
+        self.rows.append(row)
+        print(show(row), flush=True)
+
+
+def show(row: dict) -> str:
+    return f"{row['part']:9} {row['what']:24} {row['outcome']:16} {row['seconds']:6.1f} s  {row['last']}"
+
+
+def run_group(command: list[str], out, env: dict[str, str], limit: float) -> int | None:
+    """The exit status, or None where `limit` passed: then the process and all that it started are interrupted, which makes pytest
+    report the failures it has seen, and killed a little later."""
+    # no process of a pool, of compilers say, may go on behind the next part's back, nor hold the GPU
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(max(limit - GRACE_S, limit / 2))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(min(GRACE_S, limit / 2))
+        except subprocess.TimeoutExpired:
+            pass
+        return None
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
 
 
 def gpu() -> str | None:
@@ -66,6 +127,51 @@ def gpu() -> str | None:
     return done.stdout.strip() or None
 
 
+def test_jobs(python: str) -> list[Job]:
+    """One job a file of an operator or of Triton, several where Triton has much to compile, one a folder of the rest; the longest first."""
+    groups = {"cuda": "tests/cuda/test_affine_coupling_gpu.py"}
+    for folder in ("ops", "triton"):
+        for file in (ROOT / "tests" / folder).glob("test_*.py"):
+            name = file.stem.removeprefix("test_").removeprefix("triton_")
+            groups[f"{folder}-{name}"] = str(file.relative_to(ROOT))
+    groups |= {"models-gpu": "tests/models/test_models_gpu.py", "training": "tests/training/test_train_gpu.py"}
+    groups |= {"models": "tests/models", "nn": "tests/nn"}
+    jobs = []
+    for name, path in sorted(groups.items(), key=lambda item: -SHARDS.get(item[0], 1)):
+        shards = SHARDS.get(name, 1)
+        # -vv, against the -q of pyproject.toml: the log's last line names the test that hung
+        command = [
+            python,
+            "-m",
+            "pytest",
+            path,
+            "-vv",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "faulthandler_timeout=120",
+        ]
+        if name == "models":
+            command += ["--ignore", groups["models-gpu"]]
+        for k in range(1, shards + 1):
+            extra = {"GENKERNELS_TEST_SHARD": f"{k}/{shards}"} if shards > 1 else {}
+            jobs.append(Job("test", name if shards == 1 else f"{name}-{k}", command, extra))
+    return jobs
+
+
+def sanitize_jobs(python: str) -> list[Job]:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [tool, "--error-exitcode", "9", "--tool"]
+    script = [python, "tools/sanitize.py", "--backend"]
+    # torch's own pool would hide a step beyond a tensor that still lies in the pool's block
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [
+        *(Job("sanitize", f"mem-{b}", [*command, "memcheck", *script, b], alone) for b in ("cuda", "triton")),
+        Job("sanitize", "race-cuda", [*command, "racecheck", *script, "cuda", "--shapes", "3"]),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "gpu-check")
@@ -73,6 +179,9 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     check = Check(arguments.results.resolve())
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # processes begun by one that ignores it would ignore it too
     device = gpu()
     print(f"GPU: {device or 'none: what needs one is left out'}", flush=True)
     python = sys.executable
@@ -81,28 +190,22 @@ def main() -> int:
         if device:
             major, minor = device.split()[-2:]
             wanted["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}" + ("a" if major == "9" else "")
-        check.run("build", "library", [python, "setup.py", "build_ext", "--inplace"], wanted)
-    check.run("build", "info", [python, "-m", "genkernels", "info", "--ops"])
+        check.run(Job("build", "library", [python, "setup.py", "build_ext", "--inplace"], wanted))
+    check.run(Job("build", "info", [python, "-m", "genkernels", "info", "--ops"]))
     if "test" in arguments.parts:
-        folders = ["tests/cuda/test_affine_coupling_gpu.py", "tests/ops", "tests/triton", "tests/nn", "tests/models"]
-        folders.append("tests/training/test_train_gpu.py")
-        check.run("test", "gpu", [python, "-m", "pytest", *folders, "-p", "no:cacheprovider"])
+        check.run(*test_jobs(python))
     if "sanitize" in arguments.parts and device:
-        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        script = [python, "tools/sanitize.py"]
-        sanitize = [tool, "--error-exitcode", "9", "--tool"]
-        for backend in ("cuda", "triton"):
-            check.run("sanitize", f"mem-{backend}", [*sanitize, "memcheck", *script, "--backend", backend], limit=80)
-        check.run(
-            "sanitize", "race-cuda", [*sanitize, "racecheck", *script, "--backend", "cuda", "--shapes", "3"], limit=60
-        )
+        check.run(*sanitize_jobs(python))
     if "bench" in arguments.parts:
-        files = ["--json", str(check.results / "bench.json"), "--plot", str(check.results / "bench.png")]
-        check.run("bench", "operators", [python, "-m", "genkernels", "bench", *files, *([] if device else ["--quick"])])
+        for name, limit in BENCH_S.items():
+            files = ["--json", str(check.results / f"{name}.json"), "--plot", str(check.results / f"{name}.png")]
+            options = ["--limit", str(limit - 20)] if device else ["--quick"]
+            bench = [python, "-m", "genkernels", "bench", name, *files, *options]
+            check.run(Job("bench", name, bench, limit=limit + GRACE_S))
     (check.results / "summary.json").write_text(json.dumps({"gpu": device, "rows": check.rows}, indent=1))
-    print("\npart      what         outcome           seconds")
+    print("\npart      what                     outcome           seconds")
     for row in check.rows:
-        print(f"{row['part']:9} {row['what']:12} {row['outcome']:16} {row['seconds']:7.1f}  {row['last']}")
+        print(show(row))
     return 0 if all(row["outcome"] == "ok" for row in check.rows) else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def kernels(backend):
 
 @pytest.mark.parametrize(("scale_map", "dtypes"), COMBINATIONS, ids=str)
 def test_values(kernels, poisoned_memory, scale_map, dtypes):
-    for case in cases([scale_map], [dtypes]):
+    # Triton compiles five kernels a case: every fifth, which meets all shapes and options, each time others
+    first, step = (COMBINATIONS.index((scale_map, dtypes)) % 5, 5) if kernels.name == "triton" else (0, 1)
+    for case in itertools.islice(cases([scale_map], [dtypes]), first, None, step):
         check_values(kernels, case)
 
 

@@ -79,9 +79,11 @@ def assert_as_accurate(name, ours, same_dtype, exact, scale):
 @pytest.mark.parametrize("scale_map,split,layout,flip", OPTIONS)
 def test_agrees_with_the_definition(backend, device, poisoned_memory, scale_map, split, layout, flip, dtypes):
     at = codes(scale_map, split, layout)
-    for shape in SHAPES:
-        if split == "checkerboard" and len(shape) != 4:
-            continue
+    shapes = [shape for shape in SHAPES if split == "channel" or len(shape) == 4]
+    if backend == "triton":  # which compiles five kernels a shape: one of them, each time another
+        turn = OPTIONS.index((scale_map, split, layout, flip)) + DTYPES.index(dtypes)
+        shapes = [shapes[turn % len(shapes)]]
+    for shape in shapes:
         x, params = make(shape, scale_map, split, dtypes, device)
         work = torch.promote_types(dtypes[0], torch.float32)
         grad_z, grad_ldj = torch.randn_like(x), torch.randn(shape[0], dtype=work, device=device)

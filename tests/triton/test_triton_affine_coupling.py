@@ -77,7 +77,10 @@ def assert_close_to_oracle(ours, theirs, exact, what):
 @pytest.mark.parametrize("scale_map", MAPS)
 def test_every_combination_agrees_with_the_reference(device, poisoned, scale_map, split, layout, dtypes):
     code = MAPS[scale_map], SPLITS[split], LAYOUTS[layout]
-    for shape, flip, inverse in itertools.product(SHAPES, (False, True), (False, True)):
+    shapes = SHAPES
+    if not INTERPRETED:  # a GPU compiles each kernel for each shape: one of them, each time another
+        shapes = [SHAPES[(sum(code) + list(DTYPES).index(dtypes)) % len(SHAPES)]]
+    for shape, flip, inverse in itertools.product(shapes, (False, True), (False, True)):
         given = inputs(shape, *code[:2], DTYPES[dtypes], device)
         before = [t.clone() for t in given]
         ours = everything(kernels, *given, (*code, flip), inverse)
