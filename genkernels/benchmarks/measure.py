@@ -12,7 +12,8 @@ less care. A NaN or infinity where the truth is finite never passes; shapes must
 backends must also return the reference's dtypes, and they run once more with ``torch.empty`` filled with NaN, so that
 an output element nobody wrote is seen.
 
-Integers (drawn categories) must equal the same-dtype reference's, all of them: fp64 may fall on the other side of a boundary.
+Integers (drawn categories) must equal the same-dtype reference's, all of them: fp64 may fall on the other side of a boundary. On a GPU,
+where the reference's exponentials and logarithms round by themselves, one in 1 / `APART` may.
 
 **Time.** A turn is one untimed call, then a few timed ones, each on the next of several input sets (see `rotation`). On a
 GPU by CUDA events, else by the host's clock. Calls shorter than `SHORTEST` are timed several at once;
@@ -37,6 +38,7 @@ from torch import Tensor
 
 FLOOR = 4.0
 WIDE_FLOOR = 64.0
+APART = 1e-4  # of a GPU's drawn integers
 SHORTEST = 1e-4  # seconds: one timed sample lasts at least this long
 LONG = 1.0  # seconds: from here on a call is its own warm-up
 TURN = 0.02  # seconds: about what one provider takes before the next has its turn
@@ -152,7 +154,8 @@ class Standard:
             if same_dtypes and value.dtype != dtype:
                 return f"{name}: {dtype} is wanted, got {value.dtype}"
             if not dtype.is_floating_point:
-                if wrong := int((value != truth).sum()):
+                wrong = int((value != truth).sum())
+                if wrong > (int(APART * truth.numel()) if truth.is_cuda else 0):
                     return f"{name}: {wrong} of {truth.numel()} integers differ from the reference's"
                 continue
             # halves are computed in fp32 and rounded once: the reference's own error already has that rounding
