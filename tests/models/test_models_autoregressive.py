@@ -36,9 +36,13 @@ def seeded(seed=0):
 
 
 def make(name, dtype=torch.float64, gain=2.0, **options):
-    """A small model off its start, so that every layer matters, in evaluation mode."""
     torch.manual_seed(0)
-    model = SMALL[name](**options).to(dtype).eval()
+    return off_its_start(SMALL[name](**options).to(dtype), gain)
+
+
+def off_its_start(model, gain=2.0):
+    """In evaluation mode, its weights such that every layer matters; dead taps are not 0."""
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -93,10 +97,59 @@ def test_no_parameter_depends_on_its_own_or_a_later_value(name, classes, trainin
     assert seen.any()
 
 
+def awake(gated):
+    """No unit of its one ReLU sleeps: what is not seen then is a matter of masks."""
+    with torch.no_grad():
+        gated.hidden.bias.fill_(10.0)
+    return gated
+
+
+@pytest.mark.parametrize("classes", [None, 3])
 @pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("gated")])
-def test_the_gated_model_has_no_blind_spot(name):
-    model = make(name)
+def test_the_gated_model_has_no_blind_spot(name, classes):
+    model = awake(make(name, num_classes=classes))
     assert torch.equal(dependence(model, False), earlier(model)), "every earlier value is seen"
+
+
+def test_no_blind_spot_within_the_reach_of_an_image_that_is_larger():
+    """9×15 pixels, two layers: the vertical stack reaches 3 + 1 + 1 rows up and as far to either side, the horizontal one 5 to the left."""
+    torch.manual_seed(0)
+    model = awake(off_its_start(models.GatedPixelCNN(image_size=(9, 15), levels=2, width=4, layers=2).double()))
+    x = torch.randn(1, 1, 9, 15, dtype=torch.float64).requires_grad_()
+    params = model(x)[0]
+    for i, j in ((8, 7), (4, 0), (8, 14), (2, 7)):
+        each = [torch.autograd.grad(p, x, retain_graph=True)[0][0, 0] for p in params[:, i, j]]
+        rows, columns = torch.arange(9).view(9, 1) - i, torch.arange(15) - j
+        above = (rows < 0) & (rows >= -5) & (columns.abs() <= 5)
+        beside = (rows == 0) & (columns < 0) & (columns >= -5)
+        seen = (torch.stack(each) != 0).any(0)
+        assert seen[above | beside].all() and not seen[~earlier(model)[i, j, 0, :, :, 0]].any()
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("plain")])
+def test_the_plain_model_sees_all_that_its_taps_reach(name):
+    """Its stack of masks, followed tap by tap: nothing more, nothing less."""
+    model = make(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()  # no ReLU sleeps, no two paths cancel
+    masks = [m.mask.double() for m in model.modules() if isinstance(m, gk.nn.MaskedConv2d)]
+
+    def reach(x):
+        for k, mask in enumerate(masks):
+            below = x
+            x = torch.nn.functional.conv2d(x, mask, padding=(mask.shape[2] // 2, mask.shape[3] // 2))
+            if model.residual and 0 < k < len(masks) - 1:
+                x = x + below
+        return x
+
+    channels, height, width = model.shape
+    x = torch.rand(1, *model.shape, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.functional.jacobian(f, x)[0].unflatten(0, (model.data_channels, -1))[:, :, :, :, 0] != 0
+        for f in (model, reach)
+    )
+    assert torch.equal(found, expected) and found.any()
 
 
 def test_the_plain_stack_has_one():
@@ -126,6 +179,7 @@ TINY = {
     "plain": {"cls": models.PixelCNN, "image_size": (2, 2), "levels": 3, "width": 4, "layers": 1},
     "plain colour": {"cls": models.PixelCNN, "image_size": (1, 2), "channels": 3, "levels": 2, "width": 6, "layers": 1},
     "gated": {"cls": models.GatedPixelCNN, "image_size": (2, 2), "levels": 3, "width": 4, "layers": 1},
+    "gated colour": {"cls": models.GatedPixelCNN, "image_size": (2, 1), "channels": 3, "levels": 2, "width": 6, "layers": 1},
     "gated mixture": {"cls": models.GatedPixelCNN, "image_size": (2, 2), "levels": 3, "width": 4, "layers": 1,
                       "head": "logistic_mixture", "mixtures": 2},
     "colour mixture": {"cls": models.GatedPixelCNN, "image_size": (1, 2), "channels": 3, "levels": 2, "width": 4, "layers": 1,
@@ -196,6 +250,82 @@ def test_cached_samples_are_the_naive_ones(name, count, classes):
     assert torch.equal(drawn, naive)
     assert len(drawn.unique()) > 1
     assert torch.equal((drawn * (model.levels - 1)).round() / (model.levels - 1), drawn)
+
+
+def drawn_one_by_one(model, noise, temperature=1.0, y=None, x=None, known=None):
+    """Level indices by whole passes of `model.forward`, one a value, and draws written out here: no stages, no cache."""
+    channels, height, width = model.shape
+    top = model.levels - 1
+    known = torch.zeros(channels, height, width, dtype=torch.bool) if known is None else known.expand(model.shape)
+    x = torch.zeros(len(noise), *model.shape, dtype=torch.int64) if x is None else x.long()
+    x = torch.where(known, x, 0)
+    for i, j, c in itertools.product(range(height), range(width), range(channels)):
+        if known[c, i, j]:
+            continue
+        with torch.no_grad():
+            params = model((2 * x / top - 1).to(noise.dtype), y)[:, :, i, j]
+        for n, row in enumerate(params.double()):
+            u, its = noise[n, :, i, j].double(), (2 * x[n, :, i, j] / top - 1).double()
+            if model.head == "categorical":
+                x[n, c, i, j] = inverted(row[c * model.levels : (c + 1) * model.levels], u[c], temperature)
+                continue
+            count = len(row) // (3 if channels == 1 else 10)
+            k = inverted(row[:count], u[0], temperature)
+            mean, log_scale, *coefficients = row[count:].view(channels, -1, count)[c, :, k]
+            if c == 1:
+                mean = mean + row[count:].view(channels, -1, count)[0, 2, k].tanh() * its[0]
+            if c == 2:
+                before = row[count:].view(channels, -1, count)[1, 2, k]
+                mean = mean + before.tanh() * its[0] + coefficients[0].tanh() * its[1]
+            value = float(mean + log_scale.clamp(min=-7).exp() * temperature * u[1 + c].logit())
+            x[n, c, i, j] = math.floor((min(max(value, -1.0), 1.0) + 1) * top / 2 + 0.5)
+    return x
+
+
+def inverted(logits, u, temperature):
+    """The category in which u falls; at temperature 0 the likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int((u >= (logits / temperature).softmax(0).cumsum(0)[:-1]).sum())
+
+
+def stream(model, count, seed):
+    """The noise that a sampler takes from a generator in this state."""
+    channels, height, width = model.shape
+    extra = model.head == "logistic_mixture"
+    return torch.rand(count, channels + extra, height, width, dtype=model._like.dtype, generator=seeded(seed))
+
+
+@pytest.mark.parametrize("count,temperature", [(1, 1.0), (16, 0.6), (2, 0.0)])
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("name", SMALL)
+def test_samples_are_those_of_whole_passes_of_forward(name, classes, count, temperature):
+    """What `forward` and `stages` each say of the network, the cached sampler and the draws, all at once."""
+    model = make(name, num_classes=classes)
+    y = torch.arange(count) % 3 if classes else None
+    given = {"temperature": temperature, "generator": seeded(3), "y": y}
+    expected = drawn_one_by_one(model, stream(model, count, 3), temperature, y)
+    top = model.levels - 1
+    assert torch.equal((model.sample(count, **given) * top).round().long(), expected)
+
+    known = torch.rand(model.shape, generator=seeded(4)) < 0.4
+    if not known.any() or known.all():
+        return
+    x = images(model, count)
+    expected = drawn_one_by_one(model, stream(model, count, 3), temperature, y, x, known)
+    assert torch.equal(model.inpaint(x, known, **{**given, "generator": seeded(3)}).long(), expected)
+
+
+@pytest.mark.parametrize("size,classes", [((8, 8), None), ((7, 9), 10)])
+@pytest.mark.parametrize("cls", [models.PixelCNN, models.GatedPixelCNN])
+def test_samples_of_digits_in_fp32_are_those_of_whole_passes(cls, size, classes):
+    torch.manual_seed(0)
+    model = off_its_start(cls.from_preset("digits", image_size=size, num_classes=classes), 1.5)
+    for count in (1, 16):
+        y = torch.arange(count) % 10 if classes else None
+        drawn = (model.sample(count, generator=seeded(5), y=y) * 16).round().long()
+        assert torch.equal(drawn, drawn_one_by_one(model, stream(model, count, 5), 1.0, y))
+        assert len(drawn.unique()) > 4
 
 
 @pytest.mark.parametrize("name", ["plain residual", "gated colour", "gated colour mixture"])
