@@ -232,7 +232,10 @@ def made_inverse_jacobi(
     for sweep in range(1, z.shape[1] + 1):
         s, t = network.units(x)[0][-1].chunk(2, dim=1)
         ell = log_scale(s, scale_map)
-        before, x = x, (z - t) * torch.exp(-ell)
-        if sweep % look == 0 and torch.equal(before, x):
+        before, found = x, (z - t) * torch.exp(-ell)
+        # an infinity would reach earlier features, 0 times it being NaN: what is settled stays, a guess that overflowed is none
+        step = network.degrees[0] - sweep
+        x = torch.where(step < 0, before, torch.where((step == 0) | found.isfinite(), found, 0))
+        if sweep % look == 0 and torch.equal(before, found):
             break
     return x, -ell.sum(1)

@@ -10,6 +10,7 @@ import torch
 
 import genkernels as gk
 from genkernels import models
+from tests.ops.causal_networks import mask
 
 SMALL = {
     "plain": lambda **kw: models.PixelCNN(image_size=(5, 4), levels=4, width=6, layers=2, **kw),
@@ -128,22 +129,25 @@ def test_no_blind_spot_within_the_reach_of_an_image_that_is_larger():
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("plain")])
 def test_the_plain_model_sees_all_that_its_taps_reach(name):
-    """Its stack of masks, followed tap by tap: nothing more, nothing less."""
+    """A 7×7 mask of type A, 3×3 ones and a 1×1 one of type B, followed tap by tap: nothing more, nothing less."""
     model = make(name)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()  # no ReLU sleeps, no two paths cancel
-    masks = [m.mask.double() for m in model.modules() if isinstance(m, gk.nn.MaskedConv2d)]
+    channels, width = model.shape[0], 6
+    masks = [
+        mask(width, (7, 7), "A", channels, source=channels), *[mask(width, (3, 3), "B", channels)] * 2,
+        mask(channels * model.levels, (1, 1), "B", channels, source=width),
+    ]  # fmt: skip
 
     def reach(x):
-        for k, mask in enumerate(masks):
+        for k, taps in enumerate(masks):
             below = x
-            x = torch.nn.functional.conv2d(x, mask, padding=(mask.shape[2] // 2, mask.shape[3] // 2))
+            x = torch.nn.functional.conv2d(x, taps, padding=taps.shape[2] // 2)
             if model.residual and 0 < k < len(masks) - 1:
                 x = x + below
         return x
 
-    channels, height, width = model.shape
     x = torch.rand(1, *model.shape, dtype=torch.float64)
     found, expected = (
         torch.autograd.functional.jacobian(f, x)[0].unflatten(0, (model.data_channels, -1))[:, :, :, :, 0] != 0

@@ -146,31 +146,55 @@ def test_flows_are_triangular_and_their_log_det_is_right(order, flow, train):
 
 
 @pytest.mark.parametrize("method", ["blocked", "jacobi", "sequential"])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("order", ["natural", "random"])
-def test_gradients_of_the_inverse_are_those_through_all_passes(order, residual, method):
-    layer = AutoregressiveTransform(network(7, 19, residual, order, context=2), "tanh", method)
-    z, c = (torch.randn(4, n, dtype=torch.float64, requires_grad=True) for n in (7, 2))
+@pytest.mark.parametrize("scale_map,seed", [("exp", 0), ("sigmoid", 1), ("tanh", 2)])
+@pytest.mark.parametrize(
+    "features,hidden,residual", [(7, 19, False), (7, 19, True), (1, (3, 2), False), (9, (4, 6, 3), False)]
+)
+def test_gradients_of_the_inverse_are_those_through_all_passes(features, hidden, residual, scale_map, method, seed):
+    """To second order, by every weight, every bias, the context and z."""
+    layer = AutoregressiveTransform(network(features, hidden, residual, "random", 2, seed), scale_map, method)
+    rng = torch.Generator().manual_seed(seed)
+    z, c = (torch.randn(4, n, dtype=torch.float64, generator=rng).requires_grad_() for n in (features, 2))
     leaves = [z, c, *layer.parameters()]
+    log_scale = {"exp": lambda s: s, "sigmoid": lambda s: torch.log(torch.sigmoid(s + 2)), "tanh": torch.tanh}[
+        scale_map
+    ]
 
     def passes():
         x = torch.zeros_like(z)
-        for _ in range(7):
+        for _ in range(features):
             s, t = layer.made(x, c).chunk(2, 1)
-            x = (z - t) * torch.exp(-s.tanh())
-        return x, -s.tanh().sum(1)
+            x = (z - t) * torch.exp(-log_scale(s))
+        return x, -log_scale(s).sum(1)
 
-    def grads(outputs):
+    def grads(outputs, **options):
         x, ldj = outputs
-        return torch.autograd.grad((x.sin() * ldj.unsqueeze(1)).sum() + ldj.square().sum(), leaves)
+        return torch.autograd.grad((x.sin() * ldj.unsqueeze(1)).sum() + ldj.square().sum(), leaves, **options)
 
-    for ours, theirs in zip(grads(layer.inverse(z, c)), grads(passes()), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
-    got = grads(layer.inverse(z, c))
+    def second(outputs):
+        first = grads(outputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    got, expected = grads(layer.inverse(z, c)), grads(passes())
+    for ours, theirs in zip((*got, *second(layer.inverse(z, c))), (*expected, *second(passes())), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9 * max(1, theirs.abs().max().item()))
     masks = [m.mask for m in layer.made.layers]
     by_weight = [g for g, p in zip(got[2:], layer.parameters(), strict=True) if p.dim() == 2][: len(masks)]
     for grad, mask in zip(by_weight, masks, strict=True):
         assert (grad[~mask] == 0).all()
+
+
+def test_guesses_that_overflow_leave_what_is_settled_alone():
+    """Weights so large that sweeps over all features pass through infinities, and that some samples end there."""
+    made = MADE(20, 40)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(4)
+        z = torch.randn(64, 20)
+        jacobi, passes = (AutoregressiveTransform(made, method=m).inverse(z) for m in ("jacobi", "sequential"))
+    assert 0 < passes[0].isfinite().all(1).sum() < 64
+    for ours, theirs in zip(jacobi, passes, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 def test_dead_weights_never_act():
@@ -186,11 +210,11 @@ def test_dead_weights_never_act():
         assert torch.equal(a, b)  # fmt: skip
 
 
-def test_fp32_inverse_agrees_with_the_passes():
-    made = MADE(64, 96)
-    perturb(made, 0.03)
+@pytest.mark.parametrize("features,hidden,residual", [(64, 96, False), (33, 70, True), (20, 7, False), (1, 3, False)])
+def test_fp32_inverse_agrees_with_the_passes(features, hidden, residual):
+    made = perturb(MADE(features, hidden, residual=residual, order="random"), 0.03)
     blocked, passes = (AutoregressiveTransform(made, method=m) for m in ("blocked", "sequential"))
-    z = torch.randn(50, 64)
+    z = torch.randn(50, features)
     with torch.no_grad():
         for ours, theirs in zip(blocked.inverse(z), passes.inverse(z), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
