@@ -118,15 +118,11 @@ def test_density_of_points_integrates_to_one(name):
     assert abs(mass - 1) < 1e-4
 
 
-@pytest.mark.parametrize("cls", [models.Glow, models.NICE])
+@pytest.mark.parametrize("cls", [models.Glow, models.NICE, models.MAF, models.IAF])
 def test_frequencies_of_samples_are_the_masses_that_log_prob_gives(cls):
     """Two grey levels, four pixels: sixteen images. The mean of exp(log_prob) over the noise is an image's probability."""
-    model = perturb(
-        cls(
-            image_shape=(1, 2, 2), data_levels=2, hidden=4, **({"levels": 1, "steps": 2} if cls is models.Glow else {})
-        ),
-        0.1,
-    )
+    options = {"levels": 1, "steps": 2} if cls is models.Glow else {} if cls is models.NICE else {"logit": 0.05}
+    model = perturb(cls(image_shape=(1, 2, 2), data_levels=2, hidden=4, **options), 0.1)
     model = model.double().eval()
     draws, samples = 4000, 200_000
     bits = torch.arange(16).view(-1, 1).bitwise_right_shift(torch.arange(4)).bitwise_and(1).to(torch.uint8)
@@ -169,6 +165,69 @@ def test_nan_data_give_nan_for_their_own_sample_alone():
     x[1, 0, 2, 2] = float("nan")
     dirty = model.log_prob(x, generator=seeded())
     assert dirty[1].isnan() and torch.equal(dirty[[0, 2]], clean[[0, 2]])
+
+
+AUTOREGRESSIVE = [models.MAF, models.IAF]
+TURNS = {
+    "alternate": [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]],
+    "natural": [[0, 1, 2, 3, 4, 5]] * 3,
+    "reversed": [[5, 4, 3, 2, 1, 0]] * 3,
+    "random": None,
+}
+
+
+def masked_flow(cls, order, train, **options):
+    """Over 2×3 pixels of 5 levels and 3 classes, its ActNorms set from data."""
+    torch.manual_seed(0)
+    model = cls(image_shape=(1, 2, 3), data_levels=5, hidden=20, logit=0.1, order=order, num_classes=3, **options)
+    model = perturb(model, 0.1).double().train(train)
+    with torch.no_grad():
+        for made in (m.made for m in model.modules() if isinstance(m, gnn.AutoregressiveTransform)):
+            for layer in made.layers[:-1]:
+                layer.bias.add_(2)  # no ReLU sleeps
+    model.initialize(data(model, 40), torch.arange(40) % 3)
+    return model
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("order", TURNS)
+@pytest.mark.parametrize("cls", AUTOREGRESSIVE)
+def test_each_transform_sees_the_features_before_in_its_order_and_the_class(cls, order, train):
+    """By the Jacobian of a model of one transform from pixels to latents and back, and of each transform of a model of three."""
+    y = torch.tensor([2])
+
+    def check(function, made):
+        jacobian = torch.autograd.functional.jacobian(function, torch.rand(1, 6, dtype=torch.float64) * 0.8 + 0.1)
+        sorted_j = jacobian[0, :, 0][made.order][:, made.order]
+        assert torch.equal(sorted_j != 0, torch.ones(6, 6).tril().bool())
+
+    whole = masked_flow(cls, order, train, transforms=1)
+    (layer,) = (m for m in whole.modules() if isinstance(m, gnn.AutoregressiveTransform))
+    check(lambda v: whole(v.view(1, 1, 2, 3), y)[0][0], layer.made)
+    check(lambda v: whole.inverse((v,), y)[0].flatten(1), layer.made)
+    model = masked_flow(cls, order, train, transforms=3)
+    layers = [m for m in model.modules() if isinstance(m, gnn.AutoregressiveTransform)]
+    orders = [m.made.order.tolist() for m in layers]
+    if TURNS[order]:
+        assert orders == TURNS[order]
+    else:
+        assert len({tuple(o) for o in orders}) == 3, "another in each transform"
+    context = model.classes(y).detach()
+    for layer in layers:
+        assert torch.autograd.functional.jacobian(lambda c, m=layer.made: m(torch.zeros(1, 6).double(), c), context).any(-1).all()  # fmt: skip
+        for way in (layer.forward, layer.inverse):
+            check(lambda v, way=way: way(v, context)[0], layer.made)
+
+
+@pytest.mark.parametrize("cls", AUTOREGRESSIVE)
+def test_the_side_that_takes_one_pass_is_data_to_noise_for_maf_and_noise_to_data_for_iaf(cls):
+    """Parameters are read off the data in a MAF, off the noise in an IAF."""
+    layer = next(m for m in masked_flow(cls, "natural", False, transforms=1).modules() if isinstance(m, gnn.AutoregressiveTransform))  # fmt: skip
+    given, context = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
+    result, ldj = layer(given, context) if cls is models.MAF else layer.inverse(given, context)
+    s, t = layer.made(given, context).chunk(2, 1)
+    torch.testing.assert_close(result, given * s.tanh().exp() + t)
+    torch.testing.assert_close(ldj, s.tanh().sum(1))
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------------
@@ -219,10 +278,15 @@ def test_temperature_is_exact_where_the_determinant_is_constant():
 # --- classes -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["nice image", "realnvp image", "glow image", "glow points"])
-@pytest.mark.parametrize("reversible", [False, True])
-def test_class_conditional(name, reversible):
-    model, x = make(name, num_classes=3, reversible=reversible)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"reversible": r}) for name in ("nice image", "realnvp image", "glow image", "glow points") for r in (False, True)),
+        *((name, {}) for name in ("maf image", "maf points", "iaf image", "iaf points")),
+    ],
+)  # fmt: skip
+def test_class_conditional(name, options):
+    model, x = make(name, num_classes=3, **options)
     model.train()
     y = torch.tensor([0, 2, 2])
     assert not torch.allclose(model.log_prob(x, y, seeded()), model.log_prob(x, (y + 1) % 3, seeded()))
@@ -276,6 +340,13 @@ def smooth_images(count, shape, levels):
         (lambda: models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=16), 30),
         (lambda: models.RealNVP(image_shape=(1, 8, 8), data_levels=17, blocks=1, hidden=8), 8),
         (lambda: models.NICE.from_preset("digits"), 30),
+        (
+            lambda: models.MAF(
+                image_shape=(1, 8, 8), data_levels=17, transforms=3, hidden=70, residual=True, logit=0.01
+            ),
+            30,
+        ),
+        (lambda: models.IAF(image_shape=(1, 8, 8), data_levels=17, transforms=2, hidden=70, logit=0.01), 12),
     ],
 )
 def test_training_is_the_same_on_the_fused_and_on_the_reference_path(build, steps):

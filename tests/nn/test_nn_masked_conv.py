@@ -33,6 +33,29 @@ def test_dead_taps_stay_out_of_the_gradient_after_loading_and_after_a_step():
     assert (grad[dead] == 0).all()
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("mask_type,data_channels,activation", [("A", 3, "gate"), ("B", 3, "none"), ("B", 1, "gate")])
+def test_steps_with_decay_and_momentum_let_no_dead_tap_in(mask_type, data_channels, activation, optimizer):
+    """Decay moves what dead taps hold; it still plays no part, and its gradient stays exactly 0."""
+    layer = gk.nn.MaskedConv2d(mask_type, 3, 6, 3, data_channels, activation=activation).double()
+    layer.load_state_dict(nn.Conv2d(3, 6, 3).double().state_dict())
+    steps = {
+        "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+        "adamw": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
+    }[optimizer](layer.parameters())
+    x, dead = torch.randn(2, 3, 4, 5, dtype=torch.float64), ~layer.mask
+    for _ in range(3):
+        steps.zero_grad()
+        layer(x).square().sum().backward()
+        assert (layer.weight.grad[dead] == 0).all() and (layer.weight.grad[~dead] != 0).all()
+        steps.step()
+    assert (layer.weight[dead] != 0).all()
+    y = layer(x)
+    with torch.no_grad():
+        layer.weight[dead] = float("nan")
+    assert torch.equal(layer(x), y)
+
+
 def test_condition_residual_and_gate_are_what_they_say():
     layer = gk.nn.MaskedConv2d("B", 4, 8, 3, activation="gate").double()
     x, condition, residual = (torch.randn(s, dtype=torch.float64) for s in ((2, 4, 3, 5), (2, 8), (2, 4, 3, 5)))
