@@ -50,3 +50,20 @@ def test_the_python_in_the_readme_runs():
     exec(masked, space)
     torch.testing.assert_close(space["flow"].inverse(space["z"])[0], space["x"])
     assert torch.equal(space["completed"][..., :14, :], space["images"][..., :14, :]) and space["nll"].shape == (2,)
+
+
+def test_the_names_and_places_in_the_readme_are_there():
+    from genkernels import models, ops
+
+    text = (ROOT / "README.md").read_text()
+    places = set(re.findall(r"`([\w./-]+/[\w./-]*)`", text)) | set(re.findall(r"\]\(([\w./-]+)\)", text))
+    assert len(places) > 12 and not [place for place in sorted(places) if not (ROOT / place).exists()]
+    listed = re.search(r"The names: (.*?)\. For the first", text, flags=re.S).group(1)
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(ops.OPERATORS)
+    listed, presets = re.search(r"^Models: (.*?) \(presets (.*?), and `points` for flows\)", text, flags=re.M).groups()
+    assert re.findall(r"`(\w+)`", listed) == list(models.MODELS)
+    for preset in re.findall(r"`(\w+)`", presets):
+        assert all(preset in model.presets for model in models.MODELS.values())
+    assert [name for name in sorted(ops.OPERATORS) if f"\n#### {name}\n" not in text] == [], (
+        "an operator is not measured"
+    )

@@ -124,10 +124,24 @@ def test_settings_are_read_as_python_values():
 
 
 def test_info_names_each_backend_and_operator(capsys):
+    """Each operator with a line for each of its backends, and its row of the composability table as it was declared."""
+    from genkernels import backends, ops
+
     assert main(["info", "--ops"]) == 0
-    out = capsys.readouterr().out
-    for word in ("reference", "cpu", "triton", "cuda", "affine_coupling", "double backward", "torch"):
-        assert word in out
+    first, rows, cells = capsys.readouterr().out.rstrip().split("\n\n")[1:]
+    for name in backends.NAMES[1:]:
+        assert any(line.startswith(f"{name} ") for line in first.splitlines())
+    head, *lines = rows.splitlines()
+    assert head.split() == ["operator", "backend", "runs", "why", "not"] and len(lines) == 4 * len(ops.OPERATORS)
+    for begin, operator in zip(range(0, len(lines), 4), ops.OPERATORS.values(), strict=True):
+        names = [line.split()[i] for i, line in zip((1, 0, 0, 0), lines[begin : begin + 4], strict=True)]
+        assert lines[begin].split()[0] == operator.name and names == list(backends.NAMES[1:])
+        for line, name in zip(lines[begin + 1 : begin + 4], names[1:], strict=True):
+            assert line.rstrip().endswith(operator.backends[name])
+    head, *lines = cells.splitlines()
+    assert [cell.strip() for cell in head.split("  ") if cell] == ["operator", *ops.FEATURES]
+    found = {line.split()[0]: line.split()[1:] for line in lines}
+    assert found == {o.name: [o.composability[f] for f in ops.FEATURES] for o in ops.OPERATORS.values()}
 
 
 def start(*argv) -> subprocess.Popen:
@@ -220,6 +234,33 @@ def test_two_processes_train_one_model_and_stop_together():
     # 32 examples on each of two devices are the 64 of one: the weights begin alike and only the noise differs
     assert main([*argv[:-2], "--max-steps", "3", "--warmup", "5", "--out", "one", "--quiet"]) == 0
     assert [float(x) for x in losses("one")] == pytest.approx(first[:3], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "settings"),
+    [
+        ("maf", "digits", {"hidden": 70, "transforms": 2}),
+        ("iaf", "digits", {"hidden": 70, "transforms": 1}),
+        ("pixelcnn", "digits", {"width": 8, "layers": 1}),
+        ("pixelcnn", "npz:colour.npz", {"width": 6, "layers": 1}),
+        ("gatedpixelcnn", "npz:colour.npz", {"width": 6, "layers": 1}),
+        ("gatedpixelcnn", "photos32", {"width": 6, "layers": 1}),  # its preset has the mixture
+    ],
+)
+def test_masked_models_train_by_name(model, spec, settings):
+    noise = np.random.default_rng(0)
+    np.savez("colour.npz", x=noise.integers(0, 256, (30, 3, 6, 5), dtype=np.uint8))
+    options = ["--max-steps", "2", "--batch-size", "4", "--eval-examples", "8", "--accelerator", "cpu", "--quiet"]
+    options += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    assert main(["train", model, "--data", spec, *options, "--samples", "2", "--out", "run"]) == 0
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["held_out"]["metric"] == "bits_per_dim" and 0 < metrics["held_out"]["value"] < 20
+    assert metrics["held_out"]["examples"] == len(data.load(spec).test)
+    assert (metrics["hparams"].get("head") == "logistic_mixture") == (spec == "photos32")
+    assert main(["sample", "run", "--n", "2", "--out", "s.npz", "--accelerator", "cpu"]) == 0
+    bundle = data.load(spec)
+    drawn = np.load("s.npz")
+    assert drawn["x"].shape == (2, *bundle.shape) and drawn["levels"] == bundle.levels
 
 
 def test_a_pixel_model_trains_samples_evaluates_and_completes_images(capsys):

@@ -1,4 +1,4 @@
-"""One small example call of each operator, for the tests that every operator must pass."""
+"""Small example calls of each operator, for the tests that every operator must pass."""
 
 import torch
 
@@ -55,6 +55,15 @@ def made(device="cpu", dtype=torch.float64):
     return function, tuple(tensors)
 
 
+def masked_linear(device="cpu", dtype=torch.float64):
+    """The layer of `made`, unsorted degrees, one output that sees nothing."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (3, 4), (5, 4), (5,)
+    tensors = (torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes)
+    into, out = torch.tensor([1, 3, 2, 4], device=device), torch.tensor([1, 4, 2, 3, 0], device=device)
+    return lambda x, weight, bias: (ops.masked_linear(x, weight, bias, into, out),), tuple(tensors)
+
+
 def logistic_mixture(device="cpu", dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     params = torch.randn(3, 20, 2, 3, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -68,7 +77,11 @@ SAMPLES = {
     "logistic_mixture": logistic_mixture,
     "made": made,
     "masked_conv": masked_conv,
+    "masked_linear": masked_linear,
 }
 
+#: Samples of an operator beside the one of its own name.
+FURTHER = {"masked_linear": "made"}
+
 #: Operators that take autocast's lower dtype, as convolutions do; the others compute in fp32.
-LOWER_UNDER_AUTOCAST = {"masked_conv"}
+LOWER_UNDER_AUTOCAST = {"masked_conv", "masked_linear"}

@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 import genkernels as gk
 from genkernels import backends, ops
 from genkernels.ops import _operator
-from tests.ops.samples import LOWER_UNDER_AUTOCAST, SAMPLES
+from tests.ops.samples import FURTHER, LOWER_UNDER_AUTOCAST, SAMPLES
 
 ROOT = Path(gk.__file__).parent
 REPOSITORY = ROOT.parent
 OPERATORS = sorted(ops.OPERATORS)
+EXAMPLES = sorted([*OPERATORS, *FURTHER])
 needs_kernels = pytest.mark.skipif(backends.why_missing("cpu") is not None, reason="the CPU library is not built")
 
 
@@ -72,9 +73,13 @@ def test_has_all_that_an_operator_needs(name):
         assert differentiable == "differentiable" or "cannot be differentiated" in differentiable
 
 
+def composability(example):
+    return ops.OPERATORS[FURTHER.get(example, example)].composability
+
+
 def is_differentiable(name):
     """Operators whose backward raises (they draw integers) are held to that sentence wherever a gradient is asked for."""
-    return ops.OPERATORS[name].composability["backward"] != "raises"
+    return composability(name)["backward"] != "raises"
 
 
 def refusal(name):
@@ -177,9 +182,9 @@ class Cells:
 
 @needs_kernels
 @pytest.mark.parametrize("feature", _operator.FEATURES)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_composability_cell(name, feature):
-    promised = ops.OPERATORS[name].composability[feature]
+    promised = composability(name)[feature]
     cells = Cells(name)
     action = getattr(cells, feature.replace(" ", "_"))
     if promised == "raises":
@@ -193,7 +198,7 @@ def test_composability_cell(name, feature):
     assert bool(ran) == (promised == "kernel"), f"{feature}: promised {promised}, ran {ran or 'the reference'}"
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_compiles_end_to_end_with_its_gradient(name):
     function, tensors = SAMPLES[name]()
     torch._dynamo.reset()
@@ -209,7 +214,7 @@ def test_compiles_end_to_end_with_its_gradient(name):
     torch.testing.assert_close(tuple(ours), tuple(expected))
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_activation_checkpoints(name):
     """Unpacking what backward saved runs the forward pass again, and must record it."""
     if not is_differentiable(name):
@@ -222,7 +227,7 @@ def test_activation_checkpoints(name):
     torch.testing.assert_close(tuple(ours), tuple(expected))
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_func_grad_and_higher_transforms(name):
     function, tensors = SAMPLES[name]()
 
@@ -243,7 +248,7 @@ def test_func_grad_and_higher_transforms(name):
     assert hessian.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_transforms_inside_compile(name):
     function, tensors = SAMPLES[name]()
 
@@ -272,7 +277,7 @@ def test_the_private_names_that_detect_transforms_still_exist():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in OPERATORS if name != "made"]
+    "name", [name for name in EXAMPLES if name != "made"]
 )  # its sample reads degrees: test_nn_made has it
 def test_shapes_alone_on_the_meta_device(name):
     """Models are built and sized without memory: every operator gives its results' shapes there."""
