@@ -342,7 +342,10 @@ def _order(order, features: int, generator: torch.Generator | None) -> Tensor:
         raise ValueError(
             f"MADE: order must be natural, reversed, random or a permutation of 0 to {features - 1}, got {order!r}"
         )
-    given = torch.as_tensor(order, device="cpu")
+    try:
+        given = torch.as_tensor(order, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"MADE: order must be a permutation of 0 to {features - 1}, got {order!r}") from None
     if given.dtype.is_floating_point or not torch.equal(given.sort().values.to(torch.int64), torch.arange(features)):
         raise ValueError(f"MADE: order must be a permutation of 0 to {features - 1}, got {given.tolist()}")
     return given.to(torch.int64, copy=True)

@@ -55,7 +55,16 @@ class MaskedConv2d(nn.Conv2d):
         device=None,
         dtype=None,
     ):
-        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if (
+            not isinstance(sides, tuple | list)
+            or len(sides) != 2
+            or not all(isinstance(k, int) and k > 0 for k in sides)
+        ):
+            raise ValueError(
+                f"MaskedConv2d: kernel_size must be a whole number from 1 on or two, (height, width), got {kernel_size!r}"
+            )
+        height, width = sides
         for name, value in (("stride", stride), ("dilation", dilation)):
             if value not in (1, (1, 1)):
                 raise ValueError(f"MaskedConv2d: {name} must be 1, for every pixel has an output, got {value}")

@@ -438,6 +438,10 @@ def test_presets_build(cls, preset):
     [
         (lambda: models.PixelCNN(image_size=(4,)), ValueError, r"image_size must be \(H, W\)"),
         (lambda: models.PixelCNN(channels=3, width=64), ValueError, "width must be a positive multiple of the 3 channels, got 64"),
+        (lambda: models.PixelCNN(layers=-1), ValueError, "layers must be an integer of at least 0, got -1"),
+        (lambda: models.GatedPixelCNN(layers=-1), ValueError, "layers must be an integer of at least 0, got -1"),
+        (lambda: models.PixelCNN(num_classes=-1), ValueError, "num_classes must be None or a number of classes, got -1"),
+        (lambda: models.PixelCNN(channels=0), ValueError, "channels must be an integer of at least 1, got 0"),
         (lambda: models.PixelCNN(levels=1), ValueError, "levels must be an integer from 2 to 65536, got 1"),
         (lambda: models.GatedPixelCNN(head="softmax"), ValueError, "head must be one of categorical, logistic_mixture"),
         (lambda: models.GatedPixelCNN(head="logistic_mixture", channels=2), ValueError, "needs 1 or 3 channels, got 2"),
@@ -464,3 +468,4 @@ def test_an_empty_batch_has_an_empty_likelihood():
     for name in SMALL:
         model = make(name)
         assert model.log_prob(images(model, 0)).shape == (0,)
+        assert model.inpaint(images(model, 0), torch.tensor(True)).shape == model.sample(0).shape == (0, *model.shape)

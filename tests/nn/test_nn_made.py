@@ -294,6 +294,7 @@ REFUSED = [
     (lambda: MADE(4, 1, context_features=2), "at least 2 units \\(one sees the context alone, one the first feature\\), got \\[1, 1\\]"),
     (lambda: MADE(4, (8, 8), residual=True), "an odd number of equal hidden layers, at least 3, got \\[8, 8\\]"),
     (lambda: MADE(3, 4, order=[0, 1, 1]), "order must be a permutation of 0 to 2, got \\[0, 1, 1\\]"),
+    (lambda: MADE(3, 4, order=["a", 1, 2]), "order must be a permutation of 0 to 2, got \\['a', 1, 2\\]"),
     (lambda: MADE(3, 4, order="backwards"), "order must be natural, reversed, random or a permutation of 0 to 2, got 'backwards'"),
     (lambda: MADE(3, 4)(torch.zeros(2, 4)), "x must be \\[N, 3\\], got \\[2, 4\\]"),
     (lambda: MADE(3, 4)(torch.zeros(2, 3), torch.zeros(2, 1)), "built without context_features, got a context \\[2, 1\\]"),

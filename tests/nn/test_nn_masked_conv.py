@@ -121,6 +121,10 @@ def test_repr_names_the_options():
     [
         (("C", 3, 6, 3), {}, "mask_type must be one of A, B, got 'C'"),
         (("A", 3, 6, 4), {}, "the kernel's height and width must be odd, got 4×4"),
+        (("A", 3, 6, 0), {}, "kernel_size must be a whole number from 1 on or two, (height, width), got 0"),
+        (("A", 3, 6, 3.0), {}, "kernel_size must be a whole number from 1 on or two, (height, width), got 3.0"),
+        (("A", 3, 6, (3, -3)), {}, "kernel_size must be a whole number from 1 on or two, (height, width), got (3, -3)"),
+        (("A", 3, 6, (3, 3, 3)), {}, "kernel_size must be a whole number from 1 on or two, (height, width), got (3, 3, 3)"),
         (("A", 3, 6, (3, 2)), {}, "the kernel's height and width must be odd, got 3×2"),
         (("A", 4, 6, 3, 3), {}, "data_channels must divide the input channels, got 3 and 4 input channels"),
         (("A", 3, 7, 3, 3), {}, "data_channels must divide the output channels, got 3 and 7 output channels"),

@@ -41,8 +41,8 @@ class PixelModel(LikelihoodModel):
         size = hparams["image_size"] = tuple(image_size)
         if len(size) != 2 or not all(isinstance(s, int) and s >= 1 for s in size):
             raise ValueError(f"{name}: image_size must be (H, W), at least 1 each, got {image_size}")
-        if channels < 1:
-            raise ValueError(f"{name}: channels must be at least 1, got {channels}")
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"{name}: channels must be an integer of at least 1, got {channels!r}")
         if not isinstance(levels, int) or not 2 <= levels <= 65536:
             raise ValueError(f"{name}: levels must be an integer from 2 to 65536, got {levels!r}")
         if head not in HEADS:
@@ -214,6 +214,8 @@ def class_bias(classes: nn.Module | None, y: Tensor | None) -> Tensor | None:
     return None if classes is None else classes(y)
 
 
-def check_width(name: str, width: int, data_channels: int) -> None:
-    if width < 1 or width % data_channels:
+def check_sizes(name: str, width: int, layers: int, data_channels: int) -> None:
+    if not isinstance(layers, int) or layers < 0:
+        raise ValueError(f"{name}: layers must be an integer of at least 0, got {layers!r}")
+    if not isinstance(width, int) or width < 1 or width % data_channels:
         raise ValueError(f"{name}: width must be a positive multiple of the {data_channels} channels, got {width}")
