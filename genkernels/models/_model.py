@@ -64,12 +64,14 @@ class LikelihoodModel(nn.Module):
 
     # --- helpers -------------------------------------------------------------------------------------------------------
 
-    def _check_sample(self, n: int, temperature: float) -> None:
+    def _check_sample(self, n: int, temperature: float, generator: torch.Generator | None) -> None:
         name = type(self).__name__
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"{name}: n must be an integer of at least 0, got {n!r}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"{name}: temperature must be at least 0 and finite, got {temperature}")
+        if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+            raise ValueError(f"{name}: temperature must be at least 0 and finite, got {temperature!r}")
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"{name}: generator must be a torch.Generator or None, got {generator!r}")
 
     def _drawn_labels(self, y: Tensor | int | None, n: int, generator: torch.Generator | None) -> Tensor | None:
         """Labels of n samples: as given, one for all, or drawn evenly where the model has classes."""
@@ -96,11 +98,50 @@ class LikelihoodModel(nn.Module):
         return y.to(self._like.device, torch.int64)
 
     def _check_shape(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__}: x must be a torch.Tensor, got {type(x).__name__}")
         if list(x.shape[1:]) != list(self.shape) or x.dim() != len(self.shape) + 1:
             expected = ", ".join(map(str, self.shape))
             raise ValueError(f"{type(self).__name__}: x must be [N, {expected}], got {list(x.shape)}")
 
 
 def arguments(scope: dict[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments, from its ``locals()``."""
-    return {key: value for key, value in scope.items() if key not in ("self", "__class__")}
+    """A constructor's arguments, from its ``locals()``, of the types that it declares.
+
+    Raises:
+        ValueError: one is of another type; a count or a size is negative.
+    """
+    kind = type(scope["self"])
+    declared: dict[str, Any] = {}
+    for base in kind.__mro__:  # a constructor further down has the last word: it is the one that asks
+        declared |= getattr(base.__dict__.get("__init__"), "__annotations__", {})
+    found = {key: value for key, value in scope.items() if key not in ("self", "__class__")}
+    for key, value in found.items():
+        _check_argument(kind.__name__, key, value, str(declared.get(key, "")))
+    return found
+
+
+def _check_argument(name: str, key: str, value: Any, declared: str) -> None:
+    """That a value is of the type declared, where that is a number or a switch; no count and no size is negative."""
+    wanted, _, rest = declared.partition(" | ")
+    if value is None and rest == "None":
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if wanted == "int" and not whole:
+        raise ValueError(f"{name}: {key} must be an integer, got {value!r}")
+    if wanted == "int" and value < 0:
+        raise ValueError(f"{name}: {key} must be at least 0, got {value}")
+    if wanted == "float" and not ((whole or isinstance(value, float)) and math.isfinite(value)):
+        raise ValueError(f"{name}: {key} must be a finite number, got {value!r}")
+    if wanted == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{name}: {key} must be True or False, got {value!r}")
+
+
+def extents(name: str, key: str, value: Any, meaning: str) -> tuple[int, ...]:
+    """Sizes as a tuple of integers, one for each letter of `meaning`, e.g. ``(C, H, W)``."""
+    sizes = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(sizes) != meaning.count(",") + 1 or not all(
+        isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sizes
+    ):
+        raise ValueError(f"{name}: {key} must be {meaning}, got {value!r} (integers of at least 1)")
+    return sizes

@@ -60,7 +60,7 @@ def run_folder(tmp_path_factory):
         ("train nice --data digits --preset digts", "unknown preset 'digts' of nice; did you mean digits?"),
         ("train nice --data digits --set hiden=3", "nice has no argument 'hiden'; did you mean hidden?"),
         ("train nice --data digits --set hidden", "--set takes KEY=VALUE, got 'hidden'"),
-        ("train nice --data digits --set hidden=-3", "nice cannot be built from"),
+        ("train nice --data digits --set hidden=-3", "NICE: hidden must be at least 0, got -3"),
         ("train nice --data digits --set prior=uniform", "normal, logistic, got 'uniform'"),
         ("train glow --data digits --set levels=7", "Glow: height and width must be multiples of"),
         ("train nice --data digits --backend tritn", "did you mean triton"),

@@ -456,6 +456,17 @@ def test_presets_build(cls, preset):
         (lambda: make("plain").inpaint(torch.zeros(2, 1, 5, 4), torch.ones(5, 4)), TypeError, "known must be a bool tensor"),
         (lambda: make("plain").inpaint(torch.zeros(2, 1, 5, 4), torch.ones(4, 5).bool()), ValueError, "broadcastable to x's shape"),
         (lambda: models.PixelCNN.from_preset("digit"), ValueError, "did you mean digits"),
+        (lambda: models.PixelCNN(image_size=9), ValueError, r"PixelCNN: image_size must be \(H, W\), got 9"),
+        (lambda: models.PixelCNN(width="x"), ValueError, "PixelCNN: width must be an integer, got 'x'"),
+        (lambda: models.PixelCNN(layers=-1), ValueError, "PixelCNN: layers must be at least 0, got -1"),
+        (lambda: models.PixelCNN(levels=2.5), ValueError, "PixelCNN: levels must be an integer, got 2.5"),
+        (lambda: models.PixelCNN(residual="no"), ValueError, "PixelCNN: residual must be True or False, got 'no'"),
+        (lambda: models.GatedPixelCNN(mixtures=1.5), ValueError, "GatedPixelCNN: mixtures must be an integer, got 1.5"),
+        (lambda: models.GatedPixelCNN(kernel_size=(3, 5)), ValueError, r"kernel_size must be an integer, got \(3, 5\)"),
+        (lambda: models.GatedPixelCNN(dropout="x"), ValueError, "GatedPixelCNN: dropout must be a finite number, got 'x'"),
+        (lambda: make("plain").sample(1, temperature=None), ValueError, "temperature must be at least 0 and finite, got None"),
+        (lambda: make("plain").sample(1, generator=0), TypeError, "generator must be a torch.Generator or None, got 0"),
+        (lambda: make("plain").log_prob([[0.0]]), TypeError, "x must be a torch.Tensor, got list"),
     ],
 )  # fmt: skip
 def test_mistakes_are_answered_in_one_sentence(action, kind, sentence):

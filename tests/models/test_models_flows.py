@@ -489,6 +489,18 @@ GLOW = SMALL["glow image"]
         (lambda: GLOW().sample(2.0), ValueError, "n must be an integer of at least 0, got 2.0"),
         (lambda: GLOW().sample(1, temperature=-0.1), ValueError, "temperature must be at least 0 and finite, got -0.1"),
         (lambda: GLOW().sample(1, temperature=float("nan")), ValueError, "temperature must be at least 0 and finite, got nan"),
+        (lambda: GLOW().sample(1, temperature="1"), ValueError, "temperature must be at least 0 and finite, got '1'"),
+        (lambda: GLOW().sample(1, generator=7), TypeError, "generator must be a torch.Generator or None, got 7"),
+        (lambda: GLOW().log_prob([[0.0]]), TypeError, "x must be a torch.Tensor, got list"),
+        (lambda: models.MAF(image_shape=5), ValueError, r"MAF: image_shape must be \(C, H, W\), got 5"),
+        (lambda: models.MAF(image_shape=(1, 2.5, 2)), ValueError, r"MAF: image_shape must be \(C, H, W\), got \(1, 2.5, 2\)"),
+        (lambda: models.MAF(features=2.5), ValueError, "MAF: features must be an integer, got 2.5"),
+        (lambda: models.MAF(features=2, hidden=2.5), ValueError, "MAF: hidden must be an integer, got 2.5"),
+        (lambda: models.IAF(features=2, transforms="x"), ValueError, "IAF: transforms must be an integer, got 'x'"),
+        (lambda: models.IAF(features=2, hidden_layers=-1), ValueError, "IAF: hidden_layers must be at least 0, got -1"),
+        (lambda: models.MAF(features=2, residual="no"), ValueError, "MAF: residual must be True or False, got 'no'"),
+        (lambda: models.MAF(features=2, num_classes=-1), ValueError, "MAF: num_classes must be at least 0, got -1"),
+        (lambda: models.MAF(features=2, logit=math.nan), ValueError, "MAF: logit must be a finite number, got nan"),
     ],
 )  # fmt: skip
 def test_mistakes_are_answered_in_one_sentence(call, kind, words):

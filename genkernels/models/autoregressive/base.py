@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels import losses, ops
-from genkernels.models._model import LikelihoodModel
+from genkernels.models._model import LikelihoodModel, extents
 from genkernels.nn.dequantize import uniform
 from genkernels.ops.autoregressive_sampling import HEADS
 
@@ -38,12 +38,10 @@ class PixelModel(LikelihoodModel):
         mixtures: int = 0,
     ) -> None:
         name = type(self).__name__
-        size = hparams["image_size"] = tuple(image_size)
-        if len(size) != 2 or not all(isinstance(s, int) and s >= 1 for s in size):
-            raise ValueError(f"{name}: image_size must be (H, W), at least 1 each, got {image_size}")
-        if not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"{name}: channels must be an integer of at least 1, got {channels!r}")
-        if not isinstance(levels, int) or not 2 <= levels <= 65536:
+        size = hparams["image_size"] = extents(name, "image_size", image_size, "(H, W)")
+        if channels < 1:
+            raise ValueError(f"{name}: channels must be at least 1, got {channels}")
+        if not 2 <= levels <= 65536:
             raise ValueError(f"{name}: levels must be an integer from 2 to 65536, got {levels!r}")
         if head not in HEADS:
             raise ValueError(f"{name}: head must be one of {', '.join(HEADS)}, got {head!r}")
@@ -121,7 +119,7 @@ class PixelModel(LikelihoodModel):
         Returns:
             ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(levels - 1)``.
         """
-        self._check_sample(n, temperature)
+        self._check_sample(n, temperature, generator)
         return self._draw(n, None, None, temperature, generator, self._drawn_labels(y, n, generator), progress)
 
     @torch.no_grad()
@@ -150,7 +148,7 @@ class PixelModel(LikelihoodModel):
         """
         name = type(self).__name__
         self._check_shape(x)
-        self._check_sample(len(x), temperature)
+        self._check_sample(len(x), temperature, generator)
         if not isinstance(known, Tensor) or known.dtype != torch.bool:
             got = known.dtype if isinstance(known, Tensor) else type(known).__name__
             raise TypeError(f"{name}: known must be a bool tensor, True where a value is kept, got {got}")

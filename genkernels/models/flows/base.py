@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genkernels.models._model import LikelihoodModel, arguments
+from genkernels.models._model import LikelihoodModel, arguments, extents
 from genkernels.nn import ActNorm, Dequantize, Logit, Prior
 
 __all__ = ["FlowModel", "arguments", "level_sizes"]
@@ -42,9 +42,7 @@ class FlowModel(LikelihoodModel):
                 f"{name}: exactly one of image_shape and features must be given, got {image_shape} and {features}"
             )
         if image_shape is not None:
-            shape = hparams["image_shape"] = tuple(image_shape)
-            if len(shape) != 3 or min(shape) < 1:
-                raise ValueError(f"{name}: image_shape must be (C, H, W), got {shape}")
+            shape = hparams["image_shape"] = extents(name, "image_shape", image_shape, "(C, H, W)")
         else:
             shape, data_levels = (features,), None
         self._begin(hparams, shape, num_classes)
@@ -137,6 +135,7 @@ class FlowModel(LikelihoodModel):
         Raises:
             ValueError: a shape, a grey level (on the CPU) or a missing y. TypeError: integers other than uint8.
         """
+        self._check_shape(x)
         labels = self._labels(y, x.shape[0])
         latents, ldj = self.encode(x, labels, generator)
         terms = [self.noise.log_prob(z) for z in latents[:-1]]
@@ -164,7 +163,7 @@ class FlowModel(LikelihoodModel):
         Returns:
             ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(data_levels - 1)``, or ``[n, D]``.
         """
-        self._check_sample(n, temperature)
+        self._check_sample(n, temperature, generator)
         labels, like = self._drawn_labels(y, n, generator), self._like
         latents = []
         for i, shape in enumerate(self.latent_shapes):
