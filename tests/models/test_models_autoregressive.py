@@ -475,6 +475,20 @@ def test_mistakes_are_answered_in_one_sentence(action, kind, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_model_tells_all_levels_apart(dtype):
+    model = models.GatedPixelCNN(
+        image_size=(2, 2), channels=1, levels=4096, width=4, layers=0, head="logistic_mixture", mixtures=1
+    ).to(dtype)
+    with torch.no_grad():
+        model.last.weight.zero_()  # every pixel: one sharp logistic around 7/8
+        model.last.bias.copy_(torch.tensor([0.0, 0.875, -7.0]))
+    x = torch.arange(3832, 3848).div(4095).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    right = model.float().log_prob(x)
+    assert right.unique().numel() == 16
+    torch.testing.assert_close(model.to(dtype).log_prob(x), right)
+
+
 def test_an_empty_batch_has_an_empty_likelihood():
     for name in SMALL:
         model = make(name)

@@ -90,7 +90,9 @@ class PixelModel(LikelihoodModel):
         scaled = self._scaled(index)
         params = self.forward(scaled, self._labels(y, len(x)))
         if self.head == "logistic_mixture":
-            return -losses.discretized_logistic_mixture_nll(params, scaled, self.levels)
+            # a half type rounds the levels beyond its 256 (bf16) or 2,048 (fp16) together: the loss asks for them in fp32
+            exact = self._scaled(index, torch.promote_types(self._like.dtype, torch.float32))
+            return -losses.discretized_logistic_mixture_nll(params, exact, self.levels)
         logits = params.unflatten(1, (self.shape[0], self.levels)).transpose(1, 2)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # cross_entropy sums in the shape of the target: the classes are dimension 1
@@ -181,8 +183,11 @@ class PixelModel(LikelihoodModel):
 
     # --- helpers -------------------------------------------------------------------------------------------------------
 
-    def _scaled(self, index: Tensor) -> Tensor:
-        return index.to(self._like.device, self._like.dtype) * (2 / (self.levels - 1)) - 1
+    def _scaled(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Levels in [-1, 1], in the model's dtype unless another is given; rounded once."""
+        dtype = self._like.dtype if dtype is None else dtype
+        wide = index.to(self._like.device, torch.promote_types(dtype, torch.float32))
+        return (wide * (2 / (self.levels - 1)) - 1).to(dtype)
 
     def _index(self, x: Tensor) -> Tensor:
         """int64 level indices, on the model's device."""
