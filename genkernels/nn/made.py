@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels import ops
+from genkernels.nn._buffers import renew
+from genkernels.ops._operator import whole
 from genkernels.ops.made import METHODS, SCALE_MAPS
 from genkernels.reference.affine_coupling import log_scale
 from genkernels.reference.made import degree_mask, masked_weight, plan
@@ -53,6 +55,8 @@ class MaskedLinear(nn.Linear):
         device=None,
         dtype=None,
     ):
+        whole("MaskedLinear", "in_features", in_features, 1)
+        whole("MaskedLinear", "out_features", out_features, 1)
         into = _degrees("in_degrees", in_degrees, in_features)
         out = _degrees("out_degrees", out_degrees, out_features)
         seen = degree_mask(into, out, strict).any(1)
@@ -134,14 +138,15 @@ class MADE(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if isinstance(hidden_features, int):
+        if isinstance(hidden_features, str) or not isinstance(hidden_features, Sequence):
             hidden_features = (hidden_features,) * (3 if residual else 2)
-        sizes = tuple(int(h) for h in hidden_features)
         for name, value, least in (
             ("features", features, 1), ("params_per_feature", params_per_feature, 1), ("context_features", context_features, 0),
         ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"MADE: {name} must be at least {least}, got {value}")
+            whole("MADE", name, value, least)
+        sizes = tuple(hidden_features)
+        if not all(isinstance(h, int) and not isinstance(h, bool) for h in sizes):
+            raise ValueError(f"MADE: hidden_features must be one integer or several, got {list(sizes)}")
         least = 2 if context_features and features > 1 else 1
         if not sizes or min(sizes) < least:
             why = " (one sees the context alone, one the first feature)" if least == 2 else ""
@@ -152,20 +157,19 @@ class MADE(nn.Module):
             )
         self.features, self.hidden_features, self.params_per_feature = features, sizes, params_per_feature
         self.residual, self.context_features = bool(residual), context_features
-        self.register_buffer("order", _order(order, features, generator))
-        degrees = [
-            torch.argsort(self.order) + 1,
-            *(_hidden_degrees(n, features, context_features > 0) for n in sizes),
-        ]
-        ends = [*degrees[1:], degrees[0].repeat(params_per_feature)]
+        order = _order(order, features, generator)
+        degrees, ends = self._degrees(order)
         self.layers = nn.ModuleList(
             MaskedLinear(len(into), len(out), into, out, strict=out is ends[-1])
             for into, out in zip(degrees, ends, strict=True)
         )
         self.context_layer = nn.Linear(context_features, sizes[0], bias=False) if context_features else None
-        self.register_buffer("counts", plan(degrees)[1], persistent=False)
+        device = self.layers[0].weight.device
+        self.register_buffer("order", order.to(device))
+        self.register_buffer("counts", plan(degrees)[1].to(device), persistent=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        _check_tensor("MADE: x", x)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"MADE: x must be [N, {self.features}], got {list(x.shape)}")
         *hidden, last = self.layers
@@ -183,6 +187,8 @@ class MADE(nn.Module):
 
     def context_values(self, context: Tensor | None, batch: int) -> Tensor | None:
         """What the context adds to the first hidden layer, ``[N, H]``, or None where the network takes no context."""
+        if context is not None:
+            _check_tensor("MADE: context", context)
         if self.context_layer is None:
             if context is not None:
                 raise ValueError(f"MADE: built without context_features, got a context {list(context.shape)}")
@@ -195,6 +201,12 @@ class MADE(nn.Module):
             )
         return self.context_layer(context)
 
+    def _degrees(self, order: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The degrees of what each layer reads and of what it makes, on the device of `order`."""
+        hidden = [_hidden_degrees(n, self.features, self.context_features > 0) for n in self.hidden_features]
+        degrees = [torch.argsort(order) + 1, *(d.to(order.device) for d in hidden)]
+        return degrees, [*degrees[1:], degrees[0].repeat(self.params_per_feature)]
+
     def extra_repr(self) -> str:
         return f"residual={self.residual}, params_per_feature={self.params_per_feature}"
 
@@ -203,9 +215,13 @@ class MADE(nn.Module):
         if saved is not None and saved.shape == self.order.shape:
             _order(saved, self.features, None)  # a damaged one raises here
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        degrees = torch.argsort(self.order) + 1
-        self.layers[0].in_degrees.copy_(degrees)
-        self.layers[-1].out_degrees.copy_(degrees.repeat(self.params_per_feature))
+        if self.order.is_meta:
+            return
+        degrees, ends = self._degrees(self.order)
+        for layer, into, out in zip(self.layers, degrees, ends, strict=True):
+            renew(layer, "in_degrees", into)
+            renew(layer, "out_degrees", out)
+        renew(self, "counts", plan(degrees)[1])
 
 
 class AutoregressiveTransform(nn.Module):
@@ -263,6 +279,7 @@ class AutoregressiveTransform(nn.Module):
 
     def _solve(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         made = self.made
+        _check_tensor(f"{type(self).__name__}: the input", z)
         if z.dim() != 2 or z.shape[1] != made.features:
             raise ValueError(f"{type(self).__name__}: the input must be [N, {made.features}], got {list(z.shape)}")
         return ops.made_inverse(
@@ -311,9 +328,18 @@ class InverseAutoregressiveTransform(AutoregressiveTransform):
 # ------------------------------------------------------------------------------------------------------------ degrees
 
 
+def _check_tensor(label: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{label} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def _degrees(name: str, values, count: int) -> Tensor:
-    degrees = torch.as_tensor(values, device="cpu")
-    if degrees.dtype.is_floating_point or list(degrees.shape) != [count] or (count and int(degrees.min()) < 0):
+    try:
+        degrees = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"MaskedLinear: {name} must be {count} integers, 0 or more, got {values!r}") from None
+    whole_numbers = not degrees.dtype.is_floating_point and degrees.dtype != torch.bool
+    if not whole_numbers or list(degrees.shape) != [count] or int(degrees.min()) < 0:
         raise ValueError(
             f"MaskedLinear: {name} must be {count} integers, 0 or more, got {str(degrees.dtype).removeprefix('torch.')} "
             f"{list(degrees.shape)}" + (f" down to {degrees.min().item()}" if degrees.numel() else "")
@@ -326,19 +352,19 @@ def _hidden_degrees(units: int, features: int, context: bool) -> Tensor:
     low = 0 if context or features == 1 else 1
     span = features - low  # degrees low … D − 1
     if units >= span or features == 1:
-        return (torch.arange(units) % span + low).sort().values
-    spread = torch.linspace(1, features - 1, units - (low == 0)).round().to(torch.int64)
-    return torch.cat([torch.zeros(1, dtype=torch.int64), spread]) if low == 0 else spread
+        return (torch.arange(units, device="cpu") % span + low).sort().values
+    spread = torch.linspace(1, features - 1, units - (low == 0), device="cpu").round().to(torch.int64)
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), spread]) if low == 0 else spread
 
 
 def _order(order, features: int, generator: torch.Generator | None) -> Tensor:
     if order is None or (isinstance(order, str) and order == "natural"):
-        return torch.arange(features)
+        return torch.arange(features, device="cpu")
     if isinstance(order, str):
         if order == "reversed":
-            return torch.arange(features - 1, -1, -1)
+            return torch.arange(features - 1, -1, -1, device="cpu")
         if order == "random":
-            return torch.randperm(features, generator=generator)
+            return torch.randperm(features, generator=generator, device="cpu")
         raise ValueError(
             f"MADE: order must be natural, reversed, random or a permutation of 0 to {features - 1}, got {order!r}"
         )
@@ -346,6 +372,8 @@ def _order(order, features: int, generator: torch.Generator | None) -> Tensor:
         given = torch.as_tensor(order, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"MADE: order must be a permutation of 0 to {features - 1}, got {order!r}") from None
-    if given.dtype.is_floating_point or not torch.equal(given.sort().values.to(torch.int64), torch.arange(features)):
+    if given.dtype.is_floating_point or not torch.equal(
+        given.sort().values.to(torch.int64), torch.arange(features, device="cpu")
+    ):
         raise ValueError(f"MADE: order must be a permutation of 0 to {features - 1}, got {given.tolist()}")
     return given.to(torch.int64, copy=True)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from genkernels import ops
+from genkernels.nn._buffers import renew
+from genkernels.ops._operator import whole
 from genkernels.ops.masked_conv import check_options
 from genkernels.reference.masked_conv import causal_mask
 
@@ -55,16 +57,12 @@ class MaskedConv2d(nn.Conv2d):
         device=None,
         dtype=None,
     ):
-        sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        if (
-            not isinstance(sides, tuple | list)
-            or len(sides) != 2
-            or not all(isinstance(k, int) and k > 0 for k in sides)
-        ):
-            raise ValueError(
-                f"MaskedConv2d: kernel_size must be a whole number from 1 on or two, (height, width), got {kernel_size!r}"
-            )
-        height, width = sides
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            whole("MaskedConv2d", name, value, 1)
+        pair = tuple(kernel_size) if isinstance(kernel_size, list | tuple) else (kernel_size,) * 2
+        if len(pair) != 2:
+            raise ValueError(f"MaskedConv2d: kernel_size must be one number or (kh, kw), got {kernel_size!r}")
+        height, width = (whole("MaskedConv2d", "kernel_size", side, 1) for side in pair)
         for name, value in (("stride", stride), ("dilation", dilation)):
             if value not in (1, (1, 1)):
                 raise ValueError(f"MaskedConv2d: {name} must be 1, for every pixel has an output, got {value}")
@@ -75,10 +73,7 @@ class MaskedConv2d(nn.Conv2d):
             in_channels, out_channels, (height, width), padding=(height // 2, width // 2), bias=bias, device=device, dtype=dtype
         )  # fmt: skip
         self.mask_type, self.data_channels, self.region, self.activation = mask_type, data_channels, region, activation
-        mask = causal_mask(
-            out_channels, in_channels, (height, width), mask_type, data_channels, region, activation == "gate", device
-        )
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", self._causal_mask(), persistent=False)
 
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         return ops.masked_conv(
@@ -89,6 +84,16 @@ class MaskedConv2d(nn.Conv2d):
     def masked_weight(self) -> Tensor:
         """The weight with its dead taps exactly 0, differentiable."""
         return torch.where(self.mask, self.weight, 0)
+
+    def _causal_mask(self) -> Tensor:
+        return causal_mask(
+            self.out_channels, self.in_channels, self.kernel_size, self.mask_type, self.data_channels, self.region,
+            self.activation == "gate", self.weight.device,
+        )  # fmt: skip
+
+    def _load_from_state_dict(self, *arguments):
+        super()._load_from_state_dict(*arguments)
+        renew(self, "mask", self._causal_mask())
 
     def extra_repr(self) -> str:
         parts = [repr(self.mask_type), super().extra_repr(), f"data_channels={self.data_channels}"]

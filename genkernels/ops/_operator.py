@@ -266,6 +266,15 @@ def temperature_of(operator: str, value: float) -> float:
     return 0.0 if value < 2.0**-126 else float(min(value, 2.0**127))
 
 
+def whole(who: str, argument: str, value: int, least: int) -> int:
+    """`value`, or the sentence that it must be an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{who}: {argument} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{who}: {argument} must be at least {least}, got {value}")
+    return value
+
+
 def choose(operator: str, argument: str, value: str, options: Sequence[str]) -> int:
     """The integer code of a string option, or the sentence that lists what it may be."""
     try:

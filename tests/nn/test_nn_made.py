@@ -234,6 +234,33 @@ def test_state_dict_takes_the_order_along():
         second.load_state_dict(damaged)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_network_made_without_storage_gets_its_degrees_with_its_order(assign):
+    made = MADE(6, (4, 9), order="random", context_features=2)
+    with torch.device("meta"):
+        empty = MADE(6, (4, 9), context_features=2)
+    if not assign:
+        empty = empty.to_empty(device="cpu")
+        for buffer in empty.buffers():
+            buffer.zero_()  # as anything may stand in fresh memory
+    empty.load_state_dict(made.state_dict(), assign=assign)
+    x, context = torch.randn(3, 6), torch.randn(3, 2)
+    assert torch.equal(empty(x, context), made(x, context))
+    ours, theirs = (AutoregressiveTransform(m).inverse(x, context)[0] for m in (empty, made))
+    assert torch.equal(ours, theirs)
+
+
+def test_what_is_no_tensor_is_named():
+    made = MADE(3, 4, context_features=2)
+    for call, sentence in (
+        (lambda: made([[0.0] * 3]), "MADE: x must be a torch.Tensor, got list"),
+        (lambda: made(torch.zeros(1, 3), [[0.0] * 2]), "MADE: context must be a torch.Tensor, got list"),
+        (lambda: AutoregressiveTransform(made).inverse(None), "the input must be a torch.Tensor, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            call()
+
+
 def test_copies_and_casts():
     layer = AutoregressiveTransform(MADE(5, 8, order="random"))
     x = torch.randn(3, 5)
@@ -300,6 +327,14 @@ REFUSED = [
     (lambda: MADE(3, 4)(torch.zeros(2, 3), torch.zeros(2, 1)), "built without context_features, got a context \\[2, 1\\]"),
     (lambda: MADE(3, 4, context_features=2)(torch.zeros(2, 3)), "a context \\[N, 2\\] is needed, got None"),
     (lambda: MADE(3, 4, context_features=2)(torch.zeros(2, 3), torch.zeros(1, 2)), "context must be \\[N, 2\\] with N = 2, got \\[1, 2\\]"),
+    (lambda: MaskedLinear(2, 2, None, [1, 1]), "in_degrees must be 2 integers, 0 or more, got None"),
+    (lambda: MaskedLinear(2, 2, [True, True], [1, 1]), "in_degrees must be 2 integers, 0 or more, got bool \\[2\\]"),
+    (lambda: MaskedLinear(0, 2, [], [0, 0]), "in_features must be at least 1, got 0"),
+    (lambda: MADE(2.5, 4), "MADE: features must be an integer, got 2.5"),
+    (lambda: MADE(3, 4, 1.5), "MADE: params_per_feature must be an integer, got 1.5"),
+    (lambda: MADE(3, 2.5), "MADE: hidden_features must be one integer or several, got \\[2.5, 2.5\\]"),
+    (lambda: MADE(3, "12"), "MADE: hidden_features must be one integer or several, got \\['12', '12'\\]"),
+    (lambda: MADE(3, 4, order=["a", "b", "c"]), "order must be a permutation of 0 to 2, got \\['a', 'b', 'c'\\]"),
     (lambda: AutoregressiveTransform(MADE(3, 4), "cube"), "scale_map must be one of exp, sigmoid, tanh, got 'cube'"),
     (lambda: InverseAutoregressiveTransform(MADE(3, 4), method="fast"), "method must be one of blocked, jacobi, sequential, got 'fast'"),
     (lambda: AutoregressiveTransform(MADE(3, 4, 3)), "made must be a MADE with params_per_feature=2, got 3"),

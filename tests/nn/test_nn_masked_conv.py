@@ -134,6 +134,11 @@ def test_repr_names_the_options():
         (("A", 3, 6, 3), {"region": "diagonal"}, "region must be one of raster, vertical, horizontal, got 'diagonal'"),
         (("A", 3, 6, 3), {"activation": "elu"}, "activation must be one of none, relu, gate, got 'elu'"),
         (("A", 3, 6, 1), {}, "a raster mask of type A must leave a live tap, got a 1×1 kernel with data_channels 1"),
+        (("A", 3, 6, -1), {}, "kernel_size must be at least 1, got -1"),
+        (("A", 3, 6, 3.0), {}, "kernel_size must be an integer, got 3.0"),
+        (("A", 3, 6, (3,)), {}, "kernel_size must be one number or (kh, kw), got (3,)"),
+        (("A", 3.0, 6, 3), {}, "in_channels must be an integer, got 3.0"),
+        (("A", 3, "6", 3), {}, "out_channels must be an integer, got '6'"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_sentence(arguments, options, sentence):
@@ -141,3 +146,15 @@ def test_refusals_are_one_sentence(arguments, options, sentence):
         gk.nn.MaskedConv2d(*arguments, **options)
     text = str(caught.value)
     assert text.startswith("MaskedConv2d: ") and sentence in text and "\n" not in text
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_layer_made_without_storage_gets_its_mask_with_its_weights(assign):
+    layer = gk.nn.MaskedConv2d("A", 3, 6, 3, 3)
+    with torch.device("meta"):
+        empty = gk.nn.MaskedConv2d("A", 3, 6, 3, 3)
+    if not assign:
+        empty = empty.to_empty(device="cpu")
+        empty.mask.fill_(True)  # as anything may stand in fresh memory
+    empty.load_state_dict(layer.state_dict(), assign=assign)
+    assert torch.equal(empty.mask, layer.mask) and torch.equal(empty.masked_weight(), layer.masked_weight())
