@@ -83,6 +83,8 @@ def inverse(z, weights, biases, order, counts, context, residual, scale_map, met
     layers = {f"weights[{i}]": w for i, w in enumerate(weights)} | {f"biases[{i}]": b for i, b in enumerate(biases)}
     if not isinstance(z, Tensor):
         raise TypeError(f"{NAME}: z must be a torch.Tensor, got {type(z).__name__}")
+    if missing := [label for label, t in layers.items() if t is None]:
+        raise TypeError(f"{NAME}: {missing[0]} must be a torch.Tensor, got None")
     _floats({"z": z, "context": context, **layers}, mixed=autocasting(z))
     if z.dim() != 2 or z.shape[1] < 1:
         raise ValueError(f"{NAME}: z must be [N, D] with D at least 1, got {list(z.shape)}")
@@ -107,3 +109,23 @@ def inverse(z, weights, biases, order, counts, context, residual, scale_map, met
     if context is not None:
         _shape("context", context, [z.shape[0], weights[0].shape[0]], "[N, H]")
     return code
+
+
+def plan_values(order: Tensor, counts: Tensor, sizes: list[int], residual: bool) -> None:
+    """What a kernel checks of the values of `order` and `counts` before it addresses memory by them, for the plain passes, which
+    would invert another network without a word. Looked at on the CPU only."""
+    if order.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    features = order.numel()
+    if sorted(order.tolist()) != list(range(features)):
+        raise ValueError(f"{NAME}: order must be a permutation of 0 to {features - 1}, got {order.tolist()}")
+    rows = counts.tolist()
+    for layer, (row, units) in enumerate(zip(rows, sizes, strict=True)):
+        if row[0] < 0 or row != sorted(row) or row[-1] != units:
+            raise ValueError(
+                f"{NAME}: counts must ascend from 0 or more to the number of units in each hidden layer, they do not in layer {layer}"
+            )
+        if residual and layer >= 2 and layer % 2 == 0 and any(a > b for a, b in zip(row, rows[layer - 2], strict=True)):
+            raise ValueError(
+                f"{NAME}: a residual block must not add a unit to one of a lower degree, it does in layer {layer}"
+            )

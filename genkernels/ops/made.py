@@ -144,10 +144,9 @@ def made_inverse(
     with torch.autocast(z.device.type, enabled=False) if autocasting(z) else contextlib.nullcontext():
         if transforms_active():
             x, ldj = reference.made_inverse(*arguments)
-        elif method != "blocked":
-            x, ldj = _by_passes(method, arguments)
-        elif runs_reference(OPERATOR, z):
-            x, ldj = reference.made_inverse(*arguments)
+        elif method != "blocked" or runs_reference(OPERATOR, z):
+            checks.plan_values(order, counts, [w.shape[0] for w in weights[:-1]], residual)
+            x, ldj = reference.made_inverse(*arguments) if method == "blocked" else _by_passes(method, arguments)
         else:
             x, ldj = torch.ops.genkernels.made_inverse(*arguments)
     return x.to(dtype), ldj

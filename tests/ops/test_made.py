@@ -402,3 +402,28 @@ def test_the_kernel_addresses_nothing_by_a_wrong_plan():
             call(order, torch.tensor([wrong] * 3))
     with pytest.raises(RuntimeError, match="a residual block must not add a unit to one of a lower degree"):
         call(order, torch.tensor([[0, 1, 2, 4], [0, 1, 2, 4], [0, 2, 3, 4]]), True)
+
+
+@pytest.mark.parametrize("backend,method", [("reference", "blocked"), ("auto", "jacobi"), ("auto", "sequential")])
+def test_the_plain_passes_refuse_a_wrong_plan_too(backend, method):
+    z, weights, biases, order, counts, _ = network(3, (4, 4, 4), residual=True)
+
+    def call(order, counts, residual=False):
+        with gk.use_backend(backend):
+            ops.made_inverse(z, weights, biases, order, counts, residual=residual, method=method)
+
+    call(order, counts, True)
+    for wrong in ([0, 1, 1], [0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(ValueError, match=r"order must be a permutation of 0 to 2, got \["):
+            call(torch.tensor(wrong), counts)
+    for wrong in ([0, 3, 2, 4], [-1, 1, 2, 4], [0, 1, 2, 5], [0, 1, 2, 3]):
+        with pytest.raises(ValueError, match="counts must ascend from 0 or more to the number of units"):
+            call(order, torch.tensor([wrong] * 3))
+    with pytest.raises(ValueError, match="a residual block must not add a unit to one of a lower degree"):
+        call(order, torch.tensor([[0, 1, 2, 4], [0, 1, 2, 4], [0, 2, 3, 4]]), True)
+
+
+def test_a_bias_that_is_missing_is_named():
+    z, weights, biases, order, counts, _ = network(3, (4, 4))
+    with pytest.raises(TypeError, match=r"made: biases\[1\] must be a torch.Tensor, got None"):
+        ops.made_inverse(z, weights, [biases[0], None, biases[2]], order, counts)
