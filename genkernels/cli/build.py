@@ -24,7 +24,7 @@ def model_kwargs(
         reversible, classes: the flags.
 
     Raises:
-        UsageError: an unknown preset or argument, or classes that the data do not have.
+        UsageError: an unknown preset or argument, one that contradicts the data, or classes that the data do not have.
     """
     presets = getattr(kind, "presets", {})
     if preset is not None and preset not in presets:
@@ -36,7 +36,8 @@ def model_kwargs(
     allowed = _parameters(kind)
     for key in ("image_shape", "features", "data_levels", "num_classes"):
         arguments.pop(key, None)
-    arguments |= _facts(bundle, allowed, name)
+    facts = _facts(bundle, allowed, name)
+    arguments |= facts
     if classes:
         if not bundle.num_classes:
             raise UsageError(f"--class-conditional needs labels: the data {bundle.name} have none")
@@ -53,6 +54,10 @@ def model_kwargs(
         if allowed is not None and key not in allowed:
             raise UsageError(f"{name} has no argument {key!r}{nearest(key, allowed)}")
         arguments[key] = _value(value)
+        if key in facts and arguments[key] != facts[key]:
+            raise UsageError(f"--set {key}: it follows from the data {bundle.name}, {facts[key]}, got {arguments[key]}")
+        if key == "num_classes" and (arguments[key] or None) != (bundle.num_classes if classes else None):
+            raise UsageError("--set num_classes: it follows from the labels of the data, give --class-conditional")
     return arguments
 
 

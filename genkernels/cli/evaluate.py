@@ -11,7 +11,7 @@ def run(arguments) -> int:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     from genkernels import data
-    from genkernels.cli.load import check_writable, classes_of, load
+    from genkernels.cli.load import check_fits, check_writable, classes_of, load
     from genkernels.cli.train import data_root
     from genkernels.training.evaluate import evaluate
     from genkernels.training.loop import forced_backend
@@ -24,7 +24,7 @@ def run(arguments) -> int:
             bundle = data.load(arguments.data, root=data_root(arguments.data, arguments.data_root))
         else:
             bundle = data.load(config["data"]["spec"], root=arguments.data_root or config["data"].get("root"))
-        _check_fits(bundle, config["data"])
+        check_fits(bundle, config)
         part = bundle.test if arguments.split == "test" else bundle.train
         conditional = classes_of(config) is not None
         # As in training, unless said otherwise: the noise, and so the result, is that of metrics.json to the last digit.
@@ -45,14 +45,3 @@ def run(arguments) -> int:
         facts = {"run": str(arguments.run), "data": bundle.name, "split": arguments.split, "step": state["step"]}
         write_json(Path(arguments.json).expanduser(), {**facts, **result.to_dict()})
     return 0
-
-
-def _check_fits(bundle, data: dict) -> None:
-    """The data must have the shape and the levels that the model was trained on."""
-    ours, theirs = _form(data.get("shape"), data.get("levels")), _form(list(bundle.shape), bundle.levels)
-    if ours != theirs:
-        raise UsageError(f"the data must be as those of the run, {ours}, got {bundle.name} with {theirs}")
-
-
-def _form(shape, levels) -> str:
-    return f"points of shape {shape}" if levels is None else f"images of shape {shape} with {levels} levels"

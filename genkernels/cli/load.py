@@ -41,3 +41,20 @@ def check_writable(path: Path) -> None:
     refuse_unwritable(path, f"{path} cannot be written")
     if path.exists() and not os.access(path, os.W_OK):
         raise UsageError(f"{path} cannot be written: permission denied")
+
+
+def check_fits(bundle, config: dict) -> None:
+    """The data must have the shape, the levels and, where the model is class-conditional, labels like those that it was trained on."""
+    data = config["data"]
+    ours, theirs = _form(data.get("shape"), data.get("levels")), _form(list(bundle.shape), bundle.levels)
+    if ours != theirs:
+        raise UsageError(f"the data must be as those of the run, {ours}, got {bundle.name} with {theirs}")
+    if (classes := classes_of(config)) is not None and not 1 <= (bundle.num_classes or 0) <= classes:
+        got = f"{bundle.num_classes} classes" if bundle.num_classes else "no labels"
+        raise UsageError(
+            f"the model is class-conditional, the data must have at most {classes} classes: got {bundle.name} with {got}"
+        )
+
+
+def _form(shape, levels) -> str:
+    return f"points of shape {shape}" if levels is None else f"images of shape {shape} with {levels} levels"

@@ -14,6 +14,8 @@ def run(arguments) -> int:
             raise UsageError(f"{flag} must be at least 1, got {value}")
     if not 0 <= arguments.temperature < float("inf"):
         raise UsageError(f"--temperature must be 0 or positive, got {arguments.temperature}")
+    if not -(2**63) <= arguments.seed < 2**63:
+        raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
     from genkernels.cli.load import check_writable, classes_of, load
     from genkernels.training.loop import forced_backend
 
@@ -60,7 +62,7 @@ def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
     import torch
 
     from genkernels import data
-    from genkernels.cli.load import classes_of
+    from genkernels.cli.load import check_fits, classes_of
     from genkernels.training.grids import save_png, tile
     from genkernels.training.sampling import inpaint, known_region
 
@@ -69,6 +71,7 @@ def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
     bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
     if bundle.levels is None:
         raise UsageError(f"--inpaint completes images: the data {bundle.name} are points")
+    check_fits(bundle, config)  # the user's own data may have changed since
     known = known_region(arguments.inpaint, bundle.shape)
     x, y = bundle.take("test", n)
     drawn = inpaint(

@@ -82,6 +82,18 @@ def run_folder(tmp_path_factory):
         ("sample nowhere --out x.jpg", "--out must end in .png or .npz, got 'x.jpg'"),
         ("eval nowhere", "there is no run in nowhere"),
         ("eval nowhere --batch-size 0", "--batch-size must be at least 1"),
+        ("train pixelcnn --data digits --set levels=300", "--set levels: it follows from the data digits, 17, got 300"),
+        ("train pixelcnn --data digits --set image_size=(9,9)", "--set image_size: it follows from the data digits"),
+        (
+            "train maf --data digits --set data_levels=None",
+            "--set data_levels: it follows from the data digits, 17, got None",
+        ),
+        ("train maf --data digits --set num_classes=3", "--set num_classes: it follows from the labels of the data"),
+        ("train pixelcnn --data digits --set width=abc", "PixelCNN: width must be an integer, got 'abc'"),
+        (
+            "sample nowhere --seed 99999999999999999999",
+            "--seed must be an integer of 64 bits, got 99999999999999999999",
+        ),
         ("bench no_such_case", "no_such_case"),
     ],
 )
@@ -233,3 +245,24 @@ def test_help_and_version_answer_without_the_heavy_parts(capsys):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_class_conditional_model_on_other_labels(refused, tmp_path, capsys):
+    pytest.importorskip("lightning")
+    rng = np.random.default_rng(0)
+
+    def save(name, **labels):
+        np.savez(tmp_path / name, x=rng.integers(0, 4, (20, 1, 4, 6)).astype(np.uint8), levels=4, **labels)
+
+    save("three.npz", y=np.arange(20) % 3)
+    save("seven.npz", y=np.arange(20) % 7)
+    save("plain.npz")
+    few = ["--max-steps", "1", "--samples", "1", "--batch-size", "4", "--accelerator", "cpu", "--quiet"]
+    argv = ["train", "pixelcnn", "--data", "npz:three.npz", "--class-conditional", "--set", "width=4", "--out", "run"]
+    assert main([*argv, "--set", "layers=0", *few]) == 0
+    capsys.readouterr()
+    sentence = "the model is class-conditional, the data must have at most 3 classes: got npz:plain.npz with no labels"
+    assert sentence in refused("eval", "run", "--data", "npz:plain.npz")
+    assert "got npz:seven.npz with 7 classes" in refused("eval", "run", "--data", "npz:seven.npz")
+    save("three.npz", y=np.arange(20) % 7)
+    assert "got npz:three.npz with 7 classes" in refused("sample", "run", "--inpaint", "top-half")
