@@ -300,6 +300,7 @@ def stream(model, count, seed):
     return torch.rand(count, channels + extra, height, width, dtype=model._like.dtype, generator=seeded(seed))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("count,temperature", [(1, 1.0), (16, 0.6), (2, 0.0)])
 @pytest.mark.parametrize("classes", [None, 3])
 @pytest.mark.parametrize("name", SMALL)
@@ -320,6 +321,7 @@ def test_samples_are_those_of_whole_passes_of_forward(name, classes, count, temp
     assert torch.equal(model.inpaint(x, known, **{**given, "generator": seeded(3)}).long(), expected)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("size,classes", [((8, 8), None), ((7, 9), 10)])
 @pytest.mark.parametrize("cls", [models.PixelCNN, models.GatedPixelCNN])
 def test_samples_of_digits_in_fp32_are_those_of_whole_passes(cls, size, classes):
