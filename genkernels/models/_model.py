@@ -25,10 +25,6 @@ class LikelihoodModel(nn.Module):
     def _begin(self, hparams: dict[str, Any], shape: tuple[int, ...], num_classes: int | None) -> None:
         """What a constructor calls first."""
         nn.Module.__init__(self)
-        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 0):
-            raise ValueError(
-                f"{type(self).__name__}: num_classes must be None or a number of classes, got {num_classes!r}"
-            )
         self.hparams = hparams
         self.shape = shape
         self.dim = math.prod(shape)

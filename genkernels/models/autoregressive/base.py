@@ -217,8 +217,6 @@ def class_bias(classes: nn.Module | None, y: Tensor | None) -> Tensor | None:
     return None if classes is None else classes(y)
 
 
-def check_sizes(name: str, width: int, layers: int, data_channels: int) -> None:
-    if not isinstance(layers, int) or layers < 0:
-        raise ValueError(f"{name}: layers must be an integer of at least 0, got {layers!r}")
-    if not isinstance(width, int) or width < 1 or width % data_channels:
+def check_width(name: str, width: int, data_channels: int) -> None:
+    if width < 1 or width % data_channels:
         raise ValueError(f"{name}: width must be a positive multiple of the {data_channels} channels, got {width}")

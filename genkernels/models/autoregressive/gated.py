@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from genkernels.models._model import arguments
-from genkernels.models.autoregressive.base import Classes, PixelModel, check_sizes, class_bias
+from genkernels.models.autoregressive.base import Classes, PixelModel, check_width, class_bias
 from genkernels.nn import MaskedConv2d
 from genkernels.ops import Stage
 
@@ -59,7 +59,7 @@ class GatedPixelCNN(PixelModel):
         hparams = arguments(locals())
         self._setup(hparams, image_size, channels, levels, num_classes, head, mixtures)
         groups = self.data_channels
-        check_sizes("GatedPixelCNN", width, layers, groups)
+        check_width("GatedPixelCNN", width, groups)
         sizes = [(channels, 7, "A"), *[(width, kernel_size, "B")] * layers]
         self.blocks = nn.ModuleList(
             _Block(inputs, width, size, mask_type, groups, num_classes) for inputs, size, mask_type in sizes

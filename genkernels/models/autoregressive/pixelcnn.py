@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from genkernels.models._model import arguments
-from genkernels.models.autoregressive.base import Classes, PixelModel, check_sizes
+from genkernels.models.autoregressive.base import Classes, PixelModel, check_width
 from genkernels.nn import MaskedConv2d
 from genkernels.ops import Stage
 
@@ -53,7 +53,7 @@ class PixelCNN(PixelModel):
     ):
         hparams = arguments(locals())
         self._setup(hparams, image_size, channels, levels, num_classes)
-        check_sizes("PixelCNN", width, layers, channels)
+        check_width("PixelCNN", width, channels)
         self.residual = residual
         self.first = MaskedConv2d("A", channels, width, 7, channels, activation="relu")
         self.layers = nn.ModuleList(
