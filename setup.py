@@ -1,10 +1,11 @@
 """Builds the compiled kernels beside the Python package.
 
-``GENKERNELS_BUILD`` says what: ``auto`` (default: whatever can be built, and why the rest cannot), ``none`` (pure Python), ``cpu``,
-``cuda`` (the CPU library as well). An explicit wish that cannot be met fails and names the missing thing.
+``GENKERNELS_BUILD`` says what: ``auto`` (default: whatever can be built, and why the rest cannot), ``none`` (pure
+Python), ``cpu``, ``cuda`` (the CPU library as well). An explicit wish that cannot be met fails and names the missing
+thing.
 
-The libraries are not Python extensions: they register operators through torch's stable ABI when torch loads them, so one
-build serves every Python and every torch from 2.10 on. They land in ``genkernels/_lib``:
+The libraries are not Python extensions: they register operators through torch's stable ABI when torch loads them, so
+one build serves every Python and every torch from 2.10 on. They land in ``genkernels/_lib``:
 
     libgenkernels_cpu_avx512.so, libgenkernels_cpu_avx2.so   x86-64, chosen at load by the processor
     libgenkernels_cpu_generic.so                             any other processor
@@ -33,10 +34,7 @@ WISHES = ("auto", "none", "cpu", "cuda")
 COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Vectorised selects need no-trapping-math; NaN and infinity keep their meaning: -ffast-math is out of the question.
 CPU_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
-CPU_VARIANTS = {
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "avx2": ["-march=x86-64-v3"],
-}
+CPU_VARIANTS = {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"]}
 CUDA_FLAGS = ["--expt-relaxed-constexpr", "--extended-lambda", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 
@@ -57,8 +55,9 @@ def nvcc() -> str | None:
 
 def cuda_home(compiler: str) -> Path:
     """The toolkit's root, asked of nvcc itself: what is on PATH may be a wrapper script elsewhere."""
-    shown = subprocess.run([compiler, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull],
-                           capture_output=True, text=True)  # fmt: skip
+    shown = subprocess.run(
+        [compiler, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True
+    )
     for line in shown.stderr.splitlines():
         if line.startswith("#$ TOP="):
             return Path(line.split("=", 1)[1].strip()).resolve()
@@ -167,7 +166,8 @@ class BuildLibraries(build_ext):
         return sources
 
     def _make(self, jobs: list[tuple[str, list[str]]], links: dict[Path, list[str]]) -> None:
-        """Compiles, then links each library under another name and renames it: a process that has the old one loaded keeps it."""
+        """Compiles, then links each library under another name and renames it: a process that has the old one loaded
+        keeps it."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(compile_once, jobs))
             list(pool.map(run, [(to.name, [*command, "-o", f"{to}.new"]) for to, command in links.items()]))

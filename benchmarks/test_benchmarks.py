@@ -1,8 +1,8 @@
 """The benchmark cases under pytest-benchmark: ``pytest benchmarks --benchmark-only``.
 
-The same cases, providers and gate as ``genkernels bench``; the table and the clock are pytest-benchmark's. Providers are timed
-one after the other here, and other libraries are left out (they need processes of their own): the numbers that the
-project publishes come from ``genkernels bench``. ``GENKERNELS_BENCH_QUICK=1`` takes the small set.
+The same cases, providers and gate as ``genkernels bench``; the table and the clock are pytest-benchmark's. Providers
+are timed one after the other here, and other libraries are left out (they need processes of their own): the numbers
+that the project publishes come from ``genkernels bench``. ``GENKERNELS_BENCH_QUICK=1`` takes the small set.
 """
 
 import os

@@ -1,8 +1,8 @@
 """genkernels: fast kernels, layers and models for deep generative modelling in PyTorch.
 
-Everything below loads when it is first named, so that ``import genkernels as gk`` and ``genkernels --help`` answer at once; nothing
-but torch and numpy is pulled in until a name needs more. ``torch.ops.genkernels`` fills with the first use of ``gk.ops`` or of
-anything that stands on it.
+Everything below loads when it is first named, so that ``import genkernels as gk`` and ``genkernels --help`` answer at
+once; nothing but torch and numpy is pulled in until a name needs more. ``torch.ops.genkernels`` fills with the first
+use of ``gk.ops`` or of anything that stands on it.
 """
 
 from __future__ import annotations

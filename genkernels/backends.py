@@ -93,7 +93,8 @@ def _load(kind: str) -> str | None:
     if path is None:
         if kind == "cpu" and cpu_variant() is None:
             return "this x86-64 processor lacks AVX2 (x86-64-v3)"
-        return f"the {kind.upper()} library was not built (GENKERNELS_BUILD={kind} pip install --no-build-isolation . builds it)"
+        command = f"GENKERNELS_BUILD={kind} pip install --no-build-isolation ."
+        return f"the {kind.upper()} library was not built ({command} builds it)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -101,7 +102,8 @@ def _load(kind: str) -> str | None:
     return None
 
 
-# Settled once, at import, into plain values: torch.compile traces through why_missing and must find nothing to execute there.
+# Settled once, at import, into plain values: torch.compile traces through why_missing and must find nothing to execute
+# there.
 _ABSENT: dict[str, str | None] = {
     "cpu": _load("cpu"),
     "cuda": _load("cuda") if torch.version.cuda else "this build of torch has no CUDA",

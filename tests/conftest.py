@@ -5,7 +5,8 @@ import torch
 
 
 def pytest_collection_modifyitems(config, items):
-    """``GENKERNELS_TEST_SHARD=k/n``: the k-th of n processes takes every n-th test. What takes long on a GPU is to compile, on one core."""
+    """``GENKERNELS_TEST_SHARD=k/n``: the k-th of n processes takes every n-th test. What takes long on a GPU is to
+    compile, on one core."""
     if shard := os.environ.get("GENKERNELS_TEST_SHARD"):
         k, n = map(int, shard.split("/"))
         mine = items[k - 1 :: n]
@@ -21,7 +22,8 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _whole_fp32(monkeypatch):
-    """cuDNN's convolutions round fp32 to TF32 unless told, and for some shapes do not: what is held against fp64 is fp32."""
+    """cuDNN's convolutions round fp32 to TF32 unless told, and for some shapes do not: what is held against fp64 is
+    fp32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 

@@ -110,7 +110,8 @@ print("same")
 
 
 def test_the_sources_name_nothing_that_came_after_torch_2_10():
-    """Their headers are those of the torch that is there, whatever TORCH_TARGET_VERSION says: a later name stops the build on 2.10 to 2.12."""
+    """Their headers are those of the torch that is there, whatever TORCH_TARGET_VERSION says: a later name stops the
+    build on 2.10 to 2.12."""
     later = ("STABLE_TORCH_ERROR_CODE_CHECK",)  # 2.13
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     assert sources and not [(p.name, name) for p in sources for name in later if name in p.read_text()]

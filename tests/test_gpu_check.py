@@ -1,4 +1,5 @@
-"""tools/gpu_check.py, as far as a machine without a GPU shows: every test file has its process, and nothing outlives its time."""
+"""tools/gpu_check.py, as far as a machine without a GPU shows: every test file has its process, and nothing outlives
+its time."""
 
 import importlib.util
 import os
@@ -47,8 +48,10 @@ def test_what_a_process_started_ends_with_it(tool, tmp_path, end, limit, status)
 
 def test_a_job_that_fails_hides_no_other(tool, tmp_path):
     check = tool.Check(tmp_path)
-    jobs = [tool.Job("test", name, [sys.executable, "-c", f"print({name!r}); raise SystemExit({code})"])
-            for name, code in (("good", 0), ("bad", 1))]  # fmt: skip
+    jobs = [
+        tool.Job("test", name, [sys.executable, "-c", f"print({name!r}); raise SystemExit({code})"])
+        for name, code in (("good", 0), ("bad", 1))
+    ]
     jobs.append(tool.Job("test", "absent", ["/no/such/program"]))
     assert not check.run(*jobs)
     outcomes = {row["what"]: (row["outcome"].split(":")[0], row["last"]) for row in check.rows}

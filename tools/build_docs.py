@@ -74,8 +74,8 @@ def operator_page(operator) -> str:
     parts.append("## Backends\n\n" + table(rows, ("backend", "where")))
     parts.append(
         "## Composability\n\n"
-        + "What runs under each of torch's features: the kernel, the plain PyTorch reference (right, but slower), or an error.\n\n"
-        + table(list(operator.composability.items()), ("feature", "runs"))
+        + "What runs under each of torch's features: the kernel, the plain PyTorch reference (right, but "
+        "slower), or an error.\n\n" + table(list(operator.composability.items()), ("feature", "runs"))
     )
     return "\n".join(parts)
 
@@ -114,7 +114,8 @@ INSTRUCTIONS = {"avx512": " with AVX-512", "avx2": " with AVX2"}
 
 
 def summary(files: list[Path]) -> str:
-    """A line an operator: how its rows on another machine compare, the slowest and the fastest of them named by their ratios."""
+    """A line an operator: how its rows on another machine compare, the slowest and the fastest of them named by their
+    ratios."""
     lines, machines = [], []
     for results in files:
         data = json.loads(results.read_text())
@@ -131,11 +132,12 @@ def summary(files: list[Path]) -> str:
         lines.append(tuple(cells))
         machine = data["machine"]
         machines.append(
-            f"{_device(machine)}, torch {machine['versions']['torch']}, {machine['date'][:10]}, commit {machine['commit']}"
+            f"{_device(machine)}, torch {machine['versions']['torch']}, {machine['date'][:10]}, commit "
+            f"{machine['commit']}"
         )
     return (
-        f"#### On a processor with AVX2 alone\n\nThe same commands, {'; '.join(dict.fromkeys(machines))}: lowest, middle and highest ratio.\n\n"
-        + table(lines, ("operator", "rows", "× eager", "× compiled"))
+        f"#### On a processor with AVX2 alone\n\nThe same commands, {'; '.join(dict.fromkeys(machines))}: "
+        "lowest, middle and highest ratio.\n\n" + table(lines, ("operator", "rows", "× eager", "× compiled"))
     )
 
 

@@ -2,8 +2,9 @@
 
     python tools/compile_cuda.py [--arch 9.0a …] [--all] [--output libgenkernels_cuda.so]
 
-Same compiler and flags as setup.py. Fails, with the kernels named, where ptxas reports a spill or a stack frame, where a kernel
-touches local memory, or where a wide kernel (template argument ``kWide`` true) does not move its tensors in 16-byte accesses.
+Same compiler and flags as setup.py. Fails, with the kernels named, where ptxas reports a spill or a stack frame, where
+a kernel touches local memory, or where a wide kernel (template argument ``kWide`` true) does not move its tensors in
+16-byte accesses.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Kernel:
         if any(a.startswith(("LDL", "STL")) for a in self.accesses):
             found.append("uses local memory")
         if self.wide:
-            # the one narrow load allowed is a sample's log-determinant gradient, the one narrow store its log-determinant
+            # the one narrow load allowed is a sample's log-determinant gradient, the one narrow store its
+            # log-determinant
             for kind, access in (("LDG", "loads"), ("STG", "stores")):
                 mine = [a for a in self.accesses if a.startswith(kind)]
                 wide = sum(a.endswith(".128") or ".128." in a for a in mine)
@@ -125,7 +127,8 @@ def read_sass(tool: str, library: Path, kernels: dict[tuple[str, str], Kernel]) 
 
 
 def check_loads(library: Path) -> str:
-    """Loads the library into a fresh torch and returns the operators that it registers; fails where it registers none."""
+    """Loads the library into a fresh torch and returns the operators that it registers; fails where it registers
+    none."""
     script = (
         "import sys, torch, genkernels.ops\n"
         "from genkernels.ops._operator import OPERATORS\n"
@@ -191,7 +194,8 @@ def main() -> int:
     warnings = sorted({line for line in log.splitlines() if "warning" in line})
     print(*warnings, sep="\n", end="\n" if warnings else "")
     print(
-        f"{len(sources)} source(s), {len(kernels)} kernels, {size / 2**20:.1f} MiB, compiled and linked in {seconds:.0f} s"
+        f"{len(sources)} source(s), {len(kernels)} kernels, {size / 2**20:.1f} MiB, compiled and linked in "
+        f"{seconds:.0f} s"
     )
     print(f"loads and registers {registered}")
     if disassembler:

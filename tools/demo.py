@@ -1,8 +1,10 @@
-"""Trains Glow on real handwritten digits, on the fused and on the reference path, from one seed, and shows what came of it.
+"""Trains Glow on real handwritten digits, on the fused and on the reference path, from one seed, and shows what came of
+it.
 
 python tools/demo.py [--steps N] [--out DIR]
 
-Leaves in DIR: the two runs (``fused``, ``reference``), ``samples.png``, ``speed.json``, ``speed.png`` and ``summary.json``.
+Leaves in DIR: the two runs (``fused``, ``reference``), ``samples.png``, ``speed.json``, ``speed.png`` and
+``summary.json``.
 """
 
 from __future__ import annotations
@@ -62,10 +64,15 @@ def main() -> int:
     difference = abs(fused.held_out.value - reference.held_out.value)
     speedup = fused.examples_per_second / reference.examples_per_second
     summary = {
-        name: {"bits_per_dim": r.held_out.value, "images_per_second": r.examples_per_second, "steps": r.steps,
-               "device": r.device, "final_loss": r.losses[-1]}
+        name: {
+            "bits_per_dim": r.held_out.value,
+            "images_per_second": r.examples_per_second,
+            "steps": r.steps,
+            "device": r.device,
+            "final_loss": r.losses[-1],
+        }
         for name, r in results.items()
-    }  # fmt: skip
+    }
     summary["machine"] = json.loads((out / "speed.json").read_text())["machine"]
     summary |= {"difference_bits_per_dim": difference, "speedup": speedup, "seconds": time.monotonic() - began}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -75,7 +82,8 @@ def main() -> int:
         print(f"{name:12}{r.held_out.value:>14.4f} ± {r.held_out.standard_error:.3f}{r.examples_per_second:>11,.0f}")
     print(f"\nheld-out bits/dim differ by {difference:.4f}; the fused path is {speedup:.2f}x as fast ({fused.device})")
     print(
-        f"samples: {out / 'samples.png'}   speed table: {out / 'speed.png'}   all of it in {time.monotonic() - began:.0f} s"
+        f"samples: {out / 'samples.png'}   speed table: {out / 'speed.png'}   all of it in "
+        f"{time.monotonic() - began:.0f} s"
     )
     return gate
 

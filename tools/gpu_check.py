@@ -1,13 +1,15 @@
-"""Checks the project on a machine with an NVIDIA GPU and no network, by that machine's own Python packages, in under 9 minutes.
+"""Checks the project on a machine with an NVIDIA GPU and no network, by that machine's own Python packages, in under 9
+minutes.
 
 python tools/gpu_check.py --results DIR --parts build test sanitize bench
 
-Builds the CUDA library for the GPU that is there, runs the tests, compute-sanitizer on tiny shapes, and the benchmarks with their
-rooflines. Logs and results go to DIR; a short table is printed last. Without a GPU it goes as far as it can and says so.
+Builds the CUDA library for the GPU that is there, runs the tests, compute-sanitizer on tiny shapes, and the benchmarks
+with their rooflines. Logs and results go to DIR; a short table is printed last. Without a GPU it goes as far as it can
+and says so.
 
-Every group of tests and every operator's benchmark is a process of its own: an error of the device, which ends all work of the process
-that meets it, or a hang costs its own group alone. Groups of tests run side by side, since most of their time is Triton's
-compiling on one core; what is timed runs alone.
+Every group of tests and every operator's benchmark is a process of its own: an error of the device, which ends all work
+of the process that meets it, or a hang costs its own group alone. Groups of tests run side by side, since most of their
+time is Triton's compiling on one core; what is timed runs alone.
 """
 
 from __future__ import annotations
@@ -32,10 +34,17 @@ SHARE_S = {"build": 150, "test": 190, "sanitize": 75, "bench": 60}  # one proces
 BENCH_S = {"affine_coupling": 48, "masked_conv": 48, "made": 32, "autoregressive_sampling": 40, "logistic_mixture": 32}
 #: Groups of tests that are shared out among several processes.
 SHARDS = {
-    "cuda": 4, "ops-affine_coupling": 3, "ops-autoregressive_sampling": 4, "ops-logistic_mixture": 2, "ops-made": 2,
-    "ops-masked_conv": 4, "triton-affine_coupling": 3, "triton-autoregressive_sampling": 3, "triton-logistic_mixture": 2,
+    "cuda": 4,
+    "ops-affine_coupling": 3,
+    "ops-autoregressive_sampling": 4,
+    "ops-logistic_mixture": 2,
+    "ops-made": 2,
+    "ops-masked_conv": 4,
+    "triton-affine_coupling": 3,
+    "triton-autoregressive_sampling": 3,
+    "triton-logistic_mixture": 2,
     "triton-masked_conv": 3,
-}  # fmt: skip
+}
 #: Between the signal that lets a process report what it has and the one that ends it.
 GRACE_S = 10
 
@@ -91,8 +100,8 @@ def show(row: dict) -> str:
 
 
 def run_group(command: list[str], out, env: dict[str, str], limit: float) -> int | None:
-    """The exit status, or None where `limit` passed: then the process and all that it started are interrupted, which makes pytest
-    report the failures it has seen, and killed a little later."""
+    """The exit status, or None where `limit` passed: then the process and all that it started are interrupted, which
+    makes pytest report the failures it has seen, and killed a little later."""
     # no process of a pool, of compilers say, may go on behind the next part's back, nor hold the GPU
     process = subprocess.Popen(
         command,
@@ -122,13 +131,17 @@ def run_group(command: list[str], out, env: dict[str, str], limit: float) -> int
 
 def gpu() -> str | None:
     """Name and compute capability of the GPU, by a process of its own so that this one never touches the driver."""
-    code = "import torch; print(torch.cuda.get_device_name(), *torch.cuda.get_device_capability()) if torch.cuda.is_available() else None"
+    code = (
+        "import torch; print(torch.cuda.get_device_name(), *torch.cuda.get_device_capability()) if "
+        "torch.cuda.is_available() else None"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
 def test_jobs(python: str) -> list[Job]:
-    """One job a file of an operator or of Triton, several where Triton has much to compile, one a folder of the rest; the longest first."""
+    """One job a file of an operator or of Triton, several where Triton has much to compile, one a folder of the rest;
+    the longest first."""
     groups = {"cuda": "tests/cuda/test_affine_coupling_gpu.py"}
     for folder in ("ops", "triton"):
         for file in (ROOT / "tests" / folder).glob("test_*.py"):

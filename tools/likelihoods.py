@@ -2,8 +2,8 @@
 
 python tools/likelihoods.py [--seconds S] [--models glow gatedpixelcnn …] [--out DIR] [--json F]
 
-Steps are set beforehand from a short trial of each model, so that learning-rate schedules know their length; what training
-took is measured and stands in the result. Leaves the runs and a sheet of samples of each model in DIR.
+Steps are set beforehand from a short trial of each model, so that learning-rate schedules know their length; what
+training took is measured and stands in the result. Leaves the runs and a sheet of samples of each model in DIR.
 """
 
 from __future__ import annotations
@@ -44,11 +44,16 @@ def compare(name: str, bundle, seconds: float, out: Path) -> dict:
     training.save_png(out / f"{name}.png", training.draw(samples))
     held = result.held_out
     return {
-        "model": name, "parameters": sum(p.numel() for p in result.model.parameters()), "steps": steps,
+        "model": name,
+        "parameters": sum(p.numel() for p in result.model.parameters()),
+        "steps": steps,
         "training_seconds": steps * base["batch_size"] / result.examples_per_second,
-        "images_per_second": result.examples_per_second, "bits_per_dim": held.value, "standard_error": held.standard_error,
-        "seconds_for_64_samples": taken, "config": config.to_dict(),
-    }  # fmt: skip
+        "images_per_second": result.examples_per_second,
+        "bits_per_dim": held.value,
+        "standard_error": held.standard_error,
+        "seconds_for_64_samples": taken,
+        "config": config.to_dict(),
+    }
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
-// Division by a number that a whole launch shares, as one 64-bit product and a shift (Granlund and Montgomery, "Division by
-// invariant integers using multiplication", 1994): a 64-bit division proper costs a GPU about a hundred instructions.
+// Division by a number that a whole launch shares, as one 64-bit product and a shift (Granlund and Montgomery,
+// "Division by invariant integers using multiplication", 1994): a 64-bit division proper costs a GPU about a hundred
+// instructions.
 //
 // For 0 <= n < 2^63, d >= 1 and l = ceil(log2 d): n / d = floor(n·m / 2^(63 + l)) with m = ceil(2^(63 + l) / d) < 2^64.
 #pragma once

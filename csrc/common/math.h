@@ -1,8 +1,9 @@
 // Scalar elementary functions for both compilers.
 //
-// On a GPU (and for double everywhere) they are the standard library's. For float on a CPU they are written out, because
-// libm's are calls that no loop vectorises across: branch-free polynomials, within 2 units in the last place, which g++ turns into
-// AVX2 or AVX-512 code when they stand in a loop. They need strict NaN and infinity: never compile them with -ffast-math.
+// On a GPU (and for double everywhere) they are the standard library's. For float on a CPU they are written out,
+// because libm's are calls that no loop vectorises across: branch-free polynomials, within 2 units in the last place,
+// which g++ turns into AVX2 or AVX-512 code when they stand in a loop. They need strict NaN and infinity: never compile
+// them with -ffast-math.
 #pragma once
 
 #include <cmath>
@@ -11,9 +12,10 @@
 #include <limits>
 
 #if defined(__CUDACC__)
-#define GK_HOST_DEVICE __host__ __device__ __attribute__((always_inline))  // __forceinline__ would say inline a second time
+#  define GK_HOST_DEVICE \
+    __host__ __device__ __attribute__((always_inline))  // __forceinline__ would say inline a second time
 #else
-#define GK_HOST_DEVICE __attribute__((always_inline))
+#  define GK_HOST_DEVICE __attribute__((always_inline))
 #endif
 
 namespace genkernels {
@@ -33,8 +35,9 @@ GK_HOST_DEVICE inline float abs<float>(float x) {
   return ::fabsf(x);
 }
 
-// a·b rounded by itself: what is added to it does not join it in one operation, though the flags let the compilers do that. g++: a fused
-// operation cannot be fused again, and adding −0 changes no number. A CPU without fused operations rounds twice anyway.
+// a·b rounded by itself: what is added to it does not join it in one operation, though the flags let the compilers do
+// that. g++: a fused operation cannot be fused again, and adding −0 changes no number. A CPU without fused operations
+// rounds twice anyway.
 template <typename T>
 GK_HOST_DEVICE inline T product(T a, T b) {
 #if defined(__CUDA_ARCH__)
@@ -58,10 +61,18 @@ GK_HOST_DEVICE inline T min_zero(T x) {
   return x > T(0) ? T(0) : x;
 }
 
-GK_HOST_DEVICE inline double exp(double x) { return ::exp(x); }
-GK_HOST_DEVICE inline double log(double x) { return ::log(x); }
-GK_HOST_DEVICE inline double quotient(double a, double d) { return a / d; }
-GK_HOST_DEVICE inline double log1p_unit(double e) { return ::log1p(e); }
+GK_HOST_DEVICE inline double exp(double x) {
+  return ::exp(x);
+}
+GK_HOST_DEVICE inline double log(double x) {
+  return ::log(x);
+}
+GK_HOST_DEVICE inline double quotient(double a, double d) {
+  return a / d;
+}
+GK_HOST_DEVICE inline double log1p_unit(double e) {
+  return ::log1p(e);
+}
 GK_HOST_DEVICE inline void tanh_sech2(double x, double& tanh_x, double& sech2) {
   tanh_x = ::tanh(x);
   const double e = ::exp(-2.0 * ::fabs(x));
@@ -71,11 +82,15 @@ GK_HOST_DEVICE inline void tanh_sech2(double x, double& tanh_x, double& sech2) {
 
 #if defined(__CUDA_ARCH__)
 
-GK_HOST_DEVICE inline float exp(float x) { return ::expf(x); }
-GK_HOST_DEVICE inline float log(float x) { return ::logf(x); }
+GK_HOST_DEVICE inline float exp(float x) {
+  return ::expf(x);
+}
+GK_HOST_DEVICE inline float log(float x) {
+  return ::logf(x);
+}
 
-// a / d for d in [1, 3], to an ulp: the hardware's reciprocal and one correction. The division operator has a slow path for
-// denormals and infinities that cannot arise here, and its branch would keep a thread's lanes from overlapping.
+// a / d for d in [1, 3], to an ulp: the hardware's reciprocal and one correction. The division operator has a slow path
+// for denormals and infinities that cannot arise here, and its branch would keep a thread's lanes from overlapping.
 GK_HOST_DEVICE inline float quotient(float a, float d) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
@@ -96,8 +111,8 @@ GK_HOST_DEVICE inline int32_t float_to_bits(float f) {
   return i;
 }
 
-// e^x = 2^n · e^r with n = round(x / ln 2), |r| ≤ ln2/2; e^r by a degree-6 polynomial (Cephes). 2^n is applied as two factors, so
-// that results down to the smallest denormal are rounded once and overflow gives inf.
+// e^x = 2^n · e^r with n = round(x / ln 2), |r| ≤ ln2/2; e^r by a degree-6 polynomial (Cephes). 2^n is applied as two
+// factors, so that results down to the smallest denormal are rounded once and overflow gives inf.
 GK_HOST_DEVICE inline float exp(float x) {
   constexpr float kLog2e = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -142,11 +157,14 @@ GK_HOST_DEVICE inline float log(float x) {
   return x == x ? y : x;
 }
 
-GK_HOST_DEVICE inline float quotient(float a, float d) { return a / d; }
+GK_HOST_DEVICE inline float quotient(float a, float d) {
+  return a / d;
+}
 
 #endif
 
-// log(1 + e) for e in [0, 1]: 2·atanh(w), w = e / (2 + e) ≤ 1/3, whose series in w² has positive terms and never cancels.
+// log(1 + e) for e in [0, 1]: 2·atanh(w), w = e / (2 + e) ≤ 1/3, whose series in w² has positive terms and never
+// cancels.
 GK_HOST_DEVICE inline float log1p_unit(float e) {
   const float w = quotient(e, 2.0f + e);
   const float w2 = w * w;
@@ -160,7 +178,8 @@ GK_HOST_DEVICE inline float log1p_unit(float e) {
   return 2.0f * w + w * w2 * p;
 }
 
-// tanh(x) and 1 − tanh²(x). Below 0.625 an odd polynomial (Cephes) keeps relative accuracy, above it (1 − e)/(1 + e), e = e^{−2|x|}.
+// tanh(x) and 1 − tanh²(x). Below 0.625 an odd polynomial (Cephes) keeps relative accuracy, above it (1 − e)/(1 + e), e
+// = e^{−2|x|}.
 GK_HOST_DEVICE inline void tanh_sech2(float x, float& tanh_x, float& sech2) {
   const float a = ::fabsf(x);
   const float e = exp(-2.0f * a);
@@ -178,8 +197,9 @@ GK_HOST_DEVICE inline void tanh_sech2(float x, float& tanh_x, float& sech2) {
   sech2 = 4.0f * e * d * d;
 }
 
-// log u − log(1 − u) for u in [2^-24, 1 − 2^-24] (fp64: 2^-53) and for NaN. 1 − u is exact from ½ on, and for every u that is a multiple of
-// the distance of numbers there, as uniform draws are; what it loses elsewhere, found exactly, moves log(1 − u) by its ratio to 1 − u.
+// log u − log(1 − u) for u in [2^-24, 1 − 2^-24] (fp64: 2^-53) and for NaN. 1 − u is exact from ½ on, and for every u
+// that is a multiple of the distance of numbers there, as uniform draws are; what it loses elsewhere, found exactly,
+// moves log(1 − u) by its ratio to 1 − u.
 template <typename T>
 GK_HOST_DEVICE inline T logit(T u) {
   const T rest = T(1) - u;

@@ -5,9 +5,9 @@
 //   tanh      log σ = tanh(s)                  slope 1 − tanh²(s)
 //   additive  log σ = 0
 //
-// slope is d log σ / d s. Each function is free of branches on its argument, so that a plain loop over it vectorises, and
-// every formula holds its relative accuracy where the obvious one cancels: log(sigmoid(u)) is min(u, 0) − log1p(e^−|u|),
-// and the slopes come from e^−|u| directly, never from 1 − (something near 1).
+// slope is d log σ / d s. Each function is free of branches on its argument, so that a plain loop over it vectorises,
+// and every formula holds its relative accuracy where the obvious one cancels: log(sigmoid(u)) is min(u, 0) −
+// log1p(e^−|u|), and the slopes come from e^−|u| directly, never from 1 − (something near 1).
 #pragma once
 
 #include "math.h"

@@ -1,6 +1,8 @@
-// The stages of a causal network as autoregressive_sampling receives them, and where a sample's caches lie. Host code of every backend.
+// The stages of a causal network as autoregressive_sampling receives them, and where a sample's caches lie. Host code
+// of every backend.
 //
-// Numbers come from genkernels/reference/_stages.py (`flatten`), the layout from genkernels/ops/autoregressive_sampling.py (`state_size`).
+// Numbers come from genkernels/reference/_stages.py (`flatten`), the layout from
+// genkernels/ops/autoregressive_sampling.py (`state_size`).
 #pragma once
 
 #include <algorithm>
@@ -36,7 +38,8 @@ struct Stage {
   std::vector<Input> inputs;
 };
 
-// Plane k in a sample's state: `rows` rows in a ring (image row i in slot i % rows), each of W + 2·border pixels, a pixel's channels together.
+// Plane k in a sample's state: `rows` rows in a ring (image row i in slot i % rows), each of W + 2·border pixels, a
+// pixel's channels together.
 struct Plane {
   int64_t channels;
   bool vertical;
@@ -54,9 +57,11 @@ inline void require(bool condition, const char* what) {
   if (!condition) throw std::runtime_error(std::string("autoregressive_sampling: ") + what);
 }
 
-// `Tensor` is torch's stable tensor. Shapes are checked as far as memory safety needs; sentences for users are Python's.
+// `Tensor` is torch's stable tensor. Shapes are checked as far as memory safety needs; sentences for users are
+// Python's.
 template <typename Tensor>
-Network read(const std::vector<int64_t>& plan, const std::vector<Tensor>& tensors, int64_t channels, const std::vector<int64_t>& noise) {
+Network read(const std::vector<int64_t>& plan, const std::vector<Tensor>& tensors, int64_t channels,
+             const std::vector<int64_t>& noise) {
   Network net;
   size_t at = 0;
   int64_t next_tensor = 0;
@@ -112,8 +117,11 @@ Network read(const std::vector<int64_t>& plan, const std::vector<Tensor>& tensor
     if (has_bias) shaped(s.bias, {s.width});
     s.condition = condition ? tensor() : -1;
     s.condition_map = condition == 4;
-    if (condition) shaped(s.condition, condition == 4 ? std::vector<int64_t>{noise[0], s.width, noise[2], noise[3]} : std::vector<int64_t>{noise[0], s.width});
-    if (s.residual >= 0) require(net.planes[s.residual].channels == s.made, "a residual plane has the wrong number of channels");
+    if (condition)
+      shaped(s.condition, condition == 4 ? std::vector<int64_t>{noise[0], s.width, noise[2], noise[3]}
+                                         : std::vector<int64_t>{noise[0], s.width});
+    if (s.residual >= 0)
+      require(net.planes[s.residual].channels == s.made, "a residual plane has the wrong number of channels");
     net.planes.push_back({s.made, s.vertical});
     net.stages.push_back(std::move(s));
   }
@@ -127,27 +135,36 @@ Network read(const std::vector<int64_t>& plan, const std::vector<Tensor>& tensor
 
 // The arguments of the torch operator, checked; every backend's first line.
 template <typename Tensor, typename Optional>
-Network read_checked(const Tensor& image, const Tensor& state, const Tensor& noise, const Optional& known, const std::vector<Tensor>& tensors,
-                     const std::vector<int64_t>& plan, int64_t head, int64_t levels, int64_t begin, int64_t end) {
+Network read_checked(const Tensor& image, const Tensor& state, const Tensor& noise, const Optional& known,
+                     const std::vector<Tensor>& tensors, const std::vector<int64_t>& plan, int64_t head, int64_t levels,
+                     int64_t begin, int64_t end) {
   const bool mixture = head == static_cast<int64_t>(Head::kLogisticMixture);
   require(image.dim() == 4 && noise.dim() == 4, "image and noise must have 4 dimensions");
   const int64_t channels = image.size(1);
-  require(noise.size(0) == image.size(0) && noise.size(1) == channels + mixture && noise.size(2) == image.size(2) && noise.size(3) == image.size(3),
+  require(noise.size(0) == image.size(0) && noise.size(1) == channels + mixture && noise.size(2) == image.size(2) &&
+              noise.size(3) == image.size(3),
           "noise must be [N, C, H, W], or [N, 1 + C, H, W] for logistic_mixture");
   require(!mixture || channels == 1 || channels == 3, "a logistic mixture must have 1 or 3 channels");
   require(begin >= 0 && end <= image.size(2) && levels >= 2, "rows or levels are out of range");
   const auto dtype = noise.scalar_type();
-  require(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::Double, "noise must be float32 or float64");
-  for (const Tensor& t : tensors) require(t.scalar_type() == dtype && t.is_contiguous(), "tensors of the stages must have noise's dtype and be contiguous");
-  require(image.scalar_type() == torch::headeronly::ScalarType::Long && image.is_contiguous(), "image must be int64 and contiguous");
+  require(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::Double,
+          "noise must be float32 or float64");
+  for (const Tensor& t : tensors)
+    require(t.scalar_type() == dtype && t.is_contiguous(),
+            "tensors of the stages must have noise's dtype and be contiguous");
+  require(image.scalar_type() == torch::headeronly::ScalarType::Long && image.is_contiguous(),
+          "image must be int64 and contiguous");
   require(noise.is_contiguous(), "noise must be contiguous");
   if (known.has_value())
-    require(known->scalar_type() == torch::headeronly::ScalarType::Bool && known->is_contiguous() && known->numel() == image.numel(),
+    require(known->scalar_type() == torch::headeronly::ScalarType::Bool && known->is_contiguous() &&
+                known->numel() == image.numel(),
             "known must be bool, contiguous and of the image's shape");
   Network net = read(plan, tensors, channels, {noise.size(0), noise.size(1), noise.size(2), noise.size(3)});
   const int64_t width = net.planes.back().channels;
-  require(mixture ? width % (channels == 1 ? 3 : 10) == 0 : width == channels * levels, "the last plane does not fit the head");
-  require(state.dim() == 2 && state.size(0) == image.size(0) && state.size(1) == net.state_size && state.is_contiguous() && state.scalar_type() == dtype,
+  require(mixture ? width % (channels == 1 ? 3 : 10) == 0 : width == channels * levels,
+          "the last plane does not fit the head");
+  require(state.dim() == 2 && state.size(0) == image.size(0) && state.size(1) == net.state_size &&
+              state.is_contiguous() && state.scalar_type() == dtype,
           "state must be [N, the caches' size], of noise's dtype and contiguous");
   return net;
 }

@@ -1,20 +1,23 @@
-// Affine coupling on the CPU: z₂ = x₂·σ(s) + t, ldj = Σ log σ(s), z₁ = x₁ copied, in one pass; backward, inverse and reverse alike.
+// Affine coupling on the CPU: z₂ = x₂·σ(s) + t, ldj = Σ log σ(s), z₁ = x₁ copied, in one pass; backward, inverse and
+// reverse alike.
 //
-// Layout. A sample's transformed part is L elements: M·S of M channels of S pixels (channel split), or all C·H·W with a mask
-// (checkerboard). It is worked through in tiles of up to kTile elements, which stay in the first-level cache:
-//     stage (to fp32/fp64, gathered)  →  arithmetic over plain arrays, vectorised by the compiler  →  unstage (cast, scattered)
-// Where storage is already plain (same type, halves layout) the stages are skipped and the arithmetic reads and writes the
-// tensors themselves. Samples of fewer than kTile elements share a tile, so that 2-D points vectorise as well as images.
+// Layout. A sample's transformed part is L elements: M·S of M channels of S pixels (channel split), or all C·H·W with a
+// mask (checkerboard). It is worked through in tiles of up to kTile elements, which stay in the first-level cache:
+//     stage (to fp32/fp64, gathered)  →  arithmetic over plain arrays, vectorised by the compiler  →  unstage (cast,
+//     scattered)
+// Where storage is already plain (same type, halves layout) the stages are skipped and the arithmetic reads and writes
+// the tensors themselves. Samples of fewer than kTile elements share a tile, so that 2-D points vectorise as well as
+// images.
 //
-// Stores are ordinary ones. Streaming stores, which skip the read of a line before it is overwritten, were tried: on tensors beyond the cache
-// the operator alone gains for exp and loses for tanh, and together with whatever reads its result next it loses for every map, because the
-// result is then in no cache.
+// Stores are ordinary ones. Streaming stores, which skip the read of a line before it is overwritten, were tried: on
+// tensors beyond the cache the operator alone gains for exp and loses for tanh, and together with whatever reads its
+// result next it loses for every map, because the result is then in no cache.
 //
-// Bytes, in units of one half-tensor: forward reads x₁ x₂ s t, writes z₁ z₂ (6); backward reads g₁ g₂ x₂ s, writes g₁ g₂ g_s g_t (8);
-// reverse reads 6 (z₁ z₂ g₁ g₂ s t), writes 6.
+// Bytes, in units of one half-tensor: forward reads x₁ x₂ s t, writes z₁ z₂ (6); backward reads g₁ g₂ x₂ s, writes g₁
+// g₂ g_s g_t (8); reverse reads 6 (z₁ z₂ g₁ g₂ s t), writes 6.
 //
-// Log-determinant: each tile sums in 16 fp32 lanes, tiles add up in fp64, chunks of kChunk elements in a fixed order. Bitwise the
-// same from run to run and for any number of threads.
+// Log-determinant: each tile sums in 16 fp32 lanes, tiles add up in fp64, chunks of kChunk elements in a fixed order.
+// Bitwise the same from run to run and for any number of threads.
 #include "common.h"
 
 #include "../common/scale_map.h"
@@ -26,7 +29,7 @@ constexpr int64_t kTile = 1024;
 constexpr int64_t kChunk = 16 * 1024;
 constexpr int64_t kGrain = 32 * 1024;  // elements below which a second thread does not pay
 
-// ---- arithmetic over plain arrays -----------------------------------------------------------------------------------------
+// ---- arithmetic over plain arrays -------------------------------------------------------------------------------
 
 template <ScaleMap M, typename T, bool Inverse>
 __attribute__((always_inline)) inline T forward_element(T x, T s, T t, T& z) {  // gives log σ
@@ -85,8 +88,9 @@ double sum_tile(const T* v, int64_t n) {
   return sum_lanes<T>(n, [&](int64_t i) __attribute__((always_inline)) { return v[i]; });
 }
 
-// Each operator for one map in two forms. `tile`: anything; log σ and the gradient of the log-determinant go through arrays. `row`: a
-// tile of one sample, nothing masked, which is what images are made of; the two stay in registers, worth a tenth to a fifth of the time.
+// Each operator for one map in two forms. `tile`: anything; log σ and the gradient of the log-determinant go through
+// arrays. `row`: a tile of one sample, nothing masked, which is what images are made of; the two stay in registers,
+// worth a tenth to a fifth of the time.
 template <typename T>
 struct Forward {
   void (*tile)(int64_t n, const T* x, const T* s, const T* t, T* z, T* ell);
@@ -113,15 +117,15 @@ double forward_row(int64_t n, const T* __restrict x, const T* __restrict s, cons
 }
 
 template <ScaleMap M, typename T, bool Inverse>
-void backward_tile(int64_t n, const T* __restrict g, const T* __restrict gl, const T* __restrict x, const T* __restrict s,
-                   const T* __restrict t, T* __restrict gx, T* __restrict gs, T* __restrict gt) {
+void backward_tile(int64_t n, const T* __restrict g, const T* __restrict gl, const T* __restrict x,
+                   const T* __restrict s, const T* __restrict t, T* __restrict gx, T* __restrict gs, T* __restrict gt) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) backward_element<M, T, Inverse>(g[i], gl[i], x[i], s[i], t[i], gx[i], gs[i], gt[i]);
 }
 
 template <ScaleMap M, typename T, bool Inverse>
-void backward_row(int64_t n, const T* __restrict g, T gl, const T* __restrict x, const T* __restrict s, const T* __restrict t,
-                  T* __restrict gx, T* __restrict gs, T* __restrict gt) {
+void backward_row(int64_t n, const T* __restrict g, T gl, const T* __restrict x, const T* __restrict s,
+                  const T* __restrict t, T* __restrict gx, T* __restrict gs, T* __restrict gt) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) backward_element<M, T, Inverse>(g[i], gl, x[i], s[i], t[i], gx[i], gs[i], gt[i]);
 }
@@ -157,14 +161,14 @@ Backward<T> backward_for(int64_t map, bool inverse) {
   }
 }
 
-// ---- where things lie -----------------------------------------------------------------------------------------------------
+// ---- where things lie -------------------------------------------------------------------------------------------
 
 struct Geometry {
-  int64_t samples, length, pixels;        // N, L, S
-  int64_t x_stride, p_stride;             // elements a sample of x and of params
-  int64_t moved, kept;                    // offsets of the two halves in a sample (equal for the checkerboard)
+  int64_t samples, length, pixels;  // N, L, S
+  int64_t x_stride, p_stride;       // elements a sample of x and of params
+  int64_t moved, kept;              // offsets of the two halves in a sample (equal for the checkerboard)
   bool additive, interleaved;
-  std::vector<uint8_t> mask;              // [L], 1 where the checkerboard transforms; empty for the channel split
+  std::vector<uint8_t> mask;  // [L], 1 where the checkerboard transforms; empty for the channel split
 };
 
 Geometry geometry_of(const Tensor& x, int64_t map, int64_t split, int64_t layout, bool flip) {
@@ -194,7 +198,8 @@ Geometry geometry_of(const Tensor& x, int64_t map, int64_t split, int64_t layout
   return g;
 }
 
-// A tile: elements [begin, begin + width) of the transformed parts of `rows` samples from `sample` on. rows > 1 only for whole samples.
+// A tile: elements [begin, begin + width) of the transformed parts of `rows` samples from `sample` on. rows > 1 only
+// for whole samples.
 struct Tile {
   int64_t sample, rows, begin, width;
   int64_t count() const { return rows * width; }
@@ -262,13 +267,13 @@ void for_each_tile(const Geometry& g, int64_t chunks, F&& f) {
   if (g.length >= kTile) {
     torch::stable::parallel_for(0, g.samples * chunks, std::max<int64_t>(1, kGrain / std::min(g.length, kChunk)),
                                 [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; ++task) {
-        const int64_t sample = task / chunks, chunk = task % chunks;
-        const int64_t end = std::min((chunk + 1) * kChunk, g.length);
-        for (int64_t i = chunk * kChunk; i < end; i += kTile)
-          f(Tile{sample, 1, i, std::min(kTile, end - i)}, chunk);
-      }
-    });
+                                  for (int64_t task = from; task < to; ++task) {
+                                    const int64_t sample = task / chunks, chunk = task % chunks;
+                                    const int64_t end = std::min((chunk + 1) * kChunk, g.length);
+                                    for (int64_t i = chunk * kChunk; i < end; i += kTile)
+                                      f(Tile{sample, 1, i, std::min(kTile, end - i)}, chunk);
+                                  }
+                                });
   } else {
     const int64_t rows = kTile / g.length;
     torch::stable::parallel_for(0, (g.samples + rows - 1) / rows, kGrain / kTile, [&](int64_t from, int64_t to) {
@@ -278,10 +283,13 @@ void for_each_tile(const Geometry& g, int64_t chunks, F&& f) {
   }
 }
 
-int64_t chunks_of(const Geometry& g) { return g.length >= kTile ? (g.length + kChunk - 1) / kChunk : 1; }
+int64_t chunks_of(const Geometry& g) {
+  return g.length >= kTile ? (g.length + kChunk - 1) / kChunk : 1;
+}
 
-// The half that passes through, byte for byte; for the checkerboard it is part of the tile and handled by `blend`. A sample of
-// several tiles copies a whole chunk at its first one: long runs keep fewer streams open at once than a piece a tile.
+// The half that passes through, byte for byte; for the checkerboard it is part of the tile and handled by `blend`. A
+// sample of several tiles copies a whole chunk at its first one: long runs keep fewer streams open at once than a piece
+// a tile.
 template <typename X>
 void copy_kept(const X* from, X* to, const Geometry& g, const Tile& k) {
   if (!g.mask.empty() || k.begin % kChunk != 0) return;
@@ -295,7 +303,8 @@ void copy_kept(const X* from, X* to, const Geometry& g, const Tile& k) {
   }
 }
 
-// where(mask, moved, kept); kept == nullptr stands for zero. The mask decides, no product does, so NaN stays where it was.
+// where(mask, moved, kept); kept == nullptr stands for zero. The mask decides, no product does, so NaN stays where it
+// was.
 template <typename T>
 void blend(T* moved, const T* kept, const Geometry& g, const Tile& k) {
   if (g.mask.empty()) return;
@@ -311,10 +320,11 @@ void blend(T* moved, const T* kept, const Geometry& g, const Tile& k) {
   }
 }
 
-// ---- the three operators, over storage types X (input) and P (params), arithmetic type T --------------------------------------
+// ---- the three operators, over storage types X (input) and P (params), arithmetic type T ------------------------
 
 template <typename X, typename P, typename T>
-void forward(const Geometry& g, int64_t map, bool inverse, const Tensor& input, const Tensor& params, Tensor& output, Tensor& ldj) {
+void forward(const Geometry& g, int64_t map, bool inverse, const Tensor& input, const Tensor& params, Tensor& output,
+             Tensor& ldj) {
   const X* x = data<X>(input);
   const P* p = data<P>(params);
   X* z = mutable_data<X>(output);
@@ -341,7 +351,8 @@ void forward(const Geometry& g, int64_t map, bool inverse, const Tensor& input, 
     copy_kept(x, z, g, k);
     if (g.additive) return;
     blend(ell, static_cast<const T*>(nullptr), g, k);
-    for (int64_t r = 0; r < k.rows; ++r) partial[(k.sample + r) * chunks + chunk] += sum_tile(ell + r * k.width, k.width);
+    for (int64_t r = 0; r < k.rows; ++r)
+      partial[(k.sample + r) * chunks + chunk] += sum_tile(ell + r * k.width, k.width);
   });
   for (int64_t n = 0; n < g.samples; ++n) {
     double total = 0;
@@ -406,7 +417,7 @@ void backward(const Geometry& g, int64_t map, bool inverse, const std::optional<
   });
 }
 
-// ---- dispatch on dtypes ---------------------------------------------------------------------------------------------------
+// ---- dispatch on dtypes -----------------------------------------------------------------------------------------
 
 template <typename F>
 void dispatch(const Tensor& x, const Tensor& p, F&& f) {
@@ -424,17 +435,20 @@ ScalarType work_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> affine_coupling(Tensor input, Tensor params, int64_t map, int64_t split, int64_t layout, bool flip,
-                                           bool inverse) {
+std::tuple<Tensor, Tensor> affine_coupling(Tensor input, Tensor params, int64_t map, int64_t split, int64_t layout,
+                                           bool flip, bool inverse) {
   const Geometry g = geometry_of(input, map, split, layout, flip);
   Tensor output = empty(input, shape_of(input), input.scalar_type());
   Tensor ldj = empty(input, {input.size(0)}, work_dtype(input));
-  dispatch(input, params, [&]<typename X, typename P, typename T>() { forward<X, P, T>(g, map, inverse, input, params, output, ldj); });
+  dispatch(input, params, [&]<typename X, typename P, typename T>() {
+    forward<X, P, T>(g, map, inverse, input, params, output, ldj);
+  });
   return {output, ldj};
 }
 
-std::tuple<Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_ldj, Tensor input,
-                                                    Tensor params, int64_t map, int64_t split, int64_t layout, bool flip, bool inverse) {
+std::tuple<Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_ldj,
+                                                    Tensor input, Tensor params, int64_t map, int64_t split,
+                                                    int64_t layout, bool flip, bool inverse) {
   const Geometry g = geometry_of(input, map, split, layout, flip);
   Tensor grad_input = empty(input, shape_of(input), input.scalar_type());
   Tensor grad_params = empty(params, shape_of(params), params.scalar_type());
@@ -444,9 +458,9 @@ std::tuple<Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> grad_o
   return {grad_input, grad_params};
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_reverse(std::optional<Tensor> grad_output, std::optional<Tensor> grad_ldj,
-                                                           Tensor output, Tensor params, int64_t map, int64_t split, int64_t layout,
-                                                           bool flip) {
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_reverse(std::optional<Tensor> grad_output,
+                                                           std::optional<Tensor> grad_ldj, Tensor output, Tensor params,
+                                                           int64_t map, int64_t split, int64_t layout, bool flip) {
   const Geometry g = geometry_of(output, map, split, layout, flip);
   Tensor input = empty(output, shape_of(output), output.scalar_type());
   Tensor grad_input = empty(output, shape_of(output), output.scalar_type());

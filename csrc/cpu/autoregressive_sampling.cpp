@@ -1,20 +1,25 @@
-// Sampling from a causal network, pixel by pixel, with every stage's activations kept: x_i ~ p(x_i | x_<i), stages as in csrc/common/stages.h.
+// Sampling from a causal network, pixel by pixel, with every stage's activations kept: x_i ~ p(x_i | x_<i), stages as
+// in csrc/common/stages.h.
 //
-// Layout. A sample's planes are rings of the rows that are still read, pixel-major ([row][column][channels], zeros around): the taps
-// of one kernel row at a pixel are one contiguous stretch of (kw·channels) numbers, so every convolution is a plain matrix product
-// with overlapping rows, without a copy. Weights are packed once a call, [kernel row][column, in][out], dead ends of each stretch cut off.
+// Layout. A sample's planes are rings of the rows that are still read, pixel-major ([row][column][channels], zeros
+// around): the taps of one kernel row at a pixel are one contiguous stretch of (kw·channels) numbers, so every
+// convolution is a plain matrix product with overlapping rows, without a copy. Weights are packed once a call, [kernel
+// row][column, in][out], dead ends of each stretch cut off.
 //
-// A row of the image. First, for all pixels of the row at once: vertical stages, and of every other stage what it takes from rows
-// above (and from vertical planes): products of many rows. Then, pixel by pixel, only the taps to the left and at the centre
-// are left: products with one row a sample. Last the draw, and the pixel enters plane 0. With C data channels drawn one after the
-// other, each has its own group of every stage's outputs, and a sub-step computes one group.
+// A row of the image. First, for all pixels of the row at once: vertical stages, and of every other stage what it takes
+// from rows above (and from vertical planes): products of many rows. Then, pixel by pixel, only the taps to the left
+// and at the centre are left: products with one row a sample. Last the draw, and the pixel enters plane 0. With C data
+// channels drawn one after the other, each has its own group of every stage's outputs, and a sub-step computes one
+// group.
 //
-// Parallel over samples: a thread owns chunks of up to kRows samples, which share each load of a weight. The order of every sum is fixed by the
-// network alone, so a sample is bitwise the same in any batch and for any number of threads.
-// Sharing a row's products among threads at batch 1 was tried: on a machine that is not idle it waits for the second thread longer than it gains.
+// Parallel over samples: a thread owns chunks of up to kRows samples, which share each load of a weight. The order of
+// every sum is fixed by the network alone, so a sample is bitwise the same in any batch and for any number of threads.
+// Sharing a row's products among threads at batch 1 was tried: on a machine that is not idle it waits for the second
+// thread longer than it gains.
 //
-// Counted for the 7×7 A + 8 × 3×3 B network of 64 channels: 166 k multiply-adds a pixel, 40 % of them in the pixel-by-pixel part (one
-// pass over the image by dense convolutions: 300 k). At batch 1 that part reads 262 kB of weights a pixel, from the second-level cache: the floor.
+// Counted for the 7×7 A + 8 × 3×3 B network of 64 channels: 166 k multiply-adds a pixel, 40 % of them in the
+// pixel-by-pixel part (one pass over the image by dense convolutions: 300 k). At batch 1 that part reads 262 kB of
+// weights a pixel, from the second-level cache: the floor.
 #include "common.h"
 #include "vector.h"
 
@@ -38,7 +43,8 @@ constexpr int widest(int m) {
 
 // out[m][v] += Σ_k in[m·in_stride + k] · w[k][v], v < NV vectors.
 template <typename T, int M, int NV>
-inline void tile(const T* in, int64_t in_stride, int64_t count, const T* w, int64_t w_stride, T* out, int64_t out_stride) {
+inline void tile(const T* in, int64_t in_stride, int64_t count, const T* w, int64_t w_stride, T* out,
+                 int64_t out_stride) {
   using V = typename Vector<T>::unaligned;
   constexpr int L = Vector<T>::kLanes;
   V sum[M][NV];
@@ -66,7 +72,8 @@ inline void tile(const T* in, int64_t in_stride, int64_t count, const T* w, int6
 }
 
 template <typename T, int M, int NV>
-inline void tiles(const T* in, int64_t in_stride, int64_t count, const T* w, int64_t vectors, T* out, int64_t out_stride) {
+inline void tiles(const T* in, int64_t in_stride, int64_t count, const T* w, int64_t vectors, T* out,
+                  int64_t out_stride) {
   constexpr int L = Vector<T>::kLanes;
   const int64_t w_stride = vectors * L;
   int64_t v = 0;
@@ -81,7 +88,8 @@ inline void tiles(const T* in, int64_t in_stride, int64_t count, const T* w, int
 
 // The same for any number of rows and of vectors; w is [count][vectors].
 template <typename T>
-void multiply(const T* in, int64_t in_stride, int64_t rows, int64_t count, const T* w, int64_t vectors, T* out, int64_t out_stride) {
+void multiply(const T* in, int64_t in_stride, int64_t rows, int64_t count, const T* w, int64_t vectors, T* out,
+              int64_t out_stride) {
   while (rows > 0) {
     const int64_t m = std::min<int64_t>(rows, kRows);
     switch (m) {
@@ -91,8 +99,12 @@ void multiply(const T* in, int64_t in_stride, int64_t rows, int64_t count, const
       case 4: tiles<T, 4, widest(4)>(in, in_stride, count, w, vectors, out, out_stride); break;
       case 5: tiles<T, 5, widest(5)>(in, in_stride, count, w, vectors, out, out_stride); break;
       case 6: tiles<T, 6, widest(6)>(in, in_stride, count, w, vectors, out, out_stride); break;
-      case 7: if constexpr (kRows >= 7) tiles<T, 7, widest(7)>(in, in_stride, count, w, vectors, out, out_stride); break;
-      case 8: if constexpr (kRows >= 8) tiles<T, 8, widest(8)>(in, in_stride, count, w, vectors, out, out_stride); break;
+      case 7:
+        if constexpr (kRows >= 7) tiles<T, 7, widest(7)>(in, in_stride, count, w, vectors, out, out_stride);
+        break;
+      case 8:
+        if constexpr (kRows >= 8) tiles<T, 8, widest(8)>(in, in_stride, count, w, vectors, out, out_stride);
+        break;
     }
     in += m * in_stride;
     out += m * out_stride;
@@ -100,7 +112,7 @@ void multiply(const T* in, int64_t in_stride, int64_t rows, int64_t count, const
   }
 }
 
-// ---- the network, packed ----------------------------------------------------------------------------------------------------
+// ---- the network, packed ----------------------------------------------------------------------------------------
 
 // One kernel row of one input, for one group of outputs.
 template <typename T>
@@ -119,18 +131,19 @@ struct Segment {
 
 template <typename T>
 struct Packed {
-  int64_t groups, padded, stride;          // groups of outputs, numbers a group, numbers a pixel
-  int64_t group_width, group_made;         // live ones, before and after the activation
+  int64_t groups, padded, stride;   // groups of outputs, numbers a group, numbers a pixel
+  int64_t group_width, group_made;  // live ones, before and after the activation
   std::vector<Segment> segments;
   std::vector<std::vector<Product<T>>> above, beside;  // [group]: whole rows at once; pixel by pixel
   std::vector<int64_t> added_above, added_beside;      // planes
-  int64_t sums;                            // offset in a sample's row of sums
+  int64_t sums;                                        // offset in a sample's row of sums
 };
 
 template <typename T>
 class Sampler {
  public:
-  Sampler(const Network& net, const std::vector<Tensor>& tensors, int64_t groups, int64_t columns) : net_(net), columns_(columns) {
+  Sampler(const Network& net, const std::vector<Tensor>& tensors, int64_t groups, int64_t columns)
+      : net_(net), columns_(columns) {
     for (const Tensor& t : tensors) pointers_.push_back(data<T>(t));
     for (const stages::Stage& s : net.stages) pack(s, s.vertical ? 1 : groups);
   }
@@ -157,12 +170,14 @@ class Sampler {
         for (const Product<T>& product : p.above[g]) {
           const Plane& from = net_.planes[product.plane];
           for (int64_t n = 0; n < samples; ++n)
-            multiply(line(state + n * net_.state_size, from, i - product.up) + product.start, from.channels, columns_, product.count,
-                     weights_.data() + product.offset, p.padded / Vector<T>::kLanes, sums + n * sums_ + p.sums + g * p.padded, p.stride);
+            multiply(line(state + n * net_.state_size, from, i - product.up) + product.start, from.channels, columns_,
+                     product.count, weights_.data() + product.offset, p.padded / Vector<T>::kLanes,
+                     sums + n * sums_ + p.sums + g * p.padded, p.stride);
         }
       if (s.vertical)
         for (int64_t n = 0; n < samples; ++n)
-          for (int64_t j = 0; j < columns_; ++j) finish(s, p, k + 1, i, j, 0, state + n * net_.state_size, sums + n * sums_ + p.sums);
+          for (int64_t j = 0; j < columns_; ++j)
+            finish(s, p, k + 1, i, j, 0, state + n * net_.state_size, sums + n * sums_ + p.sums);
     }
   }
 
@@ -178,7 +193,8 @@ class Sampler {
         multiply(line(state, from, i) + j * from.channels + product.start, net_.state_size, samples, product.count,
                  weights_.data() + product.offset, p.padded / Vector<T>::kLanes, to, sums_);
       }
-      for (int64_t n = 0; n < samples; ++n) finish(s, p, k + 1, i, j, g, state + n * net_.state_size, sums + n * sums_ + p.sums);
+      for (int64_t n = 0; n < samples; ++n)
+        finish(s, p, k + 1, i, j, g, state + n * net_.state_size, sums + n * sums_ + p.sums);
     }
   }
 
@@ -189,7 +205,9 @@ class Sampler {
   static T* line(T* state, const Plane& p, int64_t i) {
     return state + p.offset + (i % p.rows + p.rows) % p.rows * p.row_length;
   }
-  static T* at(T* state, const Plane& p, int64_t i, int64_t j) { return line(state, p, i) + (j + p.border) * p.channels; }
+  static T* at(T* state, const Plane& p, int64_t i, int64_t j) {
+    return line(state, p, i) + (j + p.border) * p.channels;
+  }
 
   static void add(const T* __restrict from, T* __restrict to, int64_t count) {
     for (int64_t c = 0; c < count; ++c) to[c] += from[c];
@@ -216,11 +234,13 @@ class Sampler {
   }
 
   // What is left of group g at a pixel once its sums are complete: planes added, the activation, the residual.
-  void finish(const stages::Stage& s, const Packed<T>& p, int64_t plane, int64_t i, int64_t j, int64_t g, T* state, T* sums) const {
+  void finish(const stages::Stage& s, const Packed<T>& p, int64_t plane, int64_t i, int64_t j, int64_t g, T* state,
+              T* sums) const {
     T* __restrict from = sums + j * p.stride + g * p.padded;
     T* __restrict to = at(state, net_.planes[plane], i, j) + g * p.group_made;
     const int64_t count = p.group_made;
-    for (int64_t added : p.added_beside) add(at(state, net_.planes[added], i, j) + g * p.group_width, from, p.group_width);
+    for (int64_t added : p.added_beside)
+      add(at(state, net_.planes[added], i, j) + g * p.group_width, from, p.group_width);
     if (s.activation == Activation::kGate) {
       for (int64_t c = 0; c < count; ++c) {
         T tanh, unused;
@@ -255,7 +275,8 @@ class Sampler {
         p.segments.push_back({g * p.group_width, g * p.padded, p.group_width});
       }
     }
-    for (int64_t plane : s.added) (s.vertical || net_.planes[plane].vertical ? p.added_above : p.added_beside).push_back(plane);
+    for (int64_t plane : s.added)
+      (s.vertical || net_.planes[plane].vertical ? p.added_above : p.added_beside).push_back(plane);
     for (const stages::Input& in : s.inputs)
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t y = 0; y <= in.kh / 2; ++y) pack(s, in, p, g, y);
@@ -275,7 +296,8 @@ class Sampler {
       if (!from.vertical) end -= channels - channels / p.groups * (g + (in.plane != 0));
     }
     const T* w = pointers_[in.tensor] + y * in.kw;
-    const int64_t columns = in.kw * channels, first_segment = p.segments.size() / p.groups * g, last_segment = p.segments.size() / p.groups * (g + 1);
+    const int64_t columns = in.kw * channels, first_segment = p.segments.size() / p.groups * g,
+                  last_segment = p.segments.size() / p.groups * (g + 1);
     std::vector<char> live(columns, 0);
     for (int64_t k = first_segment; k < last_segment; ++k)
       for (int64_t o = 0; o < p.segments[k].count; ++o) {
@@ -287,7 +309,8 @@ class Sampler {
     while (begin < end && !live[begin]) ++begin;
     while (end > begin && !live[end - 1]) --end;
     if (begin == end) return;
-    Product<T> product{in.plane, up, (from.border - in.kw / 2) * channels + begin, end - begin, static_cast<int64_t>(weights_.size())};
+    Product<T> product{in.plane, up, (from.border - in.kw / 2) * channels + begin, end - begin,
+                       static_cast<int64_t>(weights_.size())};
     weights_.resize(weights_.size() + product.count * p.padded, T(0));
     for (int64_t k = first_segment; k < last_segment; ++k) {
       // sixteen outputs side by side: their rows are read in order, and what is written is contiguous
@@ -311,7 +334,7 @@ class Sampler {
   std::vector<T> weights_;
 };
 
-// ---- the loop over pixels -----------------------------------------------------------------------------------------------------
+// ---- the loop over pixels ---------------------------------------------------------------------------------------
 
 struct Task {
   int64_t batch, channels, rows, columns, noise_channels;
@@ -339,8 +362,8 @@ int categorical(const T* logits, int count, T temperature, T u, T* __restrict sc
 
 // A sample's draws at one pixel: data channels from `c` on, one of them, or all of them from a mixture.
 template <typename T>
-void draw_pixel(const Task& t, const Images<T>& io, int64_t n, int64_t i, int64_t j, int64_t c, const T* parameters, int64_t width, T* plane0,
-                T* scratch) {
+void draw_pixel(const Task& t, const Images<T>& io, int64_t n, int64_t i, int64_t j, int64_t c, const T* parameters,
+                int64_t width, T* plane0, T* scratch) {
   const int64_t size = t.rows * t.columns, place = i * t.columns + j;
   const int64_t first = t.head == stages::Head::kCategorical ? c : 0;
   const int64_t last = t.head == stages::Head::kCategorical ? c + 1 : t.channels;
@@ -355,10 +378,12 @@ void draw_pixel(const Task& t, const Images<T>& io, int64_t n, int64_t i, int64_
   if (all) {
     std::copy(fixed, fixed + (last - first), drawn);
   } else if (t.head == stages::Head::kCategorical) {
-    drawn[0] = categorical(parameters + c * t.levels, static_cast<int>(t.levels), T(t.temperature), noise[c * size], scratch);
+    drawn[0] =
+        categorical(parameters + c * t.levels, static_cast<int>(t.levels), T(t.temperature), noise[c * size], scratch);
   } else {
     const int mixtures = static_cast<int>(width / (t.channels == 1 ? 3 : 10));
-    draw::logistic_mixture(parameters, 1, mixtures, static_cast<int>(t.channels), static_cast<int>(t.levels), T(t.temperature), noise, size, drawn, fixed);
+    draw::logistic_mixture(parameters, 1, mixtures, static_cast<int>(t.channels), static_cast<int>(t.levels),
+                           T(t.temperature), noise, size, drawn, fixed);
   }
   for (int64_t k = first; k < last; ++k) {
     io.image[(n * t.channels + k) * size + place] = drawn[k - first];
@@ -388,7 +413,8 @@ void sample(const Task& t, const Network& net, const Images<T>& io, const std::v
             sampler.pixel(i, j, g, samples, mine, sums.data());
             for (int64_t n = 0; n < samples; ++n) {
               T* own = mine + n * net.state_size;
-              draw_pixel(t, io, first + n, i, j, g, sampler.values(own, last, i, j), width, sampler.values(own, 0, i, j), scratch.data());
+              draw_pixel(t, io, first + n, i, j, g, sampler.values(own, last, i, j), width,
+                         sampler.values(own, 0, i, j), scratch.data());
             }
           }
       }
@@ -396,13 +422,17 @@ void sample(const Task& t, const Network& net, const Images<T>& io, const std::v
   });
 }
 
-void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::optional<Tensor> known, std::vector<Tensor> tensors,
-                             std::vector<int64_t> plan, int64_t head, int64_t levels, double temperature, int64_t begin, int64_t end) {
+void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::optional<Tensor> known,
+                             std::vector<Tensor> tensors, std::vector<int64_t> plan, int64_t head, int64_t levels,
+                             double temperature, int64_t begin, int64_t end) {
   const Network net = stages::read_checked(image, state, noise, known, tensors, plan, head, levels, begin, end);
   if (image.numel() == 0 || begin >= end) return;
-  const Task task{image.size(0), image.size(1), image.size(2), image.size(3), noise.size(1), static_cast<stages::Head>(head), levels, begin, end, temperature};
+  const Task task{
+      image.size(0), image.size(1), image.size(2), image.size(3), noise.size(1), static_cast<stages::Head>(head),
+      levels,        begin,         end,           temperature};
   const auto run = [&]<typename T>() {
-    sample<T>(task, net, {mutable_data<int64_t>(image), data<T>(noise), data<bool>(known)}, tensors, mutable_data<T>(state));
+    sample<T>(task, net, {mutable_data<int64_t>(image), data<T>(noise), data<bool>(known)}, tensors,
+              mutable_data<T>(state));
   };
   if (noise.scalar_type() == ScalarType::Double) return run.template operator()<double>();
   run.template operator()<float>();
@@ -411,4 +441,6 @@ void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::opti
 }  // namespace
 }  // namespace genkernels
 
-STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) { m.impl("autoregressive_sampling", TORCH_BOX(&genkernels::autoregressive_sampling)); }
+STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
+  m.impl("autoregressive_sampling", TORCH_BOX(&genkernels::autoregressive_sampling));
+}

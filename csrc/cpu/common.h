@@ -1,7 +1,7 @@
 // What the CPU kernels share: conversion between storage and arithmetic types, and thin names for the stable ABI.
 //
-// One source, three builds (setup.py): x86-64-v3, AVX-512 and, on other processors, generic. Nothing here may be shared between the
-// builds at run time: exactly one of them is loaded.
+// One source, three builds (setup.py): x86-64-v3, AVX-512 and, on other processors, generic. Nothing here may be shared
+// between the builds at run time: exactly one of them is loaded.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,7 +19,7 @@
 #include <vector>
 
 #if defined(__F16C__) && defined(__AVX2__)
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 namespace genkernels {

@@ -1,31 +1,35 @@
-// Discretised logistic mixture on the CPU (Salimans et al., "PixelCNN++", 2017): nll = −Σ_pixels log Σ_k π_k Π_c P_ck, its gradient, its
-// draws. common/logistic_mixture.h has the probability of a level.
+// Discretised logistic mixture on the CPU (Salimans et al., "PixelCNN++", 2017): nll = −Σ_pixels log Σ_k π_k Π_c P_ck,
+// its gradient, its draws. common/logistic_mixture.h has the probability of a level.
 //
-// Layout. params [N, P, S], P = 3·K (C = 1) or 10·K (C = 3): row after row of S pixels, K rows of logits, then for each channel K rows of
-// means, K of log-scales and (C = 3) K of coefficients. A tile is kTile neighbouring pixels of one sample: every row of it is one
-// contiguous piece, the SIMD lanes are pixels, the loops over components and channels go around them, and nothing branches on data.
-// Half storage is widened row by row; fp32 and fp64 are read where they lie.
+// Layout. params [N, P, S], P = 3·K (C = 1) or 10·K (C = 3): row after row of S pixels, K rows of logits, then for each
+// channel K rows of means, K of log-scales and (C = 3) K of coefficients. A tile is kTile neighbouring pixels of one
+// sample: every row of it is one contiguous piece, the SIMD lanes are pixels, the loops over components and channels go
+// around them, and nothing branches on data. Half storage is widened row by row; fp32 and fp64 are read where they lie.
 //
-// Forward, a tile: the largest logit; for each component log π_k plus the linear part of log Π_c P_ck, and the factor that is left of it; their
-// sums over components, relative to the largest linear part, so that a pixel takes two logarithms and a component none.
-// Backward repeats that and keeps each component's derivatives of log P_ck, [9·K or 2·K, kTile], within the second-level cache; once the
-// posterior is known they are scaled by it and stored. Saved for backward: the inputs alone. A saved log-sum-exp would spare backward that
-// last scaling, but none of the exponentials of the levels, all of which the derivatives need.
+// Forward, a tile: the largest logit; for each component log π_k plus the linear part of log Π_c P_ck, and the factor
+// that is left of it; their sums over components, relative to the largest linear part, so that a pixel takes two
+// logarithms and a component none. Backward repeats that and keeps each component's derivatives of log P_ck, [9·K or
+// 2·K, kTile], within the second-level cache; once the posterior is known they are scaled by it and stored. Saved for
+// backward: the inputs alone. A saved log-sum-exp would spare backward that last scaling, but none of the exponentials
+// of the levels, all of which the derivatives need.
 //
-// Bytes: forward reads P·S, backward reads P·S and writes P·S; PixelCNN++'s 16×100×32×32 fp32 is 6.6 MB each. Arithmetic: a component takes
-// 3·C + 2 exponentials of 16 instructions, C = 3 also 3 for the tanh; a channel some 115 vector instructions forward and 150 backward, a tanh
-// 35 more, for one vector of lanes of 12 to 40 bytes a component: it is arithmetic, not memory, that sets the time; hence the exponential
-// of its own.
+// Bytes: forward reads P·S, backward reads P·S and writes P·S; PixelCNN++'s 16×100×32×32 fp32 is 6.6 MB each.
+// Arithmetic: a component takes 3·C + 2 exponentials of 16 instructions, C = 3 also 3 for the tanh; a channel some 115
+// vector instructions forward and 150 backward, a tanh 35 more, for one vector of lanes of 12 to 40 bytes a component:
+// it is arithmetic, not memory, that sets the time; hence the exponential of its own.
 //
-// Draws, a chunk: logits are weighed and compared with the noise, then the chosen components' other rows are gathered, number by number (a
-// cache line of 16 pixels holds a number that is wanted with a probability of 1 − (1 − 1/K)^16, so for K = 10 four fifths of them are read),
-// then each channel is one loop, some 120 vector instructions for 16 lanes. What is left is the wait for the gathered lines: a whole chunk of
-// them lets the prefetcher run ahead (25 % quicker than a tile of 64), and a sequential pass that selects among all K rows is slower.
+// Draws, a chunk: logits are weighed and compared with the noise, then the chosen components' other rows are gathered,
+// number by number (a cache line of 16 pixels holds a number that is wanted with a probability of 1 − (1 − 1/K)^16, so
+// for K = 10 four fifths of them are read), then each channel is one loop, some 120 vector instructions for 16 lanes.
+// What is left is the wait for the gathered lines: a whole chunk of them lets the prefetcher run ahead (25 % quicker
+// than a tile of 64), and a sequential pass that selects among all K rows is slower.
 //
-// The sum over pixels: tiles of a chunk of kChunk pixels in order, in fp64, then the chunks in order: bitwise the same for any number of threads.
+// The sum over pixels: tiles of a chunk of kChunk pixels in order, in fp64, then the chunks in order: bitwise the same
+// for any number of threads.
 #if defined(__GNUC__) && !defined(__clang__)
-// Both passes turn a select by a constant into two copies of all that follows, each with its blends and its division: a sixth of the loops.
-#pragma GCC optimize("no-thread-jumps", "no-tree-pre")
+// Both passes turn a select by a constant into two copies of all that follows, each with its blends and its division: a
+// sixth of the loops.
+#  pragma GCC optimize("no-thread-jumps", "no-tree-pre")
 #endif
 #include "common.h"
 
@@ -61,10 +65,12 @@ Geometry geometry_of(const Tensor& params, int64_t channels, int64_t levels) {
 template <typename T, typename F>
 void for_each_chunk(const Geometry& g, int64_t floats, F&& f) {
   const int64_t chunks = g.chunks(), each = std::max<int64_t>(1, std::min(g.pixels, kChunk) * g.mixtures * g.channels);
-  torch::stable::parallel_for(0, g.samples * chunks, std::max<int64_t>(1, kGrain / each), [&](int64_t from, int64_t to) {
-    std::vector<T> scratch(floats);
-    for (int64_t task = from; task < to; ++task) f(task / chunks, task % chunks, scratch.data());
-  });
+  torch::stable::parallel_for(0, g.samples * chunks, std::max<int64_t>(1, kGrain / each),
+                              [&](int64_t from, int64_t to) {
+                                std::vector<T> scratch(floats);
+                                for (int64_t task = from; task < to; ++task)
+                                  f(task / chunks, task % chunks, scratch.data());
+                              });
 }
 
 // n numbers of a row as T: the tensor itself where it has that type, else `buffer`, filled.
@@ -83,16 +89,18 @@ template <int C, typename T>
 struct Tile {
   alignas(64) T lower[C][kTile], flip[C][kTile], upper[C][kTile], inner[C][kTile];  // mixture::Bin
   alignas(64) T x[C][kTile];
-  alignas(64) T best[kTile];                                // the largest logit
+  alignas(64) T best[kTile];  // the largest logit
   alignas(64) T denominator[kTile];
-  alignas(64) T row[5][kTile];                              // widened rows
-  alignas(64) T top[kTile], evidence[kTile], prior[kTile];  // max of the joint's linear part, Σ of the joint, Σ exp of the logits
+  alignas(64) T row[5][kTile];  // widened rows
+  alignas(64) T top[kTile], evidence[kTile],
+      prior[kTile];  // max of the joint's linear part, Σ of the joint, Σ exp of the logits
 };
 
 // What a tile holds for each component: [K, kTile] each, in a thread's scratch.
 template <typename T>
 struct Components {
-  T* linear;  // log of the joint probability but for `factor`; then the joint, relative to the tile's largest linear part
+  T* linear;  // log of the joint probability but for `factor`; then the joint, relative to the tile's largest linear
+              // part
   T* factor;
   T* prior;  // exp of the logits, relative to the largest
 };
@@ -130,11 +138,13 @@ void take_levels(const T* x, int64_t stride, int64_t n, T half, Tile<C, T>& tile
   }
 }
 
-// Channel c of one component over a tile: adds its linear part, multiplies its factor in; Derivative: writes the rows of derivatives of log P.
+// Channel c of one component over a tile: adds its linear part, multiplies its factor in; Derivative: writes the rows
+// of derivatives of log P.
 template <int C, int c, bool Derivative, typename T>
-void channel_tile(int64_t n, T half, T log_half, const T* __restrict mean, const T* __restrict log_scale, const T* __restrict first,
-                  const T* __restrict second, Tile<C, T>& tile, T* __restrict linear, T* __restrict factor, T* __restrict by_mean,
-                  T* __restrict by_log_scale, T* __restrict by_first, T* __restrict by_second) {
+void channel_tile(int64_t n, T half, T log_half, const T* __restrict mean, const T* __restrict log_scale,
+                  const T* __restrict first, const T* __restrict second, Tile<C, T>& tile, T* __restrict linear,
+                  T* __restrict factor, T* __restrict by_mean, T* __restrict by_log_scale, T* __restrict by_first,
+                  T* __restrict by_second) {
   const T* __restrict lower = tile.lower[c];
   const T* __restrict flip = tile.flip[c];
   const T* __restrict upper = tile.upper[c];
@@ -177,8 +187,9 @@ void channel_tile(int64_t n, T half, T log_half, const T* __restrict mean, const
   }
 }
 
-// The joint probability π_k Π_c P_ck of each component, relative to one number a pixel, into `of.linear`; slopes [P − K rows, kTile] in the
-// rows' own order; the sums in `tile`. The factors lie within [1e-3, 1], so the largest linear part keeps the sum a normal number.
+// The joint probability π_k Π_c P_ck of each component, relative to one number a pixel, into `of.linear`; slopes [P − K
+// rows, kTile] in the rows' own order; the sums in `tile`. The factors lie within [1e-3, 1], so the largest linear part
+// keeps the sum a normal number.
 template <int C, bool Derivative, typename S, typename T>
 void evaluate(const Geometry& g, const S* params, int64_t n, Tile<C, T>& tile, const Components<T>& of, T* slopes) {
   const int64_t K = g.mixtures, width = C == 1 ? 2 : 3;
@@ -209,13 +220,14 @@ void evaluate(const Geometry& g, const S* params, int64_t n, Tile<C, T>& tile, c
     const auto rest = [&](int64_t c, int64_t r) { return (c * width + r) * K + k; };
     const auto slope = [&](int64_t c, int64_t r) { return Derivative ? slopes + rest(c, r) * kTile : nullptr; };
     const auto read_row = [&](int64_t c, int64_t r, int buffer) { return row(K + rest(c, r), tile.row[buffer]); };
-    channel_tile<C, 0, Derivative, T>(n, half, log_half, read_row(0, 0, 1), read_row(0, 1, 2), nullptr, nullptr, tile, linear, factor,
-                                      slope(0, 0), slope(0, 1), nullptr, nullptr);
+    channel_tile<C, 0, Derivative, T>(n, half, log_half, read_row(0, 0, 1), read_row(0, 1, 2), nullptr, nullptr, tile,
+                                      linear, factor, slope(0, 0), slope(0, 1), nullptr, nullptr);
     if constexpr (C == 3) {
-      channel_tile<C, 1, Derivative, T>(n, half, log_half, read_row(1, 0, 1), read_row(1, 1, 2), read_row(0, 2, 3), nullptr, tile,
-                                        linear, factor, slope(1, 0), slope(1, 1), slope(0, 2), nullptr);
-      channel_tile<C, 2, Derivative, T>(n, half, log_half, read_row(2, 0, 1), read_row(2, 1, 2), read_row(1, 2, 3), read_row(2, 2, 4),
-                                        tile, linear, factor, slope(2, 0), slope(2, 1), slope(1, 2), slope(2, 2));
+      channel_tile<C, 1, Derivative, T>(n, half, log_half, read_row(1, 0, 1), read_row(1, 1, 2), read_row(0, 2, 3),
+                                        nullptr, tile, linear, factor, slope(1, 0), slope(1, 1), slope(0, 2), nullptr);
+      channel_tile<C, 2, Derivative, T>(n, half, log_half, read_row(2, 0, 1), read_row(2, 1, 2), read_row(1, 2, 3),
+                                        read_row(2, 2, 4), tile, linear, factor, slope(2, 0), slope(2, 1), slope(1, 2),
+                                        slope(2, 2));
     }
     for (int64_t t = 0; t < n; ++t) top[t] = math::select(linear[t] > top[t], linear[t], top[t]);
   }
@@ -293,7 +305,8 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& params, const
         T* __restrict weight = of.linear + k * kTile;  // the joint, and from here on the gradient by it
         const T* __restrict prior = of.prior + k * kTile;
         for (int64_t t = 0; t < n; ++t) {
-          const T posterior = weight[t] / evidence[t];  // a division: of one component it is 1, and its logit's gradient 0
+          const T posterior =
+              weight[t] / evidence[t];  // a division: of one component it is 1, and its logit's gradient 0
           weight[t] = -go[sample] * posterior;
           share[t] = -go[sample] * (posterior - prior[t] * by_prior[t]);
         }
@@ -309,9 +322,11 @@ void backward(const Geometry& g, const Tensor& grad, const Tensor& params, const
   });
 }
 
-// draw::categorical over a chunk, pixel by pixel the same numbers in the same order, lanes side by side. weights [K, kChunk].
+// draw::categorical over a chunk, pixel by pixel the same numbers in the same order, lanes side by side. weights [K,
+// kChunk].
 template <typename T>
-void choose_components(int64_t count, int64_t n, const T* __restrict u, T temperature, T* __restrict weights, int* __restrict chosen) {
+void choose_components(int64_t count, int64_t n, const T* __restrict u, T temperature, T* __restrict weights,
+                       int* __restrict chosen) {
   alignas(64) T most[kChunk];
   alignas(64) double total[kChunk], below[kChunk];
   for (int64_t t = 0; t < n; ++t) {
@@ -348,8 +363,8 @@ void choose_components(int64_t count, int64_t n, const T* __restrict u, T temper
   }
 }
 
-// Channel c of a chunk's draws: its levels, as numbers. rows: the chosen components' parameters, mean, log-scale and (C = 3) coefficient of
-// each channel; x: the values drawn before.
+// Channel c of a chunk's draws: its levels, as numbers. rows: the chosen components' parameters, mean, log-scale and (C
+// = 3) coefficient of each channel; x: the values drawn before.
 template <int C, int c, typename T>
 void draw_channel(int64_t n, const T (*__restrict rows)[kChunk], const T* __restrict u, T temperature, T half,
                   const T (*__restrict x)[kChunk], T* __restrict level) {
@@ -363,7 +378,8 @@ void draw_channel(int64_t n, const T (*__restrict rows)[kChunk], const T* __rest
   }
 }
 
-// draw::logistic_mixture over a chunk: the chosen components' rows are brought together, and then every channel is one loop.
+// draw::logistic_mixture over a chunk: the chosen components' rows are brought together, and then every channel is one
+// loop.
 template <int C, typename S, typename T>
 void sample(const Geometry& g, const Tensor& params, const Tensor& noise, T temperature, Tensor& index) {
   constexpr int kRows = C == 1 ? 2 : 9;
@@ -398,7 +414,7 @@ void sample(const Geometry& g, const Tensor& params, const Tensor& noise, T temp
   });
 }
 
-// ---- dispatch ---------------------------------------------------------------------------------------------------------------
+// ---- dispatch ---------------------------------------------------------------------------------------------------
 
 template <typename F>
 void dispatch(const Tensor& params, F&& f) {

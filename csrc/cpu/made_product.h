@@ -1,8 +1,10 @@
-// The product that every part of `made` is built of: out[r][n] += Σ_k w_r[k·step]·act[k][n], the samples n lying side by side.
+// The product that every part of `made` is built of: out[r][n] += Σ_k w_r[k·step]·act[k][n], the samples n lying side
+// by side.
 //
-// Weights are broadcast from where they lie (a row of W, step 1; a column of a packed panel, step = its width), so nothing is packed
-// for the layers' forward products; activations are vectors over the batch. A register tile takes kRows rows by kVectors vectors; the
-// depth is cut so that the activations of a piece stay in the first-level cache while all rows pass over them.
+// Weights are broadcast from where they lie (a row of W, step 1; a column of a packed panel, step = its width), so
+// nothing is packed for the layers' forward products; activations are vectors over the batch. A register tile takes
+// kRows rows by kVectors vectors; the depth is cut so that the activations of a piece stay in the first-level cache
+// while all rows pass over them.
 #pragma once
 
 #include "common.h"
@@ -17,16 +19,19 @@ namespace genkernels {
 namespace product {
 
 constexpr int kVectors = kRegisters == 32 ? 4 : 2;
-constexpr int kRows = 6;  // kRows·kVectors sums, kVectors activations and a weight fit the registers
+constexpr int kRows = 6;               // kRows·kVectors sums, kVectors activations and a weight fit the registers
 constexpr int64_t kPiece = 24 * 1024;  // bytes of activations in a piece of the depth
 
 template <typename T>
 constexpr int64_t kLanes = Vector<T>::kLanes;
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
 
 template <typename T, int R, int V, bool Unit>
-void tile(const T* const* w, int64_t step, const T* __restrict act, int64_t ld, int64_t depth, T* __restrict out, int64_t ldo) {
+void tile(const T* const* w, int64_t step, const T* __restrict act, int64_t ld, int64_t depth, T* __restrict out,
+          int64_t ldo) {
   using Vec = typename Vector<T>::unaligned;
   constexpr int64_t L = kLanes<T>;
   Vec sum[R][V];
@@ -63,11 +68,11 @@ constexpr std::array<Tile<T>, sizeof...(I)> tiles(std::index_sequence<I...>) {
   return {tile<T, int(I) / kVectors + 1, int(I) % kVectors + 1, Unit>...};
 }
 
-// The product over `rows` rows and `width` samples, a multiple of kLanes; `out` and `act` have width ≤ ldo, ld. Each sum is added up
-// in the order of k, whatever the tile, so its bits depend neither on the batch nor on the threads.
+// The product over `rows` rows and `width` samples, a multiple of kLanes; `out` and `act` have width ≤ ldo, ld. Each
+// sum is added up in the order of k, whatever the tile, so its bits depend neither on the batch nor on the threads.
 template <typename T>
-void multiply(const T* const* w, int64_t rows, int64_t step, const T* act, int64_t ld, int64_t depth, T* out, int64_t ldo,
-              int64_t width) {
+void multiply(const T* const* w, int64_t rows, int64_t step, const T* act, int64_t ld, int64_t depth, T* out,
+              int64_t ldo, int64_t width) {
   using Every = std::make_index_sequence<kRows * kVectors>;
   static constexpr auto unit = tiles<T, true>(Every{}), strided = tiles<T, false>(Every{});
   const auto& table = step == 1 ? unit : strided;
@@ -87,9 +92,11 @@ void multiply(const T* const* w, int64_t rows, int64_t step, const T* act, int64
   }
 }
 
-// Rows whose depths ascend: row j takes the first depth(j) activations. Together as deep as the first of a group goes, then alone.
+// Rows whose depths ascend: row j takes the first depth(j) activations. Together as deep as the first of a group goes,
+// then alone.
 template <typename T, typename Depth>
-void staircase(const T* const* w, int64_t rows, int64_t step, const T* act, int64_t ld, Depth depth, T* out, int64_t ldo, int64_t width) {
+void staircase(const T* const* w, int64_t rows, int64_t step, const T* act, int64_t ld, Depth depth, T* out,
+               int64_t ldo, int64_t width) {
   for (int64_t r = 0; r < rows; r += kRows) {
     const int64_t high = std::min<int64_t>(kRows, rows - r), common = depth(r);
     multiply(w + r, high, step, act, ld, common, out + r * ldo, ldo, width);
@@ -105,7 +112,8 @@ void staircase(const T* const* w, int64_t rows, int64_t step, const T* act, int6
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(sizeof(T) * std::max<int64_t>(count, 1), std::align_val_t(64)))) {}
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(::operator new(sizeof(T) * std::max<int64_t>(count, 1), std::align_val_t(64)))) {}
   ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -14,11 +14,12 @@ constexpr int64_t kBlock = 32;  // features of a block
 // A network as the solves read it. Hidden units are sorted by degree, features stand in the order of the steps.
 template <typename T>
 struct Network {
-  int64_t features = 0;                 // D
-  std::vector<int64_t> sizes;           // units of each hidden layer
-  std::vector<const T*> weights, biases;  // of each layer, the last one's rows: s of every feature in data order, then t
-  std::vector<int64_t> order;           // [D] the feature of each step
-  std::vector<const int64_t*> counts;   // of each hidden layer [D + 1]: units known once k features are
+  int64_t features = 0;        // D
+  std::vector<int64_t> sizes;  // units of each hidden layer
+  std::vector<const T*> weights,
+      biases;                          // of each layer, the last one's rows: s of every feature in data order, then t
+  std::vector<int64_t> order;          // [D] the feature of each step
+  std::vector<const int64_t*> counts;  // of each hidden layer [D + 1]: units known once k features are
   bool residual = false;
   ScaleMap map = ScaleMap::kExp;
 
@@ -34,19 +35,24 @@ void scale_row(ScaleMap map, const T* s, T* log_scale, T* scale, T* slope, int64
 #pragma GCC ivdep
     for (int64_t n = 0; n < width; ++n) scale_map<M>(s[n], log_scale[n], scale[n], slope[n]);
   };
-  if (map == ScaleMap::kExp) run.template operator()<ScaleMap::kExp>();
-  else if (map == ScaleMap::kSigmoid) run.template operator()<ScaleMap::kSigmoid>();
-  else run.template operator()<ScaleMap::kTanh>();
+  if (map == ScaleMap::kExp)
+    run.template operator()<ScaleMap::kExp>();
+  else if (map == ScaleMap::kSigmoid)
+    run.template operator()<ScaleMap::kSigmoid>();
+  else
+    run.template operator()<ScaleMap::kTanh>();
 }
 
 // Everything that one chunk of samples needs, samples side by side.
 template <typename T>
 struct Chunk {
   const Network<T>& net;
-  int64_t width;                      // samples, rounded up to whole vectors
-  Scratch<T> x;                       // [D, width], in the order of the steps
-  std::vector<std::unique_ptr<Scratch<T>>> units;   // [H, width] of each layer: pre-activations while they grow, then activations
-  std::vector<std::unique_ptr<Scratch<T>>> values;  // pre-activations that a residual block adds on; null for other layers
+  int64_t width;  // samples, rounded up to whole vectors
+  Scratch<T> x;   // [D, width], in the order of the steps
+  std::vector<std::unique_ptr<Scratch<T>>>
+      units;  // [H, width] of each layer: pre-activations while they grow, then activations
+  std::vector<std::unique_ptr<Scratch<T>>>
+      values;  // pre-activations that a residual block adds on; null for other layers
 
   Chunk(const Network<T>& network, int64_t samples)
       : net(network), width(round_up(samples, kLanes<T>)), x(network.features * width) {
@@ -170,7 +176,8 @@ void evaluate(Chunk<T>& c, const T* x, const T* context, int64_t count, T* param
         depth.push_back(l == 0 ? k : net.counts[l - 1][k]);
       }
     c.begin(l, 0, net.sizes[l], context, count);
-    staircase(w.data(), net.sizes[l], 1, c.input(l), width, [&](int64_t r) { return depth[r]; }, c.unit(l), width, width);
+    staircase(
+        w.data(), net.sizes[l], 1, c.input(l), width, [&](int64_t r) { return depth[r]; }, c.unit(l), width, width);
     c.finish(l, 0, net.sizes[l]);
   }
   w.clear();
@@ -181,30 +188,35 @@ void evaluate(Chunk<T>& c, const T* x, const T* context, int64_t count, T* param
       std::fill_n(params + (h * D + i) * width, width, net.biases[last + 1][row]);
     }
   for (int64_t h = 0; h < 2; ++h)
-    staircase(w.data() + h * D, D, 1, c.unit(last), width, [&](int64_t i) { return net.counts[last][i]; }, params + h * D * width,
-              width, width);
+    staircase(
+        w.data() + h * D, D, 1, c.unit(last), width, [&](int64_t i) { return net.counts[last][i]; },
+        params + h * D * width, width, width);
 }
 
-// The transposed solve by back substitution: λ into solution [D, width], the cotangents of s and t over params, those of every hidden
-// layer's pre-activations into signals [H, width]. grad_x [count, D] and grad_ldj [count] may be null.
+// The transposed solve by back substitution: λ into solution [D, width], the cotangents of s and t over params, those
+// of every hidden layer's pre-activations into signals [H, width]. grad_x [count, D] and grad_ldj [count] may be null.
 template <typename T>
 void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t count, T* params,
                       std::vector<std::unique_ptr<Scratch<T>>>& signals, T* solution) {
   const Network<T>& net = c.net;
   const int64_t D = net.features, last = net.hidden() - 1, width = c.width;
   Scratch<T> given(D * width), by_ldj(width), room(3 * width);
-  if (grad_x) turn(grad_x, D, count, D, [&](int64_t k) { return net.order[k]; }, static_cast<T*>(given), width);
-  else std::fill_n(static_cast<T*>(given), D * width, T(0));
+  if (grad_x)
+    turn(grad_x, D, count, D, [&](int64_t k) { return net.order[k]; }, static_cast<T*>(given), width);
+  else
+    std::fill_n(static_cast<T*>(given), D * width, T(0));
   for (int64_t n = 0; n < width; ++n) by_ldj[n] = grad_ldj && n < count ? grad_ldj[n] : T(0);
   const auto signal = [&](int64_t layer, int64_t row) -> T* { return *signals[layer] + row * width; };
 
-  // Columns [from, to) of the layer above each hidden layer (layer −1: of the first layer, for x), packed [rows, to − from], from the row
-  // `first` on. The last layer's rows come in the order of the steps, s and t side by side.
+  // Columns [from, to) of the layer above each hidden layer (layer −1: of the first layer, for x), packed [rows, to −
+  // from], from the row `first` on. The last layer's rows come in the order of the steps, s and t side by side.
   int64_t widest = D;
   for (int64_t size : net.sizes) widest = std::max(widest, size);
   std::vector<std::vector<T>> panels(net.hidden() + 1);
   std::vector<const T*> w(widest);
-  struct Span { int64_t from, to, first; };
+  struct Span {
+    int64_t from, to, first;
+  };
   std::vector<Span> spans(net.hidden() + 1);
   const auto pack = [&](int64_t layer, int64_t from, int64_t to, int64_t first) {
     const int64_t columns = to - from, stride = net.inputs(layer + 1);
@@ -215,14 +227,17 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
       panel.resize((D - first) * 2 * columns);
       for (int64_t i = first; i < D; ++i)
         for (int64_t h = 0; h < 2; ++h)
-          std::copy_n(net.weights[last + 1] + (h * D + net.order[i]) * stride + from, columns, panel.data() + (2 * (i - first) + h) * columns);
+          std::copy_n(net.weights[last + 1] + (h * D + net.order[i]) * stride + from, columns,
+                      panel.data() + (2 * (i - first) + h) * columns);
     } else {
       const int64_t rows = net.sizes[layer + 1];
       panel.resize(std::max<int64_t>(rows - first, 0) * columns);
-      for (int64_t r = first; r < rows; ++r) std::copy_n(net.weights[layer + 1] + r * stride + from, columns, panel.data() + (r - first) * columns);
+      for (int64_t r = first; r < rows; ++r)
+        std::copy_n(net.weights[layer + 1] + r * stride + from, columns, panel.data() + (r - first) * columns);
     }
   };
-  // out rows [from, to) of `layer` += panelᵀ · signals of rows [begin, end) above (of features, for the last hidden layer).
+  // out rows [from, to) of `layer` += panelᵀ · signals of rows [begin, end) above (of features, for the last hidden
+  // layer).
   const auto take = [&](int64_t layer, int64_t from, int64_t to, int64_t begin, int64_t end, T* out) {
     const Span& span = spans[layer + 1];
     if (from >= to || begin >= end) return;
@@ -230,8 +245,10 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
     const T* panel = panels[layer + 1].data();
     if (layer == last) {
       for (int64_t h = 0; h < 2; ++h) {
-        for (int64_t j = from; j < to; ++j) w[j - from] = panel + (2 * (begin - span.first) + h) * columns + (j - span.from);
-        multiply(w.data(), to - from, 2 * columns, params + (h * D + begin) * width, width, end - begin, out, width, width);
+        for (int64_t j = from; j < to; ++j)
+          w[j - from] = panel + (2 * (begin - span.first) + h) * columns + (j - span.from);
+        multiply(w.data(), to - from, 2 * columns, params + (h * D + begin) * width, width, end - begin, out, width,
+                 width);
       }
     } else {
       for (int64_t j = from; j < to; ++j) w[j - from] = panel + (begin - span.first) * columns + (j - span.from);
@@ -266,7 +283,8 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
     for (int64_t i = b - 1; i >= a; --i) {
       for (int64_t l = last; l >= 0; --l) {
         const int64_t from = net.counts[l][i], to = net.counts[l][i + 1];
-        take(l, from, to, l == last ? i + 1 : net.counts[l + 1][i], l == last ? b : net.counts[l + 1][b], signal(l, from));
+        take(l, from, to, l == last ? i + 1 : net.counts[l + 1][i], l == last ? b : net.counts[l + 1][b],
+             signal(l, from));
         finish(l, from, to);
       }
       T* out = solution + i * width;

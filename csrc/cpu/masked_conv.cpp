@@ -1,22 +1,24 @@
-// Masked convolution on the CPU: y = act(x * (w ⊙ m) + b + c) + r over the live taps alone (van den Oord et al. 2016a, 2016b).
+// Masked convolution on the CPU: y = act(x * (w ⊙ m) + b + c) + r over the live taps alone (van den Oord et al. 2016a,
+// 2016b).
 //
-// Shapes. x [N, Cin, H, W], weight [Cout, Cin, kh, kw], condition [N, Cout] or [N, Cout, H, W], residual [N, Cout', H, W]; channels first
-// in and out, nothing is rearranged but a band of rows in scratch (masked_conv.h).
+// Shapes. x [N, Cin, H, W], weight [Cout, Cin, kh, kw], condition [N, Cout] or [N, Cout, H, W], residual [N, Cout', H,
+// W]; channels first in and out, nothing is rearranged but a band of rows in scratch (masked_conv.h).
 //
-// Forward. A task is a band of rows of one image, chosen so that its staged input and its result stay in the second-level cache. The
-// weights are packed once a call as [block of output channels][entry][channel], an entry being a live tap of an input channel for any of
-// the block: taps that data_channels kills for a whole block are left out too. Bias and [N, Cout] condition start the sums; the
-// 4-D condition, the activation and the residual are applied to the band before it is stored.
-// Backward. g, the gradient of the pre-activation, is written out where there is an activation. grad_x: the same product, taps mirrored.
-// grad_weight: an outer product over pixels, per live tap, in at most kParts partial sums over the images; these depend on the shape
-// alone and are added in order, so that bits do not depend on the number of threads. A dead tap's is 0.
+// Forward. A task is a band of rows of one image, chosen so that its staged input and its result stay in the
+// second-level cache. The weights are packed once a call as [block of output channels][entry][channel], an entry being
+// a live tap of an input channel for any of the block: taps that data_channels kills for a whole block are left out
+// too. Bias and [N, Cout] condition start the sums; the 4-D condition, the activation and the residual are applied to
+// the band before it is stored. Backward. g, the gradient of the pre-activation, is written out where there is an
+// activation. grad_x: the same product, taps mirrored. grad_weight: an outer product over pixels, per live tap, in at
+// most kParts partial sums over the images; these depend on the shape alone and are added in order, so that bits do not
+// depend on the number of threads. A dead tap's is 0.
 //
-// Saved for backward: x, weight; relu: the output, beside a residual the pre-activation; gate: the pre-activation (recomputing it would
-// cost the convolution again).
+// Saved for backward: x, weight; relu: the output, beside a residual the pre-activation; gate: the pre-activation
+// (recomputing it would cost the convolution again).
 //
-// Flops: 2·N·H·W·(live weights), twice that backward: at a processor's peak this is the floor, the bytes (x and y once) hide behind it.
-// fp16 is widened as it is staged. bf16 is multiplied in pairs where the processor does that (masked_conv_bf16.h), on one with AMX by
-// torch (masked_conv_torch.h), else widened.
+// Flops: 2·N·H·W·(live weights), twice that backward: at a processor's peak this is the floor, the bytes (x and y once)
+// hide behind it. fp16 is widened as it is staged. bf16 is multiplied in pairs where the processor does that
+// (masked_conv_bf16.h), on one with AMX by torch (masked_conv_torch.h), else widened.
 #include "masked_conv.h"
 
 #include "../common/math.h"
@@ -33,7 +35,7 @@ constexpr int64_t kBandBytes = 384 * 1024;  // of the second-level cache
 constexpr int64_t kParts = 16;
 constexpr int64_t kLeastItems = 4;  // of the weight's gradient: bands where there are few images
 
-// ---- one convolution over live taps ---------------------------------------------------------------------------------------
+// ---- one convolution over live taps -----------------------------------------------------------------------------
 
 // The geometry and packed weights of the forward product, or of the mirrored one that gives the gradient of x.
 template <typename A>
@@ -124,15 +126,16 @@ Packed<A> pack(const Problem& p, const typename A::Weight* weight, bool mirrored
   return k;
 }
 
-// Whether the product can be written where it belongs: pixels lie as the tensor has them, nothing is rounded, and no block of channels
-// writes more vectors than it is asked for (a whole block's tiles come in every size).
+// Whether the product can be written where it belongs: pixels lie as the tensor has them, nothing is rounded, and no
+// block of channels writes more vectors than it is asked for (a whole block's tiles come in every size).
 template <typename S, typename A>
 bool goes_straight(const Packed<A>& k) {
   return std::is_same_v<S, typename A::Sum> && k.band.pitch() == k.band.width && k.outputs % kBlock == 0;
 }
 
-// Runs the product band by band; finish(image, first row, rows, result [outputs][stride], stride) stores what it gave. shift(image, o)
-// starts the sum of output channel o. straight: the tensor of the result where that is all there is to do, else null.
+// Runs the product band by band; finish(image, first row, rows, result [outputs][stride], stride) stores what it gave.
+// shift(image, o) starts the sum of output channel o. straight: the tensor of the result where that is all there is to
+// do, else null.
 template <typename S, typename A, typename Shift, typename Finish>
 void convolve(const Packed<A>& k, const S* x, int64_t batch, S* straight, Shift&& shift, Finish&& finish) {
   using T = typename A::Sum;
@@ -155,8 +158,9 @@ void convolve(const Packed<A>& k, const S* x, int64_t batch, S* straight, Shift&
             T start[kBlock];
             for (int c = 0; c < block.channels; ++c) start[c] = shift(n, block.first + c);
             for (int64_t u = v, end = std::min(till_vector, v + step); u < end;)
-              u += correlate<A>(block.channels, end - u, staged + b.origin() + u * L, &k.at[block.at], &k.weights[block.weights],
-                                block.entries, start, to + block.first * to_stride + u * L, to_stride);
+              u += correlate<A>(block.channels, end - u, staged + b.origin() + u * L, &k.at[block.at],
+                                &k.weights[block.weights], block.entries, start, to + block.first * to_stride + u * L,
+                                to_stride);
           }
       };
       if constexpr (std::is_same_v<S, T>)
@@ -166,7 +170,8 @@ void convolve(const Packed<A>& k, const S* x, int64_t batch, S* straight, Shift&
           run(0, whole, to, pixels);
           if (rest == 0) continue;
           run(whole, vectors, result, stride);
-          for (int64_t o = 0; o < k.outputs; ++o) store_row(result + o * stride + whole * L, to + o * pixels + whole * L, rest);
+          for (int64_t o = 0; o < k.outputs; ++o)
+            store_row(result + o * stride + whole * L, to + o * pixels + whole * L, rest);
           continue;
         }
       run(0, vectors, result, stride);
@@ -175,7 +180,7 @@ void convolve(const Packed<A>& k, const S* x, int64_t batch, S* straight, Shift&
   });
 }
 
-// ---- epilogue -------------------------------------------------------------------------------------------------------------
+// ---- epilogue ---------------------------------------------------------------------------------------------------
 
 template <typename T>
 inline T sigmoid(T b, T& complement) {
@@ -226,7 +231,7 @@ struct Epilogue {
   }
 };
 
-// ---- gradients ------------------------------------------------------------------------------------------------------------
+// ---- gradients --------------------------------------------------------------------------------------------------
 
 // g over tiles of one plane; u, v: the state of the channel and, for the gate, of its other half.
 template <typename T>
@@ -310,7 +315,8 @@ void grad_weight(const Problem& p, const S* g, const S* x, S* to) {
   const int64_t stride = (p.outputs + L - 1) / L * L, parts = std::min(kParts, items);
   const int64_t each = (p.width + A::kPixels - 1) / A::kPixels;  // elements of g in a row
   // pixels whose g stays in the first-level cache while the entries pass by
-  const int64_t few = std::max<int64_t>(1, std::min(b.rows, 24 * 1024 / (std::min(kGroup, stride) * int64_t(sizeof(T))) / each));
+  const int64_t few =
+      std::max<int64_t>(1, std::min(b.rows, 24 * 1024 / (std::min(kGroup, stride) * int64_t(sizeof(T))) / each));
   std::vector<int64_t> at(padded, 0);
   for (int64_t i = 0, e = 0; i < p.inputs; ++i)
     for (const Tap& t : p.taps) at[e++] = i * plane + (t.row - p.kh / 2) * pitch + t.column - p.kw / 2;
@@ -332,8 +338,8 @@ void grad_weight(const Problem& p, const S* g, const S* x, S* to) {
             for (int64_t e = 0; e < entries; e += together) {
               const typename A::Pixel* from_x[8];
               for (int j = 0; j < together; ++j) from_x[j] = staged + b.origin() + r * pitch + at[e + j];
-              outer<A>(vectors, from_x, pitch, turned + rows * each * o + r * each * across, across, std::min(few, rows - r), p.width,
-                       &sums[(part * padded + e) * stride + o], stride, fresh);
+              outer<A>(vectors, from_x, pitch, turned + rows * each * o + r * each * across, across,
+                       std::min(few, rows - r), p.width, &sums[(part * padded + e) * stride + o], stride, fresh);
             }
           }
       }
@@ -363,7 +369,7 @@ void grad_weight(const Problem& p, const S* g, const S* x, S* to) {
   });
 }
 
-// ---- the operators --------------------------------------------------------------------------------------------------------
+// ---- the operators ----------------------------------------------------------------------------------------------
 
 template <typename F>
 void dispatch(const Tensor& x, F&& f) {
@@ -397,15 +403,20 @@ const typename A::Weight* packable(const Tensor& weight, std::vector<typename A:
   }
 }
 
-std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> condition,
-                                       std::optional<Tensor> residual, int64_t mask_type, int64_t data_channels, int64_t region,
-                                       int64_t activation, bool keep) {
+std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                       std::optional<Tensor> condition, std::optional<Tensor> residual,
+                                       int64_t mask_type, int64_t data_channels, int64_t region, int64_t activation,
+                                       bool keep) {
   const Problem p = problem_of(x, weight, mask_type, data_channels, region, activation);
   const bool kept = keep && (activation == kGate || (activation == kRelu && residual.has_value()));
   const bool by_torch = p.batch && torch_is_faster(x);
-  const bool passes = by_torch && activation == kNone && !condition.has_value() && !residual.has_value();  // torch's is the output
-  Tensor output = empty(x, passes ? std::vector<int64_t>{0} : std::vector<int64_t>{p.batch, p.left(), p.height, p.width}, x.scalar_type());
-  Tensor pre = empty(x, kept ? std::vector<int64_t>{p.batch, p.outputs, p.height, p.width} : std::vector<int64_t>{0}, x.scalar_type());
+  const bool passes =
+      by_torch && activation == kNone && !condition.has_value() && !residual.has_value();  // torch's is the output
+  Tensor output =
+      empty(x, passes ? std::vector<int64_t>{0} : std::vector<int64_t>{p.batch, p.left(), p.height, p.width},
+            x.scalar_type());
+  Tensor pre = empty(x, kept ? std::vector<int64_t>{p.batch, p.outputs, p.height, p.width} : std::vector<int64_t>{0},
+                     x.scalar_type());
   if (p.batch == 0) return {output, pre};
   dispatch(x, [&]<typename S, typename T>() {
     const bool flat = condition.has_value() && condition->dim() == 2;
@@ -442,20 +453,20 @@ std::tuple<Tensor, Tensor> masked_conv(Tensor x, Tensor weight, std::optional<Te
       const Packed<A> packed = pack<A>(p, packable<S, A>(weight, buffer), false);
       const bool alone = activation == kNone && !epilogue.condition && !epilogue.residual && !kept;
       S* straight = alone && goes_straight<S>(packed) ? mutable_data<S>(output) : nullptr;
-      convolve(packed, data<S>(x), p.batch, straight, [&](int64_t n, int64_t o) { return shift[n * per_image + o]; },
-               [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
-                 epilogue.template apply<A>(n, first, rows, result, stride, packed.band.pitch());
-               });
+      convolve(
+          packed, data<S>(x), p.batch, straight, [&](int64_t n, int64_t o) { return shift[n * per_image + o]; },
+          [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
+            epilogue.template apply<A>(n, first, rows, result, stride, packed.band.pitch());
+          });
     });
   });
   return {output, pre};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_pre,
-                                                                std::optional<Tensor> state, Tensor x, Tensor weight, int64_t mask_type,
-                                                                int64_t data_channels, int64_t region, int64_t activation,
-                                                                int64_t condition_rank, bool want_x, bool want_weight, bool want_bias,
-                                                                bool want_condition) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(
+    std::optional<Tensor> grad_output, std::optional<Tensor> grad_pre, std::optional<Tensor> state, Tensor x,
+    Tensor weight, int64_t mask_type, int64_t data_channels, int64_t region, int64_t activation, int64_t condition_rank,
+    bool want_x, bool want_weight, bool want_bias, bool want_condition) {
   const Problem p = problem_of(x, weight, mask_type, data_channels, region, activation);
   const ScalarType dtype = x.scalar_type();
   const std::vector<int64_t> whole{p.batch, p.outputs, p.height, p.width}, flat{p.batch, p.outputs}, nothing{0};
@@ -474,8 +485,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
   dispatch(x, [&]<typename S, typename T>() {
     std::vector<double> sums(summed ? p.batch * p.outputs : 0);
     if (made || summed)
-      pre_gradient<S, T>(p, data<S>(grad_output), data<S>(grad_pre), data<S>(state), made ? mutable_data<S>(g) : nullptr,
-                         summed ? sums.data() : nullptr);
+      pre_gradient<S, T>(p, data<S>(grad_output), data<S>(grad_pre), data<S>(state),
+                         made ? mutable_data<S>(g) : nullptr, summed ? sums.data() : nullptr);
     if (want_bias && !bias_by_torch) {
       std::vector<T> total(p.outputs);
       for (int64_t o = 0; o < p.outputs; ++o) {
@@ -506,12 +517,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv_backward(std::optional<Te
         std::vector<typename A::Weight> buffer;
         const Packed<A> packed = pack<A>(p, packable<S, A>(weight, buffer), true);
         S* to = mutable_data<S>(grad_x);
-        convolve(packed, data<S>(g), p.batch, goes_straight<S>(packed) ? to : nullptr, [](int64_t, int64_t) { return T(0); },
-                 [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
-                   for (int64_t i = 0; i < p.inputs; ++i)
-                     store_rows<A>(result + i * stride, to + (n * p.inputs + i) * p.pixels() + first * p.width, rows, p.width,
-                                packed.band.pitch());
-                 });
+        convolve(
+            packed, data<S>(g), p.batch, goes_straight<S>(packed) ? to : nullptr, [](int64_t, int64_t) { return T(0); },
+            [&](int64_t n, int64_t first, int64_t rows, T* result, int64_t stride) {
+              for (int64_t i = 0; i < p.inputs; ++i)
+                store_rows<A>(result + i * stride, to + (n * p.inputs + i) * p.pixels() + first * p.width, rows,
+                              p.width, packed.band.pitch());
+            });
       }
       if (want_weight) grad_weight<S, A>(p, data<S>(g), data<S>(x), mutable_data<S>(grad_w));
     });

@@ -1,14 +1,17 @@
 // The two products of a masked convolution over live taps, in registers, and the scratch that they read.
 //
-// correlate: out[o][q] = shift[o] + Σ_e w[e][o] · x[q + at_e], an entry e being one live tap of one input channel. Lanes are pixels; C
-//            output channels by V vectors of pixels are held in registers. Serves the forward pass and, with the roles of the channels
-//            swapped and the taps mirrored, the gradient of x.
-// outer:     acc[e][o] += Σ_q x[q + at_e] · g[q][o]. Lanes are output channels; E entries by V vectors of channels are held. Serves the
+// correlate: out[o][q] = shift[o] + Σ_e w[e][o] · x[q + at_e], an entry e being one live tap of one input channel.
+// Lanes are pixels; C
+//            output channels by V vectors of pixels are held in registers. Serves the forward pass and, with the roles
+//            of the channels swapped and the taps mirrored, the gradient of x.
+// outer:     acc[e][o] += Σ_q x[q + at_e] · g[q][o]. Lanes are output channels; E entries by V vectors of channels are
+// held. Serves the
 //            gradient of the weight.
 //
-// Staged image. A band of rows is copied to scratch with zeros around, channel by channel, so that no product asks where the border is:
-// row r starts at lead + (r + up)·pitch, where pitch = W + the wider of the left and right reach; the zeros between two rows serve both.
-// A pixel's place is q = r·pitch + w, a tap is a constant distance from it, and vectors of pixels run on from one row into the next.
+// Staged image. A band of rows is copied to scratch with zeros around, channel by channel, so that no product asks
+// where the border is: row r starts at lead + (r + up)·pitch, where pitch = W + the wider of the left and right reach;
+// the zeros between two rows serve both. A pixel's place is q = r·pitch + w, a tap is a constant distance from it, and
+// vectors of pixels run on from one row into the next.
 #pragma once
 
 #include "common.h"
@@ -19,8 +22,8 @@
 namespace genkernels {
 namespace masked {
 
-// Memory of one thread, kept from call to call: fresh pages cost more than they hold. Slots grow and are never freed. What a tile reads
-// beyond a staged plane is left over from earlier, and the lanes that see it are thrown away.
+// Memory of one thread, kept from call to call: fresh pages cost more than they hold. Slots grow and are never freed.
+// What a tile reads beyond a staged plane is left over from earlier, and the lanes that see it are thrown away.
 template <typename T>
 T* scratch(int slot, int64_t count) {
   struct Slot {
@@ -37,7 +40,7 @@ T* scratch(int slot, int64_t count) {
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(s.memory.get()) + 63) & ~uintptr_t(63));
 }
 
-// ---- correlate ------------------------------------------------------------------------------------------------------------
+// ---- correlate --------------------------------------------------------------------------------------------------
 
 constexpr int kBlock = kRegisters == 32 ? 8 : 4;  // output channels in registers
 constexpr int kMostVectors = 8;                   // beside a single channel
@@ -52,7 +55,8 @@ constexpr int vectors_beside(int channels) {
 constexpr int64_t kRun = 96;
 
 template <typename T, int C, int V>
-void correlate_tile(const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out, int64_t stride) {
+void correlate_tile(const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out,
+                    int64_t stride) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::kLanes;
 #pragma GCC unroll 8
@@ -91,8 +95,8 @@ void correlate_tile(const T* x, const int32_t* at, const T* w, int64_t entries, 
 
 // `left` vectors, as many as fit at once; returns how many were done. A: the arithmetic, Single or Pairs.
 template <typename A, int C, typename Staged, typename Sum>
-int64_t correlate_some(int64_t left, const Staged* x, const int32_t* at, const Staged* w, int64_t entries, const Sum* shift, Sum* out,
-                       int64_t stride) {
+int64_t correlate_some(int64_t left, const Staged* x, const int32_t* at, const Staged* w, int64_t entries,
+                       const Sum* shift, Sum* out, int64_t stride) {
   constexpr int V = vectors_beside(C);
   constexpr int Half = (V + 1) / 2;
   if (left > Half) return A::template correlate<C, V>(x, at, w, entries, shift, out, stride), V;
@@ -101,8 +105,8 @@ int64_t correlate_some(int64_t left, const Staged* x, const int32_t* at, const S
 }
 
 template <typename A, typename Staged, typename Sum>
-int64_t correlate(int channels, int64_t left, const Staged* x, const int32_t* at, const Staged* w, int64_t entries, const Sum* shift,
-                  Sum* out, int64_t stride) {
+int64_t correlate(int channels, int64_t left, const Staged* x, const int32_t* at, const Staged* w, int64_t entries,
+                  const Sum* shift, Sum* out, int64_t stride) {
   switch (channels) {
     case 8:
       if constexpr (kBlock == 8) return correlate_some<A, 8>(left, x, at, w, entries, shift, out, stride);
@@ -112,15 +116,18 @@ int64_t correlate(int channels, int64_t left, const Staged* x, const int32_t* at
   }
 }
 
-// ---- outer ----------------------------------------------------------------------------------------------------------------
+// ---- outer ------------------------------------------------------------------------------------------------------
 
 constexpr int kOuterVectors = kRegisters == 32 ? 4 : 2;  // of output channels, at most
-constexpr int entries_beside(int vectors) { return vectors == kOuterVectors ? 6 : 8; }
+constexpr int entries_beside(int vectors) {
+  return vectors == kOuterVectors ? 6 : 8;
+}
 
-// x: a pointer an entry, to pixel 0 of the first row. g [rows·width][g_stride]. to [E][to_stride], overwritten or added to.
+// x: a pointer an entry, to pixel 0 of the first row. g [rows·width][g_stride]. to [E][to_stride], overwritten or added
+// to.
 template <typename T, int E, int V>
-void outer_tile(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, int64_t rows, int64_t width, T* to, int64_t to_stride,
-                bool first) {
+void outer_tile(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, int64_t rows, int64_t width, T* to,
+                int64_t to_stride, bool first) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::kLanes;
   Vec acc[E][V] = {};
@@ -147,8 +154,8 @@ void outer_tile(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, 
 }
 
 template <typename A, typename Pixel, typename Staged, typename Sum>
-void outer(int vectors, const Pixel* const* x, int64_t pitch, const Staged* g, int64_t g_stride, int64_t rows, int64_t width, Sum* to,
-           int64_t to_stride, bool first) {
+void outer(int vectors, const Pixel* const* x, int64_t pitch, const Staged* g, int64_t g_stride, int64_t rows,
+           int64_t width, Sum* to, int64_t to_stride, bool first) {
   switch (vectors) {
     case 4:
       if constexpr (kOuterVectors == 4)
@@ -161,7 +168,7 @@ void outer(int vectors, const Pixel* const* x, int64_t pitch, const Staged* g, i
   }
 }
 
-// ---- staging --------------------------------------------------------------------------------------------------------------
+// ---- staging ----------------------------------------------------------------------------------------------------
 
 // How a band of up to `rows` rows of a plane lies in scratch.
 struct Band {
@@ -178,8 +185,8 @@ struct Band {
   }
 };
 
-// f(i, constant count) over [0, n) in pieces of 16, then of 8, 4, 2 and 1: rows are short, and loops of unknown length would spend their
-// time in what is left over behind the last whole vector.
+// f(i, constant count) over [0, n) in pieces of 16, then of 8, 4, 2 and 1: rows are short, and loops of unknown length
+// would spend their time in what is left over behind the last whole vector.
 template <typename F>
 inline void in_pieces(int64_t n, F&& f) {
   int64_t i = 0;
@@ -238,28 +245,30 @@ void store_rows(const T* from, S* to, int64_t rows, int64_t width, int64_t pitch
   for (int64_t r = 0; r < rows; ++r, from += pitch, to += width) A::store(from, to, width);
 }
 
-// to[i·stride + c] = from[c][i], i < n, c < columns; of four bytes an element in the AVX-512 build columns is always 16.
+// to[i·stride + c] = from[c][i], i < n, c < columns; of four bytes an element in the AVX-512 build columns is
+// always 16.
 template <typename T>
 inline void transpose(const T (&from)[16][16], T* to, int64_t stride, int64_t n, int64_t columns) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    constexpr __mmask16 kAll = 0xffff;  // the forms without a mask start from an undefined vector, of which some g++ warn
+    constexpr __mmask16 kAll =
+        0xffff;  // the forms without a mask start from an undefined vector, of which some g++ warn
     __m512i a[16], b[16];
-#pragma GCC unroll 16
+#  pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from[i]);
-#pragma GCC unroll 16
+#  pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
       b[i] = _mm512_maskz_unpacklo_epi32(kAll, a[i], a[i + 1]);
       b[i + 1] = _mm512_maskz_unpackhi_epi32(kAll, a[i], a[i + 1]);
     }
-#pragma GCC unroll 16
+#  pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 16
+#  pragma GCC unroll 16
       for (int j = 0; j < 2; ++j) {  // a[i + k]: columns k, k + 4, k + 8, k + 12 of rows i to i + 3
         a[i + 2 * j] = _mm512_maskz_unpacklo_epi64(__mmask8(kAll), b[i + j], b[i + 2 + j]);
         a[i + 2 * j + 1] = _mm512_maskz_unpackhi_epi64(__mmask8(kAll), b[i + j], b[i + 2 + j]);
       }
-#pragma GCC unroll 16
+#  pragma GCC unroll 16
     for (int k = 0; k < 4; ++k) {
       const __m512i even_low = _mm512_maskz_shuffle_i32x4(kAll, a[k], a[4 + k], 0x88);
       const __m512i odd_low = _mm512_maskz_shuffle_i32x4(kAll, a[k], a[4 + k], 0xdd);
@@ -270,7 +279,7 @@ inline void transpose(const T (&from)[16][16], T* to, int64_t stride, int64_t n,
       b[k + 8] = _mm512_maskz_shuffle_i32x4(kAll, even_low, even, 0xdd);
       b[k + 12] = _mm512_maskz_shuffle_i32x4(kAll, odd_low, odd, 0xdd);
     }
-#pragma GCC unroll 16
+#  pragma GCC unroll 16
     for (int i = 0; i < 16; ++i)
       if (i < n) _mm512_storeu_si512(to + i * stride, b[i]);
     return;
@@ -280,12 +289,14 @@ inline void transpose(const T (&from)[16][16], T* to, int64_t stride, int64_t n,
     for (int64_t c = 0; c < columns; ++c) to[i * stride + c] = from[c][i];
 }
 
-// Pixels of `count` rows, channels last, in groups of `group` channels, the last one padded with zeros to `stride` channels in all:
-// [group][pixel][channel]. With A::kPixels = 2 an element holds two neighbours of a row, the last of an odd row beside a zero.
+// Pixels of `count` rows, channels last, in groups of `group` channels, the last one padded with zeros to `stride`
+// channels in all: [group][pixel][channel]. With A::kPixels = 2 an element holds two neighbours of a row, the last of
+// an odd row beside a zero.
 template <typename A, typename S>
-void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t first, int64_t count, typename A::Staged* to, int64_t stride,
-                      int64_t group) {
-  const int64_t plane = b.height * b.width, width = b.width % A::kPixels ? b.width : count * b.width, lines = count * b.width / width;
+void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t first, int64_t count,
+                      typename A::Staged* to, int64_t stride, int64_t group) {
+  const int64_t plane = b.height * b.width, width = b.width % A::kPixels ? b.width : count * b.width,
+                lines = count * b.width / width;
   const int64_t each = (width + A::kPixels - 1) / A::kPixels;
   const S* from = image + first * b.width;
   for (int64_t c0 = 0; c0 < stride; c0 += group) {
@@ -297,7 +308,8 @@ void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t f
           typename A::Staged square[16][16];
           for (int64_t k = 0; k < 16; ++k) {
             if (c + k < channels)
-              A::read_pixels(from + (c + k) * plane + pixel, square[k], std::min(n * A::kPixels, width - q * A::kPixels));
+              A::read_pixels(from + (c + k) * plane + pixel, square[k],
+                             std::min(n * A::kPixels, width - q * A::kPixels));
             else
               std::fill_n(square[k], 16, typename A::Staged(0));
           }
@@ -308,7 +320,7 @@ void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t f
   }
 }
 
-// ---- arithmetic -----------------------------------------------------------------------------------------------------------
+// ---- arithmetic -------------------------------------------------------------------------------------------------
 
 // One product a lane: storage S is widened to T as it is staged. Pairs (masked_conv_bf16.h) has the same members.
 template <typename T>
@@ -322,7 +334,8 @@ struct Single {
 
   static void place(Staged& element, int64_t, Weight w) { element = w; }
   template <typename S>
-  static void stage_channels(const S* image, int64_t i, int64_t, const Band& b, int64_t first, int64_t count, Staged* to) {
+  static void stage_channels(const S* image, int64_t i, int64_t, const Band& b, int64_t first, int64_t count,
+                             Staged* to) {
     stage_plane(image + i * b.height * b.width, b, first, count, to);
   }
   template <typename S>
@@ -338,12 +351,13 @@ struct Single {
     store_row(from, to, n);
   }
   template <int C, int V>
-  static void correlate(const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out, int64_t stride) {
+  static void correlate(const T* x, const int32_t* at, const T* w, int64_t entries, const T* shift, T* out,
+                        int64_t stride) {
     correlate_tile<T, C, V>(x, at, w, entries, shift, out, stride);
   }
   template <int E, int V>
-  static void outer(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, int64_t rows, int64_t width, T* to, int64_t to_stride,
-                    bool first) {
+  static void outer(const T* const* x, int64_t pitch, const T* g, int64_t g_stride, int64_t rows, int64_t width, T* to,
+                    int64_t to_stride, bool first) {
     outer_tile<T, E, V>(x, pitch, g, g_stride, rows, width, to, to_stride, first);
   }
 };

@@ -1,22 +1,27 @@
-// The two products of a masked convolution (masked_conv.h) in bf16, two multiplications a lane: AVX512-BF16's vdpbf16ps,
-// sum += a0·b0 + a1·b1 with bf16 factors and an fp32 sum, half the instructions of fp32.
+// The two products of a masked convolution (masked_conv.h) in bf16, two multiplications a lane: AVX512-BF16's
+// vdpbf16ps, sum += a0·b0 + a1·b1 with bf16 factors and an fp32 sum, half the instructions of fp32.
 //
-// correlate: the two are neighbouring channels of one pixel: x is staged as 32-bit elements (channel 2i low, 2i + 1 high; beyond an odd
-//            number of channels zero), a weight is the pair of its two channels. An entry is one live tap of one pair of channels; a
-//            weight that only its neighbour keeps alive counts as 0.
-// outer:     the two are neighbouring pixels of one row: g is turned as [pair of pixels][channel], and x's two pixels are any two
-//            neighbours of a plane of bf16, read as 32 bits. The last pixel of an odd row is multiplied alone, beside zeros.
+// correlate: the two are neighbouring channels of one pixel: x is staged as 32-bit elements (channel 2i low, 2i + 1
+// high; beyond an odd
+//            number of channels zero), a weight is the pair of its two channels. An entry is one live tap of one pair
+//            of channels; a weight that only its neighbour keeps alive counts as 0.
+// outer:     the two are neighbouring pixels of one row: g is turned as [pair of pixels][channel], and x's two pixels
+// are any two
+//            neighbours of a plane of bf16, read as 32 bits. The last pixel of an odd row is multiplied alone, beside
+//            zeros.
 //
-// The instruction takes denormal factors and gives denormal sums as 0, and rounds to nearest even; NaN and infinity are as usual. So does
-// vcvtneps2bf16, which rounds the results. Sums are not cut into runs as in fp32: what they lose is far below the rounding of the result.
+// The instruction takes denormal factors and gives denormal sums as 0, and rounds to nearest even; NaN and infinity are
+// as usual. So does vcvtneps2bf16, which rounds the results. Sums are not cut into runs as in fp32: what they lose is
+// far below the rounding of the result.
 //
-// Compiled into the AVX-512 build alone, whose other code needs no AVX512-BF16; `multiplies_pairs` says whether this processor may run it.
+// Compiled into the AVX-512 build alone, whose other code needs no AVX512-BF16; `multiplies_pairs` says whether this
+// processor may run it.
 #pragma once
 
 #include "masked_conv.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 namespace genkernels {
@@ -30,60 +35,61 @@ inline bool multiplies_pairs() {
   return does;
 }
 
-#define GENKERNELS_PAIRS __attribute__((target("avx512bf16")))
+#  define GENKERNELS_PAIRS __attribute__((target("avx512bf16")))
 
 template <int C, int V>
-GENKERNELS_PAIRS void correlate_pairs(const uint32_t* x, const int32_t* at, const uint32_t* w, int64_t entries, const float* shift,
-                                      float* out, int64_t stride) {
+GENKERNELS_PAIRS void correlate_pairs(const uint32_t* x, const int32_t* at, const uint32_t* w, int64_t entries,
+                                      const float* shift, float* out, int64_t stride) {
   __m512 acc[C][V];
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int c = 0; c < C; ++c)
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[c][v] = _mm512_set1_ps(shift[c]);
   for (int64_t e = 0; e < entries; ++e, w += C) {
     const uint32_t* p = x + at[e];
     __m512bh xv[V];
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
     for (int v = 0; v < V; ++v) xv[v] = (__m512bh)_mm512_loadu_si512(p + v * 16);
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       const __m512bh we = (__m512bh)_mm512_set1_epi32(int(w[c]));
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[c][v] = _mm512_dpbf16_ps(acc[c][v], xv[v], we);
     }
   }
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int c = 0; c < C; ++c)
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
     for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + c * stride + v * 16, acc[c][v]);
 }
 
 // One pair of pixels, or a single one.
 template <int E, int V, bool Whole>
-GENKERNELS_PAIRS __attribute__((always_inline)) inline void outer_step(__m512 (&acc)[E][V], const uint16_t* const (&p)[E], int64_t at,
+GENKERNELS_PAIRS __attribute__((always_inline)) inline void outer_step(__m512 (&acc)[E][V],
+                                                                       const uint16_t* const (&p)[E], int64_t at,
                                                                        const uint32_t* g) {
   __m512bh gv[V];
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int v = 0; v < V; ++v) gv[v] = (__m512bh)_mm512_loadu_si512(g + v * 16);
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int e = 0; e < E; ++e) {
     uint32_t pair = 0;
     std::memcpy(&pair, p[e] + at, Whole ? 4 : 2);
     const __m512bh xe = (__m512bh)_mm512_set1_epi32(int(pair));
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[e][v] = _mm512_dpbf16_ps(acc[e][v], gv[v], xe);
   }
 }
 
 template <int E, int V>
-GENKERNELS_PAIRS void outer_pairs(const uint16_t* const* x, int64_t pitch, const uint32_t* g, int64_t g_stride, int64_t rows, int64_t width,
-                                  float* to, int64_t to_stride, bool first) {
+GENKERNELS_PAIRS void outer_pairs(const uint16_t* const* x, int64_t pitch, const uint32_t* g, int64_t g_stride,
+                                  int64_t rows, int64_t width, float* to, int64_t to_stride, bool first) {
   __m512 acc[E][V];
   const uint16_t* p[E];
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int e = 0; e < E; ++e) {
     p[e] = x[e];
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[e][v] = _mm512_setzero_ps();
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -95,9 +101,9 @@ GENKERNELS_PAIRS void outer_pairs(const uint16_t* const* x, int64_t pitch, const
       g += g_stride;
     }
   }
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int e = 0; e < E; ++e)
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       float* at = to + e * to_stride + v * 16;
       _mm512_storeu_ps(at, first ? acc[e][v] : _mm512_add_ps(acc[e][v], _mm512_loadu_ps(at)));
@@ -111,7 +117,7 @@ GENKERNELS_PAIRS inline void store_rounded(const float* from, BFloat16* to, int6
   }
 }
 
-#undef GENKERNELS_PAIRS
+#  undef GENKERNELS_PAIRS
 
 // Single's counterpart.
 struct Pairs {
@@ -123,7 +129,8 @@ struct Pairs {
 
   static void place(Staged& element, int64_t j, Weight w) { element |= uint32_t(w) << (16 * j); }
   // Channels 2i and 2i + 1 of `channels`.
-  static void stage_channels(const BFloat16* image, int64_t i, int64_t channels, const Band& b, int64_t first, int64_t count, Staged* to) {
+  static void stage_channels(const BFloat16* image, int64_t i, int64_t channels, const Band& b, int64_t first,
+                             int64_t count, Staged* to) {
     const uint16_t* low = reinterpret_cast<const uint16_t*>(image) + 2 * i * b.height * b.width;
     const uint16_t* high = low + b.height * b.width;
     const bool both = 2 * i + 1 < channels;
@@ -144,13 +151,13 @@ struct Pairs {
   }
   static void store(const float* from, BFloat16* to, int64_t n) { store_rounded(from, to, n); }
   template <int C, int V>
-  static void correlate(const uint32_t* x, const int32_t* at, const uint32_t* w, int64_t entries, const float* shift, float* out,
-                        int64_t stride) {
+  static void correlate(const uint32_t* x, const int32_t* at, const uint32_t* w, int64_t entries, const float* shift,
+                        float* out, int64_t stride) {
     correlate_pairs<C, V>(x, at, w, entries, shift, out, stride);
   }
   template <int E, int V>
-  static void outer(const uint16_t* const* x, int64_t pitch, const uint32_t* g, int64_t g_stride, int64_t rows, int64_t width, float* to,
-                    int64_t to_stride, bool first) {
+  static void outer(const uint16_t* const* x, int64_t pitch, const uint32_t* g, int64_t g_stride, int64_t rows,
+                    int64_t width, float* to, int64_t to_stride, bool first) {
     outer_pairs<E, V>(x, pitch, g, g_stride, rows, width, to, to_stride, first);
   }
 };
@@ -158,7 +165,9 @@ struct Pairs {
 #else
 constexpr bool kHasPairs = false;
 using Pairs = void;
-inline bool multiplies_pairs() { return false; }
+inline bool multiplies_pairs() {
+  return false;
+}
 #endif
 
 }  // namespace masked

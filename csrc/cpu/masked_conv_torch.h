@@ -1,6 +1,7 @@
-// torch's own convolution of all taps with the masked weight, and its backward: for bf16 where the processor has AMX, whose matrix units
-// do many times as much in bf16 as the vector units do. Everywhere else the kernels over live taps are the faster ones. What a dead tap
-// meets is multiplied by 0 here, so that NaN and infinity show there, and bits of the weight's gradient depend on the number of threads.
+// torch's own convolution of all taps with the masked weight, and its backward: for bf16 where the processor has AMX,
+// whose matrix units do many times as much in bf16 as the vector units do. Everywhere else the kernels over live taps
+// are the faster ones. What a dead tap meets is multiplied by 0 here, so that NaN and infinity show there, and bits of
+// the weight's gradient depend on the number of threads.
 #pragma once
 
 #include "masked_conv_problem.h"
@@ -42,7 +43,8 @@ Tensor masked_weight(const Problem& p, const Tensor& weight) {
   return to;
 }
 
-inline Tensor torch_convolution(const Problem& p, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+inline Tensor torch_convolution(const Problem& p, const Tensor& x, const Tensor& weight,
+                                const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   const std::vector<int64_t> one{1, 1}, none{0, 0}, padding{p.kh / 2, p.kw / 2};
   std::array<StableIValue, 9> stack{from(x),   from(weight), from(bias), from(one),       from(padding),
@@ -51,8 +53,9 @@ inline Tensor torch_convolution(const Problem& p, const Tensor& x, const Tensor&
   return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> torch_backward(const Problem& p, const Tensor& g, const Tensor& x, const Tensor& weight,
-                                                         bool want_x, bool want_weight, bool want_bias) {
+inline std::tuple<Tensor, Tensor, Tensor> torch_backward(const Problem& p, const Tensor& g, const Tensor& x,
+                                                         const Tensor& weight, bool want_x, bool want_weight,
+                                                         bool want_bias) {
   using torch::stable::detail::from;
   const std::vector<int64_t> one{1, 1}, none{0, 0}, padding{p.kh / 2, p.kw / 2};
   const std::array<bool, 3> wanted{want_x, want_weight, want_bias};

@@ -1,6 +1,8 @@
-// genkernels_cuda::affine_coupling, _backward and _reverse: launch shapes, outputs, dtypes, registration. Kernels: the .cuh.
+// genkernels_cuda::affine_coupling, _backward and _reverse: launch shapes, outputs, dtypes, registration. Kernels: the
+// .cuh.
 //
-// Shapes, dtypes, devices and contiguity were checked above, in genkernels/ops/affine_coupling.py, which also has the schemas.
+// Shapes, dtypes, devices and contiguity were checked above, in genkernels/ops/affine_coupling.py, which also has the
+// schemas.
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -25,14 +27,10 @@ using torch::stable::Tensor;
 template <typename F>
 void with_scale_map(ScaleMap map, F f) {
   switch (map) {
-    case ScaleMap::kExp:
-      return f(std::integral_constant<ScaleMap, ScaleMap::kExp>{});
-    case ScaleMap::kSigmoid:
-      return f(std::integral_constant<ScaleMap, ScaleMap::kSigmoid>{});
-    case ScaleMap::kTanh:
-      return f(std::integral_constant<ScaleMap, ScaleMap::kTanh>{});
-    case ScaleMap::kAdditive:
-      return f(std::integral_constant<ScaleMap, ScaleMap::kAdditive>{});
+    case ScaleMap::kExp: return f(std::integral_constant<ScaleMap, ScaleMap::kExp>{});
+    case ScaleMap::kSigmoid: return f(std::integral_constant<ScaleMap, ScaleMap::kSigmoid>{});
+    case ScaleMap::kTanh: return f(std::integral_constant<ScaleMap, ScaleMap::kTanh>{});
+    case ScaleMap::kAdditive: return f(std::integral_constant<ScaleMap, ScaleMap::kAdditive>{});
   }
   throw std::runtime_error("affine_coupling: scale_map must be 0 to 3, got " + std::to_string(static_cast<int>(map)));
 }
@@ -50,16 +48,16 @@ inline Grid divide(Coupling& c, int lanes) {
   return {ceil_div(c.samples, samples_a_block) * chunks, dim3(group, samples_a_block)};
 }
 
-// Whether every run of the call is one 16-byte access (fewer bytes for half params beside fp32): rows and halves are whole
-// numbers of runs, and so every address is aligned if the first one of its tensor is.
+// Whether every run of the call is one 16-byte access (fewer bytes for half params beside fp32): rows and halves are
+// whole numbers of runs, and so every address is aligned if the first one of its tensor is.
 template <int V>
 bool whole_runs(const Coupling& c) {
   return c.moved % V == 0 && c.row.value() % V == 0;
 }
 
 template <typename T, typename P>
-void run_forward(const Launcher& launch, Coupling c, ScaleMap map, bool inverse, const Tensor& input, const Tensor& params,
-                 const Tensor& output, const Tensor& ldj) {
+void run_forward(const Launcher& launch, Coupling c, ScaleMap map, bool inverse, const Tensor& input,
+                 const Tensor& params, const Tensor& output, const Tensor& ldj) {
   using A = accumulator_t<T>;
   const T* x = static_cast<const T*>(input.const_data_ptr());
   const P* p = static_cast<const P*>(params.const_data_ptr());
@@ -148,7 +146,8 @@ void with_dtypes(const Tensor& x, const Tensor& params, F f) {
   if (t == ScalarType::Float && p == ScalarType::Half) return f(float{}, Half{});
   if (t == ScalarType::Double && p == ScalarType::Double) return f(double{}, double{});
   throw std::runtime_error(
-      "affine_coupling: params must have x's dtype (float64, float32, bfloat16, float16), or be bfloat16 or float16 beside a "
+      "affine_coupling: params must have x's dtype (float64, float32, bfloat16, float16), or be bfloat16 or float16 "
+      "beside a "
       "float32 x");
 }
 
@@ -167,7 +166,9 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& input, const Tensor& pa
   return {output, ldj};
 }
 
-const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+const Tensor* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
 
 std::tuple<Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_ldj,
                                                     const Tensor& input, const Tensor& params, int64_t scale_map,
@@ -179,15 +180,17 @@ std::tuple<Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> grad_o
   Tensor grad_params = torch::stable::new_empty(params, params.sizes());
   if (input.numel() == 0) return {grad_input, grad_params};
   with_dtypes(input, params, [&](auto t, auto p) {
-    run_backward<decltype(t), decltype(p)>(launch, describe(input, map, split, layout, flip), map, which, pointer(grad_output),
-                                           pointer(grad_ldj), input, params, grad_input, grad_params, nullptr);
+    run_backward<decltype(t), decltype(p)>(launch, describe(input, map, split, layout, flip), map, which,
+                                           pointer(grad_output), pointer(grad_ldj), input, params, grad_input,
+                                           grad_params, nullptr);
   });
   return {grad_input, grad_params};
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_reverse(std::optional<Tensor> grad_output, std::optional<Tensor> grad_ldj,
-                                                           const Tensor& output, const Tensor& params, int64_t scale_map,
-                                                           int64_t split, int64_t layout, bool flip) {
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_reverse(std::optional<Tensor> grad_output,
+                                                           std::optional<Tensor> grad_ldj, const Tensor& output,
+                                                           const Tensor& params, int64_t scale_map, int64_t split,
+                                                           int64_t layout, bool flip) {
   const ScaleMap map = static_cast<ScaleMap>(scale_map);
   const Launcher launch("affine_coupling_reverse", output);
   Tensor input = torch::stable::new_empty(output, output.sizes());
@@ -196,8 +199,8 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_reverse(std::optional<Tensor>
   if (output.numel() == 0) return {input, grad_input, grad_params};
   with_dtypes(output, params, [&](auto t, auto p) {
     run_backward<decltype(t), decltype(p)>(launch, describe(output, map, split, layout, flip), map, Gradient::kReverse,
-                                           pointer(grad_output), pointer(grad_ldj), output, params, grad_input, grad_params,
-                                           &input);
+                                           pointer(grad_output), pointer(grad_ldj), output, params, grad_input,
+                                           grad_params, &input);
   });
   return {input, grad_input, grad_params};
 }

@@ -10,23 +10,25 @@
 // Layout, all tensors contiguous, S = product of the spatial sizes:
 //   channel split    x [N, 2, E], E = C/2·S: one half passes, the other is transformed
 //   checkerboard     x [N, E], E = C·H·W: element (c, h, w) is transformed where h + w is odd (flip: even)
-//   params           [N, E / L, 2, L], log-scales and shifts in alternating rows of L elements: the `halves` layout is one
+//   params           [N, E / L, 2, L], log-scales and shifts in alternating rows of L elements: the `halves` layout is
+//   one
 //                    pair of rows of L = E, the `interleaved` one a pair a channel; additive: the shifts alone, [N, E]
 //
-// Parallelisation: a thread owns one 16-byte run of elements (4 fp32, 8 half) in each tensor, a group of threads a chunk of one
-// sample, a block 256 threads: many samples where they are small, a chunk of one where they are large. Sizes or addresses
-// that rule out 16-byte accesses take the same kernels with the runs' lanes a group apart. Flip, inverse, layout and split are
-// run-time values, the same for every thread: beside the memory traffic their branches cost nothing.
+// Parallelisation: a thread owns one 16-byte run of elements (4 fp32, 8 half) in each tensor, a group of threads a
+// chunk of one sample, a block 256 threads: many samples where they are small, a chunk of one where they are large.
+// Sizes or addresses that rule out 16-byte accesses take the same kernels with the runs' lanes a group apart. Flip,
+// inverse, layout and split are run-time values, the same for every thread: beside the memory traffic their branches
+// cost nothing.
 //
-// Log-determinant: each group sums its chunk in a fixed order; samples of one chunk are done, for larger ones a second launch
-// sums the chunks in a fixed order. No atomics: the same bits on every run. Chunks depend on a sample's size and alignment, not
-// on the batch: a sample alone gives the bits that it gives among others.
+// Log-determinant: each group sums its chunk in a fixed order; samples of one chunk are done, for larger ones a second
+// launch sums the chunks in a fixed order. No atomics: the same bits on every run. Chunks depend on a sample's size and
+// alignment, not on the batch: a sample alone gives the bits that it gives among others.
 //
-// Bytes, in half-tensors (E elements), channel split: forward and inverse 2 + 2 in and 2 out = 6; backward 3 + 1 in (output
-// gradient, transformed half, log-scales) and 2 + 2 out = 8; backward of the inverse 9 (shifts too); reverse 6 in and 6 out = 12.
-// With 30 to 80 instructions an element against 24 bytes in fp32, 12 in half types, they are memory-bound (half types with
-// sigmoid come closest to the other limit), and what is left to do is to keep loads in flight: every load of a thread, 4 to 6
-// of 16 bytes, is issued before the first use of any.
+// Bytes, in half-tensors (E elements), channel split: forward and inverse 2 + 2 in and 2 out = 6; backward 3 + 1 in
+// (output gradient, transformed half, log-scales) and 2 + 2 out = 8; backward of the inverse 9 (shifts too); reverse 6
+// in and 6 out = 12. With 30 to 80 instructions an element against 24 bytes in fp32, 12 in half types, they are
+// memory-bound (half types with sigmoid come closest to the other limit), and what is left to do is to keep loads in
+// flight: every load of a thread, 4 to 6 of 16 bytes, is issued before the first use of any.
 //
 // Saved for backward: the input and the params, which the network keeps anyway; reverse needs the output instead.
 #pragma once
@@ -96,14 +98,13 @@ struct Coupling {
 // Kernels
 
 template <ScaleMap M, typename T, typename P, bool kWide>
-__global__ void __launch_bounds__(kThreads) coupling_forward(
-    const Coupling c,
-    const bool inverse,
-    const T* __restrict__ x,                // [N, x_size]: z when inverse
-    const P* __restrict__ params,           // [N, param_size]
-    T* __restrict__ out,                    // [N, x_size]
-    accumulator_t<T>* __restrict__ log_det  // [N, chunks]; additive: [N]
-) {
+__global__ void __launch_bounds__(kThreads)
+    coupling_forward(const Coupling c, const bool inverse,
+                     const T* __restrict__ x,                // [N, x_size]: z when inverse
+                     const P* __restrict__ params,           // [N, param_size]
+                     T* __restrict__ out,                    // [N, x_size]
+                     accumulator_t<T>* __restrict__ log_det  // [N, chunks]; additive: [N]
+    ) {
   using A = accumulator_t<T>;
   constexpr int V = kLanes<T, kWide>;
   constexpr bool kScales = M != ScaleMap::kAdditive;
@@ -157,18 +158,17 @@ enum class Gradient : int {
 };
 
 template <ScaleMap M, typename T, typename P, bool kWide>
-__global__ void __launch_bounds__(kThreads) coupling_backward(
-    const Coupling c,
-    const Gradient which,
-    const bool has_grad_out,                          // otherwise it counts as zero
-    const T* __restrict__ grad_out,                   // [N, x_size]; any such tensor without has_grad_out
-    const accumulator_t<T>* __restrict__ grad_ldj,    // [N], or null: zero
-    const T* __restrict__ x,                          // [N, x_size]: x; kInverse and kReverse: z
-    const P* __restrict__ params,                     // [N, param_size]
-    T* __restrict__ grad_x,                           // [N, x_size]
-    P* __restrict__ grad_params,                      // [N, param_size]
-    T* __restrict__ x_out                             // [N, x_size], kReverse only: x
-) {
+__global__ void __launch_bounds__(kThreads)
+    coupling_backward(const Coupling c, const Gradient which,
+                      const bool has_grad_out,         // otherwise it counts as zero
+                      const T* __restrict__ grad_out,  // [N, x_size]; any such tensor without has_grad_out
+                      const accumulator_t<T>* __restrict__ grad_ldj,  // [N], or null: zero
+                      const T* __restrict__ x,                        // [N, x_size]: x; kInverse and kReverse: z
+                      const P* __restrict__ params,                   // [N, param_size]
+                      T* __restrict__ grad_x,                         // [N, x_size]
+                      P* __restrict__ grad_params,                    // [N, param_size]
+                      T* __restrict__ x_out                           // [N, x_size], kReverse only: x
+    ) {
   using A = accumulator_t<T>;
   constexpr int V = kLanes<T, kWide>;
   constexpr bool kScales = M != ScaleMap::kAdditive;

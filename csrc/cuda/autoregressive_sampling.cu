@@ -1,21 +1,25 @@
-// Sampling from a causal network, pixel by pixel, with every stage's activations kept: x_i ~ p(x_i | x_<i), stages as in csrc/common/stages.h.
+// Sampling from a causal network, pixel by pixel, with every stage's activations kept: x_i ~ p(x_i | x_<i), stages as
+// in csrc/common/stages.h.
 //
-// One launch a block of rows: one thread block draws one sample, all its pixels and stages, with __syncthreads between stages. Planes lie in
-// global memory as rings of the rows that are still read (129 kB a sample for 64 channels at width 28: they stay in the L2 cache), pixel-major, so
-// that the taps of a kernel row at a pixel are one stretch of numbers. Weights, packed [kernel row][column, in][out] by small kernels before it, are read
-// through L1 and L2 by consecutive threads.
+// One launch a block of rows: one thread block draws one sample, all its pixels and stages, with __syncthreads between
+// stages. Planes lie in global memory as rings of the rows that are still read (129 kB a sample for 64 channels at
+// width 28: they stay in the L2 cache), pixel-major, so that the taps of a kernel row at a pixel are one stretch of
+// numbers. Weights, packed [kernel row][column, in][out] by small kernels before it, are read through L1 and L2 by
+// consecutive threads.
 //
-// A row: vertical stages, and what every other stage takes from rows above, for all columns at once (a thread: one channel of kColumns pixels). Then,
-// a pixel at a time, the taps to the left and at the centre: the block's threads are (slices of the sum) × (channels), slices add up in
-// shared memory in a fixed order. The draw: weights of the categories by all threads, their sums in 32 pieces, the search in the cumulative
-// sum by one.
+// A row: vertical stages, and what every other stage takes from rows above, for all columns at once (a thread: one
+// channel of kColumns pixels). Then, a pixel at a time, the taps to the left and at the centre: the block's threads are
+// (slices of the sum) × (channels), slices add up in shared memory in a fixed order. The draw: weights of the
+// categories by all threads, their sums in 32 pieces, the search in the cumulative sum by one.
 //
-// Nothing is read back to the host and nothing is copied from it: descriptors of stages reach the device as kernel arguments.
+// Nothing is read back to the host and nothing is copied from it: descriptors of stages reach the device as kernel
+// arguments.
 //
-// Counted for 7×7 A + 8 × 3×3 B of 64 channels: a pixel passes 9 stages of two barriers, each behind a trip to the L2 cache for 32 kB of weights (512
-// clocks at 64 bytes a clock, behind some 300 of latency): an estimate, not a measurement, of 0.6 µs, so 784 × 9 × 0.6 µs = 4 ms an image, whatever
-// the batch up to a block an SM. A cluster of 8 blocks a sample, each holding an eighth of every stage's weights in its shared memory
-// (bf16: 8 × 61 kB), would take the trips for weights out of that chain and leave one distributed-shared-memory exchange a stage.
+// Counted for 7×7 A + 8 × 3×3 B of 64 channels: a pixel passes 9 stages of two barriers, each behind a trip to the L2
+// cache for 32 kB of weights (512 clocks at 64 bytes a clock, behind some 300 of latency): an estimate, not a
+// measurement, of 0.6 µs, so 784 × 9 × 0.6 µs = 4 ms an image, whatever the batch up to a block an SM. A cluster of 8
+// blocks a sample, each holding an eighth of every stage's weights in its shared memory (bf16: 8 × 61 kB), would take
+// the trips for weights out of that chain and leave one distributed-shared-memory exchange a stage.
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -39,8 +43,8 @@ using torch::stable::Tensor;
 // Threads that work on a sample: the more, the shorter each one's sum, which is what a pixel waits for.
 constexpr int kBlock = 512;
 
-// Weights that a thread has in flight at a pixel: with kBlock threads, the 128 × 64 of a 3×3 stage's taps to the left and at the centre
-// come in one trip to the second-level cache.
+// Weights that a thread has in flight at a pixel: with kBlock threads, the 128 × 64 of a 3×3 stage's taps to the left
+// and at the centre come in one trip to the second-level cache.
 template <typename T>
 constexpr int kFlightOf = sizeof(T) == 4 ? 16 : 4;
 
@@ -83,11 +87,11 @@ struct Problem {
   T temperature;
   int64_t state_size, sums_size;
   const T* weights;
-  const T* noise;      // [N, C or 1 + C, H, W]
-  const bool* known;   // [N, C, H, W] or null
-  int64_t* image;      // [N, C, H, W]
-  T* state;            // [N, state_size]
-  T* sums;             // [N, sums_size]
+  const T* noise;     // [N, C or 1 + C, H, W]
+  const bool* known;  // [N, C, H, W] or null
+  int64_t* image;     // [N, C, H, W]
+  T* state;           // [N, state_size]
+  T* sums;            // [N, sums_size]
 };
 
 template <typename Record>
@@ -97,8 +101,9 @@ __global__ void write_record(Record* to, const Record value) {
 
 // One kernel row of a weight [out, in, kh, kw], as [column, in][out].
 template <typename T>
-__global__ void __launch_bounds__(kThreads) pack_row(
-    const T* __restrict__ weight, const int width, const int channels, const int taps, const int first_tap, const int count, T* __restrict__ to) {
+__global__ void __launch_bounds__(kThreads)
+    pack_row(const T* __restrict__ weight, const int width, const int channels, const int taps, const int first_tap,
+             const int count, T* __restrict__ to) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= static_cast<int64_t>(count) * width) return;
   const int64_t e = at / width, o = at % width;
@@ -106,7 +111,9 @@ __global__ void __launch_bounds__(kThreads) pack_row(
 }
 
 // Length of a part's stretch for group g: at the centre only groups up to g, or below it, are drawn.
-__device__ __forceinline__ int length(const Part& part, int g) { return part.count + part.centre * (g + part.own); }
+__device__ __forceinline__ int length(const Part& part, int g) {
+  return part.count + part.centre * (g + part.own);
+}
 
 template <typename T>
 __device__ __forceinline__ T* line(T* state, const PlaneAt& p, int i) {
@@ -157,7 +164,8 @@ __device__ __forceinline__ void whole_row(const Problem<T>& q, int k, int i, int
 #pragma unroll
         for (int p = 0; p < kColumns; ++p) {
           const int j = first + p < q.columns ? first + p : q.columns - 1;
-          from[p] = part.count ? line(state, plane, i - part.up) + static_cast<int64_t>(j) * plane.channels + part.start : at(state, plane, i, j) + o;
+          from[p] = part.count ? line(state, plane, i - part.up) + static_cast<int64_t>(j) * plane.channels + part.start
+                               : at(state, plane, i, j) + o;
         }
         if (part.count == 0) {
 #pragma unroll
@@ -193,7 +201,8 @@ __device__ __forceinline__ void whole_row(const Problem<T>& q, int k, int i, int
 
 // Group g of stage k at pixel (i, j). `partial` holds two numbers a thread; every thread of the block comes here.
 template <typename T>
-__device__ __forceinline__ void one_pixel(const Problem<T>& q, int k, int i, int j, int g, T* state, const T* sums, T* partial) {
+__device__ __forceinline__ void one_pixel(const Problem<T>& q, int k, int i, int j, int g, T* state, const T* sums,
+                                          T* partial) {
   constexpr int kFlight = kFlightOf<T>;
   const StageAt<T> s = q.stages[k];
   const bool gate = s.activation == static_cast<int>(Activation::kGate);
@@ -256,7 +265,8 @@ __device__ __forceinline__ void one_pixel(const Problem<T>& q, int k, int i, int
   }
 }
 
-// What the threads of a draw tell one another of their pieces of the categories, and at the end what holds for all of them.
+// What the threads of a draw tell one another of their pieces of the categories, and at the end what holds for all of
+// them.
 constexpr int kPieces = 32, kNone = -1, kUnordered = -2;
 
 template <typename T>
@@ -268,7 +278,8 @@ struct Pieces {
 
 // The draw of group g (of all channels from a mixture) at pixel (i, j), into the image and into plane 0.
 template <typename T>
-__device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, int g, int64_t n, T* state, T* scratch, Pieces<T>& pieces) {
+__device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, int g, int64_t n, T* state, T* scratch,
+                                           Pieces<T>& pieces) {
   const int64_t size = static_cast<int64_t>(q.height) * q.columns, place = static_cast<int64_t>(i) * q.columns + j;
   const T* parameters = at(state, q.planes[q.stage_count], i, j) + (q.mixture ? 0 : g * q.levels);
   const T* noise = q.noise + n * q.noise_channels * size + place;
@@ -332,7 +343,8 @@ __device__ __forceinline__ void draw_pixel(const Problem<T>& q, int i, int j, in
   }
   __syncthreads();
   if (q.temperature != T(0)) {
-    for (int c = threadIdx.x; c < q.levels; c += kBlock) scratch[c] = math::exp((parameters[c] - pieces.most[kPieces]) / q.temperature);
+    for (int c = threadIdx.x; c < q.levels; c += kBlock)
+      scratch[c] = math::exp((parameters[c] - pieces.most[kPieces]) / q.temperature);
     __syncthreads();
     if (piece < kPieces) {
       double sum = 0;
@@ -388,12 +400,15 @@ __global__ void __launch_bounds__(kBlock, 1) sample_rows(const Problem<T> q) {
 }
 
 template <typename T>
-void run(const Launcher& launch, const Tensor& image, const Tensor& state, const Tensor& noise, const std::optional<Tensor>& known,
-         const std::vector<Tensor>& tensors, const stages::Network& net, bool mixture, int64_t levels, double temperature, int64_t begin, int64_t end) {
-  const int64_t batch = image.size(0), channels = image.size(1), columns = image.size(3), groups = mixture ? 1 : channels;
+void run(const Launcher& launch, const Tensor& image, const Tensor& state, const Tensor& noise,
+         const std::optional<Tensor>& known, const std::vector<Tensor>& tensors, const stages::Network& net,
+         bool mixture, int64_t levels, double temperature, int64_t begin, int64_t end) {
+  const int64_t batch = image.size(0), channels = image.size(1), columns = image.size(3),
+                groups = mixture ? 1 : channels;
   std::vector<PlaneAt> planes;
   for (const stages::Plane& p : net.planes)
-    planes.push_back({static_cast<int>(p.channels), static_cast<int>(p.rows), static_cast<int>(p.border), static_cast<int>(p.row_length), p.offset});
+    planes.push_back({static_cast<int>(p.channels), static_cast<int>(p.rows), static_cast<int>(p.border),
+                      static_cast<int>(p.row_length), p.offset});
 
   std::vector<Part> parts;
   std::vector<StageAt<T>> found;
@@ -406,8 +421,17 @@ void run(const Launcher& launch, const Tensor& image, const Tensor& state, const
   int64_t weights_size = 0, sums_size = 0;
   const auto pointer = [&](int64_t t) { return t < 0 ? nullptr : static_cast<const T*>(tensors[t].data_ptr()); };
   for (const stages::Stage& s : net.stages) {
-    StageAt<T> stage{static_cast<int>(s.width), static_cast<int>(s.made), static_cast<int>(s.activation), static_cast<int>(s.residual),
-                     s.vertical, s.condition_map, static_cast<int>(parts.size()), 0, sums_size, pointer(s.bias), pointer(s.condition)};
+    StageAt<T> stage{static_cast<int>(s.width),
+                     static_cast<int>(s.made),
+                     static_cast<int>(s.activation),
+                     static_cast<int>(s.residual),
+                     s.vertical,
+                     s.condition_map,
+                     static_cast<int>(parts.size()),
+                     0,
+                     sums_size,
+                     pointer(s.bias),
+                     pointer(s.condition)};
     sums_size += s.width * columns;
     for (const stages::Input& in : s.inputs) {
       const stages::Plane& from = net.planes[in.plane];
@@ -415,8 +439,14 @@ void run(const Launcher& launch, const Tensor& image, const Tensor& state, const
         const int64_t up = in.kh / 2 - y;
         const bool whole = up > 0 || from.vertical;
         if (s.vertical && !whole) continue;  // such weights are 0
-        Part part{static_cast<int>(in.plane), static_cast<int>(up), static_cast<int>((from.border - in.kw / 2) * from.channels),
-                  static_cast<int>(in.kw * from.channels), 0, 0, !whole, weights_size};
+        Part part{static_cast<int>(in.plane),
+                  static_cast<int>(up),
+                  static_cast<int>((from.border - in.kw / 2) * from.channels),
+                  static_cast<int>(in.kw * from.channels),
+                  0,
+                  0,
+                  !whole,
+                  weights_size};
         if (up == 0 && !s.vertical) part.count = static_cast<int>((in.kw / 2 + 1) * from.channels);
         const int64_t stored = part.count;
         if (!whole) {
@@ -424,20 +454,25 @@ void run(const Launcher& launch, const Tensor& image, const Tensor& state, const
           part.centre = static_cast<int>(from.channels / groups);
           part.own = in.plane != 0;
         }
-        packings.push_back({pointer(in.tensor), static_cast<int>(s.width), static_cast<int>(from.channels), static_cast<int>(in.kh * in.kw),
-                            static_cast<int>(y * in.kw), static_cast<int>(stored), weights_size});
+        packings.push_back({pointer(in.tensor), static_cast<int>(s.width), static_cast<int>(from.channels),
+                            static_cast<int>(in.kh * in.kw), static_cast<int>(y * in.kw), static_cast<int>(stored),
+                            weights_size});
         weights_size += stored * s.width;
         parts.push_back(part);
       }
     }
-    for (int64_t plane : s.added) parts.push_back({static_cast<int>(plane), 0, 0, 0, 0, 0, !(s.vertical || net.planes[plane].vertical), 0});
+    for (int64_t plane : s.added)
+      parts.push_back({static_cast<int>(plane), 0, 0, 0, 0, 0, !(s.vertical || net.planes[plane].vertical), 0});
     stage.last_part = static_cast<int>(parts.size());
     found.push_back(stage);
   }
   sums_size += levels;  // the draw's weights
 
-  const auto bytes = [&](int64_t count) { return torch::stable::new_empty(image, {std::max<int64_t>(count, 1)}, ScalarType::Byte); };
-  const Tensor packed = torch::stable::new_empty(noise, {std::max<int64_t>(weights_size, 1)}), sums = torch::stable::new_empty(noise, {batch, sums_size});
+  const auto bytes = [&](int64_t count) {
+    return torch::stable::new_empty(image, {std::max<int64_t>(count, 1)}, ScalarType::Byte);
+  };
+  const Tensor packed = torch::stable::new_empty(noise, {std::max<int64_t>(weights_size, 1)}),
+               sums = torch::stable::new_empty(noise, {batch, sums_size});
   const Tensor plane_bytes = bytes(planes.size() * sizeof(PlaneAt)), part_bytes = bytes(parts.size() * sizeof(Part)),
                stage_bytes = bytes(found.size() * sizeof(StageAt<T>));
   const auto send = [&]<typename Record>(const std::vector<Record>& records, const Tensor& to) {
@@ -446,19 +481,36 @@ void run(const Launcher& launch, const Tensor& image, const Tensor& state, const
     return static_cast<const Record*>(at);
   };
   for (const Packing& p : packings)
-    launch(pack_row<T>, ceil_div(static_cast<int64_t>(p.count) * p.width, kThreads), dim3(kThreads), p.weight, p.width, p.channels, p.taps, p.first_tap,
-           p.count, static_cast<T*>(packed.data_ptr()) + p.to);
-  const Problem<T> problem{send(planes, plane_bytes), send(parts, part_bytes), send(found, stage_bytes), static_cast<int>(found.size()),
-                           static_cast<int>(groups), static_cast<int>(channels), static_cast<int>(image.size(2)), static_cast<int>(columns),
-                           static_cast<int>(noise.size(1)), mixture, static_cast<int>(levels), static_cast<int>(begin), static_cast<int>(end),
-                           static_cast<T>(temperature), net.state_size, sums_size, static_cast<const T*>(packed.data_ptr()),
-                           static_cast<const T*>(noise.data_ptr()), known ? static_cast<const bool*>(known->data_ptr()) : nullptr,
-                           static_cast<int64_t*>(image.data_ptr()), static_cast<T*>(state.data_ptr()), static_cast<T*>(sums.data_ptr())};
+    launch(pack_row<T>, ceil_div(static_cast<int64_t>(p.count) * p.width, kThreads), dim3(kThreads), p.weight, p.width,
+           p.channels, p.taps, p.first_tap, p.count, static_cast<T*>(packed.data_ptr()) + p.to);
+  const Problem<T> problem{send(planes, plane_bytes),
+                           send(parts, part_bytes),
+                           send(found, stage_bytes),
+                           static_cast<int>(found.size()),
+                           static_cast<int>(groups),
+                           static_cast<int>(channels),
+                           static_cast<int>(image.size(2)),
+                           static_cast<int>(columns),
+                           static_cast<int>(noise.size(1)),
+                           mixture,
+                           static_cast<int>(levels),
+                           static_cast<int>(begin),
+                           static_cast<int>(end),
+                           static_cast<T>(temperature),
+                           net.state_size,
+                           sums_size,
+                           static_cast<const T*>(packed.data_ptr()),
+                           static_cast<const T*>(noise.data_ptr()),
+                           known ? static_cast<const bool*>(known->data_ptr()) : nullptr,
+                           static_cast<int64_t*>(image.data_ptr()),
+                           static_cast<T*>(state.data_ptr()),
+                           static_cast<T*>(sums.data_ptr())};
   launch(sample_rows<T>, batch, dim3(kBlock), problem);
 }
 
-void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::optional<Tensor> known, std::vector<Tensor> tensors,
-                             std::vector<int64_t> plan, int64_t head, int64_t levels, double temperature, int64_t begin, int64_t end) {
+void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::optional<Tensor> known,
+                             std::vector<Tensor> tensors, std::vector<int64_t> plan, int64_t head, int64_t levels,
+                             double temperature, int64_t begin, int64_t end) {
   const stages::Network net = stages::read_checked(image, state, noise, known, tensors, plan, head, levels, begin, end);
   if (image.numel() == 0 || begin >= end) return;
   const bool mixture = head == static_cast<int64_t>(stages::Head::kLogisticMixture);
@@ -471,4 +523,6 @@ void autoregressive_sampling(Tensor image, Tensor state, Tensor noise, std::opti
 }  // namespace sampling
 }  // namespace genkernels
 
-STABLE_TORCH_LIBRARY_IMPL(genkernels_cuda, CUDA, m) { m.impl("autoregressive_sampling", TORCH_BOX(&genkernels::sampling::autoregressive_sampling)); }
+STABLE_TORCH_LIBRARY_IMPL(genkernels_cuda, CUDA, m) {
+  m.impl("autoregressive_sampling", TORCH_BOX(&genkernels::sampling::autoregressive_sampling));
+}

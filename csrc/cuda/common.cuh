@@ -1,7 +1,8 @@
-// Device helpers that every operator's kernels share: wide accesses, the lanes of a thread, a sum over a group of threads.
+// Device helpers that every operator's kernels share: wide accesses, the lanes of a thread, a sum over a group of
+// threads.
 //
-// Blocks are always kThreads threads, shaped (group, kThreads / group) with `group` a power of two: a group works on one
-// sample, so that a sample of two numbers costs one thread and a sample of a million costs many whole blocks.
+// Blocks are always kThreads threads, shaped (group, kThreads / group) with `group` a power of two: a group works on
+// one sample, so that a sample of two numbers costs one thread and a sample of a million costs many whole blocks.
 #pragma once
 
 #include <cstdint>
@@ -32,11 +33,15 @@ struct Accumulator<double> {
 template <typename T>
 using accumulator_t = typename Accumulator<T>::type;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Elements of a thread: what fills one 16-byte access or, element by element, enough to keep several loads in flight.
 template <typename T, bool kWide>
-constexpr int kLanes = kWide ? 16 / sizeof(T) : sizeof(T) < 8 ? 4 : 1;
+constexpr int kLanes = kWide           ? 16 / sizeof(T)
+                       : sizeof(T) < 8 ? 4
+                                       : 1;
 
 // fp64 is for checks, not for speed: it has no wide kernels.
 template <typename T>
@@ -70,8 +75,8 @@ struct Word<16> {
   using type = uint4;
 };
 
-// A load with the evict-first hint, for tensors that are read once: it leaves the L2 cache to the outputs, which the next layer
-// reads at once.
+// A load with the evict-first hint, for tensors that are read once: it leaves the L2 cache to the outputs, which the
+// next layer reads at once.
 template <typename T>
 __device__ __forceinline__ T load_once(const T* p) {
   using W = typename Word<sizeof(T)>::type;
@@ -81,7 +86,8 @@ __device__ __forceinline__ T load_once(const T* p) {
   return value;
 }
 
-// A plain assignment of 16 bytes was seen to become four stores of 4, and __stwb a store with ordering that is not needed.
+// A plain assignment of 16 bytes was seen to become four stores of 4, and __stwb a store with ordering that is not
+// needed.
 template <typename T>
 __device__ __forceinline__ void store(T* p, const T& value) {
   using W = typename Word<sizeof(T)>::type;
@@ -100,8 +106,9 @@ __device__ __forceinline__ void store(T* p, const T& value) {
   *reinterpret_cast<W*>(p) = word;
 }
 
-// The V elements of a thread's run. Wide: V neighbours, one access, all inside or all outside. Otherwise the lanes stand
-// `step` (the group's size) apart, so that each access of a warp is still one contiguous stretch; some may be outside.
+// The V elements of a thread's run. Wide: V neighbours, one access, all inside or all outside. Otherwise the lanes
+// stand `step` (the group's size) apart, so that each access of a warp is still one contiguous stretch; some may be
+// outside.
 template <int V, bool kWide>
 struct Lanes {
   int64_t first;  // element of lane 0
@@ -152,8 +159,8 @@ bool are_aligned(const T*... pointers) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums
 
-// The sum over a group (blockDim.x threads, a power of two), in an order fixed by the group's size: a butterfly in each warp,
-// then the warps one by one. Every thread of the block has to call it, once in a kernel.
+// The sum over a group (blockDim.x threads, a power of two), in an order fixed by the group's size: a butterfly in each
+// warp, then the warps one by one. Every thread of the block has to call it, once in a kernel.
 template <typename A>
 __device__ __forceinline__ A group_sum(A value) {
   const int group = blockDim.x;
@@ -179,11 +186,9 @@ __device__ __forceinline__ A group_sum(A value) {
 
 // sums[n] = Σ_k values[n, k], rows by groups: the second stage of a two-stage sum.
 template <typename A>
-__global__ void __launch_bounds__(kThreads) sum_rows(
-    const A* __restrict__ values,  // [rows, columns]
-    const int64_t rows,
-    const int64_t columns,
-    A* __restrict__ sums  // [rows]
+__global__ void __launch_bounds__(kThreads) sum_rows(const A* __restrict__ values,  // [rows, columns]
+                                                     const int64_t rows, const int64_t columns,
+                                                     A* __restrict__ sums  // [rows]
 ) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   A sum = 0;

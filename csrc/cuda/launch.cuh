@@ -14,12 +14,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 // Weak, so that the library links and loads beside a torch without CUDA, where no kernel is ever asked for.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace genkernels {
 
-// torch's current stream on a device. The function stands in libtorch_cuda.so, which a library built beside a CPU-only torch does
-// not name among its dependencies, and which `import torch` loads without making its symbols global: ask for it by name then.
+// torch's current stream on a device. The function stands in libtorch_cuda.so, which a library built beside a CPU-only
+// torch does not name among its dependencies, and which `import torch` loads without making its symbols global: ask for
+// it by name then.
 inline cudaStream_t current_stream(int32_t device) {
   static const auto get = [] {
     auto found = &aoti_torch_get_current_cuda_stream;
@@ -29,7 +31,8 @@ inline cudaStream_t current_stream(int32_t device) {
         found = reinterpret_cast<decltype(found)>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
       }
     }
-    if (found == nullptr) throw std::runtime_error("genkernels: this torch has no CUDA, libtorch_cuda.so is not loaded");
+    if (found == nullptr)
+      throw std::runtime_error("genkernels: this torch has no CUDA, libtorch_cuda.so is not loaded");
     return found;
   }();
   void* stream = nullptr;
@@ -43,7 +46,8 @@ class Launcher {
   Launcher(const char* name, const torch::stable::Tensor& tensor)
       : name_(name), guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
 
-  // kernel<<<blocks, block, 0, stream>>>(arguments...), blocks counted in 64 bits; it returns without waiting for the kernel.
+  // kernel<<<blocks, block, 0, stream>>>(arguments...), blocks counted in 64 bits; it returns without waiting for the
+  // kernel.
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, dim3 block, Arguments&&... arguments) const {
     if (blocks > 2147483647) fail("needs " + std::to_string(blocks) + " thread blocks, more than a grid's 2^31 - 1");

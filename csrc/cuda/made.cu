@@ -1,7 +1,9 @@
-// genkernels_cuda::masked_linear and its gradients, made_inverse and its gradient: launches, temporaries, registration. Kernels: the .cuh.
+// genkernels_cuda::masked_linear and its gradients, made_inverse and its gradient: launches, temporaries, registration.
+// Kernels: the .cuh.
 //
-// Shapes, dtypes, devices and contiguity were checked above, in genkernels/ops, which also has the schemas. Masked products are cuBLAS's
-// dense ones with a masked weight, through torch: on a GPU the dead half costs less than a product of one's own would lose.
+// Shapes, dtypes, devices and contiguity were checked above, in genkernels/ops, which also has the schemas. Masked
+// products are cuBLAS's dense ones with a masked weight, through torch: on a GPU the dead half costs less than a
+// product of one's own would lose.
 #include <array>
 #include <optional>
 #include <stdexcept>
@@ -29,7 +31,9 @@ T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-Tensor fresh(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
+Tensor fresh(const Tensor& like, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(like, shape);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Masked linear layers
@@ -52,8 +56,8 @@ Tensor mask(const Tensor& weight, const Tensor& in_degrees, const Tensor& out_de
   const Launcher launch("masked_linear", weight);
   with_float(weight, [&](auto t) {
     using T = decltype(t);
-    launch(made_mask<T>, ceil_div(out * in, kThreads), dim3(kThreads), read<T>(weight), out, in, read<int64_t>(in_degrees),
-           read<int64_t>(out_degrees), strict, write<T>(masked));
+    launch(made_mask<T>, ceil_div(out * in, kThreads), dim3(kThreads), read<T>(weight), out, in,
+           read<int64_t>(in_degrees), read<int64_t>(out_degrees), strict, write<T>(masked));
   });
   return masked;
 }
@@ -67,14 +71,15 @@ Tensor masked_linear(const Tensor& input, const Tensor& weight, std::optional<Te
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor masked_linear_grad_input(const Tensor& grad_output, const Tensor& weight, const Tensor& in_degrees, const Tensor& out_degrees,
-                                bool strict) {
+Tensor masked_linear_grad_input(const Tensor& grad_output, const Tensor& weight, const Tensor& in_degrees,
+                                const Tensor& out_degrees, bool strict) {
   return torch::stable::matmul(grad_output, mask(weight, in_degrees, out_degrees, strict));
 }
 
-Tensor masked_linear_grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& in_degrees, const Tensor& out_degrees,
-                                 bool strict) {
-  return mask(torch::stable::matmul(torch::stable::transpose(grad_output, 0, 1), input), in_degrees, out_degrees, strict);
+Tensor masked_linear_grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& in_degrees,
+                                 const Tensor& out_degrees, bool strict) {
+  return mask(torch::stable::matmul(torch::stable::transpose(grad_output, 0, 1), input), in_degrees, out_degrees,
+              strict);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -84,11 +89,12 @@ Tensor masked_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
 template <typename T>
 class Call {
  public:
-  Call(const char* name, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Tensor& order,
-       const Tensor& counts, bool residual, int64_t map)
+  Call(const char* name, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+       const Tensor& order, const Tensor& counts, bool residual, int64_t map)
       : launch_(name, x), weights_(weights), order_(order) {
     const int64_t layers = static_cast<int64_t>(weights.size()) - 1;
-    if (layers > kMaxLayers) throw std::runtime_error("made: the CUDA kernels take at most " + std::to_string(kMaxLayers) + " hidden layers");
+    if (layers > kMaxLayers)
+      throw std::runtime_error("made: the CUDA kernels take at most " + std::to_string(kMaxLayers) + " hidden layers");
     net = MadeNetwork<T>{};
     net.samples = x.size(0);
     net.features = static_cast<int>(x.size(1));
@@ -114,44 +120,50 @@ class Call {
     const int64_t r = transposed ? width : height, c = transposed ? height : width;
     Tensor to = from.dim() > 1 ? keep(fresh(from, {r, c})) : keep(fresh(from, {r}));
     if (r * c > 0)
-      launch_(made_arrange<T>, ceil_div(r * c, kThreads), dim3(kThreads), read<T>(from), r, c, transposed ? int64_t(1) : width,
-              transposed ? width : int64_t(1), read<int64_t>(order_), int64_t(net.features), rows, columns, false, write<T>(to));
+      launch_(made_arrange<T>, ceil_div(r * c, kThreads), dim3(kThreads), read<T>(from), r, c,
+              transposed ? int64_t(1) : width, transposed ? width : int64_t(1), read<int64_t>(order_),
+              int64_t(net.features), rows, columns, false, write<T>(to));
     return kept_.back();
   }
 
   // The reverse for [N, D]: columns in the order of the steps go back to data order.
   void restore(const Tensor& from, const Tensor& to) {
     launch_(made_arrange<T>, ceil_div(net.samples * net.features, kThreads), dim3(kThreads), read<T>(from), net.samples,
-            int64_t(net.features), int64_t(0), int64_t(0), read<int64_t>(order_), int64_t(net.features), false, true, true, write<T>(to));
+            int64_t(net.features), int64_t(0), int64_t(0), read<int64_t>(order_), int64_t(net.features), false, true,
+            true, write<T>(to));
   }
 
-  void extend(const Tensor* z_steps, const std::optional<Tensor>& context, const Tensor& x_steps, const Tensor* params, const Tensor* log_det) {
-    launch_(made_extend<T>, blocks(), dim3(kSolveThreads), net, z_steps ? read<T>(*z_steps) : nullptr, context ? read<T>(*context) : nullptr,
-            write<T>(x_steps), params ? write<T>(*params) : nullptr, log_det ? write<T>(*log_det) : nullptr);
+  void extend(const Tensor* z_steps, const std::optional<Tensor>& context, const Tensor& x_steps, const Tensor* params,
+              const Tensor* log_det) {
+    launch_(made_extend<T>, blocks(), dim3(kSolveThreads), net, z_steps ? read<T>(*z_steps) : nullptr,
+            context ? read<T>(*context) : nullptr, write<T>(x_steps), params ? write<T>(*params) : nullptr,
+            log_det ? write<T>(*log_det) : nullptr);
   }
 
   // Transposes the weights, then solves.
-  void solve_transposed(const Tensor* grad_steps, const std::optional<Tensor>& grad_ldj, const Tensor& x_steps, const Tensor& params,
-                        const Tensor& solution) {
+  void solve_transposed(const Tensor* grad_steps, const std::optional<Tensor>& grad_ldj, const Tensor& x_steps,
+                        const Tensor& params, const Tensor& solution) {
     MadeNetwork<T> across = net;
     for (int l = 0; l <= net.layers; ++l)
       across.weight[l] = read<T>(arrange(weights_[l], l == 0, l == net.layers, true));
-    launch_(made_solve_transposed<T>, blocks(), dim3(kSolveThreads), across, grad_steps ? read<T>(*grad_steps) : nullptr,
-            grad_ldj ? read<T>(*grad_ldj) : nullptr, read<T>(x_steps), write<T>(params), write<T>(solution));
+    launch_(made_solve_transposed<T>, blocks(), dim3(kSolveThreads), across,
+            grad_steps ? read<T>(*grad_steps) : nullptr, grad_ldj ? read<T>(*grad_ldj) : nullptr, read<T>(x_steps),
+            write<T>(params), write<T>(solution));
   }
 
   void settle(int layer, const Tensor& product, const Tensor& grad) {
-    launch_(made_settle<T>, ceil_div(product.numel(), kThreads), dim3(kThreads), net, layer, read<T>(product), read<int64_t>(order_),
-            write<T>(grad));
+    launch_(made_settle<T>, ceil_div(product.numel(), kThreads), dim3(kThreads), net, layer, read<T>(product),
+            read<int64_t>(order_), write<T>(grad));
   }
 
   void sum_columns(const Tensor& values, bool by_step, const Tensor& sums) {
-    launch_(made_sum_columns<T>, ceil_div(values.size(1), kThreads), dim3(kThreads), read<T>(values), values.size(0), values.size(1),
-            read<int64_t>(order_), int64_t(net.features), by_step, write<T>(sums));
+    launch_(made_sum_columns<T>, ceil_div(values.size(1), kThreads), dim3(kThreads), read<T>(values), values.size(0),
+            values.size(1), read<int64_t>(order_), int64_t(net.features), by_step, write<T>(sums));
   }
 
   void negate(const Tensor& from, const Tensor& to) {
-    launch_(made_negate<T>, ceil_div(from.numel(), kThreads), dim3(kThreads), read<T>(from), from.numel(), write<T>(to));
+    launch_(made_negate<T>, ceil_div(from.numel(), kThreads), dim3(kThreads), read<T>(from), from.numel(),
+            write<T>(to));
   }
 
   // A fresh [N, H] of a layer, zeros: units of a degree that no step reaches are read by products all the same.
@@ -185,8 +197,8 @@ void with_wide(const Tensor& t, F f) {
 }
 
 std::tuple<Tensor, Tensor> made_inverse(const Tensor& z, std::optional<Tensor> context, std::vector<Tensor> weights,
-                                        std::vector<Tensor> biases, const Tensor& order, const Tensor& counts, bool residual,
-                                        int64_t scale_map) {
+                                        std::vector<Tensor> biases, const Tensor& order, const Tensor& counts,
+                                        bool residual, int64_t scale_map) {
   Tensor x = fresh(z, {z.size(0), z.size(1)}), ldj = fresh(z, {z.size(0)});
   if (z.size(0) == 0) return {x, ldj};
   with_wide(z, [&](auto t) {
@@ -201,8 +213,9 @@ std::tuple<Tensor, Tensor> made_inverse(const Tensor& z, std::optional<Tensor> c
 }
 
 std::vector<Tensor> made_inverse_backward(std::optional<Tensor> grad_x, std::optional<Tensor> grad_ldj, const Tensor& x,
-                                          std::optional<Tensor> context, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                          const Tensor& order, const Tensor& counts, bool residual, int64_t scale_map) {
+                                          std::optional<Tensor> context, std::vector<Tensor> weights,
+                                          std::vector<Tensor> biases, const Tensor& order, const Tensor& counts,
+                                          bool residual, int64_t scale_map) {
   const int64_t samples = x.size(0), D = x.size(1), layers = static_cast<int64_t>(weights.size());
   const auto zeros = [&](const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); };
   std::vector<Tensor> grads = {fresh(x, {samples, D}), fresh(x, {samples, weights[0].size(0)})};

@@ -1,10 +1,10 @@
 """The machine a run took place on: what it is, and how fast it moved bytes and multiplied in that same run.
 
 Two ceilings give every row its share of the peak: a copy of a buffer larger than the last-level cache (bytes read plus
-bytes written) and a square matrix product, each the best of several tries, at the start of the run and again at its end.
-A row's share is the larger of (bytes/s ÷ copy) and (flop/s ÷ product), for a half type the faster of its own product and
-fp32's, into which it may be widened: processors without half arithmetic multiply it a hundred times slower. A share can pass
-100 % where a row's tensors stay in the cache or are written past it.
+bytes written) and a square matrix product, each the best of several tries, at the start of the run and again at its
+end. A row's share is the larger of (bytes/s ÷ copy) and (flop/s ÷ product), for a half type the faster of its own
+product and fp32's, into which it may be widened: processors without half arithmetic multiply it a hundred times slower.
+A share can pass 100 % where a row's tensors stay in the cache or are written past it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def spare_bytes(device: torch.device) -> int:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, ``-dirty`` where files differ; None outside a checkout."""
+    """The commit of the checkout that this package runs from, ``-dirty`` where files differ; None outside a
+    checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -95,7 +96,8 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class Ceilings:
-    """Bytes and flops a second that this machine reached in this run; `measure` may be called again and keeps the best."""
+    """Bytes and flops a second that this machine reached in this run; `measure` may be called again and keeps the
+    best."""
 
     device: torch.device
     copy: float = 0.0

@@ -1,27 +1,29 @@
 """How one provider is held against the reference, timed and weighed. Peers run this same file in their own processes.
 
-**The gate.** Truth is the reference in fp64 on the very same (dtype-rounded) inputs and output gradients. For every output
-and every gradient, two errors are taken: ``‖value − truth‖ / ‖truth‖`` and ``max|value − truth| / max|truth|``, the second
-because one wrong element in millions is lost in the first. Each must be at most
+**The gate.** Truth is the reference in fp64 on the very same (dtype-rounded) inputs and output gradients. For every
+output
+and every gradient, two errors are taken: ``‖value − truth‖ / ‖truth‖`` and ``max|value − truth| / max|truth|``, the
+second because one wrong element in millions is lost in the first. Each must be at most
 
     2 × the same-dtype reference's own error  +  FLOOR × eps(fp32; fp64 for an fp64 value)
 
-The floor, `FLOOR` for our own backends, is for values that the reference happens to get almost exactly. Baselines that are not
-ours (the compiled reference, peers) get `WIDE_FLOOR`: they must compute the same function, but may add up a long sum with
-less care. A NaN or infinity where the truth is finite never passes; shapes must agree; our own
+The floor, `FLOOR` for our own backends, is for values that the reference happens to get almost exactly. Baselines that
+are not ours (the compiled reference, peers) get `WIDE_FLOOR`: they must compute the same function, but may add up a
+long sum with less care. A NaN or infinity where the truth is finite never passes; shapes must agree; our own
 backends must also return the reference's dtypes, and they run once more with ``torch.empty`` filled with NaN, so that
 an output element nobody wrote is seen.
 
-Integers (drawn categories) must equal the same-dtype reference's, all of them: fp64 may fall on the other side of a boundary. On a GPU,
-where the reference's exponentials and logarithms round by themselves, one in 1 / `APART` may.
+Integers (drawn categories) must equal the same-dtype reference's, all of them: fp64 may fall on the other side of a
+boundary. On a GPU, where the reference's exponentials and logarithms round by themselves, one in 1 / `APART` may.
 
-**Time.** A turn is one untimed call, then a few timed ones, each on the next of several input sets (see `rotation`). On a
-GPU by CUDA events, else by the host's clock. Calls shorter than `SHORTEST` are timed several at once;
+**Time.** A turn is one untimed call, then a few timed ones, each on the next of several input sets (see `rotation`). On
+a GPU by CUDA events, else by the host's clock. Calls shorter than `SHORTEST` are timed several at once;
 calls longer than `LONG` without the untimed one, each a turn of its own, and their peak memory is not taken.
 
 **Peak memory.** The most that one call holds at once beyond what was allocated when it began: outputs, gradients and
-temporaries, not the inputs. On a GPU from ``torch.cuda.max_memory_allocated``; on a CPU by replaying the allocations and
-frees that torch's profiler records in one separate, untimed call (scratch that C++ takes outside torch's allocator is unseen).
+temporaries, not the inputs. On a GPU from ``torch.cuda.max_memory_allocated``; on a CPU by replaying the allocations
+and frees that torch's profiler records in one separate, untimed call (scratch that C++ takes outside torch's allocator
+is unseen).
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def differentiates(direction: str) -> bool:
 
 @dataclass
 class Inputs:
-    """One input set: the operator's arguments and the gradients of its outputs (empty where nothing is differentiated)."""
+    """One input set: the operator's arguments and the gradients of its outputs (empty where nothing is
+    differentiated)."""
 
     args: tuple[Tensor, ...]
     cotangents: tuple[Tensor, ...] = ()
@@ -62,7 +65,8 @@ class Inputs:
         return tuple(a for a in self.args if a.is_floating_point())
 
     def ready(self, direction: str) -> Inputs:
-        """A copy in memory of its own, whose floating-point arguments require gradients where the direction needs it."""
+        """A copy in memory of its own, whose floating-point arguments require gradients where the direction needs
+        it."""
         new = self.map(lambda t: t.detach().clone())
         for leaf in new.leaves() if differentiates(direction) else ():
             leaf.requires_grad_()
@@ -95,11 +99,12 @@ def values(op: Callable, inputs: Inputs, direction: str) -> list[Tensor]:
     return [t.detach() for t in (*outputs, *filled)]
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------
+# --- the gate -----------------------------------------------------------------------------------------------------
 
 
 def errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Relative error in the 2-norm and in the largest element; infinite where a finite truth is met by NaN or infinity."""
+    """Relative error in the 2-norm and in the largest element; infinite where a finite truth is met by NaN or
+    infinity."""
     value, truth = value.double(), truth.double()
     if truth.numel() == 0:
         return 0.0, 0.0
@@ -186,7 +191,7 @@ def poisoned_memory() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-# --- time and memory --------------------------------------------------------------------------------------------------
+# --- time and memory ----------------------------------------------------------------------------------------------
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -205,8 +210,8 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 def rotation(set_bytes: int, cache_bytes: int, most_bytes: int) -> int:
     """How many input sets to rotate among so that no call finds its inputs in the cache.
 
-    Twice the last-level cache in all. At most `most_bytes` of memory and 64 sets: a call so small that 64 sets fit in the
-    cache is one whose inputs would be cached in real use as well.
+    Twice the last-level cache in all. At most `most_bytes` of memory and 64 sets: a call so small that 64 sets fit in
+    the cache is one whose inputs would be cached in real use as well.
     """
     wanted = math.ceil(2 * cache_bytes / max(set_bytes, 1))
     return max(1, min(wanted, most_bytes // max(set_bytes, 1), 64))

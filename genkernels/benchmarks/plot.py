@@ -86,9 +86,14 @@ def _fill(axes, column, speeds, log) -> None:
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # over the line at 1
         axes.text(0.006, y - 0.09, name, transform=_mixed(axes), fontsize=9, weight="bold", va="bottom", bbox=white)
         axes.annotate(
-            f"{shape}, {rest.replace('  ', ', ')}", (1, y - 0.09), xycoords=_mixed(axes), fontsize=8, ha="right", va="bottom",
+            f"{shape}, {rest.replace('  ', ', ')}",
+            (1, y - 0.09),
+            xycoords=_mixed(axes),
+            fontsize=8,
+            ha="right",
+            va="bottom",
             color="#444444",
-        )  # fmt: skip
+        )
         relative = _speeds(rows)
         for row in rows:
             middle = y + _BAR / 2
@@ -100,9 +105,15 @@ def _fill(axes, column, speeds, log) -> None:
             else:
                 speed, text, colour = low, "its values differ: no speed is shown", "#b00020"
             axes.annotate(
-                text, (speed, middle), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=colour,
+                text,
+                (speed, middle),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=colour,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-            )  # fmt: skip
+            )
             y += _BAR
     if log:
         axes.set_xscale("log")
@@ -132,6 +143,13 @@ def _legend(figure, width, height, kinds) -> None:
 
     handles = [Patch(color=colour, label=label) for label, colour in _COLOURS.items() if label in kinds]
     figure.legend(
-        handles=handles, loc="upper right", ncols=3, fontsize=8, frameon=False,
-        bbox_to_anchor=(1 - 0.15 / width, 1 - 0.08 / height), borderaxespad=0, columnspacing=1.0, handlelength=1.2,
-    )  # fmt: skip
+        handles=handles,
+        loc="upper right",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+        bbox_to_anchor=(1 - 0.15 / width, 1 - 0.08 / height),
+        borderaxespad=0,
+        columnspacing=1.0,
+        handlelength=1.2,
+    )

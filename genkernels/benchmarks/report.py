@@ -15,17 +15,26 @@ from typing import IO
 WIDTH = 100
 ONE_PASS = "one pass"
 _PICTURES = (".png", ".svg", ".pdf")
-_HEAD = f"  {'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}{'of peak':>9}{'peak MiB':>11}"
-_HEAD_WITH_PASS = f"  {'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}{'× one pass':>12}{'of peak':>8}{'peak MiB':>9}"
+_HEAD = (
+    "  "
+    f"{'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}"
+    f"{'of peak':>9}{'peak MiB':>11}"
+)
+_HEAD_WITH_PASS = (
+    "  "
+    f"{'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}"
+    f"{'× one pass':>12}{'of peak':>8}{'peak MiB':>9}"
+)
 _LEGEND = (
     "Medians and 20/80 % quantiles of interleaved calls. × reference, × compiled: how many times as fast as eager and "
     "compiled PyTorch. Of peak: bytes/s (or flop/s) as a share of the copy (or product) above. Peak MiB: "
-    "memory held at once beyond the inputs. × one pass: likewise, where a case names a yardstick (one forward pass of its network), "
+    "memory held at once beyond the inputs. × one pass: likewise, where a case names a yardstick (one forward "
+    "pass of its network), "
     "which has no gate. A provider whose values are wrong shows no speed."
 )
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------------
 
 
 def lines(results) -> Iterator[tuple[str, str]]:
@@ -72,7 +81,10 @@ def _line(row, times: dict[str, float]) -> str:
     spread = f"{milliseconds(row.q20_s)} – {milliseconds(row.q80_s)}"
     share = "–" if row.share_of_peak is None else f"{100 * row.share_of_peak:.0f} %"
     peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
-    common = f"  {row.provider:<11}{milliseconds(row.median_s):>11}{spread:>21}{ratio('reference'):>13}{ratio('compiled'):>12}"
+    common = (
+        "  "
+        f"{row.provider:<11}{milliseconds(row.median_s):>11}{spread:>21}{ratio('reference'):>13}{ratio('compiled'):>12}"
+    )
     if ONE_PASS in times:
         return f"{common}{ratio(ONE_PASS):>12}{share:>8}{peak:>9}"
     return f"{common}{share:>9}{peak:>11}"
@@ -121,7 +133,7 @@ def show(results, file: IO[str] | None = None) -> None:
         console.print(Text(text, style=styles.get(style, "")), soft_wrap=True)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------------
 
 
 def check_writable(option: str, path: str | os.PathLike) -> None:

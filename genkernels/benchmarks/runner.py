@@ -1,4 +1,5 @@
-"""The one runner: draws a case's inputs, holds every provider against the gate, then lets them take turns under the clock."""
+"""The one runner: draws a case's inputs, holds every provider against the gate, then lets them take turns under the
+clock."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def main(
         dtypes: only rows of these, ``"float32"``, ``"bf16"``, ….
         providers: only these: ``reference``, ``compiled``, a backend, a peer. The gate holds all the same.
         threads: CPU threads; torch's own choice by default.
-        limit: seconds after which no other row is begun; measuring is shorter to match, and the rows left out are named.
+        limit: seconds after which no other row is begun; measuring is shorter to match, and the rows left out are
+            named.
 
     Returns:
         0; 1 where one of our own backends fails its gate, or where nothing could be measured.
@@ -96,7 +98,8 @@ def measure(
     quick: bool = False,
     limit: float | None = None,
 ) -> Results:
-    """Every provider on every case; after `limit` seconds, on those begun by then: every third case comes first, so that they are of all kinds."""
+    """Every provider on every case; after `limit` seconds, on those begun by then: every third case comes first, so
+    that they are of all kinds."""
     began = time.monotonic()
     ceilings = machine.Ceilings(device)
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
@@ -154,8 +157,17 @@ def run_case(
         gated = getattr(provider, "gated", True)
         if not gated and case.yardstick is None:
             continue
-        row = Row(case.name, list(case.shape), case.dtype_name, case.direction, provider.name, "pass" if gated else "none",
-                  bytes=case.bytes, flops=case.flops, ours=provider.ours)  # fmt: skip
+        row = Row(
+            case.name,
+            list(case.shape),
+            case.dtype_name,
+            case.direction,
+            provider.name,
+            "pass" if gated else "none",
+            bytes=case.bytes,
+            flops=case.flops,
+            ours=provider.ours,
+        )
         try:
             session = provider.open(problem)
             row.fault = session.check()
@@ -245,7 +257,7 @@ def take_turns(sessions: dict[str, Session], effort: Effort) -> tuple[dict[str, 
     return samples, lost
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------------------------
 
 
 def _device(device) -> torch.device:
@@ -295,8 +307,8 @@ def _effort(rows: int, quick: bool, limit: float | None) -> Effort:
 
 @contextlib.contextmanager
 def _whole_fp32(device: torch.device) -> Iterator[None]:
-    """No TF32 on a GPU, which cuDNN's convolutions take unless told: a fp32 row is fp32 for every provider, whatever kernel torch picks,
-    and the integers that the definition draws are those of fp32."""
+    """No TF32 on a GPU, which cuDNN's convolutions take unless told: a fp32 row is fp32 for every provider, whatever
+    kernel torch picks, and the integers that the definition draws are those of fp32."""
     before = torch.backends.cudnn.allow_tf32
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False

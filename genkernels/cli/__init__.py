@@ -1,7 +1,7 @@
 """The command line: ``genkernels info | train | sample | eval | bench``.
 
-Only what a command needs is imported, when it runs: ``genkernels --help`` needs none of it. Plain argparse, so that the base
-install, torch and numpy, has the whole command line.
+Only what a command needs is imported, when it runs: ``genkernels --help`` needs none of it. Plain argparse, so that the
+base install, torch and numpy, has the whole command line.
 """
 
 from __future__ import annotations

@@ -51,16 +51,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         first = unknown[0].split("=")[0]
         hint = _nearest(first, known) if first.startswith("-") else ""
         parser.error(
-            f"{arguments.command}: unknown argument {first!r}{hint or f'; genkernels {arguments.command} --help lists them'}"
+            f"{arguments.command}: unknown argument "
+            f"{first!r}{hint or f'; genkernels {arguments.command} --help lists them'}"
         )
     return arguments
 
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
-        prog="genkernels",
-        description="Fast kernels, layers and models for deep generative modelling.",
-        epilog=_EPILOG,
+        prog="genkernels", description="Fast kernels, layers and models for deep generative modelling.", epilog=_EPILOG
     )
     parser.set_defaults(module=None)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -116,8 +115,14 @@ def _train(sub: Parser) -> None:
     model.add_argument(
         "--preset", metavar="P", help="sizes of a paper or for a data set (default: the data set's own, if any)"
     )
-    model.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="settings",
-                       help="an argument of the model's constructor, e.g. --set hidden=128; repeatable")  # fmt: skip
+    model.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="an argument of the model's constructor, e.g. --set hidden=128; repeatable",
+    )
     model.add_argument(
         "--reversible", action="store_true", help="rebuild activations in backward: memory flat in depth"
     )
@@ -158,11 +163,21 @@ def _train(sub: Parser) -> None:
 
     keep = sub.add_argument_group("evaluation, samples, checkpoints (in steps; 0: only at the end)")
     keep.add_argument("--eval-every", type=int, default=SUPPRESS, metavar="N", help="default: ten times a run")
-    keep.add_argument("--eval-examples", type=int, default=SUPPRESS, metavar="N",
-                      help="held-out images to look at during the run, 0 for all (default: 512)")  # fmt: skip
+    keep.add_argument(
+        "--eval-examples",
+        type=int,
+        default=SUPPRESS,
+        metavar="N",
+        help="held-out images to look at during the run, 0 for all (default: 512)",
+    )
     keep.add_argument("--sample-every", type=int, default=SUPPRESS, metavar="N", help="default: as --eval-every")
-    keep.add_argument("--checkpoint-every", type=int, default=SUPPRESS, metavar="N",
-                      help="default: at every evaluation and every five minutes")  # fmt: skip
+    keep.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=SUPPRESS,
+        metavar="N",
+        help="default: at every evaluation and every five minutes",
+    )
     keep.add_argument(
         "--samples",
         type=int,
@@ -189,8 +204,11 @@ def _sample(sub: Parser) -> None:
     sub.add_argument("--n", type=int, metavar="N", help="how many (default: 64 images or 2000 points)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
     sub.add_argument("--label", type=int, metavar="K", help="the class of every sample (class-conditional models)")
-    sub.add_argument("--inpaint", metavar="PART",
-                     help="keep this part of held-out images and draw the rest (PixelCNN family): top-half, top-quarter, left-half")  # fmt: skip
+    sub.add_argument(
+        "--inpaint",
+        metavar="PART",
+        help="keep this part of held-out images and draw the rest (PixelCNN family): top-half, top-quarter, left-half",
+    )
     sub.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at once (default: 256)")
     sub.add_argument("--out", metavar="F.png|F.npz", help="a sheet, or the arrays (default: a PNG in RUN/samples)")
 

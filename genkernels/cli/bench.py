@@ -10,9 +10,15 @@ def run(arguments) -> int:
 
     try:
         return main(
-            arguments.cases, json=arguments.json, plot=arguments.plot, quick=arguments.quick, device=arguments.device,
-            dtypes=arguments.dtype, providers=arguments.provider, threads=arguments.threads,
+            arguments.cases,
+            json=arguments.json,
+            plot=arguments.plot,
+            quick=arguments.quick,
+            device=arguments.device,
+            dtypes=arguments.dtype,
+            providers=arguments.provider,
+            threads=arguments.threads,
             limit=arguments.limit,
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -19,7 +19,8 @@ def model_kwargs(
         kind: the model's class.
         name: its command-line name.
         bundle: the data: shape and levels follow from it, whatever a preset says.
-        preset: a name in ``kind.presets``; None takes the one called like the data set, or ``points`` for points, if there is one.
+        preset: a name in ``kind.presets``; None takes the one called like the data set, or ``points`` for points, if
+            there is one.
         settings: ``key=value`` strings.
         reversible, classes: the flags.
 

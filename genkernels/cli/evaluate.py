@@ -27,7 +27,8 @@ def run(arguments) -> int:
         check_fits(bundle, config)
         part = bundle.test if arguments.split == "test" else bundle.train
         conditional = classes_of(config) is not None
-        # As in training, unless said otherwise: the noise, and so the result, is that of metrics.json to the last digit.
+        # As in training, unless said otherwise: the noise, and so the result, is that of metrics.json to the last
+        # digit.
         settings = config["train"]
         batch_size = arguments.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 64)
         seed = settings.get("seed", 0) if arguments.seed is None else arguments.seed

@@ -1,4 +1,5 @@
-"""What `sample` and `eval` share: a run's model on its device, a forced backend, and an early look at where results go."""
+"""What `sample` and `eval` share: a run's model on its device, a forced backend, and an early look at where results
+go."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from genkernels.training.rundir import refuse_unwritable
 
 
 def load(arguments):
-    """The run's model, ready on the device, ``config.json`` and the checkpoint. Says which damaged checkpoint it passed over."""
+    """The run's model, ready on the device, ``config.json`` and the checkpoint. Says which damaged checkpoint it passed
+    over."""
     import torch
 
     from genkernels.training.rundir import load_model
@@ -44,7 +46,8 @@ def check_writable(path: Path) -> None:
 
 
 def check_fits(bundle, config: dict) -> None:
-    """The data must have the shape, the levels and, where the model is class-conditional, labels like those that it was trained on."""
+    """The data must have the shape, the levels and, where the model is class-conditional, labels like those that it was
+    trained on."""
     data = config["data"]
     ours, theirs = _form(data.get("shape"), data.get("levels")), _form(list(bundle.shape), bundle.levels)
     if ours != theirs:
@@ -52,7 +55,8 @@ def check_fits(bundle, config: dict) -> None:
     if (classes := classes_of(config)) is not None and not 1 <= (bundle.num_classes or 0) <= classes:
         got = f"{bundle.num_classes} classes" if bundle.num_classes else "no labels"
         raise UsageError(
-            f"the model is class-conditional, the data must have at most {classes} classes: got {bundle.name} with {got}"
+            f"the model is class-conditional, the data must have at most {classes} classes: got {bundle.name} "
+            f"with {got}"
         )
 
 

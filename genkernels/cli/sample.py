@@ -42,9 +42,14 @@ def run(arguments) -> int:
         if arguments.inpaint:
             return _inpaint(arguments, model, config, state, n, out)
         images = sample(
-            model, n, temperature=arguments.temperature, seed=arguments.seed, label=arguments.label,
-            num_classes=classes_of(config), batch_size=arguments.batch_size,
-        )  # fmt: skip
+            model,
+            n,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            label=arguments.label,
+            num_classes=classes_of(config),
+            batch_size=arguments.batch_size,
+        )
     if broken := unusable(images):
         print(
             f"genkernels: {broken} of {n} samples are not finite: train longer, or lower --temperature", file=sys.stderr
@@ -75,9 +80,14 @@ def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
     known = known_region(arguments.inpaint, bundle.shape)
     x, y = bundle.take("test", n)
     drawn = inpaint(
-        model, x, known, y=y if classes_of(config) else None, temperature=arguments.temperature, seed=arguments.seed,
+        model,
+        x,
+        known,
+        y=y if classes_of(config) else None,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
         batch_size=arguments.batch_size,
-    )  # fmt: skip
+    )
     top = bundle.levels - 1
     if out.suffix.lower() == ".npz":
         _save_npz(out, drawn / top, config, known=known.numpy(), original=x.numpy())

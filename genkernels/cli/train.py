@@ -25,9 +25,15 @@ def run(arguments) -> int:
     resume = f"genkernels train --out {shlex.quote(str(directory))} --resume"
     try:
         result = fit(
-            model, bundle, config, out=directory.path, resume=arguments.resume, overwrite=arguments.overwrite,
-            data=data, quiet=arguments.quiet,
-        )  # fmt: skip
+            model,
+            bundle,
+            config,
+            out=directory.path,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            data=data,
+            quiet=arguments.quiet,
+        )
     except KeyboardInterrupt:
         kept = next(iter(list_checkpoints(directory.checkpoints)), None)
         saved = f"the newest checkpoint is {kept}; go on with: {resume}" if kept else "nothing was saved"
@@ -80,9 +86,14 @@ def _begun(arguments, given: dict):
     root = data_root(spec, arguments.data_root)
     bundle = data.load(spec, root=root)
     keywords = model_kwargs(
-        kind, name, bundle, preset=arguments.preset, settings=arguments.settings, reversible=arguments.reversible,
+        kind,
+        name,
+        bundle,
+        preset=arguments.preset,
+        settings=arguments.settings,
+        reversible=arguments.reversible,
         classes=config.class_conditional,
-    )  # fmt: skip
+    )
     with fixed_seed(derive_seed(config.seed, "weights")):
         model = build(kind, name, keywords)
     return directory, config, {"spec": spec, "root": root}, bundle, model

@@ -79,8 +79,10 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
         labels, num_classes = [_labels(files.classes())] * 2, _count(files.classes())
         orders = list(held_out(spec, files.keys(), "images"))
         parts = [files, files]
-    labels = [y[order] if y is not None else torch.zeros(len(order), dtype=torch.int64)
-              for y, order in zip(labels, orders, strict=True)]  # fmt: skip
+    labels = [
+        y[order] if y is not None else torch.zeros(len(order), dtype=torch.int64)
+        for y, order in zip(labels, orders, strict=True)
+    ]
     sources = [part.pick(order) for part, order in zip(parts, orders, strict=True)]
     what = f"{'colour' if form.channels == 3 else 'grey'} images {form.height}x{form.width} from {path!r}"
     parts = build(sources, labels, form)

@@ -12,11 +12,13 @@ from genkernels.ops._operator import transforms_active
 def discretized_logistic_mixture_nll(params: Tensor, x: Tensor, levels: int = 256) -> Tensor:
     """Negative log-likelihood of images under the mixtures that a network gave for their pixels (PixelCNN++).
 
-    Equivalent to ``genkernels.ops.logistic_mixture_nll(params, x, levels=levels)``, and, on the CPU, outside of ``torch.compile``
-    and of functorch's transforms, a check that x lies in [−1, 1]. Elsewhere a value beyond counts as the end.
+    Equivalent to ``genkernels.ops.logistic_mixture_nll(params, x, levels=levels)``, and, on the CPU, outside of
+    ``torch.compile`` and of functorch's transforms, a check that x lies in [−1, 1]. Elsewhere a value beyond counts as
+    the end.
 
     Args:
-        params: ``[N, 3*K, H, W]`` for one channel, ``[N, 10*K, H, W]`` for three; layout as in `genkernels.ops.logistic_mixture_nll`.
+        params: ``[N, 3*K, H, W]`` for one channel, ``[N, 10*K, H, W]`` for three; layout as in
+            `genkernels.ops.logistic_mixture_nll`.
         x: ``[N, C, H, W]``, at the levels ``2 * i / (levels - 1) - 1`` in [−1, 1].
         levels: 2 to 65,536.
 
@@ -51,11 +53,13 @@ def sample_logistic_mixture(
     Equivalent to::
 
         noise = torch.rand(N, 1 + channels, H, W, generator=generator)
-        2 * genkernels.ops.logistic_mixture_sample(params, noise, levels=levels, temperature=temperature) / (levels - 1) - 1
+        2 * genkernels.ops.logistic_mixture_sample(params, noise, levels=levels, temperature=temperature) / (levels - 1)
+        - 1
 
     Args:
         params: ``[N, 3*K, H, W]`` for one channel, ``[N, 10*K, H, W]`` for three.
-        generator: of the noise; torch's default where it is None. temperature: divides the logits, multiplies the logistic noise.
+        generator: of the noise; torch's default where it is None. temperature: divides the logits, multiplies the
+            logistic noise.
         levels: 2 to 65,536.
         channels: 1 or 3; needed where the number of parameters is a multiple of 30, which either has.
 
@@ -75,7 +79,8 @@ def sample_logistic_mixture(
     if channels is None and len(fitting) != 1:
         reason = "both fit: pass channels=1 or channels=3" if fitting else "neither fits"
         raise ValueError(
-            f"{name}: params must have 3*K (one channel) or 10*K (three) in dimension 1, got {params.shape[1]}: {reason}"
+            f"{name}: params must have 3*K (one channel) or 10*K (three) in dimension 1, got {params.shape[1]}: "
+            f"{reason}"
         )
     if channels not in (None, 1, 3):
         raise ValueError(f"{name}: channels must be 1 or 3, got {channels!r}")

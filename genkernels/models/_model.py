@@ -58,7 +58,7 @@ class LikelihoodModel(nn.Module):
             return self.bits_per_dim(x, y, generator).mean()
         return -self.log_prob(x, y, generator).mean()
 
-    # --- helpers -------------------------------------------------------------------------------------------------------
+    # --- helpers --------------------------------------------------------------------------------------------------
 
     def _check_sample(self, n: int, temperature: float, generator: torch.Generator | None) -> None:
         name = type(self).__name__

@@ -1,4 +1,5 @@
-"""Layers. Data → noise is forward: ``z, ldj = layer(x, context=None)`` and ``x, ldj = layer.inverse(z, context=None)``."""
+"""Layers. Data → noise is forward: ``z, ldj = layer(x, context=None)`` and ``x, ldj = layer.inverse(z,
+context=None)``."""
 
 from genkernels.nn.actnorm import ActNorm
 from genkernels.nn.affine_coupling import AffineCoupling

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 
 def renew(module: nn.Module, name: str, value: Tensor) -> None:
-    """Gives a buffer its value again, for a module that was made without storage (on "meta", ``to_empty``) and is being loaded.
+    """Gives a buffer its value again, for a module that was made without storage (on "meta", ``to_empty``) and is being
+    loaded.
 
     In place where it has storage there: what holds on to the buffer, a captured CUDA graph for one, sees the value too.
     """

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from genkernels.backends import current_backend
 
-#: Up to this many values a sample, one product over the whole batch beats a batch of small products on a CPU (measured on
-#: 2 cores: 4×4×4 at batch 128, forward and backward, 76 µs against 140 µs, a 1×1 convolution taking 250 µs).
+#: Up to this many values a sample, one product over the whole batch beats a batch of small products on a CPU (measured
+#: on 2 cores: 4×4×4 at batch 128, forward and backward, 76 µs against 140 µs, a 1×1 convolution taking 250 µs).
 SMALL = 128
 
 
@@ -40,7 +40,8 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on_cpu = x.device.type == "cpu"
     if on_cpu and current_backend() == "reference" and x.dim() == 4:
         return F.conv2d(x, weight.view(*weight.shape, 1, 1), bias)
-    # a product rather than a convolution: on a GPU a convolution may round to TF32 by default, and the inverse would not match
+    # a product rather than a convolution: on a GPU a convolution may round to TF32 by default, and the inverse would
+    # not match
     if on_cpu and channels * pixels <= SMALL:
         rows = x.transpose(0, 1).reshape(channels, count * pixels)
         out = weight @ rows if bias is None else torch.addmm(bias.unsqueeze(1), weight, rows)

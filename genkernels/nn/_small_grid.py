@@ -1,13 +1,13 @@
 r"""Convolutions on tiny grids as dense products, on a CPU.
 
-On a grid of P ≤ 16 pixels a "same" 3×3 convolution couples most pixels with one another, and what it costs is its set-up, not its
-arithmetic. Written out as a matrix over (channel, pixel) pairs it is one product over the batch:
+On a grid of P ≤ 16 pixels a "same" 3×3 convolution couples most pixels with one another, and what it costs is its
+set-up, not its arithmetic. Written out as a matrix over (channel, pixel) pairs it is one product over the batch:
 
 .. math:: T[(i, q), (o, p)] = w[o, i, q - p]
 
-T is the weight times a constant 0/1 matrix that says which tap leads from pixel q to pixel p, so its gradient is a product as
-well. Measured on one core, forward and backward of Glow's coupling network at batch 128 and 32 hidden channels: 4×4 grid 1.2 ms
-against 2.6 ms, 2×2 grid 0.5 ms against 1.3 ms.
+T is the weight times a constant 0/1 matrix that says which tap leads from pixel q to pixel p, so its gradient is a
+product as well. Measured on one core, forward and backward of Glow's coupling network at batch 128 and 32 hidden
+channels: 4×4 grid 1.2 ms against 2.6 ms, 2×2 grid 0.5 ms against 1.3 ms.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def dense_weight(weight: Tensor, height: int, width: int, pixels_first: tuple[bo
 
     Args:
         weight: ``[outputs, inputs, k, k]``.
-        pixels_first: for the rows and for the columns, whether the pixel is the slower index, (pixel, channel), or the channel is.
+        pixels_first: for the rows and for the columns, whether the pixel is the slower index, (pixel, channel), or the
+            channel is.
     """
     outputs, inputs, k, _ = weight.shape
     pixels = height * width
@@ -62,7 +63,8 @@ def dense_weight(weight: Tensor, height: int, width: int, pixels_first: tuple[bo
 
 @functools.lru_cache(maxsize=64)
 def _taps(height: int, width: int, k: int) -> np.ndarray:
-    """``[k*k, P*P]``, fp32: 1 where tap (a, b) leads from pixel q to pixel p. An array: a cached tensor might be a fake one."""
+    """``[k*k, P*P]``, fp32: 1 where tap (a, b) leads from pixel q to pixel p. An array: a cached tensor might be a fake
+    one."""
     pixels = [(i, j) for i in range(height) for j in range(width)]
     taps = np.zeros((k, k, len(pixels), len(pixels)), dtype=np.float32)
     for p, (i, j) in enumerate(pixels):

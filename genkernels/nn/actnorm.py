@@ -1,7 +1,7 @@
 r"""ActNorm: a scale and a bias for each channel, set from the first batch (Kingma & Dhariwal, "Glow", 2018).
 
 .. math:: z = (x + b)\,e^{a},\qquad \mathrm{ldj} = H W \sum_c a_c
-"""
+    """
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ActNorm(nn.Module):
         ldj = x[0, 0].numel() * log_scale.sum()
 
     The first forward in training mode sets ``bias`` and ``log_scale`` from its batch (from all ranks' batches where
-    ``torch.distributed`` is initialised). Until then they are zero, so that a forward in evaluation mode, and the inverse,
-    are the identity. A channel without variance keeps scale 1, and non-finite data leave a channel as it was. The flag
-    ``initialized`` travels with the state dict; forward reads only its mirror in Python, never the device.
+    ``torch.distributed`` is initialised). Until then they are zero, so that a forward in evaluation mode, and the
+    inverse, are the identity. A channel without variance keeps scale 1, and non-finite data leave a channel as it was.
+    The flag ``initialized`` travels with the state dict; forward reads only its mirror in Python, never the device.
 
     Args:
         channels: size of dimension 1 of the input.
@@ -61,7 +61,8 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Sets bias and scale so that this batch comes out with mean 0 and variance 1. An empty batch changes nothing."""
+        """Sets bias and scale so that this batch comes out with mean 0 and variance 1. An empty batch changes
+        nothing."""
         axes = [0, *range(2, x.dim())]
         work = x.detach().to(work_dtype(x))
         shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -20,14 +20,16 @@ class AffineCoupling(nn.Module):
         z, ldj = torch.cat([x1, x2 * s.exp() + t], 1), s.flatten(1).sum(1)
 
     Args:
-        net: ``net(x_half)``, or ``net(x_half, context)`` where a context is given. Channel split: `x_half` is the half that
-            passes, ``[N, C/2, *spatial]``, and the result ``[N, C, *spatial]``. Checkerboard: `x_half` is x ``[N, C, H, W]`` with
-            0 at the pixels that are transformed, and the result ``[N, 2*C, H, W]``. Additive: half as many channels.
+        net: ``net(x_half)``, or ``net(x_half, context)`` where a context is given. Channel split: `x_half` is the half
+            that passes, ``[N, C/2, *spatial]``, and the result ``[N, C, *spatial]``. Checkerboard: `x_half` is x ``[N,
+            C, H, W]`` with 0 at the pixels that are transformed, and the result ``[N, 2*C, H, W]``. Additive: half as
+            many channels.
         split: ``channel`` or ``checkerboard`` (pixels with even h + w pass).
         scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)).
         additive: shift only (NICE); the log-determinant is 0 and `scale_map` plays no part.
         flip: swaps the half that passes and the half that is transformed.
-        layout: ``halves``: the result's first half is the log-scale, its second the shift; ``interleaved``: they alternate.
+        layout: ``halves``: the result's first half is the log-scale, its second the shift; ``interleaved``: they
+            alternate.
 
     Raises:
         ValueError: an option is unknown, x does not suit the split, or `net` gives another shape.
@@ -114,7 +116,8 @@ class AffineCoupling(nn.Module):
             return x.masked_fill(transformed_pixels(*x.shape[2:], self.options["flip"], x.device), 0)
         if x.dim() < 2 or x.shape[1] % 2:
             raise ValueError(
-                f"AffineCoupling: x must be [N, C, ...] with an even number of channels for the channel split, got {list(x.shape)}"
+                "AffineCoupling: x must be [N, C, ...] with an even number of channels for the channel split, "
+                f"got {list(x.shape)}"
             )
         return self._passing(x)
 

@@ -1,4 +1,5 @@
-"""Glow's last convolution of a coupling network: zero at the start, with a learned log-scale for each output channel."""
+"""Glow's last convolution of a coupling network: zero at the start, with a learned log-scale for each output
+channel."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from genkernels.nn import _small_grid
 class Conv2dZeros(nn.Conv2d):
     r"""A 3×3 convolution whose result is multiplied by :math:`e^{3\ell}`, with weight, bias and ℓ zero at the start.
 
-    A flow built on it starts as the identity, up to its scale map; the factor 3 speeds ℓ up. The scale is multiplied into
-    the weights, which are smaller than the result.
+    A flow built on it starts as the identity, up to its scale map; the factor 3 speeds ℓ up. The scale is multiplied
+    into the weights, which are smaller than the result.
 
     Equivalent to::
 

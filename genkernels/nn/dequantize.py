@@ -1,4 +1,5 @@
-"""From integer pixels to densities and back: uniform dequantisation, and the logit that takes [0, 1] to the real line."""
+"""From integer pixels to densities and back: uniform dequantisation, and the logit that takes [0, 1] to the real
+line."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from genkernels.nn._log_det import work_dtype, zero_log_det
 class Dequantize(nn.Module):
     r"""Spreads each grey level evenly over its share of [0, 1): :math:`z = (i + u) / \text{levels},\ u \sim U[0, 1)`.
 
-    The log-determinant is :math:`-D\log\text{levels}`, so that a density of z becomes one in units where a grey level has
-    width 1: its mean over u is a lower bound of the log-probability of the integer image (Theis et al. 2016). The inverse
-    rounds down and gives floats in [0, 1], exact levels i/(levels − 1).
+    The log-determinant is :math:`-D\log\text{levels}`, so that a density of z becomes one in units where a grey level
+    has
+    width 1: its mean over u is a lower bound of the log-probability of the integer image (Theis et al. 2016). The
+    inverse rounds down and gives floats in [0, 1], exact levels i/(levels − 1).
 
     Args:
         levels: how many values a pixel takes, e.g. 256.
@@ -25,8 +27,8 @@ class Dequantize(nn.Module):
         x: ``[N, ...]``, uint8 indices 0..levels − 1, or floats in [0, 1], index/(levels − 1). z: float. ldj: ``[N]``.
 
     Raises:
-        TypeError: integers other than uint8. ValueError: values out of range; looked at on the CPU only, because a look at
-            another device would stall it.
+        TypeError: integers other than uint8. ValueError: values out of range; looked at on the CPU only, because a look
+            at another device would stall it.
 
     Source: Theis et al., "A note on the evaluation of generative models", 2016.
     """

@@ -4,8 +4,8 @@ r"""ActNorm and the 1×1 convolution behind it, both linear per pixel, as one pr
     z = W\,\mathrm{diag}(e^a)\,(x + b) = W' x + W' b,\qquad
     \mathrm{ldj} = HW\,\Bigl(\sum_c a_c + \log|\det W|\Bigr)
 
-and backwards :math:`x = W'^{-1} z - b`. The matrices of all pairs alike in channels are assembled together: K pairs cost as
-many operations as one. They are computed in fp64 and rounded once.
+and backwards :math:`x = W'^{-1} z - b`. The matrices of all pairs alike in channels are assembled together: K pairs
+cost as many operations as one. They are computed in fp64 and rounded once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class FoldedPair:
 
 
 class Folded:
-    """The matrices of several pairs for one pass, and their share of the log-determinant, which is the same for every sample."""
+    """The matrices of several pairs for one pass, and their share of the log-determinant, which is the same for every
+    sample."""
 
     def __init__(self, pairs: list[FoldedPair], inverse: bool):
         self.inverse = inverse

@@ -3,9 +3,9 @@ r"""The invertible 1×1 convolution of Glow in its PLU form.
 .. math::
     W = P L (U + \mathrm{diag}(s)),\qquad \mathrm{ldj} = H W \sum_c \log|s_c|
 
-P is a fixed permutation, L unit lower triangular, U strictly upper triangular; the signs of s are fixed. One parameter holds
-it all, ``factors [C, C]``: L below the diagonal, log|s| on it, U above. The small matrices are computed in fp64, so that
-forward and inverse are each other's inverse to the precision of the data, whatever TF32 setting is in force.
+P is a fixed permutation, L unit lower triangular, U strictly upper triangular; the signs of s are fixed. One parameter
+holds it all, ``factors [C, C]``: L below the diagonal, log|s| on it, U above. The small matrices are computed in fp64,
+so that forward and inverse are each other's inverse to the precision of the data, whatever TF32 setting is in force.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class InvertibleConv1x1(nn.Module):
 
 
 def assemble(convs: list[InvertibleConv1x1]) -> tuple[Tensor, Tensor]:
-    """W ``[K, C, C]`` and log|det W| ``[K]``, fp64, of K layers alike in channels and form, in one batch of operations."""
+    """W ``[K, C, C]`` and log|det W| ``[K]``, fp64, of K layers alike in channels and form, in one batch of
+    operations."""
     if not convs[0].lu:
         weight = _stack([conv.weight for conv in convs])
         return weight, torch.linalg.slogdet(weight).logabsdet

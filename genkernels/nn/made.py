@@ -19,7 +19,8 @@ from genkernels.reference.made import degree_mask, masked_weight, plan
 class MaskedLinear(nn.Linear):
     r"""A `torch.nn.Linear` in which an output sees the inputs of degree up to its own and no others.
 
-    Dead weights never act and get a gradient of exactly 0; they start as 0. Parameters and state dict are those of the plain layer.
+    Dead weights never act and get a gradient of exactly 0; they start as 0. Parameters and state dict are those of the
+    plain layer.
 
     Equivalent to::
 
@@ -27,16 +28,16 @@ class MaskedLinear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for `torch.nn.Linear`.
-        in_degrees: `in_features` integers ≥ 0, out_degrees: `out_features` of them. Features have degrees 1, 2, …; degree 0 means
-            that nothing is seen (but what is added later, such as a context).
+        in_degrees: `in_features` integers ≥ 0, out_degrees: `out_features` of them. Features have degrees 1, 2, …;
+            degree 0 means that nothing is seen (but what is added later, such as a context).
         strict: an output sees lower degrees only: the last layer of a MADE.
 
     Shapes:
         x ``[..., in]`` → ``[..., out]``.
 
     Raises:
-        ValueError: degrees do not fit, or an output that should see a feature has no live input: of degree ≥ 1 (≥ 2 with strict,
-            since the first feature's outputs rightly see nothing).
+        ValueError: degrees do not fit, or an output that should see a feature has no live input: of degree ≥ 1 (≥ 2
+            with strict, since the first feature's outputs rightly see nothing).
 
     Source: Germain et al., "MADE: Masked autoencoder for distribution estimation", 2015.
     """
@@ -65,7 +66,8 @@ class MaskedLinear(nn.Linear):
             unit = int((should & ~seen).nonzero()[0])
             raise ValueError(
                 f"MaskedLinear: an output of degree {int(out[unit])} must have an input of degree "
-                f"{'below' if strict else 'at most'} that, got in_degrees from {int(into.min())} (output {unit} has no live input)"
+                f"{'below' if strict else 'at most'} that, got in_degrees from {int(into.min())} (output {unit} "
+                "has no live input)"
             )
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.strict = bool(strict)
@@ -94,9 +96,9 @@ class MaskedLinear(nn.Linear):
 class MADE(nn.Module):
     r"""A network whose outputs for a feature see only the features before it in an order.
 
-    Hidden units are sorted by degree, so that each masked weight is block lower-triangular. Degrees go round 1 … D − 1 (0 … D − 1
-    with a context, so that the first feature sees it too); a layer of fewer units spreads its degrees evenly over that range, and
-    an output then sees the features up to the largest degree below its own.
+    Hidden units are sorted by degree, so that each masked weight is block lower-triangular. Degrees go round 1 … D − 1
+    (0 … D − 1 with a context, so that the first feature sees it too); a layer of fewer units spreads its degrees evenly
+    over that range, and an output then sees the features up to the largest degree below its own.
 
     Equivalent to (natural order, one hidden layer)::
 
@@ -105,18 +107,20 @@ class MADE(nn.Module):
 
     Args:
         features: D ≥ 1.
-        hidden_features: units of each hidden layer; one number H stands for ``(H, H)``, with `residual` for ``(H, H, H)``.
+        hidden_features: units of each hidden layer; one number H stands for ``(H, H)``, with `residual` for ``(H, H,
+            H)``.
         params_per_feature: P outputs a feature.
-        residual: hidden layers after the first come in pairs, blocks :math:`v + W_b\,\mathrm{relu}(W_a\,\mathrm{relu}(v))`; an odd
-            number of equal layers, at least 3.
-        order: ``natural`` (default), ``reversed``, ``random``, or a permutation of 0 … D − 1, the feature generated at each step.
+        residual: hidden layers after the first come in pairs, blocks :math:`v +
+            W_b\,\mathrm{relu}(W_a\,\mathrm{relu}(v))`; an odd number of equal layers, at least 3.
+        order: ``natural`` (default), ``reversed``, ``random``, or a permutation of 0 … D − 1, the feature generated at
+            each step.
             It is part of the state dict: a loaded network takes over the saved order.
         context_features: size of a context that every output may see; it enters the first hidden layer, unmasked.
         generator: for the random order.
 
     Shapes:
-        x ``[N, D]``, context ``[N, context_features]`` → ``[N, P * D]``: the first parameter of all features in data order, then
-        the second, ….
+        x ``[N, D]``, context ``[N, context_features]`` → ``[N, P * D]``: the first parameter of all features in data
+        order, then the second, ….
 
     Raises:
         ValueError: a size, the order or the presence of a context is wrong.
@@ -141,8 +145,10 @@ class MADE(nn.Module):
         if isinstance(hidden_features, str) or not isinstance(hidden_features, Sequence):
             hidden_features = (hidden_features,) * (3 if residual else 2)
         for name, value, least in (
-            ("features", features, 1), ("params_per_feature", params_per_feature, 1), ("context_features", context_features, 0),
-        ):  # fmt: skip
+            ("features", features, 1),
+            ("params_per_feature", params_per_feature, 1),
+            ("context_features", context_features, 0),
+        ):
             whole("MADE", name, value, least)
         sizes = tuple(hidden_features)
         if not all(isinstance(h, int) and not isinstance(h, bool) for h in sizes):
@@ -227,7 +233,8 @@ class MADE(nn.Module):
 class AutoregressiveTransform(nn.Module):
     r"""Masked autoregressive flow (MAF): data → noise in one pass, the inverse as a blocked triangular solve.
 
-    .. math:: z_i = x_i\,\sigma(s_i) + t_i,\qquad (s, t)_i = \mathrm{MADE}(x_{<i}),\qquad \mathrm{ldj} = \sum\log\sigma(s)
+    .. math:: z_i = x_i\,\sigma(s_i) + t_i,\qquad (s, t)_i = \mathrm{MADE}(x_{<i}),\qquad \mathrm{ldj} =
+        \sum\log\sigma(s)
 
     Equivalent to (``scale_map="exp"``)::
 
@@ -237,8 +244,8 @@ class AutoregressiveTransform(nn.Module):
     Args:
         made: a `MADE` of two parameters a feature: log-scales, then shifts.
         scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)).
-        method: how to invert: ``blocked`` (about the price of one pass), ``jacobi`` (sweeps until nothing changes, at most D) or
-            ``sequential`` (D passes, the definition). Gradients are the same: of the implicit function.
+        method: how to invert: ``blocked`` (about the price of one pass), ``jacobi`` (sweeps until nothing changes, at
+            most D) or ``sequential`` (D passes, the definition). Gradients are the same: of the implicit function.
 
     Shapes:
         x, z ``[N, D]``; ldj ``[N]``, nats, fp32 or wider.
@@ -341,7 +348,8 @@ def _degrees(name: str, values, count: int) -> Tensor:
     whole_numbers = not degrees.dtype.is_floating_point and degrees.dtype != torch.bool
     if not whole_numbers or list(degrees.shape) != [count] or int(degrees.min()) < 0:
         raise ValueError(
-            f"MaskedLinear: {name} must be {count} integers, 0 or more, got {str(degrees.dtype).removeprefix('torch.')} "
+            f"MaskedLinear: {name} must be {count} integers, 0 or more, got "
+            f"{str(degrees.dtype).removeprefix('torch.')} "
             f"{list(degrees.shape)}" + (f" down to {degrees.min().item()}" if degrees.numel() else "")
         )
     return degrees.to(torch.int64, copy=True)

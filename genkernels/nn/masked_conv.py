@@ -13,32 +13,38 @@ from genkernels.reference.masked_conv import causal_mask
 
 
 class MaskedConv2d(nn.Conv2d):
-    r"""A convolution that sees only what comes before each pixel; a `torch.nn.Conv2d` with padding fixed so that H and W stay.
+    r"""A convolution that sees only what comes before each pixel; a `torch.nn.Conv2d` with padding fixed so that H and
+    W stay.
 
     Equivalent to::
 
         y = F.conv2d(x, weight * layer.mask, bias, padding=(kh // 2, kw // 2)) + condition
         y = activation(y) + residual
 
-    Its parameters and state dict are those of a plain ``Conv2d``: ``weight [out_channels, in_channels, kh, kw]`` and ``bias``. Dead taps
+    Its parameters and state dict are those of a plain ``Conv2d``: ``weight [out_channels, in_channels, kh, kw]`` and
+    ``bias``. Dead taps
     may hold anything: they play no part and get a gradient of exactly 0.
 
     Args:
         mask_type: ``A`` (first layer: a pixel does not see itself) or ``B``.
         in_channels, out_channels: with the gate, half of `out_channels` leave the layer.
         kernel_size: odd, one number or ``(kh, kw)``.
-        data_channels: C blocks of channels in order, within a pixel (R, then G, then B); divides both numbers of channels.
+        data_channels: C blocks of channels in order, within a pixel (R, then G, then B); divides both numbers of
+            channels.
         region: ``raster``, ``vertical`` or ``horizontal``. activation: ``none``, ``relu`` or ``gate``.
         bias: whether there is one. stride, dilation: only 1.
 
     Shapes:
-        x: ``[N, in_channels, H, W]``. condition: ``[N, out_channels]`` or ``[N, out_channels, H, W]``, added before the activation.
-        residual: like the result, added after it. Result: ``[N, out_channels, H, W]``, with the gate half as many channels.
+        x: ``[N, in_channels, H, W]``. condition: ``[N, out_channels]`` or ``[N, out_channels, H, W]``, added before the
+            activation.
+        residual: like the result, added after it. Result: ``[N, out_channels, H, W]``, with the gate half as many
+            channels.
 
     Raises:
         ValueError: an option is unknown or not offered, the kernel is even, channels do not divide, or no tap is live.
 
-    Source: van den Oord et al., "Pixel recurrent neural networks", 2016; "Conditional image generation with PixelCNN decoders", 2016.
+    Source: van den Oord et al., "Pixel recurrent neural networks", 2016; "Conditional image generation with PixelCNN
+    decoders", 2016.
     """
 
     def __init__(
@@ -70,16 +76,29 @@ class MaskedConv2d(nn.Conv2d):
             "MaskedConv2d", mask_type, data_channels, region, activation, (out_channels, in_channels), (height, width)
         )
         super().__init__(
-            in_channels, out_channels, (height, width), padding=(height // 2, width // 2), bias=bias, device=device, dtype=dtype
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            (height, width),
+            padding=(height // 2, width // 2),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
         self.mask_type, self.data_channels, self.region, self.activation = mask_type, data_channels, region, activation
         self.register_buffer("mask", self._causal_mask(), persistent=False)
 
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         return ops.masked_conv(
-            x, self.weight, self.bias, mask_type=self.mask_type, data_channels=self.data_channels, region=self.region,
-            condition=condition, residual=residual, activation=self.activation,
-        )  # fmt: skip
+            x,
+            self.weight,
+            self.bias,
+            mask_type=self.mask_type,
+            data_channels=self.data_channels,
+            region=self.region,
+            condition=condition,
+            residual=residual,
+            activation=self.activation,
+        )
 
     def masked_weight(self) -> Tensor:
         """The weight with its dead taps exactly 0, differentiable."""
@@ -87,9 +106,15 @@ class MaskedConv2d(nn.Conv2d):
 
     def _causal_mask(self) -> Tensor:
         return causal_mask(
-            self.out_channels, self.in_channels, self.kernel_size, self.mask_type, self.data_channels, self.region,
-            self.activation == "gate", self.weight.device,
-        )  # fmt: skip
+            self.out_channels,
+            self.in_channels,
+            self.kernel_size,
+            self.mask_type,
+            self.data_channels,
+            self.region,
+            self.activation == "gate",
+            self.weight.device,
+        )
 
     def _load_from_state_dict(self, *arguments):
         super()._load_from_state_dict(*arguments)

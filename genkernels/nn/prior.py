@@ -1,4 +1,5 @@
-"""What a flow's latents follow: a normal or a logistic distribution, with a learned mean and scale for each class if asked."""
+"""What a flow's latents follow: a normal or a logistic distribution, with a learned mean and scale for each class if
+asked."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ KINDS = ("normal", "logistic")
 
 
 class Prior(nn.Module):
-    r"""An independent location-scale distribution, :math:`z = \mu_y + e^{\ell_y}\,\varepsilon`, ε standard normal or logistic.
+    r"""An independent location-scale distribution, :math:`z = \mu_y + e^{\ell_y}\,\varepsilon`, ε standard normal or
+    logistic.
 
     Args:
         channels: size of dimension 1 of the latents; μ and ℓ are shared by all pixels of a channel.

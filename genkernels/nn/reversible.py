@@ -1,11 +1,11 @@
 """The backward pass of a flow from its last output alone.
 
-forward runs the layers without a graph and keeps (z, context). backward goes from the last layer to the first: it rebuilds the
-layer's input from its output, asks for the layer's gradients there, and forgets both. What is alive at any time is one
-layer's activations, whatever the depth (Gomez et al. 2017).
+forward runs the layers without a graph and keeps (z, context). backward goes from the last layer to the first: it
+rebuilds the layer's input from its output, asks for the layer's gradients there, and forgets both. What is alive at any
+time is one layer's activations, whatever the depth (Gomez et al. 2017).
 
-A layer may bring its own ``reverse_backward(z, context, grad_z, grad_ldj, wanted) -> (x, grad_x, grad_context, grads)``;
-`invert_and_recompute` serves the others.
+A layer may bring its own ``reverse_backward(z, context, grad_z, grad_ldj, wanted) -> (x, grad_x, grad_context,
+grads)``; `invert_and_recompute` serves the others.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _autocast(device: str, enabled: bool, dtype: torch.dtype):
-    """The autocast state of forward, without its cache, so that no weight's cast is shared between passes with and without a graph."""
+    """The autocast state of forward, without its cache, so that no weight's cast is shared between passes with and
+    without a graph."""
     if not enabled and not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)

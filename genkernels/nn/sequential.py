@@ -14,15 +14,16 @@ from genkernels.nn.reversible import run_reversible
 class FlowSequential(nn.Sequential):
     """Chains flow layers: ``z, ldj = flow(x, context)`` and ``x, ldj = flow.inverse(z, context)``.
 
-    An `ActNorm` directly before an `InvertibleConv1x1` is folded with it into one product, forward and inverse, on every
-    backend but ``reference`` and once the ActNorm is initialised; parameters and state dict are those of the layers.
+    An `ActNorm` directly before an `InvertibleConv1x1` is folded with it into one product, forward and inverse, on
+    every backend but ``reference`` and once the ActNorm is initialised; parameters and state dict are those of the
+    layers.
 
     Args:
         *layers: modules with ``layer(x, context) -> (z, ldj)`` and ``layer.inverse(z, context) -> (x, ldj)``.
-        reversible: keep only the last output for backward and rebuild each layer's input by its inverse: memory does not
-            grow with depth, a step costs one more pass. Layers must be deterministic (no active dropout) and may offer
-            ``reverse_backward`` (see `AffineCoupling.reverse_backward`); otherwise they are inverted and run again. The context is
-            a tensor or None. Not twice differentiable.
+        reversible: keep only the last output for backward and rebuild each layer's input by its inverse: memory does
+            not grow with depth, a step costs one more pass. Layers must be deterministic (no active dropout) and may
+            offer ``reverse_backward`` (see `AffineCoupling.reverse_backward`); otherwise they are inverted and run
+            again. The context is a tensor or None. Not twice differentiable.
 
     Shapes:
         x, z: as the layers have it, ``[N, ...]``. ldj: ``[N]``, nats, fp32 or wider.

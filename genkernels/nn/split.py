@@ -13,9 +13,10 @@ from genkernels.nn.conv_zeros import Conv2dZeros
 class Split(nn.Module):
     r"""Keeps the first half of the channels and turns the second into latents that are to be standard normal.
 
-    With ``learned=True`` the prior of the second half depends on the first, :math:`x_2 \sim N(\mu(x_1), e^{2\ell(x_1)})`, by one
-    zero-initialised convolution; the latent is :math:`(x_2 - \mu)\,e^{-\ell}` and the log-determinant accounts for it. So every
-    latent of a model is N(0, I), and a temperature that multiplies latents multiplies the prior's standard deviation.
+    With ``learned=True`` the prior of the second half depends on the first, :math:`x_2 \sim N(\mu(x_1),
+    e^{2\ell(x_1)})`, by one zero-initialised convolution; the latent is :math:`(x_2 - \mu)\,e^{-\ell}` and the
+    log-determinant accounts for it. So every latent of a model is N(0, I), and a temperature that multiplies latents
+    multiplies the prior's standard deviation.
 
     Equivalent to::
 
@@ -34,7 +35,8 @@ class Split(nn.Module):
     Raises:
         ValueError: `channels` is odd, or x has others.
 
-    Source: Dinh et al., "Density estimation using Real NVP", 2017, §3.6; the learned prior: Kingma & Dhariwal, "Glow", 2018.
+    Source: Dinh et al., "Density estimation using Real NVP", 2017, §3.6; the learned prior: Kingma & Dhariwal, "Glow",
+    2018.
     """
 
     def __init__(self, channels: int, learned: bool = True):

@@ -54,7 +54,8 @@ class Squeeze(nn.Module):
 
 
 class EvenOdd(nn.Module):
-    """Reorders features so that those with even index come first; NICE's partition, as a layer. The log-determinant is 0.
+    """Reorders features so that those with even index come first; NICE's partition, as a layer. The log-determinant is
+    0.
 
     Shapes: x, z ``[N, D]``, D even.
     """

@@ -90,7 +90,8 @@ def inverse(z, weights, biases, order, counts, context, residual, scale_map, met
         raise ValueError(f"{NAME}: z must be [N, D] with D at least 1, got {list(z.shape)}")
     if len(weights) < 2 or len(weights) != len(biases):
         raise ValueError(
-            f"{NAME}: weights and biases must be two lists of one length, at least 2, got {len(weights)} and {len(biases)}"
+            f"{NAME}: weights and biases must be two lists of one length, at least 2, got {len(weights)} and "
+            f"{len(biases)}"
         )
     if residual and (len(weights) < 4 or len(weights) % 2):
         raise ValueError(
@@ -112,8 +113,8 @@ def inverse(z, weights, biases, order, counts, context, residual, scale_map, met
 
 
 def plan_values(order: Tensor, counts: Tensor, sizes: list[int], residual: bool) -> None:
-    """What a kernel checks of the values of `order` and `counts` before it addresses memory by them, for the plain passes, which
-    would invert another network without a word. Looked at on the CPU only."""
+    """What a kernel checks of the values of `order` and `counts` before it addresses memory by them, for the plain
+    passes, which would invert another network without a word. Looked at on the CPU only."""
     if order.device.type != "cpu" or torch.compiler.is_compiling():
         return
     features = order.numel()
@@ -123,7 +124,8 @@ def plan_values(order: Tensor, counts: Tensor, sizes: list[int], residual: bool)
     for layer, (row, units) in enumerate(zip(rows, sizes, strict=True)):
         if row[0] < 0 or row != sorted(row) or row[-1] != units:
             raise ValueError(
-                f"{NAME}: counts must ascend from 0 or more to the number of units in each hidden layer, they do not in layer {layer}"
+                f"{NAME}: counts must ascend from 0 or more to the number of units in each hidden layer, they do "
+                f"not in layer {layer}"
             )
         if residual and layer >= 2 and layer % 2 == 0 and any(a > b for a, b in zip(row, rows[layer - 2], strict=True)):
             raise ValueError(

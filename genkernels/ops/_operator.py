@@ -1,16 +1,17 @@
 """What every operator shares: its registration with torch, its choice of backend and its record.
 
-An operator's file declares an `Operator`, then calls `define` once for each torch operator that it needs (the forward one, its
-backward, …). `define` gives the schema in Python, so that names never depend on what was built, and hooks up
+An operator's file declares an `Operator`, then calls `define` once for each torch operator that it needs (the forward
+one, its backward, …). `define` gives the schema in Python, so that names never depend on what was built, and hooks up
 
 - ``CompositeExplicitAutograd``: the reference, wherever no kernel exists;
 - ``CPU``: the C++ library registers itself under the same name when it is loaded;
-- ``CUDA``: a launcher that picks Triton or CUDA C++ (`genkernels_cuda::<name>`) by `Operator.prefers_cuda` or as forced;
+- ``CUDA``: a launcher that picks Triton or CUDA C++ (`genkernels_cuda::<name>`) by `Operator.prefers_cuda` or as
+  forced;
 - the fake (shape, strides, dtype, device) that ``torch.compile`` needs.
 
-Gradients: `differentiate` registers a first-order formula that runs a kernel; `differentiate_reference` makes any operator,
-above all a backward one, differentiable through the autograd of its reference, so that every higher order is exact. Without
-it torch gives zeros at second order with no more than a warning.
+Gradients: `differentiate` registers a first-order formula that runs a kernel; `differentiate_reference` makes any
+operator, above all a backward one, differentiable through the autograd of its reference, so that every higher order is
+exact. Without it torch gives zeros at second order with no more than a warning.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def register(operator: Operator) -> Operator:
 def transforms_active() -> bool:
     """Whether a functorch transform (``vmap``, ``grad``, ``jvp``) or forward-mode differentiation is running.
 
-    Registered operators fail under the former or, worse, silently give zero tangents. The only place that rests on these
-    private names of torch; a test fails loudly when they move.
+    Registered operators fail under the former or, worse, silently give zero tangents. The only place that rests on
+    these private names of torch; a test fails loudly when they move.
     """
     if torch.autograd.forward_ad._current_level >= 0:
         return True
@@ -130,17 +131,13 @@ def _auto_cuda(operator: Operator, *tensors: Tensor) -> str:
 
 
 def runs_reference(operator: Operator, tensor: Tensor) -> bool:
-    """Whether a public function should take the plain PyTorch path, where autograd and every transform are torch's own."""
+    """Whether a public function should take the plain PyTorch path, where autograd and every transform are torch's
+    own."""
     return backend_for(operator, tensor) == "reference" or transforms_active()
 
 
 def define(
-    operator: Operator,
-    schema: str,
-    *,
-    reference: Callable,
-    fake: Callable,
-    not_differentiable: str = "",
+    operator: Operator, schema: str, *, reference: Callable, fake: Callable, not_differentiable: str = ""
 ) -> None:
     """Defines one torch operator of `operator`; `schema` is as for ``torch.library.Library.define``."""
     name = schema.split("(", 1)[0]
@@ -159,7 +156,8 @@ def _launch_on_gpu(operator: Operator, name: str, reference: Callable, *argument
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     chosen = backends.current_backend()
     if chosen not in ("triton", "cuda"):
-        # a forced "reference" or "cpu" was turned down, or obeyed, above; a backward pass may still run after its block ended
+        # a forced "reference" or "cpu" was turned down, or obeyed, above; a backward pass may still run after its block
+        # ended
         chosen = _auto_cuda(operator, *tensors)
     if chosen == "cuda":
         return getattr(torch.ops.genkernels_cuda, name)(*arguments)
@@ -171,8 +169,9 @@ def _launch_on_gpu(operator: Operator, name: str, reference: Callable, *argument
 def differentiate(name: str, setup_context: Callable, backward: Callable) -> None:
     """Registers the first-order gradient of `genkernels::name`.
 
-    ``torch.library.register_autograd`` reads the schema anew in every call, which costs as much as a small layer (some 30 µs). It is left to
-    operators with lists of tensors and with defaults, which it fills in; the others get the same `autograd.Function` without that.
+    ``torch.library.register_autograd`` reads the schema anew in every call, which costs as much as a small layer (some
+    30 µs). It is left to operators with lists of tensors and with defaults, which it fills in; the others get the same
+    `autograd.Function` without that.
     """
     run = getattr(torch.ops.genkernels, name).default
     if any(a.has_default_value() or "List" in str(a.type) for a in run._schema.arguments):
@@ -209,8 +208,9 @@ def differentiate_reference(name: str, reference: Callable) -> None:
 
     def backward(ctx, *grad_outputs):
         saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if is_tensor else other
-                  for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]  # fmt: skip
+        inputs = [
+            next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+        ]
         wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
         higher = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -223,9 +223,12 @@ def differentiate_reference(name: str, reference: Callable) -> None:
             grads: list[Tensor | None] = [None] * len(inputs)
             if pairs and wanted:
                 found = torch.autograd.grad(
-                    [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs],
-                    create_graph=higher, allow_unused=True,
-                )  # fmt: skip
+                    [o for o, _ in pairs],
+                    [inputs[i] for i in wanted],
+                    [g for _, g in pairs],
+                    create_graph=higher,
+                    allow_unused=True,
+                )
                 for i, grad in zip(wanted, found, strict=True):
                     grads[i] = grad
         return tuple(grads)
@@ -246,7 +249,8 @@ def refuse_gradient(name: str, sentence: str) -> None:
 
 
 def refuse_gradient_in_place(name: str, sentence: str) -> None:
-    """The same for an operator that writes into its arguments, which `differentiate` does not take: `sentence` is raised at the call."""
+    """The same for an operator that writes into its arguments, which `differentiate` does not take: `sentence` is
+    raised at the call."""
     run = getattr(torch.ops.genkernels, name)
 
     def call(*arguments):

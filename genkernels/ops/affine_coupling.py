@@ -1,4 +1,5 @@
-"""Affine coupling: schema, checks, fake, gradients, backend choice. The maths is in `genkernels.reference.affine_coupling`."""
+"""Affine coupling: schema, checks, fake, gradients, backend choice. The maths is in
+`genkernels.reference.affine_coupling`."""
 
 from __future__ import annotations
 
@@ -48,20 +49,27 @@ def affine_coupling(
         ldj = s.flatten(1).sum(1)
 
     Args:
-        x: ``[N, C, *spatial]``, fp64, fp32, bf16 or fp16. C is even for the channel split; the checkerboard split takes ``[N, C, H, W]``.
-        params: what the network made of the pass-through half. Channel split: ``[N, C, *spatial]``, log-scale and shift of the C/2
-            transformed channels. Checkerboard: ``[N, 2*C, H, W]``; values at pass-through pixels are ignored and get a gradient of
-            exactly 0. Additive: the shift alone, half as many channels. The dtype of `x`, or bf16 or fp16 beside an fp32 `x`.
-        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)); ``additive``: σ = 1 (NICE).
+        x: ``[N, C, *spatial]``, fp64, fp32, bf16 or fp16. C is even for the channel split; the checkerboard split takes
+            ``[N, C, H, W]``.
+        params: what the network made of the pass-through half. Channel split: ``[N, C, *spatial]``, log-scale and shift
+            of the C/2
+            transformed channels. Checkerboard: ``[N, 2*C, H, W]``; values at pass-through pixels are ignored and get a
+                gradient of
+            exactly 0. Additive: the shift alone, half as many channels. The dtype of `x`, or bf16 or fp16 beside an
+                fp32 `x`.
+        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)); ``additive``: σ = 1
+            (NICE).
         split: ``channel``, or ``checkerboard``: pixels with even h + w pass through.
-        layout: ``halves``: all log-scales, then all shifts; ``interleaved``: channel 2c is the log-scale, 2c + 1 the shift.
+        layout: ``halves``: all log-scales, then all shifts; ``interleaved``: channel 2c is the log-scale, 2c + 1 the
+            shift.
         flip: swaps the half that passes through and the half that is transformed.
 
     Returns:
         ``(z, ldj)``: z like `x` (contiguous); ldj ``[N]``, nats, fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: a shape or an option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot run.
+        ValueError: a shape or an option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot
+            run.
 
     Source: Dinh et al., "Density estimation using Real NVP", 2017; Kingma & Dhariwal, "Glow", 2018.
     """
@@ -93,7 +101,8 @@ def affine_coupling_inverse(
     Raises: as for `affine_coupling`. Source: the same.
 
     Returns:
-        ``(x, ldj)``: x like `z` (contiguous); ldj ``[N]`` being the log-determinant of the inverse, minus that of the forward map.
+        ``(x, ldj)``: x like `z` (contiguous); ldj ``[N]`` being the log-determinant of the inverse, minus that of the
+        forward map.
     """
     return _couple(z, params, scale_map, split, layout, flip, inverse=True)
 
@@ -146,7 +155,8 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 
 def _autocast(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast any mixture of floats is fine: the wider one wins, except that fp32 beside half params is native."""
+    """Under autocast any mixture of floats is fine: the wider one wins, except that fp32 beside half params is
+    native."""
     if x.dtype != params.dtype and not _pairs(x.dtype, params.dtype):
         wide = torch.promote_types(x.dtype, params.dtype)
         return x.to(wide), params.to(wide)

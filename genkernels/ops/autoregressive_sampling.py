@@ -1,4 +1,5 @@
-"""Autoregressive sampling: schema, checks, fake, backend choice. The definition is in `genkernels.reference.autoregressive_sampling`."""
+"""Autoregressive sampling: schema, checks, fake, backend choice. The definition is in
+`genkernels.reference.autoregressive_sampling`."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def autoregressive_sampling(
     progress: Callable[[int, int], object] | None = None,
     rows_per_call: int | None = None,
 ) -> Tensor:
-    r"""Draws images from a causal network in one native call: every stage's activations are kept, a pixel costs one column of each.
+    r"""Draws images from a causal network in one native call: every stage's activations are kept, a pixel costs one
+    column of each.
 
     .. math:: x_{i,c} \sim p(x_{i,c} \mid x_{<i},\, x_{i,<c})
 
@@ -54,18 +56,21 @@ def autoregressive_sampling(
                 image[:, 0, i, j] = torch.where(known[:, 0, i, j], image[:, 0, i, j], drawn)
 
     Args:
-        stages: the network, see `Stage`; fp64, fp32, or bf16 and fp16, which are computed in fp32. Channel o of n belongs to data channel
-            ``o // (n / C)``; for ``gate`` this is counted within each half. Vertical stages belong to none.
-        noise: uniform in [0, 1), ``[N, C, H, W]`` (categorical) or ``[N, 1 + C, H, W]`` (logistic mixture, C = 1 or 3); the same
-            noise gives the same image. It is converted to the network's dtype.
+        stages: the network, see `Stage`; fp64, fp32, or bf16 and fp16, which are computed in fp32. Channel o of n
+            belongs to data channel ``o // (n / C)``; for ``gate`` this is counted within each half. Vertical stages
+            belong to none.
+        noise: uniform in [0, 1), ``[N, C, H, W]`` (categorical) or ``[N, 1 + C, H, W]`` (logistic mixture, C = 1 or 3);
+            the same noise gives the same image. It is converted to the network's dtype.
         levels: values of a data channel; the network sees level i as ``2 * i / (levels - 1) - 1``.
-        head: what the last plane holds. ``categorical``: ``[N, C * levels, H, W]`` logits, levels of channel 0 first; channel c is
-            drawn once the channels before it are. ``logistic_mixture``: ``[N, 3K, H, W]`` (C = 1) K logits, K means, K log-scales;
+        head: what the last plane holds. ``categorical``: ``[N, C * levels, H, W]`` logits, levels of channel 0 first;
+            channel c is
+            drawn once the channels before it are. ``logistic_mixture``: ``[N, 3K, H, W]`` (C = 1) K logits, K means, K
+                log-scales;
             ``[N, 10K, H, W]`` (C = 3) K logits, then for each channel K means, K log-scales, K coefficients.
         image: integers ``[N, C, H, W]``, the values of known pixels; the others are ignored. Not written to.
         known: bool, broadcastable to ``[N, C, H, W]``: True where a pixel keeps the value it has in `image`.
-        temperature: divides logits and multiplies the logistic noise; 0 takes the likeliest category, and the mean of the likeliest component.
-            Below 2^-126 it counts as 0, above 2^127 as that.
+        temperature: divides logits and multiplies the logistic noise; 0 takes the likeliest category, and the mean of
+            the likeliest component. Below 2^-126 it counts as 0, above 2^127 as that.
         progress: called ``progress(rows done, rows in all)`` after each block of rows.
         rows_per_call: rows of such a block; all of them by default. Ctrl-C ends a call between two blocks.
 
@@ -73,11 +78,14 @@ def autoregressive_sampling(
         int64 ``[N, C, H, W]``.
 
     Raises:
-        ValueError: a shape, a plane, an option or a value is wrong; that dead taps are 0 and that known pixels lie in 0 … levels − 1 is
-            looked at on the CPU only. TypeError: a dtype is. RuntimeError: asked for a gradient. BackendUnavailable: a forced backend cannot run.
+        ValueError: a shape, a plane, an option or a value is wrong; that dead taps are 0 and that known pixels lie in 0
+            … levels − 1 is
+            looked at on the CPU only. TypeError: a dtype is. RuntimeError: asked for a gradient. BackendUnavailable: a
+                forced backend cannot run.
 
-    Source: van den Oord et al., "Pixel Recurrent Neural Networks" and "Conditional Image Generation with PixelCNN Decoders", 2016;
-    Salimans et al., "PixelCNN++", 2017; Ramachandran et al., "Fast Generation for Convolutional Autoregressive Models", 2017.
+    Source: van den Oord et al., "Pixel Recurrent Neural Networks" and "Conditional Image Generation with PixelCNN
+    Decoders", 2016; Salimans et al., "PixelCNN++", 2017; Ramachandran et al., "Fast Generation for Convolutional
+    Autoregressive Models", 2017.
     """
     if transforms_active():
         raise RuntimeError(_NO_GRADIENT)
@@ -112,10 +120,11 @@ def autoregressive_sampling(
 
 
 def state_size(stages: Sequence[Stage], channels: int, width: int) -> int:
-    """Elements that a sample's caches take: of each plane the last rows that anything reads, a pixel's channels together.
+    """Elements that a sample's caches take: of each plane the last rows that anything reads, a pixel's channels
+    together.
 
-    Plane k: a ring of ``1 + max kh // 2`` rows of ``width + 2 * max(kw // 2)`` pixels, the borders staying 0; rounded up to 16 elements.
-    The kernels lay it out by the same rule and check the size.
+    Plane k: a ring of ``1 + max kh // 2`` rows of ``width + 2 * max(kw // 2)`` pixels, the borders staying 0; rounded
+    up to 16 elements. The kernels lay it out by the same rule and check the size.
     """
     size = 0
     for plane, count in enumerate(plane_channels(stages, channels)):
@@ -126,7 +135,7 @@ def state_size(stages: Sequence[Stage], channels: int, width: int) -> int:
     return size
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------------
 
 
 def _check(stages, noise, levels, head, image, known, rows_per_call) -> list[Stage]:
@@ -172,7 +181,8 @@ def _check_stages(stages: list[Stage], noise: Tensor, channels: int, groups: int
                 raise TypeError(f"{at}: weights, bias and condition must be torch.Tensor, got {type(tensor).__name__}")
             if tensor.dtype not in _FLOATS:
                 raise TypeError(
-                    f"{at}: weights, bias and condition must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
+                    f"{at}: weights, bias and condition must be float64, float32, bfloat16 or float16, got "
+                    f"{tensor.dtype}"
                 )
             if tensor.dtype != (dtype := dtype or tensor.dtype):
                 raise TypeError(f"{at}: all tensors of the stages must have one dtype, got {dtype} and {tensor.dtype}")
@@ -206,7 +216,8 @@ def _check_stage(at, k, stage, channels, vertical, groups, noise) -> int:
         shape = list(weight.shape)
         if len(shape) != 4 or shape[0] != width or shape[1] != channels[plane]:
             raise ValueError(
-                f"{at}: weight of plane {plane} must be [out, in, kh, kw] = [{width}, {channels[plane]}, kh, kw], got {shape}"
+                f"{at}: weight of plane {plane} must be [out, in, kh, kw] = [{width}, {channels[plane]}, kh, "
+                f"kw], got {shape}"
             )
         if shape[2] % 2 == 0 or shape[3] % 2 == 0:
             raise ValueError(f"{at}: weight of plane {plane} must have odd kh and kw, got {shape}")
@@ -281,7 +292,8 @@ def _check_head(width: int, head: str, channels: int, levels: int) -> None:
     if head == "categorical":
         if width != channels * levels:
             raise ValueError(
-                f"{NAME}: the last plane must have C * levels = {channels} * {levels} = {channels * levels} channels, got {width}"
+                f"{NAME}: the last plane must have C * levels = {channels} * {levels} = {channels * levels} "
+                f"channels, got {width}"
             )
         return
     each = 3 if channels == 1 else 10
@@ -318,7 +330,7 @@ def _check_known(image, known, shape, levels, device) -> None:
             raise ValueError(f"{NAME}: known pixels must lie in 0 to levels - 1 = {levels - 1}, got {wrong}")
 
 
-# --- registration -----------------------------------------------------------------------------------------------------
+# --- registration -------------------------------------------------------------------------------------------------
 
 
 def _fake(image, state, noise, known, tensors, plan, head, levels, temperature, begin, end):
@@ -330,11 +342,7 @@ OPERATOR = register(
         name=NAME,
         functions=(autoregressive_sampling,),
         types=(Stage,),
-        backends={
-            "cpu": "",
-            "triton": "",
-            "cuda": "",
-        },
+        backends={"cpu": "", "triton": "", "cuda": ""},
         composability={
             "backward": "raises",
             "double backward": "raises",
@@ -344,14 +352,16 @@ OPERATOR = register(
             "autocast": "kernel",
             "deterministic": "kernel",
         },
-        # neither has been timed on a GPU; by count they are level, and the CUDA kernel has the shorter way to its launch
+        # neither has been timed on a GPU; by count they are level, and the CUDA kernel has the shorter way to its
+        # launch
         prefers_cuda=lambda *tensors: True,
     )
 )
 
 define(
     OPERATOR,
-    f"{NAME}(Tensor(a!) image, Tensor(b!) state, Tensor noise, Tensor? known, Tensor[] tensors, int[] plan, int head, int levels, "
+    f"{NAME}(Tensor(a!) image, Tensor(b!) state, Tensor noise, Tensor? known, Tensor[] tensors, int[] plan, int "
+    "head, int levels, "
     "float temperature, int begin, int end) -> ()",
     reference=reference.autoregressive_sampling,
     fake=_fake,

@@ -1,4 +1,5 @@
-"""Discretised logistic mixture: schema, checks, fakes, gradient, backend choice. The maths is in `genkernels.reference.logistic_mixture`."""
+"""Discretised logistic mixture: schema, checks, fakes, gradient, backend choice. The maths is in
+`genkernels.reference.logistic_mixture`."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def logistic_mixture_nll(params: Tensor, x: Tensor, *, levels: int = 256) -> Ten
 
     .. math:: \mathrm{nll}_n = -\sum_\mathrm{pixels} \log \sum_k \pi_k \prod_c
         \left[\sigma\!\left(\frac{x_c + \delta - m_{ck}}{e^{s_{ck}}}\right) -
-              \sigma\!\left(\frac{x_c - \delta - m_{ck}}{e^{s_{ck}}}\right)\right],\qquad \delta = \frac1{\mathrm{levels} - 1}
+              \sigma\!\left(\frac{x_c - \delta - m_{ck}}{e^{s_{ck}}}\right)\right],\qquad \delta =
+              \frac1{\mathrm{levels} - 1}
 
     Equivalent to (one channel; the kernels take no difference of sigmoids, and so never log 0)::
 
@@ -39,20 +41,22 @@ def logistic_mixture_nll(params: Tensor, x: Tensor, *, levels: int = 256) -> Ten
         nll = -torch.logsumexp(logits.log_softmax(1) + (upper - lower).log(), 1).flatten(1).sum(1)
 
     Args:
-        params: ``[N, 3*K, *spatial]`` for C = 1: K logits, K means, K log-scales; ``[N, 10*K, *spatial]`` for C = 3: K logits, then for
-            each channel K means, K log-scales and K coefficients, which through tanh add x's earlier channels to the means of the later:
-            the first channel's row times x₀ to the second mean; the second's times x₀ and the third's times x₁ to the third.
+        params: ``[N, 3*K, *spatial]`` for C = 1: K logits, K means, K log-scales; ``[N, 10*K, *spatial]`` for C = 3: K
+            logits, then for each channel K means, K log-scales and K coefficients, which through tanh add x's earlier
+            channels to the means of the later: the first channel's row times x₀ to the second mean; the second's times
+                x₀ and the third's times x₁ to the third.
             Log-scales below −7 count as −7, with a gradient of 0. fp64, fp32, bf16 or fp16; half is computed in fp32.
-        x: ``[N, C, *spatial]``, C = 1 or 3, any of these dtypes, at the levels ``2 * i / (levels - 1) - 1``. A value counts as its
-            nearest level, one beyond [−1, 1] as the end. Where x requires a gradient the call runs in plain PyTorch, and the gradient
-            is the formula's, at that level.
+        x: ``[N, C, *spatial]``, C = 1 or 3, any of these dtypes, at the levels ``2 * i / (levels - 1) - 1``. A value
+            counts as its nearest level, one beyond [−1, 1] as the end. Where x requires a gradient the call runs in
+            plain PyTorch, and the gradient is the formula's, at that level.
         levels: 2 to 65,536; the lowest and the highest take the tails.
 
     Returns:
         ``[N]``, nats, summed over pixels and channels, fp32 (fp64 for fp64 params). NaN where params or x hold NaN.
 
     Raises:
-        ValueError: a shape or an option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot run.
+        ValueError: a shape or an option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot
+            run.
 
     Source: Salimans et al., "PixelCNN++", 2017.
     """
@@ -63,10 +67,9 @@ def logistic_mixture_nll(params: Tensor, x: Tensor, *, levels: int = 256) -> Ten
     return torch.ops.genkernels.logistic_mixture_nll(params.contiguous(), x.contiguous(), levels)
 
 
-def logistic_mixture_sample(
-    params: Tensor, noise: Tensor, *, levels: int = 256, temperature: float = 1.0
-) -> Tensor:  # fmt: skip
-    """Draws pixels from the mixture that `logistic_mixture_nll` scores, by inverting its distribution functions at `noise`.
+def logistic_mixture_sample(params: Tensor, noise: Tensor, *, levels: int = 256, temperature: float = 1.0) -> Tensor:
+    """Draws pixels from the mixture that `logistic_mixture_nll` scores, by inverting its distribution functions at
+    `noise`.
 
     Equivalent to (one channel, temperature 1)::
 
@@ -77,9 +80,10 @@ def logistic_mixture_sample(
 
     Args:
         params: as for `logistic_mixture_nll`.
-        noise: ``[N, 1 + C, *spatial]`` uniform in [0, 1), any floating dtype: the mixture's, then each channel's. C is 1 or 3.
-        levels: as for `logistic_mixture_nll`. temperature: divides the logits and multiplies the logistic noise; 0 takes the first of the
-            largest logits, and its mean. Below 2^-126 it counts as 0, above 2^127 as that.
+        noise: ``[N, 1 + C, *spatial]`` uniform in [0, 1), any floating dtype: the mixture's, then each channel's. C is
+            1 or 3.
+        levels: as for `logistic_mixture_nll`. temperature: divides the logits and multiplies the logistic noise; 0
+            takes the first of the largest logits, and its mean. Below 2^-126 it counts as 0, above 2^127 as that.
 
     Returns:
         Level indices ``[N, C, *spatial]``, int64. They carry no graph.
@@ -107,9 +111,7 @@ def _check(params: Tensor, pixels: Tensor, label: str, extra: int, levels: int) 
         if tensor.dtype not in _FLOATS:
             raise TypeError(f"{NAME}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
     if params.device != pixels.device:
-        raise ValueError(
-            f"{NAME}: params and {label} must be on one device, got {params.device} and {pixels.device}"
-        )  # fmt: skip
+        raise ValueError(f"{NAME}: params and {label} must be on one device, got {params.device} and {pixels.device}")
     if not isinstance(levels, int) or isinstance(levels, bool) or not 2 <= levels <= 65536:
         raise ValueError(f"{NAME}: levels must be an integer from 2 to 65536, got {levels!r}")
     shape, plus = list(pixels.shape), "1 + C" if extra else "C"
@@ -160,7 +162,8 @@ OPERATOR = register(
         backends={
             "cpu": "",
             "triton": "",
-            "cuda": "would win nothing: every component is read once and nothing is shared between pixels, so that one pass in Triton "
+            "cuda": "would win nothing: every component is read once and nothing is shared between pixels, so "
+            "that one pass in Triton "
             "already moves the fewest bytes",
         },
         composability=DIFFERENTIABLE,

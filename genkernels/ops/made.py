@@ -34,7 +34,8 @@ METHODS = checks.METHODS
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_degrees: Tensor, out_degrees: Tensor, *, strict: bool = False
 ) -> Tensor:
-    r"""A linear layer in which an output sees the inputs of degree up to its own (`strict`: below its own) and no others.
+    r"""A linear layer in which an output sees the inputs of degree up to its own (`strict`: below its own) and no
+    others.
 
     Dead weights are neither multiplied nor given gradient (exactly 0), whatever stands in them.
 
@@ -45,7 +46,8 @@ def masked_linear(
 
     Args:
         x: ``[..., in]``, fp64, fp32, bf16 or fp16. Halves are summed in fp32.
-        weight: ``[out, in]``. bias: ``[out]`` or None. The dtype of x (under autocast any mixture: all take autocast's dtype).
+        weight: ``[out, in]``. bias: ``[out]`` or None. The dtype of x (under autocast any mixture: all take autocast's
+            dtype).
         in_degrees: ``[in]``, out_degrees: ``[out]``, integers, in any order; sorted ones are the fastest.
         strict: an output sees lower degrees only.
 
@@ -95,12 +97,14 @@ def made_inverse(
     scale_map: str = "exp",
     method: str = "blocked",
 ) -> tuple[Tensor, Tensor]:
-    r"""Inverts an autoregressive affine transform at about the price of one forward pass, D being the number of features.
+    r"""Inverts an autoregressive affine transform at about the price of one forward pass, D being the number of
+    features.
 
-    .. math:: x_i = (z_i - t_i) / \sigma(s_i),\qquad (s, t)_i = \mathrm{MADE}(x_{<i}),\qquad \mathrm{ldj} = -\sum\log\sigma(s)
+    .. math:: x_i = (z_i - t_i) / \sigma(s_i),\qquad (s, t)_i = \mathrm{MADE}(x_{<i}),\qquad \mathrm{ldj} =
+        -\sum\log\sigma(s)
 
-    Gradients come from the implicit function: one transposed triangular solve and one vector-Jacobian product, never a graph of
-    D passes.
+    Gradients come from the implicit function: one transposed triangular solve and one vector-Jacobian product, never a
+    graph of D passes.
 
     Equivalent to (natural order)::
 
@@ -112,24 +116,28 @@ def made_inverse(
 
     Args:
         z: ``[N, D]``, fp64, fp32, bf16 or fp16 (halves are computed in fp32).
-        weights: the layers' ``[out, in]``, last ``[2*D, H]`` (s for each feature, then t); dead entries never act. biases: ``[out]``.
+        weights: the layers' ``[out, in]``, last ``[2*D, H]`` (s for each feature, then t); dead entries never act.
+            biases: ``[out]``.
             The dtype of z, or under autocast any mixture: the widest then, fp32 at least.
-        order: ``[D]`` integers, the feature of each step. counts: ``[layers - 1, D + 1]`` integers, the units of each hidden layer
-            that are known once k features are (`genkernels.reference.made.plan` makes both from degrees; units are sorted by degree).
+        order: ``[D]`` integers, the feature of each step. counts: ``[layers - 1, D + 1]`` integers, the units of each
+            hidden layer that are known once k features are (`genkernels.reference.made.plan` makes both from degrees;
+            units are sorted by degree).
         context: ``[N, H]`` added to the first hidden layer, or None.
         residual: hidden layers after the first come in pairs, each a residual block.
         scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)).
-        method: ``blocked``: the triangular solve; ``jacobi``: sweeps over all features until nothing changes, at most D;
+        method: ``blocked``: the triangular solve; ``jacobi``: sweeps over all features until nothing changes, at most
+            D;
             ``sequential``: D passes, the definition.
 
     Returns:
         ``(x, ldj)``: x like z (contiguous); ldj ``[N]``, nats, fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: a shape, device or option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot run.
+        ValueError: a shape, device or option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend
+            cannot run.
 
-    Source: Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016; Papamakarios et al., "Masked
-    autoregressive flow for density estimation", 2017.
+    Source: Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016; Papamakarios et
+    al., "Masked autoregressive flow for density estimation", 2017.
     """
     weights, biases = list(weights), list(biases)
     scale = checks.inverse(z, weights, biases, order, counts, context, residual, scale_map, method)
@@ -254,9 +262,12 @@ def _differentiate_lists(name: str, function: Callable) -> None:
             pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
             if pairs and wanted:
                 found = torch.autograd.grad(
-                    [o for o, _ in pairs], [flat[i] for i in wanted], [g for _, g in pairs],
-                    create_graph=higher, allow_unused=True,
-                )  # fmt: skip
+                    [o for o, _ in pairs],
+                    [flat[i] for i in wanted],
+                    [g for _, g in pairs],
+                    create_graph=higher,
+                    allow_unused=True,
+                )
                 for i, grad in zip(wanted, found, strict=True):
                     grads[i] = grad
         return tuple(nested(ctx, grads))

@@ -1,4 +1,5 @@
-"""Masked convolution: schema, checks, fake, gradients, backend choice. The maths is in `genkernels.reference.masked_conv`."""
+"""Masked convolution: schema, checks, fake, gradients, backend choice. The maths is in
+`genkernels.reference.masked_conv`."""
 
 from __future__ import annotations
 
@@ -36,11 +37,13 @@ def masked_conv(
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    r"""A 2-D convolution that sees only what comes before each pixel, with bias, condition, activation and residual, in one pass.
+    r"""A 2-D convolution that sees only what comes before each pixel, with bias, condition, activation and residual, in
+    one pass.
 
     .. math:: y = \mathrm{act}\big(x * (w \odot m) + b + c\big) + r
 
-    Taps that the mask m kills add nothing and are given no gradient: theirs is exactly 0. Kernels leave them out, but for some at the centre with several
+    Taps that the mask m kills add nothing and are given no gradient: theirs is exactly 0. Kernels leave them out, but
+    for some at the centre with several
     data channels, whose weight is taken as 0: a NaN or an infinity that only they see may show.
 
     Equivalent to (``mask_type="B"``, ``data_channels=1``, 3×3, ``activation="relu"``)::
@@ -52,25 +55,30 @@ def masked_conv(
     Args:
         x: ``[N, Cin, H, W]``, fp64, fp32, bf16 or fp16. Outside the image it counts as 0.
         weight: ``[Cout, Cin, kh, kw]``, kh and kw odd. bias: ``[Cout]`` or None.
-        mask_type: ``A``: the pixel itself is hidden (of `data_channels` blocks: the output's own block and later ones); ``B``: it is seen
-            (up to the output's own block).
+        mask_type: ``A``: the pixel itself is hidden (of `data_channels` blocks: the output's own block and later ones);
+            ``B``: it is seen (up to the output's own block).
         data_channels: number C of equal blocks of channels, in order; it divides Cin and Cout (gate: Cout/2).
-        region: ``raster``: rows above, and to the left in the row; ``vertical``: rows above (B: and the row itself), all columns;
+        region: ``raster``: rows above, and to the left in the row; ``vertical``: rows above (B: and the row itself),
+            all columns;
             ``horizontal``: to the left in the row alone.
         condition: ``[N, Cout]`` or ``[N, Cout, H, W]``, added before the activation, or None.
         residual: ``[N, Cout', H, W]``, added after the activation, or None.
-        activation: ``none``, ``relu``, or ``gate``: tanh(a)·sigmoid(b), a and b the first and second half of the channels.
+        activation: ``none``, ``relu``, or ``gate``: tanh(a)·sigmoid(b), a and b the first and second half of the
+            channels.
 
-    All tensors have one dtype and device; under autocast they take its dtype, as a convolution does. Sums are in fp32 (fp64 for fp64).
+    All tensors have one dtype and device; under autocast they take its dtype, as a convolution does. Sums are in fp32
+    (fp64 for fp64).
 
     Returns:
         ``[N, Cout', H, W]`` like `x`, contiguous; Cout' = Cout, for the gate Cout/2.
 
     Raises:
-        ValueError: a shape or an option is wrong, or no tap is live. TypeError: a dtype is. BackendUnavailable: a forced backend
+        ValueError: a shape or an option is wrong, or no tap is live. TypeError: a dtype is. BackendUnavailable: a
+            forced backend
         cannot run.
 
-    Source: van den Oord et al., "Pixel recurrent neural networks", 2016; "Conditional image generation with PixelCNN decoders", 2016.
+    Source: van den Oord et al., "Pixel recurrent neural networks", 2016; "Conditional image generation with PixelCNN
+    decoders", 2016.
     """
     codes = _check(x, weight, bias, condition, residual, mask_type, data_channels, region, activation)
     tensors = _autocast(x, weight, bias, condition, residual)
@@ -165,7 +173,8 @@ def _check(x, weight, bias, condition, residual, mask_type, data_channels, regio
     left = outputs // 2 if activation == "gate" else outputs
     if residual is not None and list(residual.shape) != [batch, left, height, width]:
         raise ValueError(
-            f"{NAME}: residual must be [N, Cout', H, W] = [{batch}, {left}, {height}, {width}], got {list(residual.shape)}"
+            f"{NAME}: residual must be [N, Cout', H, W] = [{batch}, {left}, {height}, {width}], got "
+            f"{list(residual.shape)}"
         )
     return codes
 
@@ -178,9 +187,21 @@ def _fake(x, weight, bias, condition, residual, mask_type, data_channels, region
 
 
 def _fake_backward(
-    grad_output, grad_pre, state, x, weight, mask_type, data_channels, region, activation, condition_rank,
-    want_x, want_weight, want_bias, want_condition,
-):  # fmt: skip
+    grad_output,
+    grad_pre,
+    state,
+    x,
+    weight,
+    mask_type,
+    data_channels,
+    region,
+    activation,
+    condition_rank,
+    want_x,
+    want_weight,
+    want_bias,
+    want_condition,
+):
     outputs = weight.shape[0]
     condition = (x.shape[0], outputs, *x.shape[2:]) if condition_rank == 4 else (x.shape[0], outputs)
     shapes = ((want_x, x.shape), (want_weight, weight.shape), (want_bias, (outputs,)), (want_condition, condition))
@@ -229,7 +250,8 @@ OPERATOR = register(
         backends={
             "cpu": "",
             "triton": "",
-            "cuda": "the Triton kernel serves GPUs: an implicit matrix product, which Triton compiles to the tensor cores' own "
+            "cuda": "the Triton kernel serves GPUs: an implicit matrix product, which Triton compiles to the "
+            "tensor cores' own "
             "instructions; CUDA C++ would repeat it",
         },
         composability=DIFFERENTIABLE,

@@ -1,4 +1,5 @@
-"""Draws of pixels from the parameters that a network gave for them, from uniform noise; ``csrc/common/draw.h`` has the same rule.
+"""Draws of pixels from the parameters that a network gave for them, from uniform noise; ``csrc/common/draw.h`` has the
+same rule.
 
 Each draw inverts a cumulative distribution, so the same noise gives the same integers whoever computes the parameters.
 """
@@ -31,15 +32,16 @@ def logistic_mixture(
 ) -> Tensor:
     """One draw a pixel from a discretised logistic mixture.
 
-    A draw of the logistic density rounded to the nearest level, the ends taking the tails, is a draw of the discretised one, and
-    it is the rounded value that shifts the means of later channels.
+    A draw of the logistic density rounded to the nearest level, the ends taking the tails, is a draw of the discretised
+    one, and it is the rounded value that shifts the means of later channels.
 
     Args:
-        params: ``[..., K * 3]`` (1 channel) or ``[..., K * 10]`` (3 channels): mixture logits, then for each channel means, log-scales
-            and, for 3 channels, coefficients, K each.
+        params: ``[..., K * 3]`` (1 channel) or ``[..., K * 10]`` (3 channels): mixture logits, then for each channel
+            means, log-scales and, for 3 channels, coefficients, K each.
         noise: ``[..., 1 + C]`` uniform in [0, 1): the mixture's, then each channel's.
         levels: of the data. temperature: divides the mixture's logits and multiplies the logistic noise.
-        fixed: ``[..., C]``, level indices of channels that are known, −1 where one is to be drawn; later channels see the known values.
+        fixed: ``[..., C]``, level indices of channels that are known, −1 where one is to be drawn; later channels see
+            the known values.
 
     Returns:
         ``[..., C]`` int64 level indices.

@@ -1,4 +1,5 @@
-"""A causal network as a list of stages: the raw tensors that autoregressive sampling works on, and one pass over them."""
+"""A causal network as a list of stages: the raw tensors that autoregressive sampling works on, and one pass over
+them."""
 
 from __future__ import annotations
 
@@ -16,18 +17,22 @@ ACTIVATIONS = ("none", "relu", "gate")
 class Stage:
     r"""One step of a causal network: plane k+1 from the planes before it, plane 0 being the image in [−1, 1].
 
-    .. math:: p_{k+1} = \mathrm{act}\Big(\sum_i \mathrm{conv2d}(p_i, w_i) + \sum_j p_j + \mathrm{bias} + \mathrm{condition}\Big) + p_r
+    .. math:: p_{k+1} = \mathrm{act}\Big(\sum_i \mathrm{conv2d}(p_i, w_i) + \sum_j p_j + \mathrm{bias} +
+        \mathrm{condition}\Big) + p_r
 
     Args:
-        inputs: pairs of a plane's number and a weight ``[out, in, kh, kw]``, kh and kw odd, zero padding ``(kh // 2, kw // 2)``. Weights at dead
-            taps are already 0: a pixel may depend on rows above and on pixels to its left, on itself in planes other than 0, and, where data
+        inputs: pairs of a plane's number and a weight ``[out, in, kh, kw]``, kh and kw odd, zero padding ``(kh // 2, kw
+            // 2)``. Weights at dead
+            taps are already 0: a pixel may depend on rows above and on pixels to its left, on itself in planes other
+                than 0, and, where data
             channels are drawn one after the other, on channel groups up to its own (earlier than its own in plane 0).
         added: numbers of planes of ``out`` channels, added before the activation.
         bias: ``[out]``. condition: ``[N, out]`` or ``[N, out, H, W]``.
-        activation: ``none``, ``relu`` or ``gate``: the first half of the channels through tanh times the second half through sigmoid.
+        activation: ``none``, ``relu`` or ``gate``: the first half of the channels through tanh times the second half
+            through sigmoid.
         residual: number of a plane added after the activation.
-        vertical: the stage depends on rows above only: it reads vertical planes at rows up to its own, any other plane at rows above,
-            and is so computed for a whole row at once.
+        vertical: the stage depends on rows above only: it reads vertical planes at rows up to its own, any other plane
+            at rows above, and is so computed for a whole row at once.
     """
 
     inputs: tuple[tuple[int, Tensor], ...] = ()
@@ -87,8 +92,9 @@ def network_output(stages: Sequence[Stage], image: Tensor) -> Tensor:
 def flatten(stages: Sequence[Stage], channels: int) -> tuple[list[Tensor], list[int]]:
     """The stages as what a torch operator takes: their tensors, and the rest as integers.
 
-    The plan: the number of stages, then for each: channels before the activation, activation, residual (−1 for none), vertical,
-    whether there is a bias, dimensions of the condition (0 for none), the count of added planes and they, the count of inputs and their planes.
+    The plan: the number of stages, then for each: channels before the activation, activation, residual (−1 for none),
+    vertical, whether there is a bias, dimensions of the condition (0 for none), the count of added planes and they, the
+    count of inputs and their planes.
     """
     found = plane_channels(stages, channels)
     tensors: list[Tensor] = []

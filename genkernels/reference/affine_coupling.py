@@ -3,11 +3,12 @@ r"""Affine coupling in plain PyTorch: the definition, the oracle and the fallbac
 .. math::
     z_2 = x_2\,\sigma(s) + t,\qquad z_1 = x_1,\qquad \mathrm{ldj} = \sum \log\sigma(s)
 
-with :math:`(s, t)` the parameters that a network computed from :math:`x_1` (Dinh et al. 2015, 2017; Kingma & Dhariwal 2018).
+with :math:`(s, t)` the parameters that a network computed from :math:`x_1` (Dinh et al. 2015, 2017; Kingma & Dhariwal
+2018).
 
-Shapes: ``x [N, C, *spatial]``. Channel split: C even, one half passes, the other is transformed, params ``[N, C, *spatial]``
-(the shift alone, ``[N, C/2, *spatial]``, when additive). Checkerboard split: ``x [N, C, H, W]``, params ``[N, 2*C, H, W]``
-at full resolution, of which only the transformed pixels count. ldj is ``[N]``, fp32 or wider.
+Shapes: ``x [N, C, *spatial]``. Channel split: C even, one half passes, the other is transformed, params ``[N, C,
+*spatial]`` (the shift alone, ``[N, C/2, *spatial]``, when additive). Checkerboard split: ``x [N, C, H, W]``, params
+``[N, 2*C, H, W]`` at full resolution, of which only the transformed pixels count. ldj is ``[N]``, fp32 or wider.
 
 Half inputs are computed in fp32 and cast once, at the end, as the kernels do it.
 """

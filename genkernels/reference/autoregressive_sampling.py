@@ -1,15 +1,19 @@
-r"""Sampling from a causal network pixel by pixel, in plain PyTorch and without any cache: the definition, the oracle and the fallback.
+r"""Sampling from a causal network pixel by pixel, in plain PyTorch and without any cache: the definition, the oracle
+and the fallback.
 
 .. math:: x_{i,c} \sim p(x_{i,c} \mid x_{<i},\, x_{i,<c})
 
-Pixels i in raster order, data channels c in theirs. For every draw the whole network (`Stage` after `Stage`) runs over the whole image, and the
-parameters of that one pixel are read off its last plane (van den Oord et al. 2016a, 2016b; Salimans et al. 2017). The draws invert cumulative
-distributions at given uniform noise, so whoever computes the same parameters draws the same image.
+Pixels i in raster order, data channels c in theirs. For every draw the whole network (`Stage` after `Stage`) runs over
+the whole image, and the parameters of that one pixel are read off its last plane (van den Oord et al. 2016a, 2016b;
+Salimans et al. 2017). The draws invert cumulative distributions at given uniform noise, so whoever computes the same
+parameters draws the same image.
 
-Shapes: noise ``[N, C, H, W]`` (categorical) or ``[N, 1 + C, H, W]`` (logistic mixture, C = 1 or 3); last plane ``[N, C * levels, H, W]``, or
-``[N, K * 3, H, W]`` (C = 1), ``[N, K * 10, H, W]`` (C = 3); image int64 ``[N, C, H, W]`` of level indices.
+Shapes: noise ``[N, C, H, W]`` (categorical) or ``[N, 1 + C, H, W]`` (logistic mixture, C = 1 or 3); last plane ``[N, C
+* levels, H, W]``, or ``[N, K * 3, H, W]`` (C = 1), ``[N, K * 10, H, W]`` (C = 3); image int64 ``[N, C, H, W]`` of level
+  indices.
 
-The kernels keep the activations of every stage and compute one column of each at a pixel: a whole sample for about the price of one pass.
+The kernels keep the activations of every stage and compute one column of each at a pixel: a whole sample for about the
+price of one pass.
 """
 
 from __future__ import annotations
@@ -44,10 +48,12 @@ def autoregressive_sampling(
     begin: int,
     end: int,
 ) -> None:
-    """Draws rows `begin` to `end` into `image` int64 ``[N, C, H, W]``; rows above are drawn, known pixels hold their values.
+    """Draws rows `begin` to `end` into `image` int64 ``[N, C, H, W]``; rows above are drawn, known pixels hold their
+    values.
 
     Args:
-        state: the kernels' caches between calls; the definition has none. tensors, plan: the stages, from `_stages.flatten`.
+        state: the kernels' caches between calls; the definition has none. tensors, plan: the stages, from
+            `_stages.flatten`.
         noise: of the stages' dtype. known: bool ``[N, C, H, W]``, True where a pixel keeps its value, or None.
     """
     stages = unflatten(tensors, plan)

@@ -5,18 +5,20 @@ r"""Discretised logistic mixture in plain PyTorch: the definition, the oracle an
     P_{ck} = \sigma\!\left(\frac{x_c + \delta - m_{ck}}{e^{s_{ck}}}\right) -
              \sigma\!\left(\frac{x_c - \delta - m_{ck}}{e^{s_{ck}}}\right),\qquad \delta = \frac1{L - 1}
 
-with :math:`\pi` the softmax of the logits, :math:`s \ge -7`, the lowest level taking the whole left tail and the highest the whole
-right one, and, for three channels, :math:`m_1 = \mu_1 + \tanh(c_0) x_0`, :math:`m_2 = \mu_2 + \tanh(c_1) x_0 + \tanh(c_2) x_1`
-(Salimans et al., "PixelCNN++", 2017).
+with :math:`\pi` the softmax of the logits, :math:`s \ge -7`, the lowest level taking the whole left tail and the
+highest the whole right one, and, for three channels, :math:`m_1 = \mu_1 + \tanh(c_0) x_0`, :math:`m_2 = \mu_2 +
+\tanh(c_1) x_0 + \tanh(c_2) x_1` (Salimans et al., "PixelCNN++", 2017).
 
-Shapes: ``x [N, C, *spatial]``, C = 1 or 3, at the levels ``2 * i / (L - 1) - 1``; params ``[N, 3*K, *spatial]`` for C = 1: K logits, K
-means, K log-scales; ``[N, 10*K, *spatial]`` for C = 3: K logits, then for each channel K means, K log-scales, K coefficients. nll is
-``[N]``, nats, fp32 or wider; half parameters are computed in fp32.
+Shapes: ``x [N, C, *spatial]``, C = 1 or 3, at the levels ``2 * i / (L - 1) - 1``; params ``[N, 3*K, *spatial]`` for C =
+1: K logits, K means, K log-scales; ``[N, 10*K, *spatial]`` for C = 3: K logits, then for each channel K means, K
+log-scales, K coefficients. nll is ``[N]``, nats, fp32 or wider; half parameters are computed in fp32.
 
-x counts as its nearest level, the ends beyond them; the gradient by x is that of the formula above at that level (0 beyond the ends).
+x counts as its nearest level, the ends beyond them; the gradient by x is that of the formula above at that level (0
+beyond the ends).
 
-All is computed in units of a level, with :math:`i` the level, :math:`M = (m + 1)(L - 1)/2` and :math:`w = 2 e^{-s}/(L - 1)`: the edges
-:math:`a = (i + ½ - M) w` and :math:`b = (i - ½ - M) w` are then rounded once, alike from both sides, so that the bins add up to 1, and
+All is computed in units of a level, with :math:`i` the level, :math:`M = (m + 1)(L - 1)/2` and :math:`w = 2 e^{-s}/(L -
+1)`: the edges :math:`a = (i + ½ - M) w` and :math:`b = (i - ½ - M) w` are then rounded once, alike from both sides, so
+that the bins add up to 1, and
 
 .. math:: \sigma(a) - \sigma(b) = \sigma(a)\,\sigma(-b)\,(1 - e^{-w})
 
@@ -80,7 +82,7 @@ def _parts(params: Tensor, x: Tensor, levels: int) -> _Parts:
     upper, lower = (level + 0.5 - centre) * width, (level - 0.5 - centre) * width
     return _Parts(
         logits, clamped, log_scales >= LOWEST_LOG_SCALE, tanh, at, width, upper, lower, level <= 0, level >= levels - 1
-    )  # fmt: skip
+    )
 
 
 def _shrink(width: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,24 +1,28 @@
-r"""Masked linear layers and the inverse of an autoregressive affine transform in plain PyTorch: the definition, the oracle, the fallback.
+r"""Masked linear layers and the inverse of an autoregressive affine transform in plain PyTorch: the definition, the
+oracle, the fallback.
 
-Degrees say who may see whom. Feature :math:`k` in the chosen order has degree k = 1 … D; a hidden unit of degree m depends on
-features of degree ≤ m, an output of degree d on features of degree < d alone (Germain et al., "MADE", 2015):
+Degrees say who may see whom. Feature :math:`k` in the chosen order has degree k = 1 … D; a hidden unit of degree m
+depends on features of degree ≤ m, an output of degree d on features of degree < d alone (Germain et al., "MADE", 2015):
 
-.. math:: y = (W \odot M)\,x + b,\qquad M_{ji} = [\,d_j \ge d_i\,]\ \text{(hidden)},\quad [\,d_j > d_i\,]\ \text{(output, strict)}
+.. math:: y = (W \odot M)\,x + b,\qquad M_{ji} = [\,d_j \ge d_i\,]\ \text{(hidden)},\quad [\,d_j > d_i\,]\
+    \text{(output, strict)}
 
 The autoregressive affine transform (Kingma et al., "IAF", 2016; Papamakarios et al., "MAF", 2017) has
-:math:`z_i = x_i\,\sigma(s_i) + t_i` with :math:`(s_i, t_i)` made from the features before i. Its inverse by definition is D passes,
-each of which settles one more feature. Kernels solve it as a blocked nonlinear triangular system instead: every hidden unit
-is computed once, when the last feature that it sees has become known.
+:math:`z_i = x_i\,\sigma(s_i) + t_i` with :math:`(s_i, t_i)` made from the features before i. Its inverse by definition
+is D passes,
+each of which settles one more feature. Kernels solve it as a blocked nonlinear triangular system instead: every hidden
+unit is computed once, when the last feature that it sees has become known.
 
-Gradient of the inverse, by the implicit function theorem: λ solves :math:`J^\top\lambda + g_\ell\,\nabla_x \textstyle\sum\log\sigma = g_x`
-(:math:`J = \partial z / \partial x`, triangular, so by back substitution from the last feature); the gradient of z is λ, that of any
-parameter θ is :math:`-(\lambda^\top \partial z/\partial\theta + g_\ell\,\partial \sum\log\sigma / \partial\theta)`: one vector-Jacobian product.
+Gradient of the inverse, by the implicit function theorem: λ solves :math:`J^\top\lambda + g_\ell\,\nabla_x
+\textstyle\sum\log\sigma = g_x` (:math:`J = \partial z / \partial x`, triangular, so by back substitution from the last
+feature); the gradient of z is λ, that of any parameter θ is :math:`-(\lambda^\top \partial z/\partial\theta +
+g_\ell\,\partial \sum\log\sigma / \partial\theta)`: one vector-Jacobian product.
 
-A network is its layers' weights ``[out, in]`` and biases, the last giving s for all features in data order, then t. Hidden units
-are sorted by degree. ``order [D]``: the feature of each step. ``counts [layers - 1, D + 1]``: how many units of a hidden layer have
-degree ≤ k, that is, are known once k features are. With ``residual``, the layers after the first come in pairs
-:math:`v \leftarrow v + W_b\,\mathrm{relu}(W_a\,\mathrm{relu}(v) + b_a) + b_b`, and the last layer reads v itself. ``context [N, H]``
-is added to the first hidden layer's pre-activations.
+A network is its layers' weights ``[out, in]`` and biases, the last giving s for all features in data order, then t.
+Hidden units are sorted by degree. ``order [D]``: the feature of each step. ``counts [layers - 1, D + 1]``: how many
+units of a hidden layer have degree ≤ k, that is, are known once k features are. With ``residual``, the layers after the
+first come in pairs :math:`v \leftarrow v + W_b\,\mathrm{relu}(W_a\,\mathrm{relu}(v) + b_a) + b_b`, and the last layer
+reads v itself. ``context [N, H]`` is added to the first hidden layer's pre-activations.
 """
 
 from __future__ import annotations
@@ -68,7 +72,8 @@ def masked_linear_grad_weight(
 
 
 def plan(degrees: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """``(order [D], counts [L - 1, D + 1])`` from the features' degrees (a permutation of 1 … D) and the hidden layers', sorted."""
+    """``(order [D], counts [L - 1, D + 1])`` from the features' degrees (a permutation of 1 … D) and the hidden
+    layers', sorted."""
     features = degrees[0].numel()
     steps = torch.arange(features + 1, device=degrees[0].device)
     counts = [torch.searchsorted(d.contiguous(), steps, right=True) for d in degrees[1:]]
@@ -99,7 +104,8 @@ class _Network:
         self.biases, self.context, self.residual = biases, context, residual
 
     def units(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """``(values, inputs)`` of each layer: pre-activations, the last being the parameters, and what the layer reads."""
+        """``(values, inputs)`` of each layer: pre-activations, the last being the parameters, and what the layer
+        reads."""
         values, inputs = [], []
         u, last = x, len(self.weights) - 1
         for layer, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -185,7 +191,8 @@ def made_inverse_backward(
     residual: bool = False,
     scale_map: int = 0,
 ) -> list[Tensor]:
-    """Gradients ``[z, context (of its shape even where it is None), weight and bias of each layer]`` from the solution x.
+    """Gradients ``[z, context (of its shape even where it is None), weight and bias of each layer]`` from the solution
+    x.
 
     Back substitution: D passes of the transposed network, from the last feature to the first.
     """
@@ -224,7 +231,8 @@ def made_inverse_jacobi(
 ) -> tuple[Tensor, Tensor]:
     """`made_inverse` by sweeps that renew all features at once: k sweeps settle the first k, so D are exact.
 
-    Stops once a sweep changes nothing: looked at after each sweep on a CPU, after every 16th on a GPU, where looking means waiting.
+    Stops once a sweep changes nothing: looked at after each sweep on a CPU, after every 16th on a GPU, where looking
+    means waiting.
     """
     network = _Network(weights, biases, context, order, counts, residual)
     x, ell = torch.zeros_like(z), torch.zeros_like(z)
@@ -233,7 +241,8 @@ def made_inverse_jacobi(
         s, t = network.units(x)[0][-1].chunk(2, dim=1)
         ell = log_scale(s, scale_map)
         before, found = x, (z - t) * torch.exp(-ell)
-        # an infinity would reach earlier features, 0 times it being NaN: what is settled stays, a guess that overflowed is none
+        # an infinity would reach earlier features, 0 times it being NaN: what is settled stays, a guess that overflowed
+        # is none
         step = network.degrees[0] - sweep
         x = torch.where(step < 0, before, torch.where((step == 0) | found.isfinite(), found, 0))
         if sweep % look == 0 and torch.equal(before, found):

@@ -3,11 +3,12 @@ r"""Masked convolution in plain PyTorch: the definition, the oracle and the fall
 .. math::
     y = \mathrm{act}\big(x * (w \odot m) + b + c\big) + r
 
-with m the causal mask that keeps an output from seeing its own pixel and later ones (van den Oord et al., "Pixel recurrent neural
-networks", 2016; "Conditional image generation with PixelCNN decoders", 2016), c a condition and r a residual.
+with m the causal mask that keeps an output from seeing its own pixel and later ones (van den Oord et al., "Pixel
+recurrent neural networks", 2016; "Conditional image generation with PixelCNN decoders", 2016), c a condition and r a
+residual.
 
-Pixels follow one another in raster order; within a pixel the channels form `data_channels` equal blocks (R, then G, then B),
-in the order of those blocks. A tap that the mask keeps is *live*:
+Pixels follow one another in raster order; within a pixel the channels form `data_channels` equal blocks (R, then G,
+then B), in the order of those blocks. A tap that the mask keeps is *live*:
 
 ============  =========================================================================================================
 raster A      rows above, and to the left in the row; at the centre, blocks before the output's own
@@ -17,18 +18,19 @@ vertical B    rows up to the centre's, all columns, all channels
 horizontal    as raster, of the centre's row alone
 ============  =========================================================================================================
 
-Activations: none, relu, or gate: :math:`\tanh(a)\,\mathrm{sigmoid}(b)` of the two halves of the channels, the blocks being taken
-within each half.
+Activations: none, relu, or gate: :math:`\tanh(a)\,\mathrm{sigmoid}(b)` of the two halves of the channels, the blocks
+being taken within each half.
 
 Shapes: ``x [N, Cin, H, W]``, ``weight [Cout, Cin, kh, kw]`` (kh, kw odd), ``bias [Cout]``, ``condition [N, Cout]`` or
 ``[N, Cout, H, W]``, ``residual [N, Cout', H, W]``, Cout' = Cout, for the gate Cout/2. Zero padding keeps H and W.
 
-Saved for backward: x, the weight, and what the activation's slope is read from. none: nothing. relu: the output (positive where
-the pre-activation is); beside a residual, which hides it, the pre-activation. gate: the pre-activation, both halves, as much as
-tanh and sigmoid would save by themselves; recomputing it would cost the whole convolution again.
+Saved for backward: x, the weight, and what the activation's slope is read from. none: nothing. relu: the output
+(positive where the pre-activation is); beside a residual, which hides it, the pre-activation. gate: the pre-activation,
+both halves, as much as tanh and sigmoid would save by themselves; recomputing it would cost the whole convolution
+again.
 
-What dead taps of the weight hold plays no part, NaN included, and their gradient is exactly 0. A non-finite x at a dead tap may show
-in the output here (0 · inf), and does not where only live taps are multiplied.
+What dead taps of the weight hold plays no part, NaN included, and their gradient is exactly 0. A non-finite x at a dead
+tap may show in the output here (0 · inf), and does not where only live taps are multiplied.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def masked_conv(
     activation: int = NONE,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`(output, pre)`: `pre` is the pre-activation where `keep` is set and `keeps_pre` says that the backward wants it, else empty."""
+    """`(output, pre)`: `pre` is the pre-activation where `keep` is set and `keeps_pre` says that the backward wants it,
+    else empty."""
     padding = weight.shape[2] // 2, weight.shape[3] // 2
     pre = F.conv2d(x, masked_weight(weight, mask_type, data_channels, region, activation), bias, padding=padding)
     if condition is not None:
@@ -132,7 +135,8 @@ def masked_conv_backward(
     :math:`g_b = \sum_{n,h,w} g`; the condition's is g, or g summed over the pixels.
 
     Args:
-        grad_output: of the output; grad_pre: of the pre-activation that `masked_conv` gave (second order). None counts as zero.
+        grad_output: of the output; grad_pre: of the pre-activation that `masked_conv` gave (second order). None counts
+            as zero.
         state: for relu the output or the pre-activation; for the gate the pre-activation; else None.
         condition_rank: 2, 4, or 0 for no condition.
     """
@@ -144,9 +148,18 @@ def masked_conv_backward(
         # plain integers: the second derivative of a convolution refuses symbolic ones
         padding = [int(weight.shape[2]) // 2, int(weight.shape[3]) // 2]
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            g, x, weight.masked_fill(~mask, 0), None, [1, 1], padding, [1, 1], False, [0, 0], 1,
+            g,
+            x,
+            weight.masked_fill(~mask, 0),
+            None,
+            [1, 1],
+            padding,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
             [want_x, want_weight, False],
-        )  # fmt: skip
+        )
         grad_x = grad_x.contiguous() if want_x else nothing
         grad_weight = grad_weight.masked_fill(~mask, 0).contiguous() if want_weight else nothing
     grad_bias = g.sum(dim=(0, 2, 3)) if want_bias else nothing
@@ -167,10 +180,7 @@ def pre_gradient(grad_output: Tensor | None, grad_pre: Tensor | None, state: Ten
             a, b = state.chunk(2, dim=1)
             tanh, sigmoid = torch.tanh(a), torch.sigmoid(b)
             slope_b = sigmoid * (1 - sigmoid)
-            through = torch.cat(
-                [grad_output * sigmoid * (1 - tanh * tanh), grad_output * tanh * slope_b],
-                dim=1,
-            )
+            through = torch.cat([grad_output * sigmoid * (1 - tanh * tanh), grad_output * tanh * slope_b], dim=1)
         else:
             through = grad_output
         g = through if g is None else g + through
@@ -179,6 +189,12 @@ def pre_gradient(grad_output: Tensor | None, grad_pre: Tensor | None, state: Ten
 
 def _mask_of(weight: Tensor, mask_type: int, data_channels: int, region: int, activation: int) -> Tensor:
     return causal_mask(
-        weight.shape[0], weight.shape[1], (weight.shape[2], weight.shape[3]), MASK_TYPES[mask_type], data_channels,
-        REGIONS[region], activation == GATE, weight.device,
-    )  # fmt: skip
+        weight.shape[0],
+        weight.shape[1],
+        (weight.shape[2], weight.shape[3]),
+        MASK_TYPES[mask_type],
+        data_channels,
+        REGIONS[region],
+        activation == GATE,
+        weight.device,
+    )

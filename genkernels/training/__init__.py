@@ -15,6 +15,24 @@ from genkernels.training.rundir import RunDirectory, load_model
 from genkernels.training.sampling import inpaint, known_region, sample
 
 __all__ = [
-    "EMA", "CheckpointError", "HeldOut", "Result", "RunDirectory", "TrainConfig", "TrainingError", "UsageError", "draw",
-    "evaluate", "fit", "inpaint", "known_region", "load_model", "read_checkpoint", "sample", "save_png", "scatter", "tile", "write_checkpoint",
-]  # fmt: skip
+    "EMA",
+    "CheckpointError",
+    "HeldOut",
+    "Result",
+    "RunDirectory",
+    "TrainConfig",
+    "TrainingError",
+    "UsageError",
+    "draw",
+    "evaluate",
+    "fit",
+    "inpaint",
+    "known_region",
+    "load_model",
+    "read_checkpoint",
+    "sample",
+    "save_png",
+    "scatter",
+    "tile",
+    "write_checkpoint",
+]

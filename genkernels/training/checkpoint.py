@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent.
 
-A checkpoint is an ordinary ``torch.save`` file whose zip comment carries the SHA-256 of all bytes before it, so ``torch.load(path,
-weights_only=True)`` reads it anywhere, while `read_checkpoint` refuses one that was cut short or altered. It is written beside
+A checkpoint is an ordinary ``torch.save`` file whose zip comment carries the SHA-256 of all bytes before it, so
+``torch.load(path, weights_only=True)`` reads it anywhere, while `read_checkpoint` refuses one that was cut short or
+altered. It is written beside
 its final name, flushed to the disk and only then renamed: a process killed at any moment leaves the earlier checkpoints
 and at most a ``.tmp`` file, which the next run removes.
 """

@@ -206,7 +206,8 @@ class Conductor(pl.Callback):
         raise TrainingError(f"{sentence}{where}; {advice}")
 
     def _bad_example(self, step: int) -> str:
-        """Names an example of that step's batch that is not finite: which batch it was follows from the seed and the step."""
+        """Names an example of that step's batch that is not finite: which batch it was follows from the seed and the
+        step."""
         for rank in range(self.world_size):
             indices = self.module.order(rank, self.world_size).batch(step)
             x, _ = fetch(self.bundle.train, indices)
@@ -249,19 +250,28 @@ class Conductor(pl.Callback):
     def _measure(self, dataset) -> HeldOut | None:
         c = self.config
         return evaluate(
-            self.model, dataset, levels=self.bundle.levels, batch_size=c.eval_batch_size or c.batch_size, seed=c.seed,
-            class_conditional=c.class_conditional, rank=self.trainer.global_rank, world_size=self.world_size,
+            self.model,
+            dataset,
+            levels=self.bundle.levels,
+            batch_size=c.eval_batch_size or c.batch_size,
+            seed=c.seed,
+            class_conditional=c.class_conditional,
+            rank=self.trainer.global_rank,
+            world_size=self.world_size,
             reduce=self._sum if self.world_size > 1 else None,
             stop=self.interrupt.__bool__ if self.world_size == 1 else None,
-        )  # fmt: skip
+        )
 
     def _draw(self) -> None:
         if self.run and self.main and not self._undrawn:
             with averaged(self.ema, self.model):
                 images = sample(
-                    self.model, self.config.samples, temperature=self.config.temperature,
-                    seed=derive_seed(self.config.seed, "sheet"), num_classes=self._classes(),
-                )  # fmt: skip
+                    self.model,
+                    self.config.samples,
+                    temperature=self.config.temperature,
+                    seed=derive_seed(self.config.seed, "sheet"),
+                    num_classes=self._classes(),
+                )
             real = self.bundle.take("test", len(images))[0] if self.metric == "nats" else None
             if broken := unusable(images):
                 self.progress.note(f"step {self.step}: {broken} of {len(images)} samples are not finite")
@@ -275,10 +285,13 @@ class Conductor(pl.Callback):
 
     def _weights(self) -> dict:
         return {
-            "step": self.step, "model": self.model.state_dict(),
+            "step": self.step,
+            "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "evaluations": self.evaluations, "best": self.best, "stale": self.stale,
-        }  # fmt: skip
+            "evaluations": self.evaluations,
+            "best": self.best,
+            "stale": self.stale,
+        }
 
     def _save(self) -> None:
         if self.run and self.main and self.saved_step != self.step:

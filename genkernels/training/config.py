@@ -12,7 +12,8 @@ ACCELERATORS = ("auto", "cpu", "gpu")
 STRATEGIES = ("auto", "ddp")
 SCHEDULES = ("constant", "cosine")
 
-#: What a resumed run may be told anew. The rest (seed, batch size, ...) fixes which examples and which noise a step sees.
+#: What a resumed run may be told anew. The rest (seed, batch size, ...) fixes which examples and which noise a step
+#: sees.
 CHANGEABLE = frozenset(
     {
         "max_steps",
@@ -34,7 +35,8 @@ CHANGEABLE = frozenset(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Adam with the papers' step size (NICE, RealNVP and Glow all use 1e-3), EMA of the weights, clipped gradients.
+    """How to train. Adam with the papers' step size (NICE, RealNVP and Glow all use 1e-3), EMA of the weights, clipped
+    gradients.
 
     Attributes:
         max_steps: optimiser steps in all, counted from step 0 also after a resume.
@@ -47,21 +49,24 @@ class TrainConfig:
         weight_decay: decoupled (AdamW); 0 is plain Adam.
         clip: largest gradient norm; 0 does not clip.
         ema: decay of the averaged weights that evaluation and samples use; 0 keeps none.
-        precision: ``32``, ``bf16-mixed`` or ``16-mixed`` (automatic mixed precision). Evaluation and sampling are always fp32.
+        precision: ``32``, ``bf16-mixed`` or ``16-mixed`` (automatic mixed precision). Evaluation and sampling are
+            always fp32.
         accelerator: ``auto``, ``cpu`` or ``gpu``.
         devices: how many processes train, each on a device of its own.
         strategy: ``auto`` (``ddp`` where there are several devices) or ``ddp``.
         workers: processes that load data beside the training process; 0 loads in it.
         seed: weights apart, the run is a function of it: data order, dequantisation noise, samples.
-        log_every: steps between two looks at the losses (None: 1 on the CPU; 20 on a GPU, where a look waits for the device).
+        log_every: steps between two looks at the losses (None: 1 on the CPU; 20 on a GPU, where a look waits for the
+            device).
         eval_every: steps between evaluations on the held-out examples (None: ten times a run; 0: only at the end).
         sample_every: steps between sample sheets (None: as `eval_every`; 0: only at the end).
-        checkpoint_every: steps between checkpoints (None: at every evaluation, and every five minutes; 0: only at the end).
+        checkpoint_every: steps between checkpoints (None: at every evaluation, and every five minutes; 0: only at the
+            end).
         patience: stop after this many evaluations without a new best; 0 never stops early.
         samples: pictures on a sample sheet, or points of a plot (None: 64 pictures, 2,000 points).
         temperature: of the samples.
-        eval_examples: held-out images that an evaluation during the run looks at, evenly spread (None: 512, or all points; 0: all).
-            They choose the best weights; the result at the end is over all.
+        eval_examples: held-out images that an evaluation during the run looks at, evenly spread (None: 512, or all
+            points; 0: all). They choose the best weights; the result at the end is over all.
         eval_batch_size: examples at once in evaluation (None: `batch_size`).
         backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None leaves the choice in force alone.
         class_conditional: gives the labels to the model.
@@ -153,7 +158,8 @@ class TrainConfig:
         return max(1, math.ceil(self.epochs * examples / (self.batch_size * world_size)))
 
     def lr_at(self, step: int, total: int) -> float:
-        """The step size of `step` in a run of `total` steps. A pure function, so that a resumed run needs no scheduler state."""
+        """The step size of `step` in a run of `total` steps. A pure function, so that a resumed run needs no scheduler
+        state."""
         warmup = min(100, total // 10) if self.warmup is None else self.warmup
         if step < warmup:
             return self.lr * (step + 1) / warmup

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 
 class EMA:
-    r"""Keeps :math:`\bar w_t = d_t \bar w_{t-1} + (1 - d_t) w_t` for each floating-point parameter and a copy of every buffer.
+    r"""Keeps :math:`\bar w_t = d_t \bar w_{t-1} + (1 - d_t) w_t` for each floating-point parameter and a copy of every
+    buffer.
 
-    The decay :math:`d_t = \min(d,\, t/(t+9))` grows with the steps t taken so far: the first update is a plain copy, so the random
-    initial weights, and an ActNorm that initialises itself on its first batch, leave no trace, and short runs average over about a
-    tenth of their steps.
+    The decay :math:`d_t = \min(d,\, t/(t+9))` grows with the steps t taken so far: the first update is a plain copy, so
+    the random initial weights, and an ActNorm that initialises itself on its first batch, leave no trace, and short
+    runs average over about a tenth of their steps.
 
     Args:
         model: whose weights are averaged.

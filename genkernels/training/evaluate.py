@@ -121,6 +121,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def no_autocast(device: torch.device):
-    """Likelihoods and samples are computed in the weights' own precision, also in the middle of a mixed-precision run."""
+    """Likelihoods and samples are computed in the weights' own precision, also in the middle of a mixed-precision
+    run."""
     with torch.autocast(device.type, enabled=False):
         yield

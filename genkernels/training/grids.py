@@ -1,4 +1,5 @@
-"""Sample sheets: images as a grid of enlarged tiles, 2-D points as a scatter plot. Needs Pillow, and matplotlib for points."""
+"""Sample sheets: images as a grid of enlarged tiles, 2-D points as a scatter plot. Needs Pillow, and matplotlib for
+points."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def scatter(points: Tensor, reference: Tensor | None = None) -> np.ndarray:
 
 
 def draw(samples: Tensor, reference: Tensor | None = None) -> np.ndarray:
-    """`tile` for images ``[N, C, H, W]``, `scatter` for points ``[N, D]``; other channel counts are drawn as grey tiles."""
+    """`tile` for images ``[N, C, H, W]``, `scatter` for points ``[N, D]``; other channel counts are drawn as grey
+    tiles."""
     if samples.ndim == 4:
         return tile(samples if samples.shape[1] in (1, 3) else samples.flatten(0, 1).unsqueeze(1))
     return scatter(samples, reference)

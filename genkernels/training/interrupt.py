@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM, heard between two steps.
 
-An exception in the midst of an optimiser step would leave weights half updated, which no checkpoint may hold. So the first
-signal only raises a flag; the loop finishes the step at hand, saves and stops. A second Ctrl-C stops at once.
+An exception in the midst of an optimiser step would leave weights half updated, which no checkpoint may hold. So the
+first signal only raises a flag; the loop finishes the step at hand, saves and stops. A second Ctrl-C stops at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import threading
 
 
 class Interrupt:
-    """Listens for SIGINT and SIGTERM inside a ``with`` block, in the main thread (elsewhere Python delivers no signals).
+    """Listens for SIGINT and SIGTERM inside a ``with`` block, in the main thread (elsewhere Python delivers no
+    signals).
 
     Attributes:
         signal: the number of the first signal that came, or None.

@@ -33,7 +33,8 @@ def import_lightning() -> None:
             import torch
 
             raise UsageError(
-                f"Lightning cannot be imported because the installed torchvision was built for another torch than {torch.__version__}"
+                "Lightning cannot be imported because the installed torchvision was built for another torch "
+                f"than {torch.__version__}"
                 f" ({text[:120]}): install the torchvision that belongs to it, or pip uninstall torchvision"
             ) from error
         raise UsageError(f"Lightning cannot be imported: {type(error).__name__}: {text[:200]}") from error

@@ -40,8 +40,8 @@ def fit(
     """Trains `model` on ``bundle.train`` and evaluates it on ``bundle.test``.
 
     The run is a function of the model's initial weights and of `config`: data order and noise of each step follow from
-    ``(seed, step)``. A run that was stopped, by Ctrl-C or by ``kill -9``, goes on from its newest sound checkpoint and reaches the
-    losses that it would have reached unbroken.
+    ``(seed, step)``. A run that was stopped, by Ctrl-C or by ``kill -9``, goes on from its newest sound checkpoint and
+    reaches the losses that it would have reached unbroken.
 
     Equivalent to, without everything that makes it safe to stop::
 
@@ -137,11 +137,23 @@ def _run(
                 conductor.close()
     model.to(device)  # Lightning moves it to the CPU at the end
     result = Result(
-        steps=conductor.step or start, metric=conductor.metric, losses=conductor.losses, held_out=conductor.held_out,
-        best=conductor.best, evaluations=conductor.evaluations, examples_per_second=None, seconds=0.0, device=str(device),
-        backend=current_backend(), precision=config.precision, out=run.path if run else None, checkpoint=conductor.saved,
-        signal=interrupt.signal if conductor.interrupted else None, stopped_early=conductor.stopped_early, model=model,
-    )  # fmt: skip
+        steps=conductor.step or start,
+        metric=conductor.metric,
+        losses=conductor.losses,
+        held_out=conductor.held_out,
+        best=conductor.best,
+        evaluations=conductor.evaluations,
+        examples_per_second=None,
+        seconds=0.0,
+        device=str(device),
+        backend=current_backend(),
+        precision=config.precision,
+        out=run.path if run else None,
+        checkpoint=conductor.saved,
+        signal=interrupt.signal if conductor.interrupted else None,
+        stopped_early=conductor.stopped_early,
+        model=model,
+    )
     if start < total:
         result.examples_per_second = conductor.clock.rate(config.batch_size * trainer.world_size)
     elif run:
@@ -151,9 +163,13 @@ def _run(
         ema.copy_to(model)
     if start >= total:  # killed between the last checkpoint and the results
         result.held_out = evaluate(
-            model, bundle.test, levels=bundle.levels, batch_size=config.eval_batch_size or config.batch_size, seed=config.seed,
+            model,
+            bundle.test,
+            levels=bundle.levels,
+            batch_size=config.eval_batch_size or config.batch_size,
+            seed=config.seed,
             class_conditional=config.class_conditional,
-        )  # fmt: skip
+        )
     model.eval()
     return result
 
@@ -177,10 +193,20 @@ def _trainer(config: TrainConfig, callbacks: list):
 
     strategy = "ddp" if config.devices > 1 and config.strategy == "auto" else config.strategy
     return pl.Trainer(
-        accelerator=config.accelerator, devices=config.devices, strategy=strategy, precision=config.precision, callbacks=callbacks,
-        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
-    )  # fmt: skip
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy=strategy,
+        precision=config.precision,
+        callbacks=callbacks,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
 
 
 def _resolved(config: TrainConfig, examples: int, levels: int | None) -> TrainConfig:

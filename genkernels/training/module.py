@@ -1,4 +1,5 @@
-"""The model as Lightning sees it. Importing this file imports Lightning, so `genkernels.training.fit` does it when it is called."""
+"""The model as Lightning sees it. Importing this file imports Lightning, so `genkernels.training.fit` does it when it
+is called."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 r"""Which examples and which noise a training step sees: a pure function of (seed, step, process).
 
 The examples are one endless stream: permutation 0 of the data, then permutation 1, and so on, permutation e being drawn
-from (seed, e). Step s takes the s-th group of ``batch_size * processes`` examples, so every batch is full, none is dropped at
-the end of an epoch, and each example is seen exactly once an epoch. Random number generators are set anew from (seed, step, process)
-before a batch is read and before a step is computed.
+from (seed, e). Step s takes the s-th group of ``batch_size * processes`` examples, so every batch is full, none is
+dropped at the end of an epoch, and each example is seen exactly once an epoch. Random number generators are set anew
+from (seed, step, process) before a batch is read and before a step is computed.
 
 A run that was stopped therefore needs nothing but its step count to go on with the same data and the same noise, and
-evaluating or sampling in between cannot change what follows. Storing generator states would also serve, but would make every
-draw depend on all draws before it, in every process.
+evaluating or sampling in between cannot change what follows. Storing generator states would also serve, but would make
+every draw depend on all draws before it, in every process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def derive_seed(seed: int, *parts: int | str) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Sets Python's, numpy's and torch's generators (on every device). On a GPU this queues nothing and waits for nothing."""
+    """Sets Python's, numpy's and torch's generators (on every device). On a GPU this queues nothing and waits for
+    nothing."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(
@@ -113,7 +114,8 @@ class _SeededDataset(Dataset):
 
 
 def fetch(dataset: Dataset, indices: list[int]):
-    """One batch ``(x, y)`` of tensors: by indexing where the data lie in memory, else by ``__getitems__`` or one by one."""
+    """One batch ``(x, y)`` of tensors: by indexing where the data lie in memory, else by ``__getitems__`` or one by
+    one."""
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         x, y = dataset.tensors
         return x[indices], y[indices]

@@ -15,7 +15,8 @@ import torch
 class StepClock:
     """Seconds between the ends of successive steps.
 
-    On a GPU an event is recorded after each step and the events are read when the losses are, so no step waits. The time
+    On a GPU an event is recorded after each step and the events are read when the losses are, so no step waits. The
+    time
     of an evaluation, a sheet or a checkpoint is left out: `restart` after it.
     """
 
@@ -50,7 +51,8 @@ class StepClock:
         return new
 
     def rate(self, images: int, *, warmup: int = 5, last: int = 0) -> float | None:
-        """Images a second from the median step, without the first `warmup` steps (where there are more than twice as many).
+        """Images a second from the median step, without the first `warmup` steps (where there are more than twice as
+        many).
 
         Args:
             images: examples a step, over all devices.
@@ -83,7 +85,8 @@ class Progress:
         self._every = 0.1 if self.terminal else every
 
     def update(self, done: int, text: Callable[[], str]) -> None:
-        """Shows that `done` steps are finished, with ``text()`` behind the bar; drops the call where one was drawn just now."""
+        """Shows that `done` steps are finished, with ``text()`` behind the bar; drops the call where one was drawn just
+        now."""
         self.done = done
         now = time.monotonic()
         if self.quiet or (now - self._drawn < self._every and done < self.total):

@@ -20,8 +20,9 @@ COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds")
 class LossRecord:
     """A step's loss and gradient norm are written into a small buffer on the device; reading it is the only wait.
 
-    So each loss is recorded and checked, on a GPU too, and no step waits for the device: a NaN is found at the next look, a few
-    steps late, and the buffer still tells in which step it arose. Checkpoints are only written right after a look.
+    So each loss is recorded and checked, on a GPU too, and no step waits for the device: a NaN is found at the next
+    look, a few steps late, and the buffer still tells in which step it arose. Checkpoints are only written right after
+    a look.
 
     Args:
         size: steps between two looks at most.

@@ -27,7 +27,8 @@ class Result:
         steps: optimiser steps that the model has seen, those before a resume included.
         metric: ``bits_per_dim`` (images) or ``nats`` (points); lower is better.
         losses: the training loss of every step, in the metric's unit.
-        held_out: on all held-out examples after the last step, by the averaged weights where an average is kept; None if interrupted.
+        held_out: on all held-out examples after the last step, by the averaged weights where an average is kept; None
+            if interrupted.
         best: ``[step, value]`` of the best evaluation during the run (on `TrainConfig.eval_examples`), or None.
         evaluations: every ``[step, value]`` during the run.
         examples_per_second: from the median step, warm-up left out, over all devices.
@@ -67,18 +68,29 @@ class Result:
 def metrics(result: Result, description: dict, bundle: DataBundle, config: TrainConfig) -> dict:
     unit = "bits_per_dim" if result.metric == "bits_per_dim" else "nats"
     return {
-        "model": description["name"] or description["class"], "parameters": description["parameters"], "data": bundle.name,
-        "steps": result.steps, "stopped_early": result.stopped_early, "seconds": result.seconds,
-        "images_per_second": result.examples_per_second, "metric": unit,
+        "model": description["name"] or description["class"],
+        "parameters": description["parameters"],
+        "data": bundle.name,
+        "steps": result.steps,
+        "stopped_early": result.stopped_early,
+        "seconds": result.seconds,
+        "images_per_second": result.examples_per_second,
+        "metric": unit,
         "held_out": result.held_out.to_dict() if result.held_out else None,
         "best": {"step": result.best[0], unit: result.best[1]} if result.best else None,
         "train_loss": statistics.fmean(result.losses[-50:]) if result.losses else None,
         "evaluations": [{"step": step, unit: value} for step, value in result.evaluations],
-        "losses": "losses.csv", "checkpoint": result.checkpoint.name if result.checkpoint else None,
-        "device": result.device, "device_name": _device_name(result.device), "backend": result.backend,
-        "precision": result.precision, "config": config.to_dict(), "hparams": description["hparams"], "versions": versions(),
+        "losses": "losses.csv",
+        "checkpoint": result.checkpoint.name if result.checkpoint else None,
+        "device": result.device,
+        "device_name": _device_name(result.device),
+        "backend": result.backend,
+        "precision": result.precision,
+        "config": config.to_dict(),
+        "hparams": description["hparams"],
+        "versions": versions(),
         "notes": result.notes,
-    }  # fmt: skip
+    }
 
 
 def recorded(run: RunDirectory, images: int) -> tuple[list[float], float | None]:

@@ -25,13 +25,7 @@ import torch
 from torch import nn
 
 from genkernels._version import __version__
-from genkernels.training.checkpoint import (
-    CheckpointError,
-    read_checkpoint,
-    read_newest,
-    remove_leftovers,
-    write_json,
-)
+from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest, remove_leftovers, write_json
 from genkernels.training.errors import UsageError, nearest
 
 _FILES = ("config.json", "best.ckpt", "losses.csv", "metrics.json")
@@ -184,15 +178,16 @@ def describe_model(model: nn.Module) -> dict:
 
 
 def load_model(path: str | os.PathLike, which: str = "best") -> tuple[nn.Module, dict, dict, list[str]]:
-    """Rebuilds a run's model with its averaged weights (the trained ones where no average was kept), in evaluation mode.
+    """Rebuilds a run's model with its averaged weights (the trained ones where no average was kept), in evaluation
+    mode.
 
     Args:
         path: the run's folder.
         which: ``best`` or ``last``.
 
     Returns:
-        ``(model, config, state, notes)``: the model on the CPU, ``config.json``, the checkpoint, and a sentence for each
-        checkpoint that was damaged and passed over.
+        ``(model, config, state, notes)``: the model on the CPU, ``config.json``, the checkpoint, and a sentence for
+        each checkpoint that was damaged and passed over.
 
     Raises:
         UsageError: no run is there, it is damaged, or its model is a class of the user's own.

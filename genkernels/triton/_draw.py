@@ -1,7 +1,8 @@
-r"""Draws of a pixel from the parameters that a network gave for it, for Triton kernels: the rule of `genkernels.reference._draw`.
+r"""Draws of a pixel from the parameters that a network gave for it, for Triton kernels: the rule of
+`genkernels.reference._draw`.
 
-Each draw inverts a cumulative distribution at given uniform noise, so whoever computes the same parameters draws the same integers. Weights
-in the parameters' type, their sums in fp64.
+Each draw inverts a cumulative distribution at given uniform noise, so whoever computes the same parameters draws the
+same integers. Weights in the parameters' type, their sums in fp64.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def logistic_level(b_mean, b_s, b_u, b_t, LEVELS: tl.constexpr):
 def categorical(p_logits, o, m, b_u, b_t, COUNT: tl.constexpr, CHUNK: tl.constexpr, COLD: tl.constexpr):
     """int64 [B]: the category whose share of the cumulative distribution of softmax(logits / t) holds u [B].
 
-    The COUNT logits of each lie side by side from o [B] on, and are read CHUNK at a time. COLD: the first of the largest. NaN: 0.
+    The COUNT logits of each lie side by side from o [B] on, and are read CHUNK at a time. COLD: the first of the
+    largest. NaN: 0.
     """
     B: tl.constexpr = o.shape[0]
     b_most = tl.full((B,), float("-inf"), b_u.dtype)

@@ -1,8 +1,8 @@
 r"""Elementary functions for Triton kernels, good to about one unit in the last place in fp32 and in fp64.
 
 Why not Triton's own: `tl.exp` in fp32 is ``ex2.approx(x * log2(e))``, whose argument is rounded, so its relative error
-grows as :math:`|x|\,2^{-24}`: 40 units in the last place at x = 80. Triton has no log1p and no tanh. libdevice, which is
-accurate, does not run in Triton's interpreter: what is tested would not be what runs.
+grows as :math:`|x|\,2^{-24}`: 40 units in the last place at x = 80. Triton has no log1p and no tanh. libdevice, which
+is accurate, does not run in Triton's interpreter: what is tested would not be what runs.
 
 All rests on one reduction, :math:`x = n\ln 2 + r` with :math:`|r| \le \tfrac12\ln 2`, one Taylor series,
 :math:`e^r - 1`, and arithmetic on exponent bits. There is no branch and no approximate instruction except the

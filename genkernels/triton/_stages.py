@@ -1,7 +1,8 @@
-"""The stages of a causal network as the Triton kernel of autoregressive_sampling takes them: records, and packed weights.
+"""The stages of a causal network as the Triton kernel of autoregressive_sampling takes them: records, and packed
+weights.
 
-The plan comes from `genkernels.reference._stages.flatten`, the layout of a sample's state from `genkernels.ops.autoregressive_sampling`
-(`state_size`); ``csrc/common/stages.h`` reads the same.
+The plan comes from `genkernels.reference._stages.flatten`, the layout of a sample's state from
+`genkernels.ops.autoregressive_sampling` (`state_size`); ``csrc/common/stages.h`` reads the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ VECTOR = tl.constexpr(4)  # numbers that are loaded at once
 
 
 class Part(NamedTuple):
-    """What a stage adds to its sums, read off a plane: ``at + (row % rows) * pitch + column * step + e``, e below `count`.
+    """What a stage adds to its sums, read off a plane: ``at + (row % rows) * pitch + column * step + e``, e below
+    `count`.
 
     A kernel row of an input, times weights; or the plane as it is, which has no weights.
     """
@@ -65,9 +67,25 @@ class Stage(NamedTuple):
 P_AT, P_STEP, P_UP, P_COUNT, P_CENTRE, P_OWN, P_WEIGHTS = map(tl.constexpr, (0, *range(3, 9)))
 PART = tl.constexpr(len(Part._fields))
 (
-    S_BLOCK, S_PADDED, S_WIDTH, S_MADE, S_ACTIVATION, S_VERTICAL, S_BIASES, S_SUMS, S_CONDITION, S_CONDITION_ROW,
-    S_CONDITION_COLUMN, S_ROW, S_ROW_ADDED, S_PIXEL, S_PIXEL_ADDED, S_END, S_OUT_AT, S_RESIDUAL_AT,
-) = map(tl.constexpr, (*range(17), 19))  # fmt: skip
+    S_BLOCK,
+    S_PADDED,
+    S_WIDTH,
+    S_MADE,
+    S_ACTIVATION,
+    S_VERTICAL,
+    S_BIASES,
+    S_SUMS,
+    S_CONDITION,
+    S_CONDITION_ROW,
+    S_CONDITION_COLUMN,
+    S_ROW,
+    S_ROW_ADDED,
+    S_PIXEL,
+    S_PIXEL_ADDED,
+    S_END,
+    S_OUT_AT,
+    S_RESIDUAL_AT,
+) = map(tl.constexpr, (*range(17), 19))
 STAGE = tl.constexpr(len(Stage._fields))
 
 
@@ -187,9 +205,21 @@ class Network:
         residual = (-1, 1, 0) if stage.residual < 0 else self.planes[stage.residual].ring()
         self.stages.append(
             Stage(
-                block, padded, width, out.channels, stage.activation, int(stage.vertical), self.biases_size, self.sums_size,
-                condition, by_row, by_column, *bounds, *out.ring(), *residual,
+                block,
+                padded,
+                width,
+                out.channels,
+                stage.activation,
+                int(stage.vertical),
+                self.biases_size,
+                self.sums_size,
+                condition,
+                by_row,
+                by_column,
+                *bounds,
+                *out.ring(),
+                *residual,
             )
-        )  # fmt: skip
+        )
         self.biases_size += width
         self.sums_size += width * self.columns

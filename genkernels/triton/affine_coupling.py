@@ -14,7 +14,8 @@ Dinh et al. 2015, 2017; Kingma & Dhariwal 2018. Gradients, with g for the incomi
 Layout. Everything is contiguous, so one sample of the channel split is two blocks of L = C/2 * S numbers, one copied
 and one transformed; of the checkerboard, one block of L = C * H * W, where the parity of h + w decides. A sample is cut
 into *units* of V numbers (16 bytes where L allows): a unit lies within one channel and one image row, so whatever needs
-a division (channel of the interleaved layout, parity of a row) is worked out once a unit. A program takes a tile of ROWS
+a division (channel of the interleaved layout, parity of a row) is worked out once a unit. A program takes a tile of
+ROWS
 samples by COLS units: several small samples, or a part of a large one. Offsets are 64-bit; the units within a sample
 are divided in 32 bits when a sample has fewer than 2^31 of them.
 
@@ -68,8 +69,8 @@ SIZES = ("n_rows", "units", "width", "height", "blocks")  # not worth a compilat
 def _scale(b_s, MAP: tl.constexpr, ROUGH: tl.constexpr):
     """(ℓ, σ, 1/σ, ℓ') of the log-scale s; what a kernel leaves unused is never computed.
 
-    ROUGH: σ is multiplied into a 16-bit number, so the hardware's exp will do for it: half the instructions, and good to
-    2^-17, the argument of a finite result being below 89. ℓ, which goes into the log-determinant, never is rough.
+    ROUGH: σ is multiplied into a 16-bit number, so the hardware's exp will do for it: half the instructions, and good
+    to 2^-17, the argument of a finite result being below 89. ℓ, which goes into the log-determinant, never is rough.
     """
     if MAP == EXP:
         return b_s, _exp(b_s, ROUGH), _exp(-b_s, ROUGH), 1.0
@@ -101,10 +102,19 @@ def _wide(b_x):
 
 @triton.jit
 def _tile(
-    n_rows, units, width, height, blocks,
-    MAP: tl.constexpr, SPLIT: tl.constexpr, LAYOUT: tl.constexpr, FLIP: tl.constexpr,
-    V: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    n_rows,
+    units,
+    width,
+    height,
+    blocks,
+    MAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    FLIP: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Where this program works: samples [T], mask [T, 1], offsets [T, V] (transformed, copied, s, t), parity [T, V].
 
     T = ROWS * COLS units. The copied offsets mean something for the channel split alone, the parity, true where a pixel
@@ -152,10 +162,24 @@ def _tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def _couple_kernel(
-    p_x, p_params, p_y, p_ldj, n_rows, units, width, height, blocks,
-    MAP: tl.constexpr, SPLIT: tl.constexpr, LAYOUT: tl.constexpr, FLIP: tl.constexpr, IS_INVERSE: tl.constexpr,
-    V: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_params,
+    p_y,
+    p_ldj,
+    n_rows,
+    units,
+    width,
+    height,
+    blocks,
+    MAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    FLIP: tl.constexpr,
+    IS_INVERSE: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """y [N, C, S] and ldj [N, blocks] from x [N, C, S] and params; forward or inverse."""
     o_row, m, o_moved, o_copied, o_scale, o_shift, m_moved = _tile(
         n_rows, units, width, height, blocks, MAP, SPLIT, LAYOUT, FLIP, V, ROWS, COLS
@@ -207,10 +231,27 @@ def _sum_kernel(p_partial, p_ldj, n_rows, blocks, STEPS: tl.constexpr, ROWS: tl.
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    p_g, p_g_ldj, p_x, p_params, p_x_out, p_g_x, p_g_params, n_rows, units, width, height, blocks,
-    MAP: tl.constexpr, SPLIT: tl.constexpr, LAYOUT: tl.constexpr, FLIP: tl.constexpr, OF: tl.constexpr,
-    V: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    p_g,
+    p_g_ldj,
+    p_x,
+    p_params,
+    p_x_out,
+    p_g_x,
+    p_g_params,
+    n_rows,
+    units,
+    width,
+    height,
+    blocks,
+    MAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    FLIP: tl.constexpr,
+    OF: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """g_x [N, C, S], g_params and, for OF == REVERSE, x_out [N, C, S] from g [N, C, S], g_ldj [N] and what was saved.
 
     p_x is the forward's input x, the inverse's input z, or (REVERSE) the forward's output z. p_g, p_g_ldj may be None.
@@ -307,9 +348,14 @@ def _plan(
         blocks = triton.cdiv(units, cols)
     tile_rows = tile // (cols * unit)
     constants = {
-        "MAP": int(scale_map), "SPLIT": int(split), "LAYOUT": int(layout), "FLIP": bool(flip),
-        "V": unit, "ROWS": tile_rows, "COLS": cols,
-    }  # fmt: skip
+        "MAP": int(scale_map),
+        "SPLIT": int(split),
+        "LAYOUT": int(layout),
+        "FLIP": bool(flip),
+        "V": unit,
+        "ROWS": tile_rows,
+        "COLS": cols,
+    }
     warps = 4 if tile * itemsize <= 4096 else 8
     grid = triton.cdiv(rows, tile_rows) * blocks
     return _Plan((grid,), (rows, units, run // unit, height, blocks), constants, warps)
@@ -331,7 +377,8 @@ def _empty_like(t: Tensor) -> Tensor:
 def affine_coupling(
     input: Tensor, params: Tensor, scale_map: int, split: int, layout: int, flip: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """`(output, ldj)` of contiguous tensors on one GPU; the caller has checked them. Codes as in the operator's schema."""
+    """`(output, ldj)` of contiguous tensors on one GPU; the caller has checked them. Codes as in the operator's
+    schema."""
     rows = input.shape[0]
     output = _empty_like(input)
     ldj = input.new_empty(rows, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
@@ -343,9 +390,16 @@ def affine_coupling(
     with torch.cuda.device_of(input):
         sums = ldj.new_empty(rows, blocks) if two_stages else ldj
         _couple_kernel[plan.grid](
-            input, params, output, sums, *plan.sizes, **plan.constants, IS_INVERSE=bool(inverse),
-            num_warps=plan.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+            input,
+            params,
+            output,
+            sums,
+            *plan.sizes,
+            **plan.constants,
+            IS_INVERSE=bool(inverse),
+            num_warps=plan.warps,
+            enable_fp_fusion=True,
+        )
         if two_stages:
             tile = _sum_tile(blocks)
             _sum_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
@@ -394,9 +448,19 @@ def _backward(grad_output, grad_ldj, saved, params, rebuilt, codes, of):
     plan = _plan_of(saved, params, *codes)
     with torch.cuda.device_of(saved):
         _backward_kernel[plan.grid](
-            grad_output, grad_ldj, saved, params, rebuilt, grad_input, grad_params, *plan.sizes, **plan.constants,
-            OF=of, num_warps=plan.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+            grad_output,
+            grad_ldj,
+            saved,
+            params,
+            rebuilt,
+            grad_input,
+            grad_params,
+            *plan.sizes,
+            **plan.constants,
+            OF=of,
+            num_warps=plan.warps,
+            enable_fp_fusion=True,
+        )
     return grad_input, grad_params
 
 

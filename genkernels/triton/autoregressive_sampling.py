@@ -2,23 +2,28 @@ r"""Sampling from a causal network on the GPU, pixel by pixel, with every stage'
 
 .. math:: x_{i,c} \sim p(x_{i,c} \mid x_{<i},\, x_{i,<c})
 
-van den Oord et al. 2016a, 2016b; Ramachandran et al. 2017. `genkernels.reference.autoregressive_sampling` is the definition.
+van den Oord et al. 2016a, 2016b; Ramachandran et al. 2017. `genkernels.reference.autoregressive_sampling` is the
+definition.
 
-Layout. A sample's planes lie in global memory as rings of the rows that are still read, pixel-major with zeros around, so that the taps of one kernel
-row at a pixel are one stretch of numbers: every convolution is a product with overlapping rows, without a copy. Weights are packed
-``[kernel row][column, in][out]``, the outputs of each block (a half of a gate, within it a data channel's group) padded to a multiple of 4,
-so that a thread reads them 16 bytes at a time. Biases, conditions and partial sums lie in the same order.
+Layout. A sample's planes lie in global memory as rings of the rows that are still read, pixel-major with zeros around,
+so that the taps of one kernel
+row at a pixel are one stretch of numbers: every convolution is a product with overlapping rows, without a copy. Weights
+are packed ``[kernel row][column, in][out]``, the outputs of each block (a half of a gate, within it a data channel's
+group) padded to a multiple of 4, so that a thread reads them 16 bytes at a time. Biases, conditions and partial sums
+lie in the same order.
 
-Parallelisation. A program draws ROWS samples, all their pixels and stages: no program waits for another, so one launch does a whole block of
-rows. A row of the image: first, for all its columns at once, vertical stages and what every other stage takes from rows above,
-products of PIXELS × DEPTH × OUT. Then pixel by pixel the taps to the left and at the centre: threads are spread over (DEPTH × OUT) weights, each loaded
-once for the ROWS samples, and their sums are added up across threads once a stage. What threads hand to one another goes through
-global memory, which the first caches hold, with `tl.debug_barrier`, a barrier of the program's threads, between stages.
+Parallelisation. A program draws ROWS samples, all their pixels and stages: no program waits for another, so one launch
+does a whole block of
+rows. A row of the image: first, for all its columns at once, vertical stages and what every other stage takes from rows
+above, products of PIXELS × DEPTH × OUT. Then pixel by pixel the taps to the left and at the centre: threads are spread
+over (DEPTH × OUT) weights, each loaded once for the ROWS samples, and their sums are added up across threads once a
+stage. What threads hand to one another goes through global memory, which the first caches hold, with
+`tl.debug_barrier`, a barrier of the program's threads, between stages.
 
-Counted for 7×7 A + 8 × 3×3 B of 64 channels: a pixel passes 9 stages, one after the other. A stage is a trip to the second-level cache for 32 kB of
-weights (512 clocks at 64 bytes a clock, behind some 300 of latency), a sum across threads and two or three barriers: an estimate, not a
-measurement, of 0.6 µs, so 784 × 9 × 0.6 µs = 4 ms an image, whatever the batch up to a program a multiprocessor. Beyond that ROWS grows, and
-with it what a loaded weight does.
+Counted for 7×7 A + 8 × 3×3 B of 64 channels: a pixel passes 9 stages, one after the other. A stage is a trip to the
+second-level cache for 32 kB of weights (512 clocks at 64 bytes a clock, behind some 300 of latency), a sum across
+threads and two or three barriers: an estimate, not a measurement, of 0.6 µs, so 784 × 9 × 0.6 µs = 4 ms an image,
+whatever the batch up to a program a multiprocessor. Beyond that ROWS grows, and with it what a loaded weight does.
 
 Sums run in a fixed order: bitwise the same from run to run. Offsets are 64-bit. Nothing is read back to the host.
 """
@@ -34,9 +39,21 @@ from genkernels.triton import KernelSpec, _draw, _math, _stages
 MIXTURE = 1  # the head's number
 
 SIZES = (
-    "n", "height", "columns", "begin", "end", "stages", "image_at", "image_rows", "image_pitch", "state_size", "sums_size",
-    "condition_size", "temperature", "temperature_low",
-)  # fmt: skip
+    "n",
+    "height",
+    "columns",
+    "begin",
+    "end",
+    "stages",
+    "image_at",
+    "image_rows",
+    "image_pitch",
+    "state_size",
+    "sums_size",
+    "condition_size",
+    "temperature",
+    "temperature_low",
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -67,10 +84,28 @@ def _activated(b_a, b_b, activation, GATED: tl.constexpr):
 
 @triton.jit
 def _row_sums(
-    p_stage, p_parts, p_state, p_sums, p_weights, p_biases, p_condition, first_sample, n, i, row, columns, state_size,
-    sums_size, condition_size, ROWS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr,
-):  # fmt: skip
-    """Sums of one stage over all that depends on rows above only, for all columns of row i, the `row`-th of this launch."""
+    p_stage,
+    p_parts,
+    p_state,
+    p_sums,
+    p_weights,
+    p_biases,
+    p_condition,
+    first_sample,
+    n,
+    i,
+    row,
+    columns,
+    state_size,
+    sums_size,
+    condition_size,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """Sums of one stage over all that depends on rows above only, for all columns of row i, the `row`-th of this
+    launch."""
     width = tl.multiple_of(tl.load(p_stage + _stages.S_WIDTH), _stages.VECTOR)
     block, padded = tl.load(p_stage + _stages.S_BLOCK), tl.load(p_stage + _stages.S_PADDED)
     biases, sums = tl.load(p_stage + _stages.S_BIASES), tl.load(p_stage + _stages.S_SUMS)
@@ -121,9 +156,20 @@ def _row_sums(
 
 @triton.jit
 def _finish_row(
-    p_stage, p_state, p_sums, first_sample, n, i, columns, state_size, sums_size,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, OUT: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
+    p_stage,
+    p_state,
+    p_sums,
+    first_sample,
+    n,
+    i,
+    columns,
+    state_size,
+    sums_size,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    OUT: tl.constexpr,
+    GATED: tl.constexpr,
+):
     """What a vertical stage makes of its sums, for all columns of row i."""
     width = tl.load(p_stage + _stages.S_WIDTH)
     padded = tl.load(p_stage + _stages.S_PADDED)
@@ -156,9 +202,23 @@ def _finish_row(
 
 @triton.jit
 def _one_pixel(
-    p_stage, p_parts, p_state, p_sums, p_weights, o_n, m_n, i, j, g, state_size, sums_size,
-    GROUPS: tl.constexpr, GATED: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr,
-):  # fmt: skip
+    p_stage,
+    p_parts,
+    p_state,
+    p_sums,
+    p_weights,
+    o_n,
+    m_n,
+    i,
+    j,
+    g,
+    state_size,
+    sums_size,
+    GROUPS: tl.constexpr,
+    GATED: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OUT: tl.constexpr,
+):
     """Group g of one stage at pixel (i, j)."""
     ROWS: tl.constexpr = o_n.shape[0]
     width = tl.multiple_of(tl.load(p_stage + _stages.S_WIDTH), _stages.VECTOR)
@@ -228,8 +288,21 @@ def _known_or(p_image, p_known, o, m, b_level):
 
 @triton.jit
 def _mixture_channel(
-    p_image, p_known, p_noise, p_state, o, o_noise, o_mean, o_x, m, b_shift, b_t, C: tl.constexpr, K: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
+    p_image,
+    p_known,
+    p_noise,
+    p_state,
+    o,
+    o_noise,
+    o_mean,
+    o_x,
+    m,
+    b_shift,
+    b_t,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
     """One channel drawn and stored; the x that shifts the means of later ones."""
     b_mean = tl.load(p_state + o_mean, m, other=0.0) + b_shift
     b_s = tl.load(p_state + (o_mean + K), m, other=0.0)
@@ -246,13 +319,44 @@ def _mixture_channel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _draw_rows_kernel(
-    p_image, p_state, p_sums, p_noise, p_known, p_weights, p_biases, p_condition, p_stages, p_parts,
-    n, height, columns, begin, end, stages, image_at, image_rows, image_pitch, state_size, sums_size, condition_size,
-    temperature, temperature_low,
-    C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, COLD: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr, PIXELS: tl.constexpr, ROW_DEPTH: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Rows begin to end of image int64 [N, C, H, W], with state [N, state_size] and scratch sums [N, sums_size]; noise [N, C or 1 + C, H, W].
+    p_image,
+    p_state,
+    p_sums,
+    p_noise,
+    p_known,
+    p_weights,
+    p_biases,
+    p_condition,
+    p_stages,
+    p_parts,
+    n,
+    height,
+    columns,
+    begin,
+    end,
+    stages,
+    image_at,
+    image_rows,
+    image_pitch,
+    state_size,
+    sums_size,
+    condition_size,
+    temperature,
+    temperature_low,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    K: tl.constexpr,
+    COLD: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OUT: tl.constexpr,
+    PIXELS: tl.constexpr,
+    ROW_DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Rows begin to end of image int64 [N, C, H, W], with state [N, state_size] and scratch sums [N, sums_size]; noise
+    [N, C or 1 + C, H, W].
 
     K: components of a logistic mixture, 0 for categories. image_at and so on: the ring of plane 0.
     """
@@ -269,14 +373,43 @@ def _draw_rows_kernel(
         for k in range(0, count):
             p_stage = p_stages + k * _stages.STAGE
             _row_sums(
-                p_stage, p_parts, p_state, p_sums, p_weights, p_biases, p_condition, first_sample, n, i, i - begin, columns,
-                state_size, sums_size, condition_size, ROWS, PIXELS, ROW_DEPTH, OUT,
-            )  # fmt: skip
+                p_stage,
+                p_parts,
+                p_state,
+                p_sums,
+                p_weights,
+                p_biases,
+                p_condition,
+                first_sample,
+                n,
+                i,
+                i - begin,
+                columns,
+                state_size,
+                sums_size,
+                condition_size,
+                ROWS,
+                PIXELS,
+                ROW_DEPTH,
+                OUT,
+            )
             if tl.load(p_stage + _stages.S_VERTICAL) != 0:
                 tl.debug_barrier()
                 _finish_row(
-                    p_stage, p_state, p_sums, first_sample, n, i, columns, state_size, sums_size, ROWS, PIXELS, OUT, GATED
-                )  # fmt: skip
+                    p_stage,
+                    p_state,
+                    p_sums,
+                    first_sample,
+                    n,
+                    i,
+                    columns,
+                    state_size,
+                    sums_size,
+                    ROWS,
+                    PIXELS,
+                    OUT,
+                    GATED,
+                )
                 tl.debug_barrier()
         tl.debug_barrier()
         for j in range(0, columns.to(tl.int64)):
@@ -288,9 +421,23 @@ def _draw_rows_kernel(
                     p_stage = p_stages + k * _stages.STAGE
                     if tl.load(p_stage + _stages.S_VERTICAL) == 0:
                         _one_pixel(
-                            p_stage, p_parts, p_state, p_sums, p_weights, o_n, m_n, i, j, g, state_size, sums_size,
-                            GROUPS, GATED, DEPTH, OUT,
-                        )  # fmt: skip
+                            p_stage,
+                            p_parts,
+                            p_state,
+                            p_sums,
+                            p_weights,
+                            o_n,
+                            m_n,
+                            i,
+                            j,
+                            g,
+                            state_size,
+                            sums_size,
+                            GROUPS,
+                            GATED,
+                            DEPTH,
+                            OUT,
+                        )
                         tl.debug_barrier()
                 o_head = o_n * state_size + j * tl.load(p_last + _stages.S_MADE)
                 o_head += _ring(p_last + _stages.S_OUT_AT, i)
@@ -306,20 +453,57 @@ def _draw_rows_kernel(
                     b_u = tl.load(p_noise + o_noise, m_n, other=0.5)
                     o_head += K + _draw.categorical(p_state, o_head, m_n, b_u, b_t, K, CHUNK, COLD)
                     b_x0 = _mixture_channel(
-                        p_image, p_known, p_noise, p_state, o_image, o_noise + size, o_head, o_plane0, m_n, 0.0, b_t, C, K, LEVELS
-                    )  # fmt: skip
+                        p_image,
+                        p_known,
+                        p_noise,
+                        p_state,
+                        o_image,
+                        o_noise + size,
+                        o_head,
+                        o_plane0,
+                        m_n,
+                        0.0,
+                        b_t,
+                        C,
+                        K,
+                        LEVELS,
+                    )
                     if C == 3:
                         b_tanh0, _ = _math.tanh(tl.load(p_state + (o_head + 2 * K), m_n, other=0.0))
                         b_tanh1, _ = _math.tanh(tl.load(p_state + (o_head + 5 * K), m_n, other=0.0))
                         b_tanh2, _ = _math.tanh(tl.load(p_state + (o_head + 8 * K), m_n, other=0.0))
                         b_x1 = _mixture_channel(
-                            p_image, p_known, p_noise, p_state, o_image + size, o_noise + 2 * size, o_head + 3 * K, o_plane0 + 1,
-                            m_n, b_tanh0 * b_x0, b_t, C, K, LEVELS,
-                        )  # fmt: skip
+                            p_image,
+                            p_known,
+                            p_noise,
+                            p_state,
+                            o_image + size,
+                            o_noise + 2 * size,
+                            o_head + 3 * K,
+                            o_plane0 + 1,
+                            m_n,
+                            b_tanh0 * b_x0,
+                            b_t,
+                            C,
+                            K,
+                            LEVELS,
+                        )
                         _mixture_channel(
-                            p_image, p_known, p_noise, p_state, o_image + 2 * size, o_noise + 3 * size, o_head + 6 * K, o_plane0 + 2,
-                            m_n, b_tanh1 * b_x0 + b_tanh2 * b_x1, b_t, C, K, LEVELS,
-                        )  # fmt: skip
+                            p_image,
+                            p_known,
+                            p_noise,
+                            p_state,
+                            o_image + 2 * size,
+                            o_noise + 3 * size,
+                            o_head + 6 * K,
+                            o_plane0 + 2,
+                            m_n,
+                            b_tanh1 * b_x0 + b_tanh2 * b_x1,
+                            b_t,
+                            C,
+                            K,
+                            LEVELS,
+                        )
                 tl.debug_barrier()
 
 
@@ -363,21 +547,46 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
     high = torch.tensor(temperature, dtype=torch.float32).item()
     with torch.cuda.device_of(noise):
         _draw_rows_kernel[(triton.cdiv(n, rows),)](
-            image, state, noise.new_empty((n, net.sums_size)), noise, None if known is None else known.view(torch.uint8),
-            torch.cat(net.weights) if net.weights else empty, torch.cat(net.biases),
-            torch.cat(net.conditions, 1) if net.conditions else empty, records(net.stages), records(net.parts),
-            n, height, columns, begin, end, len(net.stages), *net.planes[0].ring(), net.state_size, net.sums_size,
-            net.condition_size, high, temperature - high,
-            C=channels, LEVELS=levels, K=mixtures, COLD=temperature == 0, GATED=net.gated,
-            CHUNK=min(1024, triton.next_power_of_2(mixtures or levels)), enable_fp_fusion=True, **tile, **options,
-        )  # fmt: skip
+            image,
+            state,
+            noise.new_empty((n, net.sums_size)),
+            noise,
+            None if known is None else known.view(torch.uint8),
+            torch.cat(net.weights) if net.weights else empty,
+            torch.cat(net.biases),
+            torch.cat(net.conditions, 1) if net.conditions else empty,
+            records(net.stages),
+            records(net.parts),
+            n,
+            height,
+            columns,
+            begin,
+            end,
+            len(net.stages),
+            *net.planes[0].ring(),
+            net.state_size,
+            net.sums_size,
+            net.condition_size,
+            high,
+            temperature - high,
+            C=channels,
+            LEVELS=levels,
+            K=mixtures,
+            COLD=temperature == 0,
+            GATED=net.gated,
+            CHUNK=min(1024, triton.next_power_of_2(mixtures or levels)),
+            enable_fp_fusion=True,
+            **tile,
+            **options,
+        )
 
 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """What the launcher compiles: each head, gated and plain, few and many samples a program, in-painting, temperature 0."""
+    """What the launcher compiles: each head, gated and plain, few and many samples a program, in-painting, temperature
+    0."""
     cases = [
         # label, type, C, levels, K, gated, block, rows, known, cold
         ("digits", "fp32", 1, 17, 0, False, 64, 1, False, False),

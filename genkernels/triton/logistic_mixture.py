@@ -5,18 +5,20 @@ r"""Discretised logistic mixture on the GPU: one launch forward (and a small sum
     P = \sigma(a) - \sigma(b) = \sigma(-near)\,\sigma(far)\,(1 - e^{-w})
 
 Salimans et al., "PixelCNN++", 2017. In units of a level, i the level, M the mean, w the width of a bin in scales:
-:math:`a = (i + ½ - M) w`, :math:`b = (i - ½ - M) w`, near = max(b, -a) the edge nearer to the mean, far = near + w. No sigmoids are
-subtracted, and what stands under the logarithm lies within [1e-5, 1], so that the channels share one.
+:math:`a = (i + ½ - M) w`, :math:`b = (i - ½ - M) w`, near = max(b, -a) the edge nearer to the mean, far = near + w. No
+sigmoids are subtracted, and what stands under the logarithm lies within [1e-5, 1], so that the channels share one.
 
-Layout. params [N, P, S], P = 3 K or 10 K rows of S pixels. A program takes BLOCK neighbouring pixels of one sample and all components
-at once, a tile [KP, BLOCK], KP being K rounded up to a power of two: each row of params is read once, in whole lines, each component's
-numbers stay in registers, and the softmax over components is a reduction within the tile. Offsets are 64-bit.
+Layout. params [N, P, S], P = 3 K or 10 K rows of S pixels. A program takes BLOCK neighbouring pixels of one sample and
+all components at once, a tile [KP, BLOCK], KP being K rounded up to a power of two: each row of params is read once, in
+whole lines, each component's numbers stay in registers, and the softmax over components is a reduction within the tile.
+Offsets are 64-bit.
 
-Saved for backward: the inputs alone; the tile holds all that a second log-sum-exp would need. Bytes: forward P S read, backward P S read
-and P S written. Flops a component and pixel, C = 3: 90 forward, 160 backward, some 10 to 25 a byte: near the balance of an H100.
+Saved for backward: the inputs alone; the tile holds all that a second log-sum-exp would need. Bytes: forward P S read,
+backward P S read and P S written. Flops a component and pixel, C = 3: 90 forward, 160 backward, some 10 to 25 a byte:
+near the balance of an H100.
 
-The sum over pixels: in a fixed order within a program, its result into [N, blocks], which torch adds up in a fixed order: no atomics.
-Arithmetic in fp32 (fp64 for fp64), rounded once at the store.
+The sum over pixels: in a fixed order within a program, its result into [N, blocks], which torch adds up in a fixed
+order: no atomics. Arithmetic in fp32 (fp64 for fp64), rounded once at the store.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from torch import Tensor
 
 from genkernels.triton import KernelSpec, _draw, _math
 
-# the least e^-|near| that counts where the mean lies within the bin: no 0/0 at any width, and its cube is a normal number
+# the least e^-|near| that counts where the mean lies within the bin: no 0/0 at any width, and its cube is a normal
+# number
 FLOOR_32 = tl.constexpr(1e-12)
 FLOOR_64 = tl.constexpr(1e-100)
 # sinh(h)/h = sum of h^2k / (2k+1)!
@@ -117,7 +120,8 @@ def _log_half(levels):
 
 @triton.jit
 def _tile(pixels, blocks, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
-    """Sample, offsets [1, BLOCK] into x and [KP, BLOCK] into params, of their first rows, masks alike, and the rows' distance."""
+    """Sample, offsets [1, BLOCK] into x and [KP, BLOCK] into params, of their first rows, masks alike, and the rows'
+    distance."""
     pid = tl.program_id(0)
     sample = (pid // blocks).to(tl.int64)
     size = pixels.to(tl.int64)
@@ -137,9 +141,17 @@ def _tile(pixels, blocks, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BL
 
 @triton.jit(do_not_specialize=("pixels", "blocks"))
 def _nll_kernel(
-    p_params, p_x, p_nll, pixels, blocks,
-    C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_params,
+    p_x,
+    p_nll,
+    pixels,
+    blocks,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """nll [N, blocks] from params [N, P, S] and x [N, C, S]."""
     _, o_x, o, m_pixel, m, size = _tile(pixels, blocks, C, K, KP, BLOCK)
     WIDTH: tl.constexpr = 2 if C == 1 else 3
@@ -178,9 +190,18 @@ def _nll_kernel(
 
 @triton.jit(do_not_specialize=("pixels", "blocks"))
 def _backward_kernel(
-    p_grad, p_params, p_x, p_out, pixels, blocks,
-    C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_grad,
+    p_params,
+    p_x,
+    p_out,
+    pixels,
+    blocks,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """out [N, P, S], the gradient by params, from grad [N] and the forward's inputs."""
     sample, o_x, o, m_pixel, m, size = _tile(pixels, blocks, C, K, KP, BLOCK)
     WIDTH: tl.constexpr = 2 if C == 1 else 3
@@ -232,9 +253,19 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=("pixels", "blocks", "temperature", "temperature_low"))
 def _sample_kernel(
-    p_params, p_noise, p_index, pixels, blocks, temperature, temperature_low,
-    C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, COLD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_params,
+    p_noise,
+    p_index,
+    pixels,
+    blocks,
+    temperature,
+    temperature_low,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    K: tl.constexpr,
+    COLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """index [N, C, S] int64 from params [N, P, S] and noise [N, 1 + C, S]; the temperature in two parts, for fp64."""
     _, o_index, o, m2, _, size = _tile(pixels, blocks, C, K, 1, BLOCK)
     o_index, o, m = tl.reshape(o_index, (BLOCK,)), tl.reshape(o, (BLOCK,)), tl.reshape(m2, (BLOCK,))
@@ -349,10 +380,19 @@ def logistic_mixture_sample(params: Tensor, noise: Tensor, levels: int, temperat
     high = torch.tensor(temperature, dtype=torch.float32).item()
     with torch.cuda.device_of(params):
         _sample_kernel[(noise.shape[0] * blocks,)](
-            params, noise, index, pixels, blocks, high, temperature - high,
-            **_constants(params.shape[1], channels, levels), COLD=temperature == 0, BLOCK=_SAMPLE_BLOCK,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+            params,
+            noise,
+            index,
+            pixels,
+            blocks,
+            high,
+            temperature - high,
+            **_constants(params.shape[1], channels, levels),
+            COLD=temperature == 0,
+            BLOCK=_SAMPLE_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return index
 
 
@@ -362,7 +402,8 @@ _TYPES = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile: each kernel for either number of channels, every kind of storage, few and many components."""
+    """What the launchers compile: each kernel for either number of channels, every kind of storage, few and many
+    components."""
     cases = [(3, 10, kind) for kind in _TYPES] + [(1, 5, kind) for kind in _TYPES]
     cases += [(3, 1, "fp32"), (1, 32, "fp32"), (3, 100, "fp32")]
     specs = []

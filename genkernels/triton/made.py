@@ -2,24 +2,27 @@ r"""Masked linear layers and the inverse of an autoregressive affine transform o
 
 .. math:: z_i = x_i\,\sigma(s_i) + t_i,\qquad (s, t)_i = \mathrm{MADE}(x_{<i})
 
-Germain et al. 2015; Papamakarios et al. 2017. `genkernels.reference.made` has the maths of the inverse and of its gradient.
+Germain et al. 2015; Papamakarios et al. 2017. `genkernels.reference.made` has the maths of the inverse and of its
+gradient.
 
-Layout. ``order [D]`` and ``counts [layers, D + 1]`` say which units become known at which step. Weights as they are, activations
-``[N, H]`` in global memory, which a program's few samples keep in the first caches. Features are gathered into the order of the steps
-first, so that every prefix is contiguous.
+Layout. ``order [D]`` and ``counts [layers, D + 1]`` say which units become known at which step. Weights as they are,
+activations ``[N, H]`` in global memory, which a program's few samples keep in the first caches. Features are gathered
+into the order of the steps first, so that every prefix is contiguous.
 
-Parallelisation. A program solves ROWS samples alone, from the first feature to the last: no program waits for another, so one
-launch does the whole inverse. A step is a few dot products over what is known: the two parameters of its feature, then each layer's
-units whose degree has just become known, UNITS at a time. Every unit is computed once. Programs read the live weights once
-each, through the second-level cache; the floor is their bytes times the number of programs.
+Parallelisation. A program solves ROWS samples alone, from the first feature to the last: no program waits for another,
+so one
+launch does the whole inverse. A step is a few dot products over what is known: the two parameters of its feature, then
+each layer's units whose degree has just become known, UNITS at a time. Every unit is computed once. Programs read the
+live weights once each, through the second-level cache; the floor is their bytes times the number of programs.
 
-The gradient's transposed solve is the same from the last feature backwards, over transposed weights. It leaves each layer's signal, from
-which the weights' gradients are one product a layer (cuBLAS, in `genkernels.ops`' dtype), masked.
+The gradient's transposed solve is the same from the last feature backwards, over transposed weights. It leaves each
+layer's signal, from which the weights' gradients are one product a layer (cuBLAS, in `genkernels.ops`' dtype), masked.
 
-Masked products themselves are dense cuBLAS products with a masked weight: on a GPU the half that is dead costs less than a product
-of one's own would lose.
+Masked products themselves are dense cuBLAS products with a masked weight: on a GPU the half that is dead costs less
+than a product of one's own would lose.
 
-Within a program, units written by some threads are read by others: `tl.debug_barrier` is a barrier of the program's threads. Sums
+Within a program, units written by some threads are read by others: `tl.debug_barrier` is a barrier of the program's
+threads. Sums
 run in a fixed order: bitwise the same from run to run. Offsets are 64-bit.
 """
 
@@ -38,7 +41,8 @@ SIGMOID = tl.constexpr(1)
 
 SIZES = ("n", "features", "hidden", "layers")  # not worth a compilation for each value
 
-#: Samples of a program, depth of one step of a dot product, units at a time. ptxas alone settles for 64 registers and spills.
+#: Samples of a program, depth of one step of a dot product, units at a time. ptxas alone settles for 64 registers and
+#: spills.
 ROWS, DEPTH, UNITS = 4, 64, 4
 
 
@@ -65,7 +69,8 @@ def _log_scale(b_s, MAP: tl.constexpr):
 
 @triton.jit
 def _dot(p_weight, o_row, m_row, p_act, o_sample, m_sample, begin, end, UNITS: tl.constexpr, DEPTH: tl.constexpr):
-    """Σ_k weight[row, k] act[sample, k] over begin ≤ k < end, [ROWS, UNITS]; o_row, o_sample are offsets of whole rows."""
+    """Σ_k weight[row, k] act[sample, k] over begin ≤ k < end, [ROWS, UNITS]; o_row, o_sample are offsets of whole
+    rows."""
     b_sum = tl.zeros((o_sample.shape[0], UNITS), p_act.dtype.element_ty)
     for k in range(begin, end, DEPTH):
         o_k = k + tl.arange(0, DEPTH)
@@ -78,14 +83,33 @@ def _dot(p_weight, o_row, m_row, p_act, o_sample, m_sample, begin, end, UNITS: t
 
 @triton.jit(do_not_specialize=SIZES)
 def _extend_kernel(
-    p_z, p_x, p_ldj, p_weights, p_biases, p_out_weight, p_out_bias, p_context, p_values, p_units, p_counts,
-    n, features, hidden, layers, MAP: tl.constexpr, RESIDUAL: tl.constexpr, SOLVES: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
+    p_z,
+    p_x,
+    p_ldj,
+    p_weights,
+    p_biases,
+    p_out_weight,
+    p_out_bias,
+    p_context,
+    p_values,
+    p_units,
+    p_counts,
+    n,
+    features,
+    hidden,
+    layers,
+    MAP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SOLVES: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UNITS: tl.constexpr,
+):
     """The inverse (SOLVES), or all units from a known x.
 
-    z, x [n, D] in the order of the steps, ldj [n]; weights [layers, H, max(D, H)] padded, biases [layers, H], out_weight [2·D, H] and
-    out_bias in the order of the steps; values, units [layers, n, H]: pre-activations and what the next layer reads.
+    z, x [n, D] in the order of the steps, ldj [n]; weights [layers, H, max(D, H)] padded, biases [layers, H],
+    out_weight [2·D, H] and out_bias in the order of the steps; values, units [layers, n, H]: pre-activations and what
+    the next layer reads.
     """
     o_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_n = o_n < n
@@ -157,11 +181,29 @@ def _extend_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _transposed_kernel(
-    p_grad_x, p_grad_ldj, p_x, p_params, p_solution, p_cotangents, p_weights, p_out_weight, p_values, p_signals, p_counts,
-    n, features, hidden, layers, MAP: tl.constexpr, RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    """The transposed solve: λ [n, D], the parameters' cotangents [n, 2·D] and the hidden layers' signals [layers, n, H].
+    p_grad_x,
+    p_grad_ldj,
+    p_x,
+    p_params,
+    p_solution,
+    p_cotangents,
+    p_weights,
+    p_out_weight,
+    p_values,
+    p_signals,
+    p_counts,
+    n,
+    features,
+    hidden,
+    layers,
+    MAP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """The transposed solve: λ [n, D], the parameters' cotangents [n, 2·D] and the hidden layers' signals [layers, n,
+    H].
 
     weights [layers, max(D, H), H] and out_weight [H, 2·D] are transposed; everything in the order of the steps.
     """
@@ -285,10 +327,30 @@ def _extend(net: _Padded, z, x, ldj, context, residual, scale_map):
     values, units = (x.new_zeros((net.layers, n, net.hidden)) for _ in range(2))
     with torch.cuda.device_of(x):
         _extend_kernel[(triton.cdiv(n, ROWS),)](
-            z, x, ldj, net.weights, net.biases, net.out_weight, net.out_bias, net.padded(context), values, units, net.counts,
-            n, net.features, net.hidden, net.layers, MAP=int(scale_map), RESIDUAL=bool(residual), SOLVES=z is not None,
-            ROWS=ROWS, DEPTH=DEPTH, UNITS=UNITS, enable_fp_fusion=True, **_options(x.dtype == torch.float64),
-        )  # fmt: skip
+            z,
+            x,
+            ldj,
+            net.weights,
+            net.biases,
+            net.out_weight,
+            net.out_bias,
+            net.padded(context),
+            values,
+            units,
+            net.counts,
+            n,
+            net.features,
+            net.hidden,
+            net.layers,
+            MAP=int(scale_map),
+            RESIDUAL=bool(residual),
+            SOLVES=z is not None,
+            ROWS=ROWS,
+            DEPTH=DEPTH,
+            UNITS=UNITS,
+            enable_fp_fusion=True,
+            **_options(x.dtype == torch.float64),
+        )
     return values, units
 
 
@@ -322,10 +384,29 @@ def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, 
     given = None if grad_x is None else grad_x[:, order].contiguous()
     with torch.cuda.device_of(x):
         _transposed_kernel[(triton.cdiv(n, ROWS),)](
-            given, grad_ldj, steps, params, solution, cotangents, net.weights.mT.contiguous(), net.out_weight.mT.contiguous(),
-            values, signals, net.counts, n, features, net.hidden, net.layers, MAP=int(scale_map), RESIDUAL=bool(residual),
-            ROWS=ROWS, DEPTH=DEPTH, UNITS=UNITS, enable_fp_fusion=True, **_options(x.dtype == torch.float64),
-        )  # fmt: skip
+            given,
+            grad_ldj,
+            steps,
+            params,
+            solution,
+            cotangents,
+            net.weights.mT.contiguous(),
+            net.out_weight.mT.contiguous(),
+            values,
+            signals,
+            net.counts,
+            n,
+            features,
+            net.hidden,
+            net.layers,
+            MAP=int(scale_map),
+            RESIDUAL=bool(residual),
+            ROWS=ROWS,
+            DEPTH=DEPTH,
+            UNITS=UNITS,
+            enable_fp_fusion=True,
+            **_options(x.dtype == torch.float64),
+        )
     by_z = torch.empty_like(x)
     by_z[:, order] = solution
     grads = [by_z, -signals[0, :, : net.sizes[0]].contiguous()]

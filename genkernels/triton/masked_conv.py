@@ -3,25 +3,29 @@ r"""Masked convolution on the GPU: an implicit matrix product over the live taps
 .. math::
     y = \mathrm{act}\big(x * (w \odot m) + b + c\big) + r
 
-van den Oord et al. 2016a, 2016b. The live taps of every region are one run of the kernel's taps in row order, from FIRST on, TAPS of
-them; with several data channels the last, the centre, is live only between certain blocks of channels.
+van den Oord et al. 2016a, 2016b. The live taps of every region are one run of the kernel's taps in row order, from
+FIRST on, TAPS of them; with several data channels the last, the centre, is live only between certain blocks of
+channels.
 
-- forward: ``y[o, p] = sum over k = (tap, i) of w[o, k] x[i, p + tap]``. The weight is packed once a call as [Cout, TAPS * Cin], dead
-  taps left out. A program holds BO channels (for the gate twice, one for each half) by BP pixels; pixels run on through all images, so
+- forward: ``y[o, p] = sum over k = (tap, i) of w[o, k] x[i, p + tap]``. The weight is packed once a call as [Cout, TAPS
+  * Cin], dead taps left out. A program holds BO channels (for the gate twice, one for each half) by BP pixels; pixels
+    run on through all images, so
   small images fill tiles as well as large ones. Bias, condition, activation and residual follow in registers.
 - gradient of x: the same kernel, channels swapped, taps mirrored.
-- gradient of the weight: ``sum over p of g[o, p] x[i, p + tap]``, the pixels cut into `splits` parts by shape; partial sums [splits, Cout,
-  TAPS * Cin] are added in order and scattered, dead taps getting exactly 0. No atomics: the same bits each run.
-- gradient of the pre-activation: elementwise, one program a plane, which also sums it for the bias and the [N, Cout] condition.
+- gradient of the weight: ``sum over p of g[o, p] x[i, p + tap]``, the pixels cut into `splits` parts by shape; partial
+  sums [splits, Cout, TAPS * Cin] are added in order and scattered, dead taps getting exactly 0. No atomics: the same
+  bits each run.
+- gradient of the pre-activation: elementwise, one program a plane, which also sums it for the bias and the [N, Cout]
+  condition.
 
-Layout: channels first, as torch hands it over: a tile's pixels are neighbours in memory, whatever the tap. FLAT, for few channels: k runs
-over taps and channels together, so that 7×7 taps of one channel fill a tile.
+Layout: channels first, as torch hands it over: a tile's pixels are neighbours in memory, whatever the tap. FLAT, for
+few channels: k runs over taps and channels together, so that 7×7 taps of one channel fill a tile.
 
-Saved for backward: x, weight; relu: the output, beside a residual the pre-activation; gate: the pre-activation. Flops: 2 N H W (live
-weights) forward, twice that backward. Bytes: x and y once, x again for each tap out of the cache.
+Saved for backward: x, weight; relu: the output, beside a residual the pre-activation; gate: the pre-activation. Flops:
+2 N H W (live weights) forward, twice that backward. Bytes: x and y once, x again for each tap out of the cache.
 
-Accumulation in fp32 (fp64 for fp64), rounded once at the store. fp32 products follow torch's setting for convolutions: TF32 where
-``torch.backends.cudnn.conv.fp32_precision`` allows it, else exact.
+Accumulation in fp32 (fp64 for fp64), rounded once at the store. fp32 products follow torch's setting for convolutions:
+TF32 where ``torch.backends.cudnn.conv.fp32_precision`` allows it, else exact.
 """
 
 from __future__ import annotations
@@ -99,10 +103,20 @@ def _pixels(o_p, pixels, height, width):
 
 @triton.jit(do_not_specialize=SIZES)
 def _pack_kernel(
-    p_weight, p_packed, inputs, outputs, count,
-    FIRST: tl.constexpr, TAPS: tl.constexpr, AREA: tl.constexpr, GROUPS: tl.constexpr, LEAVING: tl.constexpr,
-    STRICT: tl.constexpr, SWAPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_weight,
+    p_packed,
+    inputs,
+    outputs,
+    count,
+    FIRST: tl.constexpr,
+    TAPS: tl.constexpr,
+    AREA: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEAVING: tl.constexpr,
+    STRICT: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """packed [Cout, TAPS, Cin], or SWAPPED [Cin, TAPS, Cout], of weight [Cout, Cin, AREA]; see `_live` for the rest."""
     o_e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o_e < count
@@ -119,10 +133,18 @@ def _pack_kernel(
 
 @triton.jit
 def _live(
-    b_o, b_i, b_tap, inputs, outputs,
-    TAPS: tl.constexpr, GROUPS: tl.constexpr, LEAVING: tl.constexpr, STRICT: tl.constexpr,
-):  # fmt: skip
-    """Whether tap `b_tap` of the run is live between the two channels. GROUPS: blocks at the last tap, 1 where all of it is live;
+    b_o,
+    b_i,
+    b_tap,
+    inputs,
+    outputs,
+    TAPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEAVING: tl.constexpr,
+    STRICT: tl.constexpr,
+):
+    """Whether tap `b_tap` of the run is live between the two channels. GROUPS: blocks at the last tap, 1 where all of
+    it is live;
     LEAVING: 2 for the gate, whose blocks lie within each half; STRICT: mask A."""
     left = outputs // LEAVING
     b_of_output = (b_o % left) // (left // GROUPS)
@@ -133,11 +155,31 @@ def _live(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_kernel(
-    p_x, p_w, p_bias, p_condition, p_residual, p_y, p_pre, pixels, inputs, outputs, height, width,
-    FIRST: tl.constexpr, TAPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MIRRORED: tl.constexpr,
-    ACTIVATION: tl.constexpr, FLAT_CONDITION: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
-    BO: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_w,
+    p_bias,
+    p_condition,
+    p_residual,
+    p_y,
+    p_pre,
+    pixels,
+    inputs,
+    outputs,
+    height,
+    width,
+    FIRST: tl.constexpr,
+    TAPS: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    MIRRORED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FLAT_CONDITION: tl.constexpr,
+    FLAT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BO: tl.constexpr,
+    BP: tl.constexpr,
+    BK: tl.constexpr,
+):
     """y [N, Cout', H, W] of x [N, Cin, H, W] and packed w [Cout, TAPS, Cin]; pre [N, Cout, H, W] where it is wanted."""
     SIGN: tl.constexpr = -1 if MIRRORED else 1
     o_p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
@@ -204,8 +246,17 @@ def _conv_kernel(
     elif ACTIVATION == GATE:
         left64 = left.to(tl.int64)
         b_b = _shifted(
-            b_acc2, p_bias, p_condition, p_pre, o_o + left64, o_full + left64 * size, b_n * out64, m_o, m, FLAT_CONDITION
-        )  # fmt: skip
+            b_acc2,
+            p_bias,
+            p_condition,
+            p_pre,
+            o_o + left64,
+            o_full + left64 * size,
+            b_n * out64,
+            m_o,
+            m,
+            FLAT_CONDITION,
+        )
         b_tanh, b_unused, b_sigmoid, b_unused2 = _gate_parts(b_y, b_b)
         b_y = b_tanh * b_sigmoid
     o_y = (b_n * (left.to(tl.int64) * size) + b_hw)[None, :] + (o_o * size)[:, None]
@@ -229,10 +280,26 @@ def _shifted(b_acc, p_bias, p_condition, p_pre, o_o, o_full, o_n, m_o, m, FLAT_C
 
 @triton.jit(do_not_specialize=SIZES)
 def _weight_kernel(
-    p_g, p_x, p_partial, pixels, inputs, outputs, height, width, steps, blocks,
-    FIRST: tl.constexpr, TAPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, FLAT: tl.constexpr,
-    PRECISION: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    p_g,
+    p_x,
+    p_partial,
+    pixels,
+    inputs,
+    outputs,
+    height,
+    width,
+    steps,
+    blocks,
+    FIRST: tl.constexpr,
+    TAPS: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    FLAT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BO: tl.constexpr,
+    BP: tl.constexpr,
+    BK: tl.constexpr,
+):
     """partial [splits, Cout, TAPS, Cin]: this program's pixels of g [N, Cout, H, W] times those of x [N, Cin, H, W]."""
     o_o = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
     pid = tl.program_id(1)
@@ -276,10 +343,20 @@ def _weight_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _unpack_kernel(
-    p_partial, p_weight, inputs, outputs, splits, count,
-    FIRST: tl.constexpr, TAPS: tl.constexpr, AREA: tl.constexpr, GROUPS: tl.constexpr, LEAVING: tl.constexpr,
-    STRICT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_partial,
+    p_weight,
+    inputs,
+    outputs,
+    splits,
+    count,
+    FIRST: tl.constexpr,
+    TAPS: tl.constexpr,
+    AREA: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEAVING: tl.constexpr,
+    STRICT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """weight [Cout, Cin, AREA]: partial [splits, Cout, TAPS, Cin] added in order, dead taps 0."""
     o_e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o_e < count
@@ -299,9 +376,10 @@ def _unpack_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _slope_kernel(
-    p_grad, p_grad_pre, p_state, p_g, p_sums, outputs, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """g [N, Cout, HW], the gradient of the pre-activation, and its sums [N, Cout]; one program a plane (gate: two). count = HW."""
+    p_grad, p_grad_pre, p_state, p_g, p_sums, outputs, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):
+    """g [N, Cout, HW], the gradient of the pre-activation, and its sums [N, Cout]; one program a plane (gate: two).
+    count = HW."""
     plane = tl.program_id(0).to(tl.int64)
     left = outputs // 2 if ACTIVATION == GATE else outputs
     size = count.to(tl.int64)
@@ -354,8 +432,14 @@ class _Taps(NamedTuple):
     strict: bool
 
     def constants(self) -> dict:
-        return {"FIRST": self.first, "TAPS": self.taps, "AREA": self.kernel[0] * self.kernel[1], "GROUPS": self.groups,
-                "LEAVING": self.leaving, "STRICT": self.strict}  # fmt: skip
+        return {
+            "FIRST": self.first,
+            "TAPS": self.taps,
+            "AREA": self.kernel[0] * self.kernel[1],
+            "GROUPS": self.groups,
+            "LEAVING": self.leaving,
+            "STRICT": self.strict,
+        }
 
 
 @lru_cache(maxsize=512)
@@ -445,11 +529,32 @@ def _convolve(x, packed, bias, condition, residual, y, pre, outputs, taps: _Taps
     tiles = _conv_tiles(x.element_size(), inputs, left, activation == GATE.value)
     pixels = batch * height * width
     _conv_kernel[(triton.cdiv(pixels, tiles.BP), triton.cdiv(left, tiles.BO))](
-        x, packed, bias, condition, residual, y, pre, pixels, inputs, outputs, height, width,
-        FIRST=taps.first, TAPS=taps.taps, KH=taps.kernel[0], KW=taps.kernel[1], MIRRORED=mirrored, ACTIVATION=int(activation),
-        FLAT_CONDITION=condition is not None and condition.dim() == 2, FLAT=_flat(inputs), PRECISION=_precision(x.dtype),
-        **tiles.constants(), num_warps=tiles.warps, num_stages=tiles.stages, **_OPTIONS,
-    )  # fmt: skip
+        x,
+        packed,
+        bias,
+        condition,
+        residual,
+        y,
+        pre,
+        pixels,
+        inputs,
+        outputs,
+        height,
+        width,
+        FIRST=taps.first,
+        TAPS=taps.taps,
+        KH=taps.kernel[0],
+        KW=taps.kernel[1],
+        MIRRORED=mirrored,
+        ACTIVATION=int(activation),
+        FLAT_CONDITION=condition is not None and condition.dim() == 2,
+        FLAT=_flat(inputs),
+        PRECISION=_precision(x.dtype),
+        **tiles.constants(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **_OPTIONS,
+    )
 
 
 def masked_conv(
@@ -464,7 +569,8 @@ def masked_conv(
     activation: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`(output, pre)` of contiguous tensors on one GPU; the caller has checked them. Codes as in the operator's schema."""
+    """`(output, pre)` of contiguous tensors on one GPU; the caller has checked them. Codes as in the operator's
+    schema."""
     taps = _taps_of(*weight.shape[2:], mask_type, data_channels, region, activation)
     outputs = weight.shape[0]
     y = x.new_empty(x.shape[0], outputs // taps.leaving, *x.shape[2:])
@@ -474,9 +580,7 @@ def masked_conv(
         return y, pre
     with torch.cuda.device_of(x):
         packed = _pack(weight, taps, False)
-        _convolve(
-            x, packed, bias, condition, residual, y, pre if kept else None, outputs, taps, False, activation
-        )  # fmt: skip
+        _convolve(x, packed, bias, condition, residual, y, pre if kept else None, outputs, taps, False, activation)
     return y, pre
 
 
@@ -496,7 +600,8 @@ def masked_conv_backward(
     want_bias: bool,
     want_condition: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(grad_x, grad_weight, grad_bias, grad_condition)`, each empty where it is not wanted. Conditions as for `masked_conv`."""
+    """`(grad_x, grad_weight, grad_bias, grad_condition)`, each empty where it is not wanted. Conditions as for
+    `masked_conv`."""
     taps = _taps_of(*weight.shape[2:], mask_type, data_channels, region, activation)
     (outputs, inputs), (batch, _, height, width) = weight.shape[:2], x.shape
     whole = (batch, outputs, height, width)
@@ -518,9 +623,18 @@ def masked_conv_backward(
             sums = x.new_empty(whole[:2], dtype=torch.promote_types(x.dtype, torch.float32))
             block = _power(height * width, 32, 1024)
             _slope_kernel[(batch * outputs // taps.leaving,)](
-                grad_output, grad_pre, state, g if made else None, sums, outputs, height * width,
-                ACTIVATION=int(activation), BLOCK=block, num_warps=4, **_OPTIONS,
-            )  # fmt: skip
+                grad_output,
+                grad_pre,
+                state,
+                g if made else None,
+                sums,
+                outputs,
+                height * width,
+                ACTIVATION=int(activation),
+                BLOCK=block,
+                num_warps=4,
+                **_OPTIONS,
+            )
         if want_x:
             packed = _pack(weight, taps, True)
             _convolve(g, packed, None, None, None, grad_x, None, inputs, taps, True, NONE.value)
@@ -541,10 +655,27 @@ def _weight_gradient(g: Tensor, x: Tensor, grad_weight: Tensor, taps: _Taps) -> 
     splits, steps = _splits(pixels, rows * columns, tiles.BP)
     partial = x.new_empty((splits, outputs, taps.taps, inputs), dtype=torch.promote_types(x.dtype, torch.float32))
     _weight_kernel[(rows, columns, splits)](
-        g, x, partial, pixels, inputs, outputs, height, width, steps, blocks,
-        FIRST=taps.first, TAPS=taps.taps, KH=taps.kernel[0], KW=taps.kernel[1], FLAT=_flat(inputs),
-        PRECISION=_precision(x.dtype), **tiles.constants(), num_warps=tiles.warps, num_stages=tiles.stages, **_OPTIONS,
-    )  # fmt: skip
+        g,
+        x,
+        partial,
+        pixels,
+        inputs,
+        outputs,
+        height,
+        width,
+        steps,
+        blocks,
+        FIRST=taps.first,
+        TAPS=taps.taps,
+        KH=taps.kernel[0],
+        KW=taps.kernel[1],
+        FLAT=_flat(inputs),
+        PRECISION=_precision(x.dtype),
+        **tiles.constants(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **_OPTIONS,
+    )
     count = grad_weight.numel()
     _unpack_kernel[(triton.cdiv(count, _BLOCK),)](
         partial, grad_weight, inputs, outputs, splits, count, **taps.constants(), BLOCK=_BLOCK, **_OPTIONS
@@ -590,10 +721,26 @@ def _specs_of(name, shape, options, activation, dtype) -> list[KernelSpec]:
             i, o = (outputs, inputs) if mirrored else (inputs, outputs)
             tiles = _conv_tiles(dtype.itemsize, i, o // 2 if act == 2 else o, act == 2)
             rest = None if mirrored else kind
-            pointers = {"p_x": kind, "p_w": kind, "p_bias": rest, "p_condition": rest, "p_residual": rest, "p_y": kind,
-                        "p_pre": kind if act == 2 else None}  # fmt: skip
-            constants = shape_of_taps | {"MIRRORED": mirrored, "ACTIVATION": act, "FLAT_CONDITION": True, "FLAT": _flat(i),
-                                         "PRECISION": precision} | tiles.constants()  # fmt: skip
+            pointers = {
+                "p_x": kind,
+                "p_w": kind,
+                "p_bias": rest,
+                "p_condition": rest,
+                "p_residual": rest,
+                "p_y": kind,
+                "p_pre": kind if act == 2 else None,
+            }
+            constants = (
+                shape_of_taps
+                | {
+                    "MIRRORED": mirrored,
+                    "ACTIVATION": act,
+                    "FLAT_CONDITION": True,
+                    "FLAT": _flat(i),
+                    "PRECISION": precision,
+                }
+                | tiles.constants()
+            )
             label = f"{precision} {'mirrored' if mirrored else 'forward'}"
             add(label, _conv_kernel, pointers, sizes, constants, tiles.warps, tiles.stages)
         tiles = _weight_tiles(dtype.itemsize, inputs, outputs)
@@ -603,7 +750,13 @@ def _specs_of(name, shape, options, activation, dtype) -> list[KernelSpec]:
     blocked = taps.constants() | {"BLOCK": _BLOCK}
     for swapped in (False, True):
         constants = blocked | {"SWAPPED": swapped}
-        add("swapped" if swapped else "", _pack_kernel, {"p_weight": kind, "p_packed": kind}, ("inputs", "outputs", "count"), constants)  # fmt: skip
+        add(
+            "swapped" if swapped else "",
+            _pack_kernel,
+            {"p_weight": kind, "p_packed": kind},
+            ("inputs", "outputs", "count"),
+            constants,
+        )
     add("", _unpack_kernel, {"p_partial": sums, "p_weight": kind}, ("inputs", "outputs", "splits", "count"), blocked)
     pointers = {
         "p_grad": kind,

@@ -58,7 +58,8 @@ def test_op_under_the_reference_backend_is_the_reference(case):
     "case", [c for c in ALL if math.prod(c.shape) < 4e6], ids=lambda case: case.title.replace("×", "x")
 )
 def test_affine_coupling_counts_no_byte_that_is_not_moved(case):
-    """One pass reads every input and writes every output; a backward pass touches at most the same again and the gradients."""
+    """One pass reads every input and writes every output; a backward pass touches at most the same again and the
+    gradients."""
     if case.operator != "affine_coupling":
         pytest.skip("another operator's counts")
     drawn = case.inputs(torch.Generator().manual_seed(1))

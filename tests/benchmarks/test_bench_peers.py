@@ -19,8 +19,11 @@ def coupling(scale_map="sigmoid", direction="forward+backward", dtype=torch.floa
 
 def test_reasons(monkeypatch):
     problem = draw(coupling("tanh"), CPU)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=importlib.util.find_spec: (
-        None if name in PACKAGES else found(name)))  # fmt: skip
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, found=importlib.util.find_spec: None if name in PACKAGES else found(name),
+    )
     with pytest.raises(Unavailable, match="is not installed"):
         Peer("nflows").open(problem)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -47,7 +50,8 @@ COMPUTED = {"nflows": 2, "normflows": 3, "FrEIA": 2}  # scale maps
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_the_real_peer_computes_our_function(name, effort):
-    """Every scale map and direction that it offers passes the gate. Skipped where it is not installed (extra `bench`)."""
+    """Every scale map and direction that it offers passes the gate. Skipped where it is not installed (extra
+    `bench`)."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     peer = Peer(name)
@@ -69,7 +73,8 @@ def test_the_real_peer_computes_our_function(name, effort):
 
 @pytest.mark.parametrize("name, shapes", [("nflows", [(5, 6, 16, 16)]), ("zuko", [(5, 6, 16, 16), (3, 9, 7, 20)])])
 def test_a_peers_masked_network_is_ours(name, shapes, effort):
-    """Forward, gradients and inverse pass the gate, with fewer hidden units than degrees too. Skipped where it is not installed."""
+    """Forward, gradients and inverse pass the gate, with fewer hidden units than degrees too. Skipped where it is not
+    installed."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     peer = Peer(name)

@@ -12,9 +12,20 @@ from genkernels.benchmarks import cases as catalogue
 from genkernels.benchmarks import machine, providers, runner
 
 ROW_KEYS = {
-    "case", "shape", "dtype", "direction", "provider", "gate", "median_s", "q20_s", "q80_s", "peak_bytes", "bytes",
-    "flops", "share_of_peak",
-}  # fmt: skip
+    "case",
+    "shape",
+    "dtype",
+    "direction",
+    "provider",
+    "gate",
+    "median_s",
+    "q20_s",
+    "q80_s",
+    "peak_bytes",
+    "bytes",
+    "flops",
+    "share_of_peak",
+}
 
 
 def right(x, s):

@@ -108,8 +108,10 @@ def test_a_case_without_a_yardstick_has_neither(only, toy, fake, capsys):
 
 def test_the_picture_takes_a_yardstick(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [Row("toy", [1], "float32", "sample", name, gate, median_s=t, q20_s=t, q80_s=t)
-            for name, gate, t in (("reference", "pass", 1.0), ("cpu", "pass", 0.01), ("one pass", "none", 0.02))]  # fmt: skip
+    rows = [
+        Row("toy", [1], "float32", "sample", name, gate, median_s=t, q20_s=t, q80_s=t)
+        for name, gate, t in (("reference", "pass", 1.0), ("cpu", "pass", 0.01), ("one pass", "none", 0.02))
+    ]
     plot.draw(report.groups(rows), [], tmp_path / "x.svg")
     assert "<svg" in (tmp_path / "x.svg").read_text()
     assert [plot._kind(row) for row in rows] == ["PyTorch", "other libraries", "yardstick"]

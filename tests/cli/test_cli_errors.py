@@ -172,7 +172,10 @@ def test_wishes_that_a_run_cannot_meet(refused, run_folder, tmp_path):
     assert "no classes to choose from" in refused("sample", run_folder, "--label", "3")
     assert "is not a folder" in refused("sample", run_folder, "--out", run_folder / "config.json" / "a.png")
     assert "must be a file, it is a folder" in refused("eval", run_folder, "--json", tmp_path)
-    words = "the data must be as those of the run, images of shape [1, 8, 8] with 17 levels, got moons with points of shape [2]"
+    words = (
+        "the data must be as those of the run, images of shape [1, 8, 8] with 17 levels, got moons with "
+        "points of shape [2]"
+    )
     assert words in refused("eval", run_folder, "--data", "moons")
     near = run_folder.with_name("nice-digit")
     assert f"did you mean {run_folder}?" in refused("sample", near)
@@ -240,7 +243,8 @@ def test_help_and_version_answer_without_the_heavy_parts(capsys):
     code = (
         "import sys, genkernels; known = set(sys.modules); from genkernels.cli import main; "
         "code = main(['train', '--help']); new = set(sys.modules) - known; "
-        "heavy = {'torch', 'numpy', 'lightning', 'matplotlib', 'PIL', 'sklearn', 'rich', 'typer', 'genkernels.training'}; "
+        "heavy = "
+        "{'torch', 'numpy', 'lightning', 'matplotlib', 'PIL', 'sklearn', 'rich', 'typer', 'genkernels.training'}; "
         "sys.exit(code or ', '.join(sorted(heavy & new)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,7 +1,7 @@
 """Checks of affine-coupling kernels against the reference in fp64, for any device and any backend.
 
-The GPU tests run them on Triton and on CUDA C++; the emulated tests run them on the CUDA source compiled for the CPU. A check
-takes the three operator-level functions, so that it sees the kernels themselves and nothing above them.
+The GPU tests run them on Triton and on CUDA C++; the emulated tests run them on the CUDA source compiled for the CPU. A
+check takes the three operator-level functions, so that it sees the kernels themselves and nothing above them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,17 @@ class Case:
 #: Shapes that meet every path: one element a sample, wide and odd runs, rows that no run fits, several chunks a sample.
 SHAPES = {
     "channel": [(5, 2), (3, 8), (2, 6, 5), (3, 4, 2, 2), (2, 6, 5, 7), (2, 10, 3, 4), (2, 12, 24, 16), (1, 2, 51, 61)],
-    "checkerboard": [(1, 1, 1, 1), (2, 1, 4, 4), (3, 2, 6, 4), (2, 3, 5, 7), (2, 2, 1, 9), (2, 4, 9, 1), (2, 1, 28, 28), (2, 5, 20, 24)],
-}  # fmt: skip
+    "checkerboard": [
+        (1, 1, 1, 1),
+        (2, 1, 4, 4),
+        (3, 2, 6, 4),
+        (2, 3, 5, 7),
+        (2, 2, 1, 9),
+        (2, 4, 9, 1),
+        (2, 1, 28, 28),
+        (2, 5, 20, 24),
+    ],
+}
 
 
 def cases(scale_maps=tuple(MAPS), dtypes=tuple(DTYPES)) -> Iterator[Case]:
@@ -108,8 +117,12 @@ def draw(case: Case, device: str, seed: int = 0, offset: int = 0) -> Inputs:
         values = torch.randn(shape, generator=generator, dtype=F64).to(dtype).to(device)
         return contiguous_at(values, offset) if offset else values
 
-    return Inputs(normal(case.shape, dtype), normal(case.params_shape, params_dtype), normal(case.shape, dtype),
-                  normal(case.shape[:1], work))  # fmt: skip
+    return Inputs(
+        normal(case.shape, dtype),
+        normal(case.params_shape, params_dtype),
+        normal(case.shape, dtype),
+        normal(case.shape[:1], work),
+    )
 
 
 def run_all(kernels: Kernels, case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -132,7 +145,8 @@ REFERENCE = Kernels(
 
 
 def sum_of_magnitudes(case: Case, wide: Inputs) -> Tensor:
-    """Largest Σ|log σ| of a sample: what the rounding of a sum is relative to. Here log σ is read off a gradient of ones."""
+    """Largest Σ|log σ| of a sample: what the rounding of a sum is relative to. Here log σ is read off a gradient of
+    ones."""
     scale, _ = reference.affine_coupling_backward(
         torch.ones_like(wide.x), None, wide.x, wide.params, *case.codes, False
     )
@@ -257,8 +271,8 @@ def check_batch(kernels: Kernels, case: Case) -> None:
 def check_extremes(kernels: Kernels, case: Case) -> None:
     """NaN and infinities appear where the reference has them and nowhere else.
 
-    Where the reference in this dtype and the one in fp64 disagree (an intermediate value that underflows or overflows in the
-    narrow one), either will do.
+    Where the reference in this dtype and the one in fp64 disagree (an intermediate value that underflows or overflows
+    in the narrow one), either will do.
     """
     values = [
         float("nan"),

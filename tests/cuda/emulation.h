@@ -1,8 +1,9 @@
 // Runs csrc/cuda/*.cu on the CPU: g++ compiles the very same source with this file included first (see emulation.py).
 //
-// A launch runs the blocks one after the other. The threads of a block are fibers that run in turn and hand over at each barrier
-// and each shuffle, so the sums of csrc/cuda/common.cuh go through the same exchanges as on a GPU. What this shows: index
-// arithmetic, masks, alignment, launch shapes, reductions, the torch side. What it cannot: speed, races between barriers.
+// A launch runs the blocks one after the other. The threads of a block are fibers that run in turn and hand over at
+// each barrier and each shuffle, so the sums of csrc/cuda/common.cuh go through the same exchanges as on a GPU. What
+// this shows: index arithmetic, masks, alignment, launch shapes, reductions, the torch side. What it cannot: speed,
+// races between barriers.
 //
 // The operators register for the CPU, in a namespace of their own: torch.ops.genkernels_emulated.
 #pragma once
@@ -96,7 +97,8 @@ inline void run_block(int threads) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, start, 0);
   }
-  // Each round takes every thread to its next barrier or to its end; a thread that ended is not waited for, as on a GPU.
+  // Each round takes every thread to its next barrier or to its end; a thread that ended is not waited for, as on a
+  // GPU.
   for (bool running = true; running;) {
     running = false;
     for (int i = 0; i < threads; ++i) {
@@ -107,7 +109,8 @@ inline void run_block(int threads) {
     }
   }
   for (int i = 1; i < threads; ++i) {
-    if (fibers[i].barriers != fibers[0].barriers) complain("threads of one block met different numbers of barriers and shuffles");
+    if (fibers[i].barriers != fibers[0].barriers)
+      complain("threads of one block met different numbers of barriers and shuffles");
   }
 }
 
@@ -147,7 +150,8 @@ class Launcher {
   void operator()(void (*kernel)(Parameters...), int64_t blocks, dim3 block, Arguments... arguments) const {
     if (blocks < 1 || blocks > 2147483647) throw std::runtime_error("a grid must have 1 to 2^31 - 1 blocks");
     const int threads = block.x * block.y * block.z;
-    if (threads < 1 || threads > emulation::kMaxThreads) throw std::runtime_error("a block must have 1 to 1024 threads");
+    if (threads < 1 || threads > emulation::kMaxThreads)
+      throw std::runtime_error("a block must have 1 to 1024 threads");
     emulation::error.clear();
     emulation::body = [=] { kernel(arguments...); };
     emulation::block_shape = block;

@@ -17,8 +17,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 #: Undefined behaviour (misaligned access, index out of bounds, signed overflow) ends the process with a message.
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-fsanitize=undefined", "-fno-sanitize-recover=undefined",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-shared",
+    "-fno-strict-aliasing",
+    "-fsanitize=undefined",
+    "-fno-sanitize-recover=undefined",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
 _LIBRARY = None  # keeps the schemas alive
 
 
@@ -42,9 +50,24 @@ def build(operator: str) -> Path:
     if not library.exists():
         torch_at = Path(torch.__file__).parent
         made = library.with_suffix(f".{os.getpid()}.tmp")
-        command = [compiler, *FLAGS, "-I", str(torch_at / "include"), "-x", "c++", "-include", str(HERE / "emulation.h"),
-                   str(ROOT / "csrc" / "cuda" / f"{operator}.cu"), "-o", str(made),
-                   "-L", str(torch_at / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]  # fmt: skip
+        command = [
+            compiler,
+            *FLAGS,
+            "-I",
+            str(torch_at / "include"),
+            "-x",
+            "c++",
+            "-include",
+            str(HERE / "emulation.h"),
+            str(ROOT / "csrc" / "cuda" / f"{operator}.cu"),
+            "-o",
+            str(made),
+            "-L",
+            str(torch_at / "lib"),
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{operator}.cu does not compile for the CPU:\n{done.stderr}")

@@ -239,7 +239,8 @@ def test_runs_on_the_current_stream(kernels):
 
 @pytest.mark.parametrize("shape", [(8, 12, 32, 32), (8, 6)], ids=str)
 def test_graph_capture(kernels, shape):
-    """A captured graph replays on new inputs; a host synchronisation or an allocation outside torch's pool would fail."""
+    """A captured graph replays on new inputs; a host synchronisation or an allocation outside torch's pool would
+    fail."""
     case = Case(shape, scale_map="sigmoid")
     static, fresh = draw(case, "cuda", seed=1), draw(case, "cuda", seed=2)
     side = torch.cuda.Stream()

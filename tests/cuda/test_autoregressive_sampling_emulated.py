@@ -1,4 +1,5 @@
-"""The CUDA C++ kernel of autoregressive_sampling, compiled by g++ and run on the CPU, against the definition: identical integers."""
+"""The CUDA C++ kernel of autoregressive_sampling, compiled by g++ and run on the CPU, against the definition: identical
+integers."""
 
 from __future__ import annotations
 
@@ -135,8 +136,18 @@ def test_no_access_outside_the_inputs(kernel):
         def place(t, after=after):
             return None if t is None else emulation.beside_forbidden_memory(t, after)
 
-        moved = [ops.Stage(tuple((p, place(w)) for p, w in s.inputs), s.added, place(s.bias), None, s.activation,
-                           s.residual, s.vertical) for s in stages]  # fmt: skip
+        moved = [
+            ops.Stage(
+                tuple((p, place(w)) for p, w in s.inputs),
+                s.added,
+                place(s.bias),
+                None,
+                s.activation,
+                s.residual,
+                s.vertical,
+            )
+            for s in stages
+        ]
         assert torch.equal(draw(kernel, moved, place(noise), levels=5), draw(kernel, stages, noise, levels=5))
 
 

@@ -14,7 +14,8 @@ from genkernels.reference.made import plan
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
-#: features, hidden, residual, context, batch: one feature; two blocks of samples; more units at once than warps; deep dot products
+#: features, hidden, residual, context, batch: one feature; two blocks of samples; more units at once than warps; deep
+#: dot products
 NETWORKS = [
     (1, (3, 2), False, True, 2),
     (3, (4, 4, 4), True, True, 5),
@@ -108,9 +109,11 @@ def test_masked_products(kernels, poisoned_memory, strict, dtype):
     into, out = torch.randint(0, 5, (7,)), torch.randint(0, 5, (9,))
     x, weight, bias, grad = (torch.randn(s, dtype=torch.float64).to(dtype) for s in ((4, 7), (9, 7), (9,), (4, 9)))
     for name, arguments in (
-        ("masked_linear", (x, weight, bias)), ("masked_linear", (x, weight, None)),
-        ("masked_linear_grad_input", (grad, weight)), ("masked_linear_grad_weight", (grad, x)),
-    ):  # fmt: skip
+        ("masked_linear", (x, weight, bias)),
+        ("masked_linear", (x, weight, None)),
+        ("masked_linear_grad_input", (grad, weight)),
+        ("masked_linear_grad_weight", (grad, x)),
+    ):
         ours, theirs = (getattr(m, name)(*arguments, into, out, strict) for m in (kernels, reference))
         torch.testing.assert_close(ours, theirs)
 

@@ -139,7 +139,7 @@ def test_non_finite_points_are_counted_and_located(save, refusal, value):
         ({"train": IMAGES, "test": IMAGES, "y": np.arange(40)}, "must be y_train and y_test, got 'y'"),
         ({"train": IMAGES, "test": IMAGES, "y_test": np.arange(40)}, "y_train and y_test, got 'y_test'"),
     ],
-)  # fmt: skip
+)
 def test_unusable_arrays(save, refusal, arrays, pattern):
     refusal(save(**arrays), pattern)
 

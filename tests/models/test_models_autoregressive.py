@@ -1,4 +1,5 @@
-"""PixelCNN and GatedPixelCNN: what each pixel may see, exact likelihoods, cached sampling, in-painting, training on either backend."""
+"""PixelCNN and GatedPixelCNN: what each pixel may see, exact likelihoods, cached sampling, in-painting, training on
+either backend."""
 
 import copy
 import itertools
@@ -58,7 +59,7 @@ def images(model, count, seed=1):
     return torch.randint(model.levels, (count, *model.shape), dtype=torch.uint8, generator=seeded(seed))
 
 
-# --- who sees whom -------------------------------------------------------------------------------------------------------
+# --- who sees whom ------------------------------------------------------------------------------------------------
 
 
 def dependence(model, training):
@@ -113,7 +114,8 @@ def test_the_gated_model_has_no_blind_spot(name, classes):
 
 
 def test_no_blind_spot_within_the_reach_of_an_image_that_is_larger():
-    """9×15 pixels, two layers: the vertical stack reaches 3 + 1 + 1 rows up and as far to either side, the horizontal one 5 to the left."""
+    """9×15 pixels, two layers: the vertical stack reaches 3 + 1 + 1 rows up and as far to either side, the horizontal
+    one 5 to the left."""
     torch.manual_seed(0)
     model = awake(off_its_start(models.GatedPixelCNN(image_size=(9, 15), levels=2, width=4, layers=2).double()))
     x = torch.randn(1, 1, 9, 15, dtype=torch.float64).requires_grad_()
@@ -136,9 +138,10 @@ def test_the_plain_model_sees_all_that_its_taps_reach(name):
             parameter.abs_()  # no ReLU sleeps, no two paths cancel
     channels, width = model.shape[0], 6
     masks = [
-        mask(width, (7, 7), "A", channels, source=channels), *[mask(width, (3, 3), "B", channels)] * 2,
+        mask(width, (7, 7), "A", channels, source=channels),
+        *[mask(width, (3, 3), "B", channels)] * 2,
         mask(channels * model.levels, (1, 1), "B", channels, source=width),
-    ]  # fmt: skip
+    ]
 
     def reach(x):
         for k, taps in enumerate(masks):
@@ -157,7 +160,8 @@ def test_the_plain_model_sees_all_that_its_taps_reach(name):
 
 
 def test_the_plain_stack_has_one():
-    """From the third row on, three columns to the right and more are seen only along a slope of one: the wedge is missed."""
+    """From the third row on, three columns to the right and more are seen only along a slope of one: the wedge is
+    missed."""
     torch.manual_seed(0)
     model = models.PixelCNN(image_size=(3, 9), levels=2, width=8, layers=2).double()
     seen = dependence(model, False)
@@ -177,18 +181,40 @@ def test_dead_taps_get_no_gradient_and_play_no_part():
             assert (layer.weight.grad[layer.mask] != 0).any()
 
 
-# --- likelihood ----------------------------------------------------------------------------------------------------------
+# --- likelihood ---------------------------------------------------------------------------------------------------
 
 TINY = {
     "plain": {"cls": models.PixelCNN, "image_size": (2, 2), "levels": 3, "width": 4, "layers": 1},
     "plain colour": {"cls": models.PixelCNN, "image_size": (1, 2), "channels": 3, "levels": 2, "width": 6, "layers": 1},
     "gated": {"cls": models.GatedPixelCNN, "image_size": (2, 2), "levels": 3, "width": 4, "layers": 1},
-    "gated colour": {"cls": models.GatedPixelCNN, "image_size": (2, 1), "channels": 3, "levels": 2, "width": 6, "layers": 1},
-    "gated mixture": {"cls": models.GatedPixelCNN, "image_size": (2, 2), "levels": 3, "width": 4, "layers": 1,
-                      "head": "logistic_mixture", "mixtures": 2},
-    "colour mixture": {"cls": models.GatedPixelCNN, "image_size": (1, 2), "channels": 3, "levels": 2, "width": 4, "layers": 1,
-                       "head": "logistic_mixture", "mixtures": 3},
-}  # fmt: skip
+    "gated colour": {
+        "cls": models.GatedPixelCNN,
+        "image_size": (2, 1),
+        "channels": 3,
+        "levels": 2,
+        "width": 6,
+        "layers": 1,
+    },
+    "gated mixture": {
+        "cls": models.GatedPixelCNN,
+        "image_size": (2, 2),
+        "levels": 3,
+        "width": 4,
+        "layers": 1,
+        "head": "logistic_mixture",
+        "mixtures": 2,
+    },
+    "colour mixture": {
+        "cls": models.GatedPixelCNN,
+        "image_size": (1, 2),
+        "channels": 3,
+        "levels": 2,
+        "width": 4,
+        "layers": 1,
+        "head": "logistic_mixture",
+        "mixtures": 3,
+    },
+}
 
 
 def tiny(name):
@@ -239,7 +265,7 @@ def test_bits_per_dim_by_hand():
     torch.testing.assert_close(model.log_prob(x.double() / 3), total)
 
 
-# --- sampling ------------------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [None, 3])
@@ -257,7 +283,8 @@ def test_cached_samples_are_the_naive_ones(name, count, classes):
 
 
 def drawn_one_by_one(model, noise, temperature=1.0, y=None, x=None, known=None):
-    """Level indices by whole passes of `model.forward`, one a value, and draws written out here: no stages, no cache."""
+    """Level indices by whole passes of `model.forward`, one a value, and draws written out here: no stages, no
+    cache."""
     channels, height, width = model.shape
     top = model.levels - 1
     known = torch.zeros(channels, height, width, dtype=torch.bool) if known is None else known.expand(model.shape)
@@ -357,7 +384,8 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest_from_its_conditional(
 
 
 def test_inpainting_follows_the_conditional_distribution():
-    """2×2 pixels of 3 levels, the top row known: the frequencies of the bottom row are its conditional probabilities."""
+    """2×2 pixels of 3 levels, the top row known: the frequencies of the bottom row are its conditional
+    probabilities."""
     model, every = tiny("gated")
     top = torch.tensor([2, 0], dtype=torch.uint8)
     given = every[(every[:, 0, 0] == top).all(1)]
@@ -395,7 +423,7 @@ def test_classes_matter_and_are_checked():
         model.sample(2, y=3)
 
 
-# --- training, records ---------------------------------------------------------------------------------------------------
+# --- training, records --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain residual", "gated", "gated colour mixture"])
@@ -439,7 +467,11 @@ def test_presets_build(cls, preset):
     ("action", "kind", "sentence"),
     [
         (lambda: models.PixelCNN(image_size=(4,)), ValueError, r"image_size must be \(H, W\)"),
-        (lambda: models.PixelCNN(channels=3, width=64), ValueError, "width must be a positive multiple of the 3 channels, got 64"),
+        (
+            lambda: models.PixelCNN(channels=3, width=64),
+            ValueError,
+            "width must be a positive multiple of the 3 channels, got 64",
+        ),
         (lambda: models.PixelCNN(layers=-1), ValueError, "layers must be at least 0, got -1"),
         (lambda: models.GatedPixelCNN(layers=-1), ValueError, "layers must be at least 0, got -1"),
         (lambda: models.PixelCNN(num_classes=-1), ValueError, "num_classes must be at least 0, got -1"),
@@ -451,12 +483,24 @@ def test_presets_build(cls, preset):
         (lambda: models.GatedPixelCNN(kernel_size=4), ValueError, "odd"),
         (lambda: make("plain").log_prob(torch.zeros(2, 1, 4, 4)), ValueError, r"x must be \[N, 1, 5, 4\]"),
         (lambda: make("plain").log_prob(torch.zeros(2, 1, 5, 4).long()), TypeError, "uint8 level indices or floats"),
-        (lambda: make("plain").log_prob(torch.full((2, 1, 5, 4), 4, dtype=torch.uint8)), ValueError, r"level indices 0\.\.3"),
+        (
+            lambda: make("plain").log_prob(torch.full((2, 1, 5, 4), 4, dtype=torch.uint8)),
+            ValueError,
+            r"level indices 0\.\.3",
+        ),
         (lambda: make("plain").log_prob(torch.full((2, 1, 5, 4), math.nan)), ValueError, r"floats in \[0, 1\]"),
         (lambda: make("plain").sample(-1), ValueError, "n must be an integer of at least 0"),
         (lambda: make("plain").sample(1, temperature=-1), ValueError, "temperature must be at least 0"),
-        (lambda: make("plain").inpaint(torch.zeros(2, 1, 5, 4), torch.ones(5, 4)), TypeError, "known must be a bool tensor"),
-        (lambda: make("plain").inpaint(torch.zeros(2, 1, 5, 4), torch.ones(4, 5).bool()), ValueError, "broadcastable to x's shape"),
+        (
+            lambda: make("plain").inpaint(torch.zeros(2, 1, 5, 4), torch.ones(5, 4)),
+            TypeError,
+            "known must be a bool tensor",
+        ),
+        (
+            lambda: make("plain").inpaint(torch.zeros(2, 1, 5, 4), torch.ones(4, 5).bool()),
+            ValueError,
+            "broadcastable to x's shape",
+        ),
         (lambda: models.PixelCNN.from_preset("digit"), ValueError, "did you mean digits"),
         (lambda: models.PixelCNN(image_size=9), ValueError, r"PixelCNN: image_size must be \(H, W\), got 9"),
         (lambda: models.PixelCNN(width="x"), ValueError, "PixelCNN: width must be an integer, got 'x'"),
@@ -465,12 +509,20 @@ def test_presets_build(cls, preset):
         (lambda: models.PixelCNN(residual="no"), ValueError, "PixelCNN: residual must be True or False, got 'no'"),
         (lambda: models.GatedPixelCNN(mixtures=1.5), ValueError, "GatedPixelCNN: mixtures must be an integer, got 1.5"),
         (lambda: models.GatedPixelCNN(kernel_size=(3, 5)), ValueError, r"kernel_size must be an integer, got \(3, 5\)"),
-        (lambda: models.GatedPixelCNN(dropout="x"), ValueError, "GatedPixelCNN: dropout must be a finite number, got 'x'"),
-        (lambda: make("plain").sample(1, temperature=None), ValueError, "temperature must be at least 0 and finite, got None"),
+        (
+            lambda: models.GatedPixelCNN(dropout="x"),
+            ValueError,
+            "GatedPixelCNN: dropout must be a finite number, got 'x'",
+        ),
+        (
+            lambda: make("plain").sample(1, temperature=None),
+            ValueError,
+            "temperature must be at least 0 and finite, got None",
+        ),
         (lambda: make("plain").sample(1, generator=0), TypeError, "generator must be a torch.Generator or None, got 0"),
         (lambda: make("plain").log_prob([[0.0]]), TypeError, "x must be a torch.Tensor, got list"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_answered_in_one_sentence(action, kind, sentence):
     with pytest.raises(kind, match=sentence) as caught:
         action()

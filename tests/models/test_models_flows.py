@@ -54,7 +54,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- the map and the density ---------------------------------------------------------------------------------------------
+# --- the map and the density --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -100,7 +100,8 @@ def test_bits_per_dim_by_hand():
 
 
 def test_a_flow_that_leaves_data_uniform_costs_log2_levels():
-    """log_prob is in units of one grey level: a uniform density on [0, 1) gives log2(levels) bits, here within the prior's part."""
+    """log_prob is in units of one grey level: a uniform density on [0, 1) gives log2(levels) bits, here within the
+    prior's part."""
     model = models.NICE(image_shape=(1, 2, 2), data_levels=16, couplings=0).double().eval()
     x = data(model, 5)
     z = (x.double() + torch.rand(x.shape, dtype=torch.float64, generator=seeded(1))) / 16
@@ -120,7 +121,8 @@ def test_density_of_points_integrates_to_one(name):
 
 @pytest.mark.parametrize("cls", [models.Glow, models.NICE, models.MAF, models.IAF])
 def test_frequencies_of_samples_are_the_masses_that_log_prob_gives(cls):
-    """Two grey levels, four pixels: sixteen images. The mean of exp(log_prob) over the noise is an image's probability."""
+    """Two grey levels, four pixels: sixteen images. The mean of exp(log_prob) over the noise is an image's
+    probability."""
     options = {"levels": 1, "steps": 2} if cls is models.Glow else {} if cls is models.NICE else {"logit": 0.05}
     model = perturb(cls(image_shape=(1, 2, 2), data_levels=2, hidden=4, **options), 0.1)
     model = model.double().eval()
@@ -193,7 +195,8 @@ def masked_flow(cls, order, train, **options):
 @pytest.mark.parametrize("order", TURNS)
 @pytest.mark.parametrize("cls", AUTOREGRESSIVE)
 def test_each_transform_sees_the_features_before_in_its_order_and_the_class(cls, order, train):
-    """By the Jacobian of a model of one transform from pixels to latents and back, and of each transform of a model of three."""
+    """By the Jacobian of a model of one transform from pixels to latents and back, and of each transform of a model of
+    three."""
     y = torch.tensor([2])
 
     def check(function, made):
@@ -214,7 +217,11 @@ def test_each_transform_sees_the_features_before_in_its_order_and_the_class(cls,
         assert len({tuple(o) for o in orders}) == 3, "another in each transform"
     context = model.classes(y).detach()
     for layer in layers:
-        assert torch.autograd.functional.jacobian(lambda c, m=layer.made: m(torch.zeros(1, 6).double(), c), context).any(-1).all()  # fmt: skip
+        assert (
+            torch.autograd.functional.jacobian(lambda c, m=layer.made: m(torch.zeros(1, 6).double(), c), context)
+            .any(-1)
+            .all()
+        )
         for way in (layer.forward, layer.inverse):
             check(lambda v, way=way: way(v, context)[0], layer.made)
 
@@ -222,7 +229,11 @@ def test_each_transform_sees_the_features_before_in_its_order_and_the_class(cls,
 @pytest.mark.parametrize("cls", AUTOREGRESSIVE)
 def test_the_side_that_takes_one_pass_is_data_to_noise_for_maf_and_noise_to_data_for_iaf(cls):
     """Parameters are read off the data in a MAF, off the noise in an IAF."""
-    layer = next(m for m in masked_flow(cls, "natural", False, transforms=1).modules() if isinstance(m, gnn.AutoregressiveTransform))  # fmt: skip
+    layer = next(
+        m
+        for m in masked_flow(cls, "natural", False, transforms=1).modules()
+        if isinstance(m, gnn.AutoregressiveTransform)
+    )
     given, context = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
     result, ldj = layer(given, context) if cls is models.MAF else layer.inverse(given, context)
     s, t = layer.made(given, context).chunk(2, 1)
@@ -230,7 +241,7 @@ def test_the_side_that_takes_one_pass_is_data_to_noise_for_maf_and_noise_to_data
     torch.testing.assert_close(ldj, s.tanh().sum(1))
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -266,7 +277,8 @@ def test_temperature_scales_the_latents():
 
 
 def test_temperature_is_exact_where_the_determinant_is_constant():
-    """NICE on points, normal prior: samples at T follow p(x)^(1/T²)/Z, whose log-ratio of densities is 1/T² times that of p."""
+    """NICE on points, normal prior: samples at T follow p(x)^(1/T²)/Z, whose log-ratio of densities is 1/T² times that
+    of p."""
     model, _ = make("nice points")
     x = model.sample(50, 0.6, seeded(2))
     cold, ldj = model(x)
@@ -275,16 +287,20 @@ def test_temperature_is_exact_where_the_determinant_is_constant():
     torch.testing.assert_close(difference, difference[:1].expand(50))
 
 
-# --- classes -----------------------------------------------------------------------------------------------------------------
+# --- classes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {"reversible": r}) for name in ("nice image", "realnvp image", "glow image", "glow points") for r in (False, True)),
+        *(
+            (name, {"reversible": r})
+            for name in ("nice image", "realnvp image", "glow image", "glow points")
+            for r in (False, True)
+        ),
         *((name, {}) for name in ("maf image", "maf points", "iaf image", "iaf points")),
     ],
-)  # fmt: skip
+)
 def test_class_conditional(name, options):
     model, x = make(name, num_classes=3, **options)
     model.train()
@@ -309,7 +325,7 @@ def test_labels_play_no_part_without_classes():
     assert torch.equal(model.log_prob(x, torch.tensor([7, 8, 9]), seeded()), model.log_prob(x, None, seeded()))
 
 
-# --- training ----------------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------------
 
 
 def train(model, batches, backend="auto", rate=1e-3):
@@ -389,7 +405,8 @@ def test_deep_glow_inverts_after_training():
 
 @pytest.mark.parametrize("points", [False, True])
 def test_first_step_has_no_gradient_of_mere_noise(points):
-    """The ActNorms start from a pass of their own; from the batch itself, every bias would have a gradient of rounding noise."""
+    """The ActNorms start from a pass of their own; from the batch itself, every bias would have a gradient of rounding
+    noise."""
     if points:
         model = models.Glow(features=4, steps=4, hidden=8)
         model.loss(torch.randn(64, 4)).backward()
@@ -427,7 +444,7 @@ def test_under_autocast(name):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-# --- construction ----------------------------------------------------------------------------------------------------------
+# --- construction -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -467,8 +484,17 @@ GLOW = SMALL["glow image"]
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
-        (lambda: models.Glow.from_preset("digit"), ValueError, r"preset must be one of digits, .* got 'digit'; did you mean digits\?"),
-        (lambda: models.build("glw"), ValueError, r"model must be one of nice, realnvp, glow, maf, iaf, pixelcnn, gatedpixelcnn, got 'glw'; did you mean glow\?"),
+        (
+            lambda: models.Glow.from_preset("digit"),
+            ValueError,
+            r"preset must be one of digits, .* got 'digit'; did you mean digits\?",
+        ),
+        (
+            lambda: models.build("glw"),
+            ValueError,
+            r"model must be one of nice, realnvp, glow, maf, iaf, pixelcnn, gatedpixelcnn, got 'glw'; did you "
+            r"mean glow\?",
+        ),
         (lambda: models.Glow(), ValueError, "exactly one of image_shape and features"),
         (lambda: models.Glow(image_shape=(1, 8, 8), features=2), ValueError, "exactly one of image_shape and features"),
         (lambda: models.Glow(image_shape=(8, 8)), ValueError, r"image_shape must be \(C, H, W\), got \(8, 8\)"),
@@ -478,22 +504,50 @@ GLOW = SMALL["glow image"]
         (lambda: models.RealNVP(features=3), ValueError, "features must be even for the channel split, got 3"),
         (lambda: models.NICE(features=3), ValueError, "must be even for the channel split, got 3"),
         (lambda: models.NICE(image_shape=(1, 3, 3)), ValueError, "must be even for the channel split, got 9"),
-        (lambda: models.Glow(image_shape=(1, 4, 4), levels=1, data_levels=1), ValueError, "levels must be an integer from 2"),
+        (
+            lambda: models.Glow(image_shape=(1, 4, 4), levels=1, data_levels=1),
+            ValueError,
+            "levels must be an integer from 2",
+        ),
         (lambda: GLOW().log_prob(torch.zeros(2, 1, 4, 5)), ValueError, r"x must be \[N, 1, 4, 4\], got \[2, 1, 4, 5\]"),
         (lambda: GLOW().log_prob(torch.zeros(1, 4, 4)), ValueError, r"x must be \[N, 1, 4, 4\], got \[1, 4, 4\]"),
-        (lambda: GLOW().log_prob(torch.zeros(2, 1, 4, 4, dtype=torch.int64)), TypeError, "must be uint8 .* got torch.int64"),
-        (lambda: GLOW().log_prob(torch.full((2, 1, 4, 4), 17, dtype=torch.uint8)), ValueError, r"indices 0\.\.16, got .* 17"),
-        (lambda: models.IAF(features=3, order="backwards"), ValueError, "IAF: order must be one of alternate, natural, reversed, random"),
-        (lambda: SMALL["glow points"]().log_prob(torch.zeros(2, 4, dtype=torch.uint8)), TypeError, "must be floating point"),
+        (
+            lambda: GLOW().log_prob(torch.zeros(2, 1, 4, 4, dtype=torch.int64)),
+            TypeError,
+            "must be uint8 .* got torch.int64",
+        ),
+        (
+            lambda: GLOW().log_prob(torch.full((2, 1, 4, 4), 17, dtype=torch.uint8)),
+            ValueError,
+            r"indices 0\.\.16, got .* 17",
+        ),
+        (
+            lambda: models.IAF(features=3, order="backwards"),
+            ValueError,
+            "IAF: order must be one of alternate, natural, reversed, random",
+        ),
+        (
+            lambda: SMALL["glow points"]().log_prob(torch.zeros(2, 4, dtype=torch.uint8)),
+            TypeError,
+            "must be floating point",
+        ),
         (lambda: GLOW().sample(-1), ValueError, "n must be an integer of at least 0, got -1"),
         (lambda: GLOW().sample(2.0), ValueError, "n must be an integer of at least 0, got 2.0"),
         (lambda: GLOW().sample(1, temperature=-0.1), ValueError, "temperature must be at least 0 and finite, got -0.1"),
-        (lambda: GLOW().sample(1, temperature=float("nan")), ValueError, "temperature must be at least 0 and finite, got nan"),
+        (
+            lambda: GLOW().sample(1, temperature=float("nan")),
+            ValueError,
+            "temperature must be at least 0 and finite, got nan",
+        ),
         (lambda: GLOW().sample(1, temperature="1"), ValueError, "temperature must be at least 0 and finite, got '1'"),
         (lambda: GLOW().sample(1, generator=7), TypeError, "generator must be a torch.Generator or None, got 7"),
         (lambda: GLOW().log_prob([[0.0]]), TypeError, "x must be a torch.Tensor, got list"),
         (lambda: models.MAF(image_shape=5), ValueError, r"MAF: image_shape must be \(C, H, W\), got 5"),
-        (lambda: models.MAF(image_shape=(1, 2.5, 2)), ValueError, r"MAF: image_shape must be \(C, H, W\), got \(1, 2.5, 2\)"),
+        (
+            lambda: models.MAF(image_shape=(1, 2.5, 2)),
+            ValueError,
+            r"MAF: image_shape must be \(C, H, W\), got \(1, 2.5, 2\)",
+        ),
         (lambda: models.MAF(features=2.5), ValueError, "MAF: features must be an integer, got 2.5"),
         (lambda: models.MAF(features=2, hidden=2.5), ValueError, "MAF: hidden must be an integer, got 2.5"),
         (lambda: models.IAF(features=2, transforms="x"), ValueError, "IAF: transforms must be an integer, got 'x'"),
@@ -502,7 +556,7 @@ GLOW = SMALL["glow image"]
         (lambda: models.MAF(features=2, num_classes=-1), ValueError, "MAF: num_classes must be at least 0, got -1"),
         (lambda: models.MAF(features=2, logit=math.nan), ValueError, "MAF: logit must be a finite number, got nan"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_answered_in_one_sentence(call, kind, words):
     with pytest.raises(kind, match=words) as caught:
         call()

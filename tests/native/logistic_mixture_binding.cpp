@@ -1,4 +1,5 @@
-// Binds csrc/common/logistic_mixture.h and draw.h for test_logistic_mixture_native.py, as the plain loops that a compiler vectorises.
+// Binds csrc/common/logistic_mixture.h and draw.h for test_logistic_mixture_native.py, as the plain loops that a
+// compiler vectorises.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -11,7 +12,8 @@ namespace mixture = genkernels::mixture;
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// (log P, ∂/∂ mean in levels, ∂/∂ log-scale, log P where no derivative is wanted) of one level index under each (mean in levels, log-scale).
+// (log P, ∂/∂ mean in levels, ∂/∂ log-scale, log P where no derivative is wanted) of one level index under each (mean
+// in levels, log-scale).
 template <typename T>
 py::tuple level(const Array<T>& i, const Array<T>& mean, const Array<T>& log_scale, int levels) {
   const py::ssize_t n = i.size();

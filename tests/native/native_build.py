@@ -46,9 +46,21 @@ def binding(source: str, variant: str):
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}.tmp")
-        command = [compiler, *flags, "-shared", f"-DMODULE_NAME={name}", "-I", str(ROOT / "csrc"),
-                   "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"],
-                   str(HERE / f"{source}.cpp"), "-o", str(made)]  # fmt: skip
+        command = [
+            compiler,
+            *flags,
+            "-shared",
+            f"-DMODULE_NAME={name}",
+            "-I",
+            str(ROOT / "csrc"),
+            "-I",
+            pybind11.get_include(),
+            "-I",
+            sysconfig.get_paths()["include"],
+            str(HERE / f"{source}.cpp"),
+            "-o",
+            str(made),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{source}.cpp does not compile:\n{done.stderr}")

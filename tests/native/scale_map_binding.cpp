@@ -1,4 +1,5 @@
-// Binds csrc/common/scale_map.h for test_scale_map.py: element by element, and as the plain loop that a compiler vectorises.
+// Binds csrc/common/scale_map.h for test_scale_map.py: element by element, and as the plain loop that a compiler
+// vectorises.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

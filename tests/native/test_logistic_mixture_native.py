@@ -29,8 +29,8 @@ def call(module, name, dtype, *arguments):
 
 
 def cases(levels, dtype, count=400):
-    """Means around the level, within its bin, at its edges and up to 1,200 scales away (beyond, sigmoids differ in no digit computed); every
-    log-scale from the clamp on; ends and inner levels."""
+    """Means around the level, within its bin, at its edges and up to 1,200 scales away (beyond, sigmoids differ in no
+    digit computed); every log-scale from the clamp on; ends and inner levels."""
     rng = np.random.default_rng(levels)
     i = rng.integers(0, levels, count)
     i[: count // 4] = np.where(rng.random(count // 4) < 0.5, 0, levels - 1)
@@ -165,6 +165,7 @@ def test_draws_are_the_definitions_integers(module, dtype, temperature):
         expected = _draw.logistic_mixture(params, noise, levels, temperature)[:, 0].numpy()
         assert (np.nan_to_num(loop) == alone).all()
         wrong = (alone != expected).sum()
-        # where the functions differ in their last place a value within some 1e-7 levels/2 of a boundary may cross it: none of 256 levels here
+        # where the functions differ in their last place a value within some 1e-7 levels/2 of a boundary may cross it:
+        # none of 256 levels here
         assert wrong <= 4e-9 * levels * count * (dtype == F32), (levels, wrong)
         assert (np.abs(alone - expected) <= 1).all()

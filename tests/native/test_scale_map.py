@@ -14,8 +14,35 @@ np.seterr(all="ignore")
 F32, F64 = np.float32, np.float64
 PARTS = ("log_scale", "scale", "slope")
 MAPS = ("exp", "sigmoid", "tanh")
-SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 1.17549435e-38, 88.0, -88.0, 88.72, -87.4, 89.0, -89.0, 103.0, -103.97,
-           104.0, -104.0, 200.0, -200.0, 1e4, -1e4, 3e38, -3e38, 0.625, -0.625, -2.0, -1.9999999]  # fmt: skip
+SPECIAL = [
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-45,
+    1e-40,
+    -1e-40,
+    1.17549435e-38,
+    88.0,
+    -88.0,
+    88.72,
+    -87.4,
+    89.0,
+    -89.0,
+    103.0,
+    -103.97,
+    104.0,
+    -104.0,
+    200.0,
+    -200.0,
+    1e4,
+    -1e4,
+    3e38,
+    -3e38,
+    0.625,
+    -0.625,
+    -2.0,
+    -1.9999999,
+]
 
 
 def variants() -> list[str]:
@@ -30,7 +57,8 @@ def module(request):
 
 
 def grid(dtype) -> np.ndarray:
-    """Dense where the maps bend, every binade from the denormals to the largest number, both signs, and the odd values."""
+    """Dense where the maps bend, every binade from the denormals to the largest number, both signs, and the odd
+    values."""
     binades = np.ldexp(np.linspace(1, 2, 37)[None, :-1], np.arange(-149, 128)[:, None]).ravel()
     values = np.concatenate([np.linspace(-12, 12, 200_001), np.linspace(-110, 95, 200_003), binades, -binades, SPECIAL])
     return values.astype(dtype)
@@ -39,8 +67,8 @@ def grid(dtype) -> np.ndarray:
 def exact(name: str, s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """log scale, scale and slope of fp32 numbers, in fp64.
 
-    sigmoid's argument s + 2 is rounded to fp32 first: the map is a function of that number, in the reference too, and at
-    u = 80 the rounding of u alone moves e^−u by 32 units in the last place.
+    sigmoid's argument s + 2 is rounded to fp32 first: the map is a function of that number, in the reference too, and
+    at u = 80 the rounding of u alone moves e^−u by 32 units in the last place.
     """
     if name == "exp":
         wide = s.astype(F64)
@@ -113,10 +141,13 @@ def test_infinities_and_nan(module, dtype, way):
     """The limits of each map, exactly; NaN gives NaN wherever the function depends on its argument."""
     inf = np.inf
     limits = {
-        ("exp", inf): (inf, inf, 1), ("exp", -inf): (-inf, 0, 1),
-        ("sigmoid", inf): (0, 1, 0), ("sigmoid", -inf): (-inf, 0, 1),
-        ("tanh", inf): (1, np.exp(1.0), 0), ("tanh", -inf): (-1, np.exp(-1.0), 0),
-    }  # fmt: skip
+        ("exp", inf): (inf, inf, 1),
+        ("exp", -inf): (-inf, 0, 1),
+        ("sigmoid", inf): (0, 1, 0),
+        ("sigmoid", -inf): (-inf, 0, 1),
+        ("tanh", inf): (1, np.exp(1.0), 0),
+        ("tanh", -inf): (-1, np.exp(-1.0), 0),
+    }
     # a lane's neighbours in a vector must not matter: each odd value stands among ordinary ones, at every place
     for (name, s), wanted in limits.items():
         for values in (np.full(37, s), np.where(np.arange(37) % 5 == 0, s, 0.5)):

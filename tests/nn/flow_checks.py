@@ -58,7 +58,8 @@ def brute_log_det(function, x: torch.Tensor) -> torch.Tensor:
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations by name, and the bytes of live storages that were made while it watched; `known` ones are older."""
+    """Counts operations by name, and the bytes of live storages that were made while it watched; `known` ones are
+    older."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()

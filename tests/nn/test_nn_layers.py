@@ -1,4 +1,5 @@
-"""Every flow layer: the inverse inverts, the log-determinant is that of the Jacobian, shapes and dtypes are as promised."""
+"""Every flow layer: the inverse inverts, the log-determinant is that of the Jacobian, shapes and dtypes are as
+promised."""
 
 import pytest
 import torch
@@ -188,24 +189,36 @@ def test_context_reaches_the_networks():
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
-        (lambda: gnn.ActNorm(3)(torch.zeros(2, 4, 2, 2)), ValueError, r"ActNorm: x must be \[N, 3, \.\.\.\], got \[2, 4, 2, 2\]"),
+        (
+            lambda: gnn.ActNorm(3)(torch.zeros(2, 4, 2, 2)),
+            ValueError,
+            r"ActNorm: x must be \[N, 3, \.\.\.\], got \[2, 4, 2, 2\]",
+        ),
         (lambda: gnn.ActNorm(3).inverse(torch.zeros(3)), ValueError, r"must be \[N, 3"),
         (lambda: gnn.InvertibleConv1x1(3)(torch.zeros(2, 4)), ValueError, r"must be \[N, 3"),
         (lambda: gnn.Squeeze()(torch.zeros(1, 1, 3, 4)), ValueError, r"multiples of 2, got \[1, 1, 3, 4\]"),
         (lambda: gnn.Squeeze().inverse(torch.zeros(1, 3, 2, 2)), ValueError, r"multiple of 4"),
         (lambda: gnn.EvenOdd()(torch.zeros(1, 3)), ValueError, r"D even, got \[1, 3\]"),
-        (lambda: gnn.AffineCoupling(Net(1, 2), split="half"), ValueError, r"split must be one of channel, checkerboard, got 'half'"),
+        (
+            lambda: gnn.AffineCoupling(Net(1, 2), split="half"),
+            ValueError,
+            r"split must be one of channel, checkerboard, got 'half'",
+        ),
         (lambda: gnn.AffineCoupling(Net(1, 2), scale_map="log"), ValueError, r"scale_map must be one of exp"),
         (lambda: gnn.AffineCoupling(Net(1, 3))(torch.zeros(2, 3)), ValueError, r"even number of channels"),
         (lambda: gnn.AffineCoupling(Net(2, 4), "checkerboard")(torch.zeros(2, 2)), ValueError, r"\[N, C, H, W\]"),
-        (lambda: gnn.AffineCoupling(Net(2, 3))(torch.zeros(2, 4, 3, 3)), ValueError, r"params must be .* = \[2, 4, 3, 3\]"),
+        (
+            lambda: gnn.AffineCoupling(Net(2, 3))(torch.zeros(2, 4, 3, 3)),
+            ValueError,
+            r"params must be .* = \[2, 4, 3, 3\]",
+        ),
         (lambda: gnn.Split(3), ValueError, r"channels must be even, got 3"),
         (lambda: gnn.Split(4)(torch.zeros(1, 6, 2, 2)), ValueError, r"must be \[N, 4"),
         (lambda: gnn.FlowSequential(gnn.ActNorm(2), torch.nn.ReLU()), TypeError, r"inverse, got ReLU at position 1"),
         (lambda: gnn.Logit(0.7), ValueError, r"between 0 and 0.5, got 0.7"),
         (lambda: gnn.Prior(2, "cauchy"), ValueError, r"kind must be one of normal, logistic"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_answered_in_one_sentence(call, kind, words):
     with pytest.raises(kind, match=words) as caught:
         call()

@@ -207,7 +207,7 @@ def test_dead_weights_never_act():
     for a, b in itertools.chain(
         *(zip(x, y, strict=True) for x, y in zip(before, (layer.inverse(z), layer(z)), strict=True))
     ):
-        assert torch.equal(a, b)  # fmt: skip
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("features,hidden,residual", [(64, 96, False), (33, 70, True), (20, 7, False), (1, 3, False)])
@@ -279,9 +279,10 @@ def test_copies_and_casts():
 
 def test_flow_sequential_trains():
     flow = gnn.FlowSequential(
-        AutoregressiveTransform(MADE(4, 16)), AutoregressiveTransform(MADE(4, 16, order="reversed")),
+        AutoregressiveTransform(MADE(4, 16)),
+        AutoregressiveTransform(MADE(4, 16, order="reversed")),
         InverseAutoregressiveTransform(MADE(4, 16)),
-    )  # fmt: skip
+    )
     optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
     x = torch.randn(64, 4) @ torch.randn(4, 4)
     losses = []
@@ -313,20 +314,41 @@ def test_compiles(backend):
 REFUSED = [
     (lambda: MaskedLinear(2, 2, [1, 2, 3], [1, 1]), "in_degrees must be 2 integers, 0 or more, got int64 \\[3\\]"),
     (lambda: MaskedLinear(2, 2, [1, 2], [1.0, 2.0]), "out_degrees must be 2 integers, 0 or more, got float32 \\[2\\]"),
-    (lambda: MaskedLinear(2, 2, [1, -1], [1, 1]), "in_degrees must be 2 integers, 0 or more, got int64 \\[2\\] down to -1"),
-    (lambda: MaskedLinear(2, 3, [3, 4], [3, 5, 2]), "an output of degree 2 must have an input of degree at most that, got in_degrees from 3 \\(output 2"),
-    (lambda: MaskedLinear(2, 3, [2, 3], [1, 2, 3], strict=True), "an output of degree 2 must have an input of degree below that, got in_degrees from 2"),
+    (
+        lambda: MaskedLinear(2, 2, [1, -1], [1, 1]),
+        "in_degrees must be 2 integers, 0 or more, got int64 \\[2\\] down to -1",
+    ),
+    (
+        lambda: MaskedLinear(2, 3, [3, 4], [3, 5, 2]),
+        "an output of degree 2 must have an input of degree at most that, got in_degrees from 3 \\(output 2",
+    ),
+    (
+        lambda: MaskedLinear(2, 3, [2, 3], [1, 2, 3], strict=True),
+        "an output of degree 2 must have an input of degree below that, got in_degrees from 2",
+    ),
     (lambda: MADE(0, 4), "features must be at least 1, got 0"),
     (lambda: MADE(4, ()), "every hidden layer must have at least 1 units, got \\[\\]"),
-    (lambda: MADE(4, 1, context_features=2), "at least 2 units \\(one sees the context alone, one the first feature\\), got \\[1, 1\\]"),
+    (
+        lambda: MADE(4, 1, context_features=2),
+        "at least 2 units \\(one sees the context alone, one the first feature\\), got \\[1, 1\\]",
+    ),
     (lambda: MADE(4, (8, 8), residual=True), "an odd number of equal hidden layers, at least 3, got \\[8, 8\\]"),
     (lambda: MADE(3, 4, order=[0, 1, 1]), "order must be a permutation of 0 to 2, got \\[0, 1, 1\\]"),
     (lambda: MADE(3, 4, order=["a", 1, 2]), "order must be a permutation of 0 to 2, got \\['a', 1, 2\\]"),
-    (lambda: MADE(3, 4, order="backwards"), "order must be natural, reversed, random or a permutation of 0 to 2, got 'backwards'"),
+    (
+        lambda: MADE(3, 4, order="backwards"),
+        "order must be natural, reversed, random or a permutation of 0 to 2, got 'backwards'",
+    ),
     (lambda: MADE(3, 4)(torch.zeros(2, 4)), "x must be \\[N, 3\\], got \\[2, 4\\]"),
-    (lambda: MADE(3, 4)(torch.zeros(2, 3), torch.zeros(2, 1)), "built without context_features, got a context \\[2, 1\\]"),
+    (
+        lambda: MADE(3, 4)(torch.zeros(2, 3), torch.zeros(2, 1)),
+        "built without context_features, got a context \\[2, 1\\]",
+    ),
     (lambda: MADE(3, 4, context_features=2)(torch.zeros(2, 3)), "a context \\[N, 2\\] is needed, got None"),
-    (lambda: MADE(3, 4, context_features=2)(torch.zeros(2, 3), torch.zeros(1, 2)), "context must be \\[N, 2\\] with N = 2, got \\[1, 2\\]"),
+    (
+        lambda: MADE(3, 4, context_features=2)(torch.zeros(2, 3), torch.zeros(1, 2)),
+        "context must be \\[N, 2\\] with N = 2, got \\[1, 2\\]",
+    ),
     (lambda: MaskedLinear(2, 2, None, [1, 1]), "in_degrees must be 2 integers, 0 or more, got None"),
     (lambda: MaskedLinear(2, 2, [True, True], [1, 1]), "in_degrees must be 2 integers, 0 or more, got bool \\[2\\]"),
     (lambda: MaskedLinear(0, 2, [], [0, 0]), "in_features must be at least 1, got 0"),
@@ -336,10 +358,16 @@ REFUSED = [
     (lambda: MADE(3, "12"), "MADE: hidden_features must be one integer or several, got \\['12', '12'\\]"),
     (lambda: MADE(3, 4, order=["a", "b", "c"]), "order must be a permutation of 0 to 2, got \\['a', 'b', 'c'\\]"),
     (lambda: AutoregressiveTransform(MADE(3, 4), "cube"), "scale_map must be one of exp, sigmoid, tanh, got 'cube'"),
-    (lambda: InverseAutoregressiveTransform(MADE(3, 4), method="fast"), "method must be one of blocked, jacobi, sequential, got 'fast'"),
+    (
+        lambda: InverseAutoregressiveTransform(MADE(3, 4), method="fast"),
+        "method must be one of blocked, jacobi, sequential, got 'fast'",
+    ),
     (lambda: AutoregressiveTransform(MADE(3, 4, 3)), "made must be a MADE with params_per_feature=2, got 3"),
-    (lambda: AutoregressiveTransform(MADE(3, 4)).inverse(torch.zeros(2, 4)), "the input must be \\[N, 3\\], got \\[2, 4\\]"),
-]  # fmt: skip
+    (
+        lambda: AutoregressiveTransform(MADE(3, 4)).inverse(torch.zeros(2, 4)),
+        "the input must be \\[N, 3\\], got \\[2, 4\\]",
+    ),
+]
 
 
 @pytest.mark.parametrize("action,sentence", REFUSED, ids=range(len(REFUSED)))

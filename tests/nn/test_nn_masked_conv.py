@@ -65,7 +65,8 @@ def test_condition_residual_and_gate_are_what_they_say():
 
 
 def later_inputs(channels, height, width, data_channels):
-    """[C, H, W, C, H, W]: whether an input comes at or after an output's place in the order of pixels, then of channels."""
+    """[C, H, W, C, H, W]: whether an input comes at or after an output's place in the order of pixels, then of
+    channels."""
     block = torch.arange(channels) * data_channels // channels
     place = torch.arange(height * width).view(1, height, width) * data_channels + block.view(-1, 1, 1)
     return place.flatten() >= place.flatten()[:, None]
@@ -112,7 +113,14 @@ def test_one_layer_does_not_see_what_comes_later(mask_type, region, kernel, trai
 
 def test_repr_names_the_options():
     shown = repr(gk.nn.MaskedConv2d("A", 3, 6, (1, 3), 3, region="horizontal", activation="gate", bias=False))
-    for part in ("MaskedConv2d('A', 3, 6", "kernel_size=(1, 3)", "bias=False", "data_channels=3", "region='horizontal'", "activation='gate'"):  # fmt: skip
+    for part in (
+        "MaskedConv2d('A', 3, 6",
+        "kernel_size=(1, 3)",
+        "bias=False",
+        "data_channels=3",
+        "region='horizontal'",
+        "activation='gate'",
+    ):
         assert part in shown
 
 
@@ -128,7 +136,11 @@ def test_repr_names_the_options():
         (("A", 3, 6, (3, 2)), {}, "the kernel's height and width must be odd, got 3×2"),
         (("A", 4, 6, 3, 3), {}, "data_channels must divide the input channels, got 3 and 4 input channels"),
         (("A", 3, 7, 3, 3), {}, "data_channels must divide the output channels, got 3 and 7 output channels"),
-        (("A", 3, 9, 3, 3), {"activation": "gate"}, "data_channels must divide half of the output channels, got 3 and 9"),
+        (
+            ("A", 3, 9, 3, 3),
+            {"activation": "gate"},
+            "data_channels must divide half of the output channels, got 3 and 9",
+        ),
         (("A", 3, 6, 3), {"stride": 2}, "stride must be 1, for every pixel has an output, got 2"),
         (("A", 3, 6, 3), {"dilation": (2, 2)}, "dilation must be 1"),
         (("A", 3, 6, 3), {"region": "diagonal"}, "region must be one of raster, vertical, horizontal, got 'diagonal'"),
@@ -140,7 +152,7 @@ def test_repr_names_the_options():
         (("A", 3.0, 6, 3), {}, "in_channels must be an integer, got 3.0"),
         (("A", 3, "6", 3), {}, "out_channels must be an integer, got '6'"),
     ],
-)  # fmt: skip
+)
 def test_refusals_are_one_sentence(arguments, options, sentence):
     with pytest.raises(ValueError) as caught:
         gk.nn.MaskedConv2d(*arguments, **options)

@@ -150,7 +150,8 @@ def test_under_autocast():
 
 
 def test_autocast_shares_no_cast_between_passes():
-    """Forward and backward, twice, inside one autocast region: a weight's cast from one pass has no graph in the next."""
+    """Forward and backward, twice, inside one autocast region: a weight's cast from one pass has no graph in the
+    next."""
     net = ConvNet(2, 4, 8)
     flow = perturb(
         gnn.FlowSequential(gnn.AffineCoupling(net), gnn.AffineCoupling(net, flip=True), reversible=True), 0.05
@@ -242,7 +243,8 @@ def deep(steps, reversible):
 
 
 def test_memory_of_a_training_step_is_flat_in_depth():
-    """Peak of live bytes of a step, parameter gradients apart: 32 steps need what 4 need; stored, they need far more."""
+    """Peak of live bytes of a step, parameter gradients apart: 32 steps need what 4 need; stored, they need far
+    more."""
     peaks = {}
     for reversible in (True, False):
         for steps in (4, 32):

@@ -12,7 +12,8 @@ from genkernels.reference._stages import level_values, network_output
 
 
 def mask(out, size, kind, groups=1, gate=False, source=None, region="raster"):
-    """[out, source or out, kh, kw]: 1 where a weight may be other than 0. Written apart from the library's own masks."""
+    """[out, source or out, kh, kw]: 1 where a weight may be other than 0. Written apart from the library's own
+    masks."""
     kh, kw = size
     source = source or out
     m = torch.zeros(out, source, kh, kw, dtype=torch.float64)
@@ -94,7 +95,8 @@ def two_stacks(
     condition=None,
     kernel=(3, 5),
 ):
-    """Gated PixelCNN (van den Oord et al. 2016b): a vertical stack that sees rows above, a horizontal one that sees it and what is to the left.
+    """Gated PixelCNN (van den Oord et al. 2016b): a vertical stack that sees rows above, a horizontal one that sees it
+    and what is to the left.
 
     condition: None, or a function of the number of channels that gives [N, out] or [N, out, H, W].
     """
@@ -153,7 +155,8 @@ def uniform(*shape, seed=0, dtype=torch.float64):
 
 
 def assert_same_draws(ours, expected, stages, noise, levels, head="categorical", temperature=1.0):
-    """Identical integers. Where a sample differs, its first differing draw must be a tie: noise within 1e-5 of a boundary, in fp64."""
+    """Identical integers. Where a sample differs, its first differing draw must be a tie: noise within 1e-5 of a
+    boundary, in fp64."""
     assert ours.shape == expected.shape and ours.dtype == expected.dtype == torch.int64
     if torch.equal(ours, expected):
         return
@@ -189,7 +192,8 @@ def _near_category(logits, u, temperature):
 
 
 def any_network(seed, groups, channels, out):
-    """A random graph of stages that keeps the rules: both directions, several inputs, odd kernels, planes added, residuals, gates, conditions."""
+    """A random graph of stages that keeps the rules: both directions, several inputs, odd kernels, planes added,
+    residuals, gates, conditions."""
     chosen = random.Random(seed)
     make = Maker(seed)
     planes, stages = [(channels, False)], []

@@ -44,7 +44,8 @@ def make(shape, scale_map, split, dtypes=(torch.float64, torch.float64), device=
 
 
 def everything(functions, x, params, grad_z, grad_ldj, at, flip):
-    """All that the operator computes: forward, inverse, both backwards, reverse; `functions` is a module of torch operators."""
+    """All that the operator computes: forward, inverse, both backwards, reverse; `functions` is a module of torch
+    operators."""
     out = {}
     for inverse in (False, True):
         tag = "inverse" if inverse else "forward"
@@ -63,7 +64,8 @@ def operators(backend):
 
 
 def assert_as_accurate(name, ours, same_dtype, exact, scale):
-    """Our error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of `scale`.
+    """Our error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of
+    `scale`.
 
     In fp64 both sides round, and neither is the exact one: four units.
     """
@@ -249,10 +251,17 @@ def strided(draw_offset, draw_steps, values):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(0, 5), half=st.integers(1, 5), h=st.integers(1, 9), w=st.integers(1, 40),
-    offset=st.integers(0, 3), step=st.integers(1, 3), transpose=st.booleans(),
-    option=st.sampled_from(OPTIONS), dtypes=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
-)  # fmt: skip
+    n=st.integers(0, 5),
+    half=st.integers(1, 5),
+    h=st.integers(1, 9),
+    w=st.integers(1, 40),
+    offset=st.integers(0, 3),
+    step=st.integers(1, 3),
+    transpose=st.booleans(),
+    option=st.sampled_from(OPTIONS),
+    dtypes=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
 def test_any_shape_stride_offset_and_dtype(n, half, h, w, offset, step, transpose, option, dtypes, seed):
     scale_map, split, layout, flip = option
     torch.manual_seed(seed)
@@ -314,23 +323,55 @@ def test_reverse_refuses_to_be_differentiated():
 @pytest.mark.parametrize(
     "call,error,sentence",
     [
-        (lambda x, p: ops.affine_coupling(x[:, :3], p), ValueError, "even number of channels for the channel split, got [2, 3, 3, 3]"),
+        (
+            lambda x, p: ops.affine_coupling(x[:, :3], p),
+            ValueError,
+            "even number of channels for the channel split, got [2, 3, 3, 3]",
+        ),
         (lambda x, p: ops.affine_coupling(x, p[:, :3]), ValueError, "params must be [N, 2*C, ...] = [2, 4, 3, 3]"),
-        (lambda x, p: ops.affine_coupling(x, p, scale_map="additive"), ValueError, "params must be [N, C, ...] = [2, 2, 3, 3]"),
+        (
+            lambda x, p: ops.affine_coupling(x, p, scale_map="additive"),
+            ValueError,
+            "params must be [N, C, ...] = [2, 2, 3, 3]",
+        ),
         (lambda x, p: ops.affine_coupling(x, p, split="checkerboard"), ValueError, "[N, 2*C, ...] = [2, 8, 3, 3]"),
         (lambda x, p: ops.affine_coupling(x[..., 0], p, split="checkerboard"), ValueError, "x must be [N, C, H, W]"),
         (lambda x, p: ops.affine_coupling(x[:, 0, 0, 0], p), ValueError, "x must be [N, C, ...], got [2]"),
-        (lambda x, p: ops.affine_coupling(x.long(), p), TypeError, "x must be float64, float32, bfloat16 or float16, got torch.int64"),
+        (
+            lambda x, p: ops.affine_coupling(x.long(), p),
+            TypeError,
+            "x must be float64, float32, bfloat16 or float16, got torch.int64",
+        ),
         (lambda x, p: ops.affine_coupling(x, p.double()), TypeError, "params must have x's dtype"),
         (lambda x, p: ops.affine_coupling([1.0], p), TypeError, "x must be a torch.Tensor, got list"),
-        (lambda x, p: ops.affine_coupling(x, p, scale_map="expp"), ValueError, "scale_map must be one of exp, sigmoid, tanh, additive"),
-        (lambda x, p: ops.affine_coupling(x, p, split="row"), ValueError, "split must be one of channel, checkerboard, got 'row'"),
-        (lambda x, p: ops.affine_coupling(x, p, layout="half"), ValueError, "layout must be one of halves, interleaved"),
-        (lambda x, p: ops.affine_coupling(x, p.to("meta")), ValueError, "x and params must be on one device, got cpu and meta"),
-        (lambda x, p: ops.affine_coupling_reverse(x[:1], None, x, p), ValueError, "grad_z must have z's shape [2, 4, 3, 3]"),
+        (
+            lambda x, p: ops.affine_coupling(x, p, scale_map="expp"),
+            ValueError,
+            "scale_map must be one of exp, sigmoid, tanh, additive",
+        ),
+        (
+            lambda x, p: ops.affine_coupling(x, p, split="row"),
+            ValueError,
+            "split must be one of channel, checkerboard, got 'row'",
+        ),
+        (
+            lambda x, p: ops.affine_coupling(x, p, layout="half"),
+            ValueError,
+            "layout must be one of halves, interleaved",
+        ),
+        (
+            lambda x, p: ops.affine_coupling(x, p.to("meta")),
+            ValueError,
+            "x and params must be on one device, got cpu and meta",
+        ),
+        (
+            lambda x, p: ops.affine_coupling_reverse(x[:1], None, x, p),
+            ValueError,
+            "grad_z must have z's shape [2, 4, 3, 3]",
+        ),
         (lambda x, p: ops.affine_coupling_reverse(x, x, x, p), ValueError, "grad_ldj must be [N] = [2]"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_gets_one_sentence(call, error, sentence):
     with pytest.raises(error) as caught:
         call(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3))
@@ -348,6 +389,8 @@ def test_the_avx2_build_agrees_too():
     tests = ["test_agrees_with_the_definition", "test_extreme_parameters", "test_bitwise"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", f"cpu and ({' or '.join(tests)})", "-p", "no:cacheprovider"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

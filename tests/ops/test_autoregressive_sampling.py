@@ -1,4 +1,5 @@
-"""autoregressive_sampling on every backend that runs here: the very integers of the naive definition, and the definition itself by hand."""
+"""autoregressive_sampling on every backend that runs here: the very integers of the naive definition, and the
+definition itself by hand."""
 
 import itertools
 import math
@@ -34,7 +35,7 @@ def check(device, stages, noise, dtype=F64, **options):
     return ours
 
 
-# --- the definition, by hand ------------------------------------------------------------------------------------------
+# --- the definition, by hand --------------------------------------------------------------------------------------
 
 
 def by_hand(weight1, bias1, weight2, bias2, noise, levels):
@@ -89,7 +90,7 @@ def test_draws_follow_the_network(device):
     assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt()).all()
 
 
-# --- cached against naive ---------------------------------------------------------------------------------------------
+# --- cached against naive -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -187,7 +188,7 @@ def test_many_levels(device):
     assert len(drawn.unique()) > 20
 
 
-# --- in-painting ------------------------------------------------------------------------------------------------------
+# --- in-painting --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["pixels", "columns", "some channels", "all", "none"])
@@ -236,7 +237,7 @@ def test_known_pixels_shape_what_follows(device):
     assert not torch.equal(drawn[..., 2:, :][~known[..., 2:, :]], free[..., 2:, :][~known[..., 2:, :]])
 
 
-# --- blocks of rows, progress, repeats --------------------------------------------------------------------------------
+# --- blocks of rows, progress, repeats ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_a_sample_does_not_depend_on_its_batch(device):
         assert torch.equal(sample(stages, noise[n : n + 1], levels=5), together[n : n + 1])
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------------
+# --- inputs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 4, 4), (2, 1, 0, 4), (2, 1, 4, 0)])
@@ -307,10 +308,13 @@ def test_halves_are_computed_in_fp32(device, dtype):
 def test_any_strides(device):
     stages, noise = cast(plain(seed=1), F32, device), uniform(2, 1, 6, 5, dtype=F32).to(device)
     twisted = [
-        Stage(tuple((p, w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)) for p, w in s.inputs), bias=s.bias.repeat(2)[::2].copy_(s.bias),
-              activation=s.activation)
+        Stage(
+            tuple((p, w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)) for p, w in s.inputs),
+            bias=s.bias.repeat(2)[::2].copy_(s.bias),
+            activation=s.activation,
+        )
         for s in stages
-    ]  # fmt: skip
+    ]
     expected = sample(stages, noise, levels=5)
     assert torch.equal(sample(twisted, noise.transpose(2, 3).contiguous().transpose(2, 3), levels=5), expected)
     wide = torch.empty(4, 2, 12, 5, device=device).fill_(math.nan)
@@ -354,7 +358,7 @@ def test_temperatures_beyond_fp32(device, temperature, dtype):
     check(device, mixture, uniform(2, 4, 4, 5, seed=2), dtype, **options)
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------------
 
 
 def one(weight=None, **changes):
@@ -377,45 +381,93 @@ IMAGE, KNOWN = torch.zeros(2, 1, 4, 4, dtype=torch.int64), torch.ones(2, 1, 4, 4
 BAD = {
     "after the centre": (one(tap(1, 2)), {}, "stage 0: weight of plane 0 must be 0 at taps after the centre"),
     "below the centre": (one(tap(2, 0)), {}, "stage 0: weight of plane 0 must be 0 at taps after the centre"),
-    "at the centre": (one(tap(1, 1)), {}, "stage 0: weight of plane 0 must be 0 at the centre, a pixel would see itself"),
-    "second stage": (second(inputs=((1, tap(1, 2, out=3, source=4)),)), {}, "stage 1: weight of plane 1 must be 0 at taps after the centre"),
-    "vertical": (one(tap(1, 0), vertical=True), {}, "stage 0: weight of plane 0 must be 0 at rows from its own on, plane 0 not being vertical"),
+    "at the centre": (
+        one(tap(1, 1)),
+        {},
+        "stage 0: weight of plane 0 must be 0 at the centre, a pixel would see itself",
+    ),
+    "second stage": (
+        second(inputs=((1, tap(1, 2, out=3, source=4)),)),
+        {},
+        "stage 1: weight of plane 1 must be 0 at taps after the centre",
+    ),
+    "vertical": (
+        one(tap(1, 0), vertical=True),
+        {},
+        "stage 0: weight of plane 0 must be 0 at rows from its own on, plane 0 not being vertical",
+    ),
     "vertical below": (
         [Stage(((0, torch.zeros(4, 1, 3, 3)),), vertical=True), Stage(((1, tap(2, 0, source=4)),), vertical=True)],
         {},
         "stage 1: weight of plane 1 must be 0 at rows below its own, for a vertical stage",
     ),
-    "even kernel": (one(torch.zeros(3, 1, 2, 3)), {}, r"stage 0: weight of plane 0 must have odd kh and kw, got \[3, 1, 2, 3\]"),
-    "unknown plane": (second(inputs=((2, torch.zeros(3, 4, 1, 1)),)), {}, "stage 1: planes that it reads must be 0 to 1, got 2"),
+    "even kernel": (
+        one(torch.zeros(3, 1, 2, 3)),
+        {},
+        r"stage 0: weight of plane 0 must have odd kh and kw, got \[3, 1, 2, 3\]",
+    ),
+    "unknown plane": (
+        second(inputs=((2, torch.zeros(3, 4, 1, 1)),)),
+        {},
+        "stage 1: planes that it reads must be 0 to 1, got 2",
+    ),
     "unknown residual": (second(residual=7), {}, "stage 1: planes that it reads must be 0 to 1, got 7"),
-    "added image": (second(added=(0,)), {}, "stage 1: plane 0 must not be added or a residual, a pixel would see itself"),
+    "added image": (
+        second(added=(0,)),
+        {},
+        "stage 1: plane 0 must not be added or a residual, a pixel would see itself",
+    ),
     "vertical adds": (
         second(added=(1,), vertical=True),
         {},
         "stage 1: a vertical stage must add vertical planes only, plane 1 is not vertical",
     ),
-    "channels": (second(inputs=((1, torch.zeros(3, 5, 1, 1)),)), {}, r"stage 1: weight of plane 1 must be .* = \[3, 4, kh, kw\], got \[3, 5, 1, 1\]"),
+    "channels": (
+        second(inputs=((1, torch.zeros(3, 5, 1, 1)),)),
+        {},
+        r"stage 1: weight of plane 1 must be .* = \[3, 4, kh, kw\], got \[3, 5, 1, 1\]",
+    ),
     "added channels": (second(added=(1,)), {}, "stage 1: added plane 1 must have 3 channels, got 4"),
     "residual channels": (second(residual=1), {}, "stage 1: residual plane 1 must have 3 channels, got 4"),
     "bias": (one(bias=torch.zeros(4)), {}, r"stage 0: bias must be \[out\] = \[3\], got \[4\]"),
     "condition": (one(condition=torch.zeros(2, 4)), {}, r"stage 0: condition must be .* got \[2, 4\]"),
     "odd gate": (one(activation="gate"), {}, "stage 0: gate must have an even number of channels, got 3"),
     "activation": (one(activation="gelu"), {}, "stage 0: activation must be one of none, relu, gate, got 'gelu'"),
-    "nothing read": ([Stage(bias=torch.zeros(3))], {}, "stage 0: must read a plane, by inputs or by added, got neither"),
+    "nothing read": (
+        [Stage(bias=torch.zeros(3))],
+        {},
+        "stage 0: must read a plane, by inputs or by added, got neither",
+    ),
     "no stages": ([], {}, "stages must hold at least one Stage, got none"),
     "levels": (one(), {"levels": 4}, r"last plane must have C \* levels = 1 \* 4 = 4 channels, got 3"),
     "one level": (one(), {"levels": 1}, "levels must be an integer of at least 2, got 1"),
     "head": (one(), {"head": "normal"}, "head must be one of categorical, logistic_mixture, got 'normal'"),
-    "mixture noise": (one(), {"head": "logistic_mixture"}, r"noise must be \[N, 1 \+ C, H, W\] with C = 1 or 3 .* got \[2, 1, 4, 4\]"),
+    "mixture noise": (
+        one(),
+        {"head": "logistic_mixture"},
+        r"noise must be \[N, 1 \+ C, H, W\] with C = 1 or 3 .* got \[2, 1, 4, 4\]",
+    ),
     "temperature": (one(), {"temperature": -0.5}, "temperature must be a finite number, 0 or more, got -0.5"),
     "rows": (one(), {"rows_per_call": 0}, "rows_per_call must be an integer of at least 1, got 0"),
     "image alone": (one(), {"image": IMAGE}, "image and known must be given together, got image without known"),
     "known alone": (one(), {"known": KNOWN}, "image and known must be given together, got known without image"),
-    "image shape": (one(), {"image": IMAGE[:1], "known": KNOWN}, r"image must be \[N, C, H, W\] = \[2, 1, 4, 4\], got \[1, 1, 4, 4\]"),
-    "known shape": (one(), {"image": IMAGE, "known": KNOWN[..., :3]}, r"known must be broadcastable .* got \[2, 1, 4, 3\]"),
-    "known values": (one(), {"image": IMAGE + 3, "known": KNOWN}, "known pixels must lie in 0 to levels - 1 = 2, got 3"),
+    "image shape": (
+        one(),
+        {"image": IMAGE[:1], "known": KNOWN},
+        r"image must be \[N, C, H, W\] = \[2, 1, 4, 4\], got \[1, 1, 4, 4\]",
+    ),
+    "known shape": (
+        one(),
+        {"image": IMAGE, "known": KNOWN[..., :3]},
+        r"known must be broadcastable .* got \[2, 1, 4, 3\]",
+    ),
+    "known values": (
+        one(),
+        {"image": IMAGE + 3, "known": KNOWN},
+        "known pixels must lie in 0 to levels - 1 = 2, got 3",
+    ),
     "negative": (one(), {"image": IMAGE - 1, "known": KNOWN}, "known pixels must lie in 0 to levels - 1 = 2, got -1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -446,7 +498,8 @@ def test_noise_must_have_four_dimensions():
 
 @pytest.mark.parametrize("plane", [0, 1])
 def test_channel_groups_at_the_centre(plane):
-    """With 3 data channels: an output of group 1 may see channels before its own in the image, and up to its own in other planes."""
+    """With 3 data channels: an output of group 1 may see channels before its own in the image, and up to its own in
+    other planes."""
     noise = torch.rand(1, 3, 2, 2)
     for mine, its in itertools.product(range(3), range(3)):
         w = tap(0, 0, size=1, out=6, source=3 if plane == 0 else 6, o=2 * mine, i=its if plane == 0 else 2 * its)

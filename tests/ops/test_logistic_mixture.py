@@ -1,4 +1,5 @@
-"""logistic_mixture on every backend that runs here, against its definition in fp64 and the published formula in 50 digits."""
+"""logistic_mixture on every backend that runs here, against its definition in fp64 and the published formula in 50
+digits."""
 
 import itertools
 import os
@@ -14,7 +15,8 @@ from genkernels import backends, ops, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WORK = {torch.float64: torch.float64}
-# (N, spatial, channels, components, levels): whole and odd tiles, several a sample, one pixel, no spatial dimension, three dimensions
+# (N, spatial, channels, components, levels): whole and odd tiles, several a sample, one pixel, no spatial dimension,
+# three dimensions
 SHAPES = [
     (2, (9, 13), 3, 4, 256),
     (3, (32, 33), 1, 5, 16),
@@ -51,9 +53,11 @@ def operators(backend):
 
 
 def assert_as_accurate(name, ours, same_dtype, exact, scale):
-    """Our error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of `scale`.
+    """Our error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of
+    `scale`.
 
-    In fp64 neither side is the exact one, and a posterior's relative error is the absolute one of its log, some 100 nats: 256 units.
+    In fp64 neither side is the exact one, and a posterior's relative error is the absolute one of its log, some 100
+    nats: 256 units.
     """
     units = 256 if ours.dtype == torch.float64 else 2
     assert ours.dtype == same_dtype.dtype and ours.shape == same_dtype.shape, name
@@ -63,7 +67,7 @@ def assert_as_accurate(name, ours, same_dtype, exact, scale):
     assert (error <= allowed).all(), f"{name}: error {error.max():.3e} beyond {allowed:.3e}"
 
 
-# --- the definition ---------------------------------------------------------------------------------------------------
+# --- the definition -----------------------------------------------------------------------------------------------
 
 
 def taken_apart(row, channels, mixtures):
@@ -173,7 +177,7 @@ def test_the_bins_of_three_channels_add_up_to_one(backend, device, dtype):
         assert (total - 1).abs().max() <= tolerance
 
 
-# --- kernels against the definition -----------------------------------------------------------------------------------
+# --- kernels against the definition -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -285,7 +289,7 @@ def test_x_counts_as_its_nearest_level_and_beyond_the_ends_as_the_end(backend, d
     assert torch.equal(ops.logistic_mixture_nll(params, x.double()), nll)
 
 
-# --- shapes, strides, repeats ------------------------------------------------------------------------------------------
+# --- shapes, strides, repeats -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
@@ -308,9 +312,7 @@ def test_any_stride_gives_the_same_and_inputs_are_left_alone(backend, device):
     given = [odd(t) for t in (params, x, noise)]
     before = [t.clone() for t in given]
     assert torch.equal(ops.logistic_mixture_nll(*given[:2]), ops.logistic_mixture_nll(params, x))
-    assert torch.equal(
-        ops.logistic_mixture_sample(given[0], given[2]), ops.logistic_mixture_sample(params, noise)
-    )  # fmt: skip
+    assert torch.equal(ops.logistic_mixture_sample(given[0], given[2]), ops.logistic_mixture_sample(params, noise))
     leaf = given[0].detach().requires_grad_()
     ops.logistic_mixture_nll(leaf, given[1]).sum().backward()  # a gradient of stride 0
     dense = operators(backend).logistic_mixture_nll_backward(torch.ones(3, device=device), params, x, 256)
@@ -353,13 +355,14 @@ def test_opcheck(compiled_backend, device, channels):
     torch.library.opcheck(torch.ops.genkernels.logistic_mixture_sample.default, (params, noise, 17, 0.8))
 
 
-# --- the sampler -------------------------------------------------------------------------------------------------------
+# --- the sampler --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_draws_follow_the_bins_probabilities(backend, device, channels, levels):
-    """Chi-square of 40,000 draws over the first channel and over the last given the others' means, bins merged to 20 draws or more."""
+    """Chi-square of 40,000 draws over the first channel and over the last given the others' means, bins merged to 20
+    draws or more."""
     count, mixtures = 40_000, 3
     params, _ = make(1, (), channels, mixtures, levels, torch.float32)
     rows = params[:, mixtures:].unflatten(1, (channels, -1, mixtures))
@@ -398,7 +401,8 @@ def test_the_same_noise_gives_the_same_integers(backend, device, poisoned_memory
         ours = ops.logistic_mixture_sample(params, noise, levels=levels, temperature=temperature)
         with gk.use_backend("reference"):
             theirs = ops.logistic_mixture_sample(params, noise, levels=levels, temperature=temperature)
-        # on a GPU the definition's exponentials and logarithms are CUDA's, which round otherwise: a value beside a boundary may cross it
+        # on a GPU the definition's exponentials and logarithms are CUDA's, which round otherwise: a value beside a
+        # boundary may cross it
         apart = 2 if backend == "triton" and dtype != torch.float64 else 0
         assert (ours != theirs).sum() <= apart
 
@@ -416,7 +420,8 @@ def test_a_nan_logit_takes_the_first_component(backend, device, which, temperatu
 
 
 def test_the_later_channels_follow_the_coefficients(backend, device):
-    """Narrow components: the draw is the mean, shifted by tanh(coefficient) times the earlier channels' drawn values."""
+    """Narrow components: the draw is the mean, shifted by tanh(coefficient) times the earlier channels' drawn
+    values."""
     levels, count = 256, 64
     params = torch.zeros(1, 10)
     params[0, [1, 4, 7]] = torch.tensor([0.5, 0.1, -0.2])
@@ -430,7 +435,7 @@ def test_the_later_channels_follow_the_coefficients(backend, device):
         assert (value[:, c] - means[c]).abs().max() < 0.02
 
 
-# --- the losses' room --------------------------------------------------------------------------------------------------
+# --- the losses' room ---------------------------------------------------------------------------------------------
 
 
 def test_losses_are_the_operators(backend, device):
@@ -463,27 +468,67 @@ def test_a_loss_trains_under_compile():
     torch.testing.assert_close(*grads)
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "call,error,sentence",
     [
         (lambda p, x: ops.logistic_mixture_nll([1.0], x), TypeError, "params must be a torch.Tensor, got list"),
-        (lambda p, x: ops.logistic_mixture_nll(p, x.long()), TypeError, "x must be float64, float32, bfloat16 or float16, got torch.int64"),
-        (lambda p, x: ops.logistic_mixture_nll(p, x.to("meta")), ValueError, "params and x must be on one device, got cpu and meta"),
-        (lambda p, x: ops.logistic_mixture_nll(p, x[:, :2]), ValueError, "x must be [N, C, ...] with C = 1 or 3, got [2, 2, 4, 4]"),
-        (lambda p, x: ops.logistic_mixture_nll(p, x[:, 0, 0, 0]), ValueError, "x must be [N, C, ...] with C = 1 or 3, got [2]"),
-        (lambda p, x: ops.logistic_mixture_nll(p[:, :19], x), ValueError, "params must be [2, 10*K, 4, 4], K being the number of components (C = 3), got [2, 19, 4, 4]"),
-        (lambda p, x: ops.logistic_mixture_nll(p, x[:, :1]), ValueError, "params must be [2, 3*K, 4, 4], K being the number of components (C = 1), got [2, 20, 4, 4]"),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p, x.long()),
+            TypeError,
+            "x must be float64, float32, bfloat16 or float16, got torch.int64",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p, x.to("meta")),
+            ValueError,
+            "params and x must be on one device, got cpu and meta",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p, x[:, :2]),
+            ValueError,
+            "x must be [N, C, ...] with C = 1 or 3, got [2, 2, 4, 4]",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p, x[:, 0, 0, 0]),
+            ValueError,
+            "x must be [N, C, ...] with C = 1 or 3, got [2]",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p[:, :19], x),
+            ValueError,
+            "params must be [2, 10*K, 4, 4], K being the number of components (C = 3), got [2, 19, 4, 4]",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p, x[:, :1]),
+            ValueError,
+            "params must be [2, 3*K, 4, 4], K being the number of components (C = 1), got [2, 20, 4, 4]",
+        ),
         (lambda p, x: ops.logistic_mixture_nll(p[:, :0], x), ValueError, "params must be [2, 10*K, 4, 4]"),
         (lambda p, x: ops.logistic_mixture_nll(p[:1], x), ValueError, "got [1, 20, 4, 4]"),
-        (lambda p, x: ops.logistic_mixture_nll(p, x, levels=1), ValueError, "levels must be an integer from 2 to 65536, got 1"),
-        (lambda p, x: ops.logistic_mixture_nll(p, x, levels=256.0), ValueError, "levels must be an integer from 2 to 65536, got 256.0"),
-        (lambda p, x: ops.logistic_mixture_sample(p, x), ValueError, "noise must be [N, 1 + C, ...] with C = 1 or 3, got [2, 3, 4, 4]"),
-        (lambda p, x: ops.logistic_mixture_sample(p, torch.rand(2, 4, 4, 4), temperature=-1), ValueError, "temperature must be a finite number, 0 or more, got -1"),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p, x, levels=1),
+            ValueError,
+            "levels must be an integer from 2 to 65536, got 1",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p, x, levels=256.0),
+            ValueError,
+            "levels must be an integer from 2 to 65536, got 256.0",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_sample(p, x),
+            ValueError,
+            "noise must be [N, 1 + C, ...] with C = 1 or 3, got [2, 3, 4, 4]",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_sample(p, torch.rand(2, 4, 4, 4), temperature=-1),
+            ValueError,
+            "temperature must be a finite number, 0 or more, got -1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_gets_one_sentence(call, error, sentence):
     with pytest.raises(error) as caught:
         call(torch.zeros(2, 20, 4, 4), torch.zeros(2, 3, 4, 4))
@@ -495,12 +540,16 @@ def test_bad_input_gets_one_sentence(call, error, sentence):
     "call,error,sentence",
     [
         (lambda p, x: gk.losses.discretized_logistic_mixture_nll(p, x * 255), ValueError, "x must lie in [-1, 1]"),
-        (lambda p, x: gk.losses.sample_logistic_mixture(torch.zeros(2, 30, 4)), ValueError, "got 30: both fit: pass channels=1 or channels=3"),
+        (
+            lambda p, x: gk.losses.sample_logistic_mixture(torch.zeros(2, 30, 4)),
+            ValueError,
+            "got 30: both fit: pass channels=1 or channels=3",
+        ),
         (lambda p, x: gk.losses.sample_logistic_mixture(torch.zeros(2, 7, 4)), ValueError, "got 7: neither fits"),
         (lambda p, x: gk.losses.sample_logistic_mixture(p, channels=2), ValueError, "channels must be 1 or 3, got 2"),
         (lambda p, x: gk.losses.sample_logistic_mixture(p.long()), TypeError, "params must be a floating-point tensor"),
     ],
-)  # fmt: skip
+)
 def test_the_losses_say_what_is_wrong(call, error, sentence):
     with pytest.raises(error) as caught:
         call(torch.zeros(2, 20, 4, 4), torch.ones(2, 3, 4, 4))
@@ -520,6 +569,8 @@ def test_the_avx2_build_agrees_too():
     tests = ["test_agrees_with_the_definition", "test_the_bins", "test_extreme", "test_a_nan"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", f"cpu and ({' or '.join(tests)})", "-p", "no:cacheprovider"],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

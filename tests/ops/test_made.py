@@ -16,7 +16,8 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 
 
 def error_is_small(name, ours, same_dtype, exact, units=16):
-    """At most twice the same-dtype reference's error against fp64, or some units in the last place of the largest number."""
+    """At most twice the same-dtype reference's error against fp64, or some units in the last place of the largest
+    number."""
     assert ours.dtype == same_dtype.dtype and ours.shape == same_dtype.shape, name
     assert ours.is_contiguous(), name
     if not exact.numel():
@@ -163,8 +164,17 @@ def run_inverse(z, weights, biases, order, counts, options, scale_map="exp", met
         leaves["context"] = options["context"]
     leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
     ws, bs = ([leaves[f"{k}{i}"] for i in range(len(weights))] for k in "wb")
-    x, ldj = ops.made_inverse(leaves["z"], ws, bs, order, counts, context=leaves.get("context"),
-                              residual=options["residual"], scale_map=scale_map, method=method)  # fmt: skip
+    x, ldj = ops.made_inverse(
+        leaves["z"],
+        ws,
+        bs,
+        order,
+        counts,
+        context=leaves.get("context"),
+        residual=options["residual"],
+        scale_map=scale_map,
+        method=method,
+    )
     found = {"x": x.detach(), "ldj": ldj.detach()}
     if grads is not None:
         pairs = [(o, g) for o, g in zip((x, ldj), grads, strict=True) if g is not None]
@@ -177,8 +187,14 @@ def run_inverse(z, weights, biases, order, counts, options, scale_map="exp", met
 def widened(case):
     z, weights, biases, order, counts, options = case
     wide = lambda t: None if t is None else t.double().cpu()  # noqa: E731
-    return (wide(z), [wide(w) for w in weights], [wide(b) for b in biases], order.cpu(), counts.cpu(),
-            {**options, "context": wide(options["context"])})  # fmt: skip
+    return (
+        wide(z),
+        [wide(w) for w in weights],
+        [wide(b) for b in biases],
+        order.cpu(),
+        counts.cpu(),
+        {**options, "context": wide(options["context"])},
+    )
 
 
 NETWORKS = [
@@ -241,15 +257,7 @@ def test_gradcheck(compiled_backend, device):
 
         def function(z, context, *both, scale_map=scale_map, method=method):
             return ops.made_inverse(
-                z,
-                both[:4],
-                both[4:],
-                order,
-                counts,
-                context=context,
-                residual=True,
-                scale_map=scale_map,
-                method=method,
+                z, both[:4], both[4:], order, counts, context=context, residual=True, scale_map=scale_map, method=method
             )
 
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
@@ -331,9 +339,13 @@ def test_dead_weights_and_later_features_never_act(backend, device):
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    features=st.integers(1, 36), hidden=st.lists(st.integers(1, 50), min_size=1, max_size=3), batch=st.integers(0, 70),
-    context=st.booleans(), order=st.sampled_from(["natural", "reversed", "random"]), scale_map=st.sampled_from(SCALE_MAPS),
-)  # fmt: skip
+    features=st.integers(1, 36),
+    hidden=st.lists(st.integers(1, 50), min_size=1, max_size=3),
+    batch=st.integers(0, 70),
+    context=st.booleans(),
+    order=st.sampled_from(["natural", "reversed", "random"]),
+    scale_map=st.sampled_from(SCALE_MAPS),
+)
 def test_any_network(compiled_backend, device, poisoned_memory, features, hidden, batch, context, order, scale_map):
     torch.manual_seed(features + 100 * batch)
     case = network(features, tuple(hidden), batch=batch, context=context, order=order, device=device, scale=0.5)
@@ -363,24 +375,64 @@ def changed(**changes):
 ZEROS = torch.zeros
 REFUSED = [
     (changed(z=[1.0]), TypeError, "made: z must be a torch.Tensor, got list"),
-    (changed(z=ZEROS(5, 3)), TypeError, r"made: weights\[0\] must have the dtype of z, torch.float32, got torch.float64"),
-    (changed(z=ZEROS(5, 3, dtype=torch.int64)), TypeError, "made: z must be float64, float32, bfloat16 or float16, got torch.int64"),
+    (
+        changed(z=ZEROS(5, 3)),
+        TypeError,
+        r"made: weights\[0\] must have the dtype of z, torch.float32, got torch.float64",
+    ),
+    (
+        changed(z=ZEROS(5, 3, dtype=torch.int64)),
+        TypeError,
+        "made: z must be float64, float32, bfloat16 or float16, got torch.int64",
+    ),
     (changed(z=ZEROS(3, dtype=F64)), ValueError, r"made: z must be \[N, D\] with D at least 1, got \[3\]"),
     (changed(z=ZEROS(2, 4, dtype=F64)), ValueError, r"made: weights\[0\] must be \[out, in\] = \[4, 4\], got \[4, 3\]"),
-    (changed(biases=[]), ValueError, "made: weights and biases must be two lists of one length, at least 2, got 3 and 0"),
-    (changed(residual=True), ValueError, "made: a residual network must have an odd number of hidden layers, at least 3, got 2"),
+    (
+        changed(biases=[]),
+        ValueError,
+        "made: weights and biases must be two lists of one length, at least 2, got 3 and 0",
+    ),
+    (
+        changed(residual=True),
+        ValueError,
+        "made: a residual network must have an odd number of hidden layers, at least 3, got 2",
+    ),
     (changed(order=torch.arange(3.0)), TypeError, "made: order must be int64, got torch.float32"),
     (changed(order=torch.arange(4)), ValueError, r"made: order must be \[D\] = \[3\], got \[4\]"),
-    (changed(counts=torch.zeros(2, 3, dtype=torch.int64)), ValueError, r"made: counts must be \[layers - 1, D \+ 1\] = \[2, 4\], got \[2, 3\]"),
+    (
+        changed(counts=torch.zeros(2, 3, dtype=torch.int64)),
+        ValueError,
+        r"made: counts must be \[layers - 1, D \+ 1\] = \[2, 4\], got \[2, 3\]",
+    ),
     (changed(context=ZEROS(5, 3, dtype=F64)), ValueError, r"made: context must be \[N, H\] = \[5, 4\], got \[5, 3\]"),
     (changed(scale_map="cube"), ValueError, "made: scale_map must be one of exp, sigmoid, tanh, got 'cube'"),
     (changed(method="guess"), ValueError, "made: method must be one of blocked, jacobi, sequential, got 'guess'"),
-    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 2), None, torch.arange(2), torch.arange(4)), ValueError, r"made: x must be \[..., in\] with in = 2, got \[2, 3\]"),
-    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), ZEROS(3), torch.arange(3), torch.arange(4)), ValueError, r"made: bias must be \[out\] = \[4\], got \[3\]"),
-    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), None, torch.arange(3), torch.arange(3)), ValueError, r"made: out_degrees must be \[out\] = \[4\], got \[3\]"),
-    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), None, torch.arange(3.0), torch.arange(4)), TypeError, "made: in_degrees must be int64, got torch.float32"),
-    (lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3, dtype=F64), None, torch.arange(3), torch.arange(4)), TypeError, "made: weight must have the dtype of x, torch.float32, got torch.float64"),
-]  # fmt: skip
+    (
+        lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 2), None, torch.arange(2), torch.arange(4)),
+        ValueError,
+        r"made: x must be \[..., in\] with in = 2, got \[2, 3\]",
+    ),
+    (
+        lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), ZEROS(3), torch.arange(3), torch.arange(4)),
+        ValueError,
+        r"made: bias must be \[out\] = \[4\], got \[3\]",
+    ),
+    (
+        lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), None, torch.arange(3), torch.arange(3)),
+        ValueError,
+        r"made: out_degrees must be \[out\] = \[4\], got \[3\]",
+    ),
+    (
+        lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3), None, torch.arange(3.0), torch.arange(4)),
+        TypeError,
+        "made: in_degrees must be int64, got torch.float32",
+    ),
+    (
+        lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 3, dtype=F64), None, torch.arange(3), torch.arange(4)),
+        TypeError,
+        "made: weight must have the dtype of x, torch.float32, got torch.float64",
+    ),
+]
 
 
 @pytest.mark.parametrize("action,error,sentence", REFUSED, ids=range(len(REFUSED)))

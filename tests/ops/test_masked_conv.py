@@ -73,8 +73,8 @@ class Problem(NamedTuple):
         )
 
 
-# whole and ragged tiles of pixels and of channels; one channel in, one out; a kernel larger than the image; long rows; wide kernels;
-# products that are written straight to the tensor, of ragged tiles and in several bands
+# whole and ragged tiles of pixels and of channels; one channel in, one out; a kernel larger than the image; long rows;
+# wide kernels; products that are written straight to the tensor, of ragged tiles and in several bands
 PROBLEMS = [
     Problem(2, 16, 32, 8, 8, (3, 3)),
     Problem(3, 6, 9, 5, 7, (3, 3), "B", 3, condition=2, activation="relu"),
@@ -132,7 +132,8 @@ def cotangents(problem, tensors):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_agrees_with_the_definition(backend, device, poisoned_memory, problem, dtype):
-    """The error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of the largest value."""
+    """The error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of the
+    largest value."""
     torch.manual_seed(3)
     tensors = problem.tensors(dtype, device)
     given = cotangents(problem, tensors)
@@ -154,7 +155,8 @@ def test_agrees_with_the_definition(backend, device, poisoned_memory, problem, d
 
 
 def may_see(problem):
-    """[Cout', H, W, Cin, H, W]: whether an output may depend on an input, said pixel by pixel and not by masks of taps."""
+    """[Cout', H, W, Cin, H, W]: whether an output may depend on an input, said pixel by pixel and not by masks of
+    taps."""
     _, inputs, outputs, height, width = problem[:5]
     gate = problem.activation == "gate"
     outputs = outputs // 2 if gate else outputs
@@ -242,9 +244,16 @@ def test_opcheck(compiled_backend, device, problem):
     for wanted in ((True, True, True, has_condition), (False, True, False, False), (True, False, False, has_condition)):
         torch.library.opcheck(
             torch.ops.genkernels.masked_conv_backward.default,
-            (grad_output.requires_grad_(), grad_pre if pre.numel() else None, state, *tensors[:2], *problem.codes,
-             problem.condition, *wanted),
-        )  # fmt: skip
+            (
+                grad_output.requires_grad_(),
+                grad_pre if pre.numel() else None,
+                state,
+                *tensors[:2],
+                *problem.codes,
+                problem.condition,
+                *wanted,
+            ),
+        )
 
 
 def forward_opcheck(op, arguments):
@@ -311,11 +320,20 @@ def any_problem(draw):
     c, gate = draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, 2]))
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (1, 3), (3, 1), (5, 5), (3, 7)]))
     return Problem(
-        draw(st.integers(0, 3)), c * draw(st.integers(1, 7)), gate * c * draw(st.integers(1, 7)), draw(st.integers(1, 9)),
-        draw(st.integers(1, 40)), kernel, draw(st.sampled_from("AB")), c, draw(st.sampled_from(REGIONS)),
-        "gate" if gate == 2 else draw(st.sampled_from(["none", "relu"])), draw(st.sampled_from([0, 2, 4])),
-        draw(st.booleans()), draw(st.booleans()),
-    )  # fmt: skip
+        draw(st.integers(0, 3)),
+        c * draw(st.integers(1, 7)),
+        gate * c * draw(st.integers(1, 7)),
+        draw(st.integers(1, 9)),
+        draw(st.integers(1, 40)),
+        kernel,
+        draw(st.sampled_from("AB")),
+        c,
+        draw(st.sampled_from(REGIONS)),
+        "gate" if gate == 2 else draw(st.sampled_from(["none", "relu"])),
+        draw(st.sampled_from([0, 2, 4])),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
 
 
 @settings(max_examples=80, deadline=None)
@@ -426,25 +444,61 @@ GOOD = {"x": (2, 3, 4, 5), "weight": (6, 3, 3, 3), "bias": (6,), "condition": (2
         ({"activation": "tanh"}, ValueError, "activation must be one of none, relu, gate, got 'tanh'"),
         ({"data_channels": 0}, ValueError, "data_channels must be a whole number from 1 on, got 0"),
         ({"data_channels": 2}, ValueError, "data_channels must divide the input channels, got 2 and 3 input channels"),
-        ({"data_channels": 4}, ValueError, "data_channels must divide the output channels, got 4 and 6 output channels"),
-        ({"data_channels": 2, "activation": "gate"}, ValueError, "must divide half of the output channels, got 2 and 6"),
+        (
+            {"data_channels": 4},
+            ValueError,
+            "data_channels must divide the output channels, got 4 and 6 output channels",
+        ),
+        (
+            {"data_channels": 2, "activation": "gate"},
+            ValueError,
+            "must divide half of the output channels, got 2 and 6",
+        ),
         ({"weight": (6, 3, 2, 3)}, ValueError, "the kernel's height and width must be odd, got 2×3"),
-        ({"weight": (6, 3, 1, 1), "mask_type": "A"}, ValueError, "a raster mask of type A must leave a live tap, got a 1×1 kernel with data_channels 1"),
-        ({"weight": (6, 3, 1, 3), "mask_type": "A", "region": "vertical", "data_channels": 3}, ValueError, "a vertical mask of type A must leave a live tap, got a 1×3"),
-        ({"weight": (6, 3, 3, 1), "mask_type": "A", "region": "horizontal"}, ValueError, "a horizontal mask of type A must leave a live tap, got a 3×1"),
+        (
+            {"weight": (6, 3, 1, 1), "mask_type": "A"},
+            ValueError,
+            "a raster mask of type A must leave a live tap, got a 1×1 kernel with data_channels 1",
+        ),
+        (
+            {"weight": (6, 3, 1, 3), "mask_type": "A", "region": "vertical", "data_channels": 3},
+            ValueError,
+            "a vertical mask of type A must leave a live tap, got a 1×3",
+        ),
+        (
+            {"weight": (6, 3, 3, 1), "mask_type": "A", "region": "horizontal"},
+            ValueError,
+            "a horizontal mask of type A must leave a live tap, got a 3×1",
+        ),
         ({"weight": (6, 4, 3, 3)}, ValueError, "weight must be [Cout, Cin, kh, kw] with Cin = 3, got [6, 4, 3, 3]"),
         ({"x": (3, 4, 5)}, ValueError, "x must be [N, Cin, H, W] with H, W ≥ 1, got [3, 4, 5]"),
         ({"x": (2, 3, 0, 5)}, ValueError, "x must be [N, Cin, H, W] with H, W ≥ 1, got [2, 3, 0, 5]"),
         ({"bias": (5,)}, ValueError, "bias must be [Cout] = [6], got [5]"),
-        ({"condition": (2, 6, 1, 1)}, ValueError, "condition must be [N, Cout] = [2, 6] or [N, Cout, H, W] = [2, 6, 4, 5], got [2, 6, 1, 1]"),
+        (
+            {"condition": (2, 6, 1, 1)},
+            ValueError,
+            "condition must be [N, Cout] = [2, 6] or [N, Cout, H, W] = [2, 6, 4, 5], got [2, 6, 1, 1]",
+        ),
         ({"residual": (2, 3, 4, 5)}, ValueError, "residual must be [N, Cout', H, W] = [2, 6, 4, 5], got [2, 3, 4, 5]"),
         ({"activation": "gate"}, ValueError, "residual must be [N, Cout', H, W] = [2, 3, 4, 5], got [2, 6, 4, 5]"),
-        ({"x": torch.zeros(2, 3, 4, 5, dtype=torch.long)}, TypeError, "x must be float64, float32, bfloat16 or float16, got torch.int64"),
-        ({"weight": torch.zeros(6, 3, 3, 3, dtype=torch.double)}, TypeError, "weight must have x's dtype, got x torch.float32 and weight torch.float64"),
+        (
+            {"x": torch.zeros(2, 3, 4, 5, dtype=torch.long)},
+            TypeError,
+            "x must be float64, float32, bfloat16 or float16, got torch.int64",
+        ),
+        (
+            {"weight": torch.zeros(6, 3, 3, 3, dtype=torch.double)},
+            TypeError,
+            "weight must have x's dtype, got x torch.float32 and weight torch.float64",
+        ),
         ({"bias": [0.0]}, TypeError, "bias must be a torch.Tensor, got list"),
-        ({"weight": torch.zeros(6, 3, 3, 3, device="meta")}, ValueError, "x and weight must be on one device, got cpu and meta"),
+        (
+            {"weight": torch.zeros(6, 3, 3, 3, device="meta")},
+            ValueError,
+            "x and weight must be on one device, got cpu and meta",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_gets_one_sentence(changes, error, sentence):
     given = GOOD | {"mask_type": "B"} | changes
     given = {k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in given.items()}
@@ -461,6 +515,8 @@ def test_the_avx2_build_agrees_too():
     tests = ["test_agrees_with_the_definition", "test_dead_taps", "test_bitwise"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", f"cpu and ({' or '.join(tests)})", "-p", "no:cacheprovider"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

@@ -78,7 +78,8 @@ def composability(example):
 
 
 def is_differentiable(name):
-    """Operators whose backward raises (they draw integers) are held to that sentence wherever a gradient is asked for."""
+    """Operators whose backward raises (they draw integers) are held to that sentence wherever a gradient is asked
+    for."""
     return composability(name)["backward"] != "raises"
 
 
@@ -265,7 +266,8 @@ def test_transforms_inside_compile(name):
 
 
 def test_the_private_names_that_detect_transforms_still_exist():
-    """`transforms_active` rests on them: where one moves, a silent zero tangent is back. Mend `_operator.transforms_active`."""
+    """`transforms_active` rests on them: where one moves, a silent zero tangent is back. Mend
+    `_operator.transforms_active`."""
     assert torch.autograd.forward_ad._current_level == -1
     assert torch._C._are_functorch_transforms_active() is False
     assert not _operator.transforms_active()

@@ -132,5 +132,18 @@ def test_steps_are_ordered_as_numbers_and_only_the_newest_are_kept(tmp_path):
 def test_json_has_no_nan(tmp_path):
     ckpt.write_json(tmp_path / "m.json", {"a": float("nan"), "b": [float("inf"), 1.5], "c": (1, tmp_path)})
     assert (tmp_path / "m.json").read_text().split() == [
-        "{", '"a":', "null,", '"b":', "[", "null,", "1.5", "],", '"c":', "[", "1,", f'"{tmp_path}"', "]", "}",
-    ]  # fmt: skip
+        "{",
+        '"a":',
+        "null,",
+        '"b":',
+        "[",
+        "null,",
+        "1.5",
+        "],",
+        '"c":',
+        "[",
+        "1,",
+        f'"{tmp_path}"',
+        "]",
+        "}",
+    ]

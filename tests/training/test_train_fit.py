@@ -66,9 +66,13 @@ def test_a_run_leaves_its_files_and_its_results(tmp_path, registered):
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
     steps = [f"{step:08d}" for step in (4, 8, 12)]
     assert names == {
-        "config.json", "best.ckpt", "losses.csv", "metrics.json",
-        *(f"checkpoints/step-{s}.ckpt" for s in steps[1:]), *(f"samples/step-{s}.png" for s in steps),
-    }  # fmt: skip
+        "config.json",
+        "best.ckpt",
+        "losses.csv",
+        "metrics.json",
+        *(f"checkpoints/step-{s}.ckpt" for s in steps[1:]),
+        *(f"samples/step-{s}.png" for s in steps),
+    }
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["steps"] == 12 and metrics["metric"] == "bits_per_dim" and metrics["backend"] == current_backend()
     assert metrics["held_out"]["examples"] == 13 and metrics["held_out"]["value"] == result.held_out.value

@@ -12,16 +12,21 @@ from genkernels.data import DataBundle
 
 
 class Tiny(nn.Module):
-    """An affine Gaussian with dequantisation noise, a data-dependent start and a buffer: all that a resume must bring back."""
+    """An affine Gaussian with dequantisation noise, a data-dependent start and a buffer: all that a resume must bring
+    back."""
 
     presets = {"small": {"width": 4}}
 
     def __init__(self, *, image_shape=None, features=None, data_levels=None, num_classes=None, width=8, poison_at=None):
         super().__init__()
         self.hparams = {
-            "image_shape": image_shape, "features": features, "data_levels": data_levels, "num_classes": num_classes,
-            "width": width, "poison_at": poison_at,
-        }  # fmt: skip
+            "image_shape": image_shape,
+            "features": features,
+            "data_levels": data_levels,
+            "num_classes": num_classes,
+            "width": width,
+            "poison_at": poison_at,
+        }
         self.shape = tuple(image_shape) if image_shape else (features,)
         self.levels, self.poison_at, self.calls = data_levels, poison_at, 0
         size = math.prod(self.shape)

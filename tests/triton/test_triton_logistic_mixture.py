@@ -10,7 +10,8 @@ from genkernels.triton import logistic_mixture as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# (N, spatial, channels, components, levels): several programs a sample, odd sizes, one pixel, one component, many components
+# (N, spatial, channels, components, levels): several programs a sample, odd sizes, one pixel, one component, many
+# components
 SHAPES = [
     (2, (9, 13), 3, 4, 256),
     (3, (150,), 1, 5, 16),
@@ -100,7 +101,8 @@ def test_empty_tensors(device, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_draws_are_the_references(device, temperature, dtype):
-    """Where the noise lies within a rounding of a boundary the integer may be the neighbour; none is here, one of a thousand may be elsewhere."""
+    """Where the noise lies within a rounding of a boundary the integer may be the neighbour; none is here, one of a
+    thousand may be elsewhere."""
     differing = count = 0
     for n, spatial, channels, mixtures, levels in SHAPES:
         params, x = make(n, spatial, channels, mixtures, levels, dtype, device)

@@ -9,7 +9,8 @@ from genkernels import reference
 from genkernels.reference.made import plan
 from genkernels.triton import made as kernels
 
-#: features, hidden, residual, context, batch: one feature, several units a degree, more units at once than a tile, two programs
+#: features, hidden, residual, context, batch: one feature, several units a degree, more units at once than a tile, two
+#: programs
 NETWORKS = [
     (1, (3, 2), False, True, 2),
     (3, (4, 4, 4), True, True, 5),
@@ -90,7 +91,9 @@ def test_masked_products(device, strict):
     into, out = torch.randint(0, 5, (7,), device=device), torch.randint(0, 5, (9,), device=device)
     x, weight, bias, grad = (torch.randn(s, device=device, dtype=torch.float64) for s in ((4, 7), (9, 7), (9,), (4, 9)))
     for name, arguments in (
-        ("masked_linear", (x, weight, bias)), ("masked_linear_grad_input", (grad, weight)), ("masked_linear_grad_weight", (grad, x)),
-    ):  # fmt: skip
+        ("masked_linear", (x, weight, bias)),
+        ("masked_linear_grad_input", (grad, weight)),
+        ("masked_linear_grad_weight", (grad, x)),
+    ):
         ours, theirs = (getattr(m, name)(*arguments, into, out, strict) for m in (kernels, reference))
         torch.testing.assert_close(ours, theirs)

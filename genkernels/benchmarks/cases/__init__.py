@@ -23,8 +23,8 @@ To measure one more operator, add ``cases/<operator>.py`` with one function, and
         ]
 
 - ``device`` is ``"cpu"`` or ``"cuda"`` (choose sizes that fill it); ``quick`` asks for a few small rows, for CI.
-- ``inputs(rng)`` draws fresh, realistic, random tensors on ``rng.device`` in their final dtypes; the dict's order is the
-  order of the operator's arguments. No zeros and no constants: they hide unwritten outputs and can run faster.
+- ``inputs(rng)`` draws fresh, realistic, random tensors on ``rng.device`` in their final dtypes; the dict's order is
+  the order of the operator's arguments. No zeros and no constants: they hide unwritten outputs and can run faster.
 - ``direction`` says what one timed call does:
 
   ====================  =============================================================================================
@@ -35,12 +35,12 @@ To measure one more operator, add ``cases/<operator>.py`` with one function, and
   ====================  =============================================================================================
 
 - ``bytes`` and ``flops``: the fewest that the operator must move and do in that direction, whole call: every input read
-  once and every output written once, in full tensors (what one pass saves for the other is read again; what the backward
-  needs not is not counted). A transcendental function counts as one flop.
-- ``compiled``, where the reference is no single graph that ``torch.compile`` can take: a function that gives the compiled
-  baseline (a loop around a compiled body), or the sentence why there is none.
-- ``yardstick``: something else on the same inputs that the operator is to be measured by ("one forward pass"). It takes its turns
-  among the others as the provider ``one pass``, without a gate, and the table gets a column for it.
+  once and every output written once, in full tensors (what one pass saves for the other is read again; what the
+  backward needs not is not counted). A transcendental function counts as one flop.
+- ``compiled``, where the reference is no single graph that ``torch.compile`` can take: a function that gives the
+  compiled baseline (a loop around a compiled body), or the sentence why there is none.
+- ``yardstick``: something else on the same inputs that the operator is to be measured by ("one forward pass"). It takes
+  its turns among the others as the provider ``one pass``, without a gate, and the table gets a column for it.
 - ``settings`` are the options that tell variants apart. A peer's adapter (``peers/<operator>.py``) reads them.
 '''
 
@@ -59,7 +59,8 @@ from torch import Tensor
 
 
 def ready(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes once what a reference needs beside its inputs (a mask): cached; for ``torch.compile`` a constant, not part of the graph."""
+    """Makes once what a reference needs beside its inputs (a mask): cached; for ``torch.compile`` a constant, not part
+    of the graph."""
     cached = functools.cache(function)
 
     @torch.compiler.assume_constant_result

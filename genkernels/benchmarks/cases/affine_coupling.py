@@ -1,8 +1,8 @@
 """Benchmark cases of `genkernels.ops.affine_coupling`, parameters ready, pass-through copy included.
 
 Bytes in half-tensors, a half-tensor being half of x: forward reads x (2) and s, t (1 + 1) and writes z (2); backward
-reads the gradient of z (2), the transformed x (1) and s (1) and writes the gradients of x (2), s and t (1 + 1). Checkerboard
-parameters have full resolution and memory moves in whole lines, so every tensor counts in full there.
+reads the gradient of z (2), the transformed x (1) and s (1) and writes the gradients of x (2), s and t (1 + 1).
+Checkerboard parameters have full resolution and memory moves in whole lines, so every tensor counts in full there.
 """
 
 from __future__ import annotations
@@ -41,11 +41,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 def case(shape, scale_map, direction, dtype, options) -> Case:
     """One row; `options` are those of ``split`` and ``layout`` that differ from the operator's defaults."""
     settings = {"scale_map": scale_map, "split": "channel", "layout": "halves", **options}
-    codes = (
-        ScaleMap[scale_map.upper()],
-        Split[settings["split"].upper()],
-        Layout[settings["layout"].upper()],
-    )
+    codes = (ScaleMap[scale_map.upper()], Split[settings["split"].upper()], Layout[settings["layout"].upper()])
     first = direction.split("+", 1)[0]
     op = {
         "forward": ops.affine_coupling,

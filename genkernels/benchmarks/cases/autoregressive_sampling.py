@@ -147,7 +147,8 @@ class _Drawing:
 
 
 def _live(form, taps: str) -> Tensor:
-    """[kh, kw]: 1 at taps of rows above, of the own row to the left ("before"), with the centre ("up to"), of the whole own row ("row")."""
+    """[kh, kw]: 1 at taps of rows above, of the own row to the left ("before"), with the centre ("up to"), of the whole
+    own row ("row")."""
     *_, kh, kw = form
     live = torch.zeros(kh, kw)
     live[: kh // 2] = 1

@@ -1,10 +1,12 @@
-"""Benchmark cases of `genkernels.ops.logistic_mixture`: PixelCNN++'s loss on CIFAR-10's size, one-channel images, and the draw.
+"""Benchmark cases of `genkernels.ops.logistic_mixture`: PixelCNN++'s loss on CIFAR-10's size, one-channel images, and
+the draw.
 
-Bytes: forward reads the parameters and x; backward reads both again and writes the parameters' gradients; a draw reads the parameters
-and the noise and writes 64-bit indices. x is detached: nobody differentiates by data here.
+Bytes: forward reads the parameters and x; backward reads both again and writes the parameters' gradients; a draw reads
+the parameters and the noise and writes 64-bit indices. x is detached: nobody differentiates by data here.
 
-Flops of a pixel and component, a transcendental function being one: each channel takes 26 forward (mean and scale in levels 5, two edges
-4, their order 3, three exponentials 3, the probability 11) and 19 more backward, each coefficient 3 and 6, the mixture 4 and 6.
+Flops of a pixel and component, a transcendental function being one: each channel takes 26 forward (mean and scale in
+levels 5, two edges 4, their order 3, three exponentials 3, the probability 11) and 19 more backward, each coefficient 3
+and 6, the mixture 4 and 6.
 """
 
 from __future__ import annotations

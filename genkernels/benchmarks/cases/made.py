@@ -1,10 +1,11 @@
 """Benchmark cases of `genkernels.ops.made`: the autoregressive affine transform, forward and inverted, weights and all.
 
-The transform is what is measured, not the layer: forward is every masked layer, the scale map and the log-determinant. The
-reference of the inverse is its definition, D sequential passes. One forward pass of our own is the yardstick of the inverse.
+The transform is what is measured, not the layer: forward is every masked layer, the scale map and the log-determinant.
+The reference of the inverse is its definition, D sequential passes. One forward pass of our own is the yardstick of the
+inverse.
 
-Bytes: z and x once, the live weights once. Flops: two for each live weight and sample, forward and inverse alike; backward twice
-that. The unit for a transcendental function is lost in them.
+Bytes: z and x once, the live weights once. Flops: two for each live weight and sample, forward and inverse alike;
+backward twice that. The unit for a transcendental function is lost in them.
 """
 
 from __future__ import annotations

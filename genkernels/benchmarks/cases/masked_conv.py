@@ -1,8 +1,10 @@
 """Benchmark cases of `genkernels.ops.masked_conv`: layers of PixelCNNs.
 
-Flops count live taps alone, two for each product, of the interior (borders included, as if padding were multiplied); the backward has
-two products of that size. Bytes: every tensor once in full; forward: x, weight, bias and condition in, the output out; backward: the
-output's gradient, x, the weight and, for the gate, the pre-activation (which the forward writes too) in, the gradients out.
+Flops count live taps alone, two for each product, of the interior (borders included, as if padding were multiplied);
+the backward has
+two products of that size. Bytes: every tensor once in full; forward: x, weight, bias and condition in, the output out;
+backward: the output's gradient, x, the weight and, for the gate, the pre-activation (which the forward writes too) in,
+the gradients out.
 
 The reference does as peers do: it multiplies the weight by a ready mask on every call, then calls ``F.conv2d``.
 """
@@ -52,9 +54,18 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 
 def case(
-    variant, shape, outputs, kernel, mask_type, dtype, direction, region="raster", data_channels=1,
-    activation="none", condition=False,
-) -> Case:  # fmt: skip
+    variant,
+    shape,
+    outputs,
+    kernel,
+    mask_type,
+    dtype,
+    direction,
+    region="raster",
+    data_channels=1,
+    activation="none",
+    condition=False,
+) -> Case:
     options = {"mask_type": mask_type, "data_channels": data_channels, "region": region, "activation": activation}
     batch, inputs, height, width = shape
     of_mask = outputs, inputs, kernel, mask_type, data_channels, region, activation == "gate"

@@ -1,12 +1,14 @@
 """Other libraries' versions of our operators, each in a process of its own.
 
-Importing one can change torch for the whole process, and none may slow down or break another. A peer's process lives for the
-whole run, so that peers too take turns with the other providers; it is asked by lines of JSON, and gets tensors by file.
+Importing one can change torch for the whole process, and none may slow down or break another. A peer's process lives
+for the whole run, so that peers too take turns with the other providers; it is asked by lines of JSON, and gets tensors
+by file.
 
 ``peers/<operator>.py`` holds the adapters of one operator:
 
 - ``PEERS``: the peers that have this operator, in the order of the table;
-- ``unsupported(peer, case) -> str``: why a peer does not compute this case, empty where it does; imports nothing of the peer;
+- ``unsupported(peer, case) -> str``: why a peer does not compute this case, empty where it does; imports nothing of the
+  peer;
 - ``adapter(peer, settings, direction, shape) -> Adapter``: runs in the peer's process.
 
 An adapter changes nothing in the peer's own path: it replaces the network by a stub that returns the ready tensor.
@@ -39,7 +41,8 @@ PATIENCE = 300.0  # seconds: a peer that is silent for longer counts as hung
 
 @dataclass(frozen=True)
 class Adapter:
-    """A peer's operator, called as the case's; `arrange` puts our inputs into the peer's own layout, outside the clock."""
+    """A peer's operator, called as the case's; `arrange` puts our inputs into the peer's own layout, outside the
+    clock."""
 
     op: Callable
     arrange: Callable[..., tuple[torch.Tensor, ...]]
@@ -118,9 +121,13 @@ class Peer:
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "genkernels.benchmarks.peers.worker", self.name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, bufsize=1,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            bufsize=1,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads},
-        )  # fmt: skip
+        )
         return self._process
 
     def _line(self) -> str:

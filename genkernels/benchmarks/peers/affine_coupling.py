@@ -2,11 +2,14 @@
 
 Each keeps its own parameter layout (the inputs are re-arranged before the clock starts) and its own code path:
 
-- **nflows** ``AffineCouplingTransform``: shifts first, σ = sigmoid(s + 2) + 0.001. Its ``_scale_and_shift`` is overridden by the
-  same line without the 0.001, so that all compute one function. ``AdditiveCouplingTransform`` as it is.
-- **normflows** ``AffineCouplingBlock``: shifts and scales interleaved. ``scale_map="exp"`` and ``"sigmoid_inv"`` in the direction
+- **nflows** ``AffineCouplingTransform``: shifts first, σ = sigmoid(s + 2) + 0.001. Its ``_scale_and_shift`` is
+  overridden by the same line without the 0.001, so that all compute one function. ``AdditiveCouplingTransform`` as it
+  is.
+- **normflows** ``AffineCouplingBlock``: shifts and scales interleaved. ``scale_map="exp"`` and ``"sigmoid_inv"`` in the
+  direction
   that it calls forward are our forward. Its checkerboard also alternates over channels: another function.
-- **FrEIA** ``AffineCouplingOneSided``: scales first, exp(clamp · f(s)) with clamp 1: f = tanh, or the identity for ``exp``.
+- **FrEIA** ``AffineCouplingOneSided``: scales first, exp(clamp · f(s)) with clamp 1: f = tanh, or the identity for
+  ``exp``.
 """
 
 from __future__ import annotations
@@ -16,11 +19,7 @@ import torch
 from genkernels.benchmarks.peers import Adapter
 
 PEERS = ("nflows", "normflows", "FrEIA")
-_SCALE_MAPS = {
-    "nflows": ("sigmoid", "additive"),
-    "normflows": ("exp", "sigmoid", "additive"),
-    "FrEIA": ("exp", "tanh"),
-}
+_SCALE_MAPS = {"nflows": ("sigmoid", "additive"), "normflows": ("exp", "sigmoid", "additive"), "FrEIA": ("exp", "tanh")}
 
 
 def unsupported(peer: str, case) -> str:

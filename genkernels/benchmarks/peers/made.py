@@ -1,14 +1,16 @@
 """The peers' masked autoregressive flows, with the very weights of the case.
 
-- **nflows** ``MaskedAffineAutoregressiveTransform``, feed-forward blocks: k hidden layers are ``num_blocks = k - 1``. Its scale is
-  softplus(s) + 0.001; ``_elementwise_forward`` and ``_elementwise_inverse`` are overridden by the same lines with sigmoid(s + 2), so that
-  all compute one function.
-- **zuko** ``MaskedAutoregressiveTransform``, as ``zuko.flows.MAF`` has it, with a univariate transform of scale sigmoid(s + 2) instead of its
-  own. Its inverse gives no log-determinant on the way: ``inv.call_and_ladj`` runs one pass more.
+- **nflows** ``MaskedAffineAutoregressiveTransform``, feed-forward blocks: k hidden layers are ``num_blocks = k - 1``.
+  Its scale is softplus(s) + 0.001; ``_elementwise_forward`` and ``_elementwise_inverse`` are overridden by the same
+  lines with sigmoid(s + 2), so that all compute one function.
+- **zuko** ``MaskedAutoregressiveTransform``, as ``zuko.flows.MAF`` has it, with a univariate transform of scale
+  sigmoid(s + 2) instead of its own. Its inverse gives no log-determinant on the way: ``inv.call_and_ladj`` runs one
+  pass more.
 - **normflows** ``MaskedAffineAutoregressive`` has no ReLU after its first layer: another function, left out.
 
-Both keep hidden units unsorted and give the two parameters of a feature side by side: our rows and columns are permuted into their own while
-the inputs are arranged, outside the clock. The modules' parameters are replaced by the ready tensors.
+Both keep hidden units unsorted and give the two parameters of a feature side by side: our rows and columns are permuted
+into their own while the inputs are arranged, outside the clock. The modules' parameters are replaced by the ready
+tensors.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adap
 
 
 def _nflows(features: int, hidden: list[int], inverse: bool):
-    """The call, its linear layers, the degrees of the hidden ones' units, and which of our halves (s, t) it has first."""
+    """The call, its linear layers, the degrees of the hidden ones' units, and which of our halves (s, t) it has
+    first."""
     from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
 
     class Sigmoid(MaskedAffineAutoregressiveTransform):

@@ -1,7 +1,7 @@
 """A peer's process: answers each line of JSON on its input by one on its output, until the input ends.
 
-``open`` (a file of inputs, truth and allowed errors) holds the peer against the gate; ``warm_up``, ``turn`` and ``peak`` then
-time and weigh it by the same code as every other provider; ``close`` drops the case.
+``open`` (a file of inputs, truth and allowed errors) holds the peer against the gate; ``warm_up``, ``turn`` and
+``peak`` then time and weigh it by the same code as every other provider; ``close`` drops the case.
 """
 
 from __future__ import annotations

@@ -20,11 +20,12 @@ class PixelModel(LikelihoodModel):
 
     .. math:: p(x) = \prod_i p(x_i \mid x_1, \dots, x_{i-1}, y)
 
-    Subclasses call `_setup` and define `forward` and `stages`, which tell the same network twice: for a whole image, and for the
-    sampler that computes one column of each layer at a pixel.
+    Subclasses call `_setup` and define `forward` and `stages`, which tell the same network twice: for a whole image,
+    and for the sampler that computes one column of each layer at a pixel.
 
     Attributes:
-        levels: grey levels of the data. head: what the network's last layer parametrises. The others: as for `LikelihoodModel`.
+        levels: grey levels of the data. head: what the network's last layer parametrises. The others: as for
+            `LikelihoodModel`.
     """
 
     def _setup(
@@ -51,7 +52,8 @@ class PixelModel(LikelihoodModel):
             raise ValueError(f"{name}: mixtures must be at least 1, got {mixtures}")
         self._begin(hparams, (channels, *size), num_classes)
         self.levels, self.head = levels, head
-        #: how the masks split channels: a mixture's coefficients tie a pixel's channels together, so its network sees none of them
+        #: how the masks split channels: a mixture's coefficients tie a pixel's channels together, so its network sees
+        #: none of them
         self.data_channels = channels if head == "categorical" else 1
         self.outputs = channels * levels if head == "categorical" else mixtures * (3 if channels == 1 else 10)
 
@@ -74,13 +76,14 @@ class PixelModel(LikelihoodModel):
         """The network as the sampler takes it, for labels y ``[N]``."""
         raise NotImplementedError
 
-    # --- likelihood ----------------------------------------------------------------------------------------------------
+    # --- likelihood -----------------------------------------------------------------------------------------------
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Log-probability of integer images ``[N]``, nats; exact.
 
         Args:
-            x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]. y: ``[N]`` class indices, where the model has classes.
+            x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]. y: ``[N]`` class indices, where the model has
+                classes.
             generator: not used: nothing is drawn.
 
         Raises:
@@ -90,7 +93,8 @@ class PixelModel(LikelihoodModel):
         scaled = self._scaled(index)
         params = self.forward(scaled, self._labels(y, len(x)))
         if self.head == "logistic_mixture":
-            # a half type rounds the levels beyond its 256 (bf16) or 2,048 (fp16) together: the loss asks for them in fp32
+            # a half type rounds the levels beyond its 256 (bf16) or 2,048 (fp16) together: the loss asks for them in
+            # fp32
             exact = self._scaled(index, torch.promote_types(self._like.dtype, torch.float32))
             return -losses.discretized_logistic_mixture_nll(params, exact, self.levels)
         logits = params.unflatten(1, (self.shape[0], self.levels)).transpose(1, 2)
@@ -98,7 +102,7 @@ class PixelModel(LikelihoodModel):
         # cross_entropy sums in the shape of the target: the classes are dimension 1
         return -F.cross_entropy(logits, index, reduction="none").sum((1, 2, 3))
 
-    # --- sampling ------------------------------------------------------------------------------------------------------
+    # --- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
@@ -109,11 +113,13 @@ class PixelModel(LikelihoodModel):
         y: Tensor | int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Draws from the model, one column of each layer a pixel; no graph is kept and the training mode stays as it is.
+        """Draws from the model, one column of each layer a pixel; no graph is kept and the training mode stays as it
+        is.
 
         Args:
             n: how many; 0 gives an empty tensor.
-            temperature: divides the logits (of the mixture too, whose logistic noise it multiplies); 0 takes the mode of each pixel in turn.
+            temperature: divides the logits (of the mixture too, whose logistic noise it multiplies); 0 takes the mode
+                of each pixel in turn.
             generator: of everything random, on any device; the same state gives the same sample on every backend.
             y: class indices ``[n]``, or one for all; None draws them evenly where the model has classes.
             progress: called as ``progress(rows_done, rows)`` after each row of pixels.
@@ -134,9 +140,11 @@ class PixelModel(LikelihoodModel):
         y: Tensor | int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Draws the unknown values of images, each given the values before it in raster order; known values stay bit for bit.
+        """Draws the unknown values of images, each given the values before it in raster order; known values stay bit
+        for bit.
 
-        A value that is known but comes later has no say in what is drawn before it: keep the top of an image, not its bottom.
+        A value that is known but comes later has no say in what is drawn before it: keep the top of an image, not its
+            bottom.
 
         Args:
             x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]; unknown values may hold anything.
@@ -176,12 +184,19 @@ class PixelModel(LikelihoodModel):
             (n, channels + extra, height, width), torch.promote_types(like.dtype, torch.float32), like.device, generator
         )
         index = ops.autoregressive_sampling(
-            self.stages(labels), noise, levels=self.levels, head=self.head, image=image, known=known, temperature=temperature,
-            progress=progress, rows_per_call=None if progress is None else 1,
-        )  # fmt: skip
+            self.stages(labels),
+            noise,
+            levels=self.levels,
+            head=self.head,
+            image=image,
+            known=known,
+            temperature=temperature,
+            progress=progress,
+            rows_per_call=None if progress is None else 1,
+        )
         return index.to(noise.dtype) / (self.levels - 1)
 
-    # --- helpers -------------------------------------------------------------------------------------------------------
+    # --- helpers --------------------------------------------------------------------------------------------------
 
     def _scaled(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Levels in [-1, 1], in the model's dtype unless another is given; rounded once."""

@@ -13,14 +13,16 @@ from genkernels.ops import Stage
 
 
 class GatedPixelCNN(PixelModel):
-    """Two stacks of gated masked convolutions: the vertical one sees all rows above, the horizontal one the row so far and the vertical one.
+    """Two stacks of gated masked convolutions: the vertical one sees all rows above, the horizontal one the row so far
+    and the vertical one.
 
     Args:
         image_size: ``(H, W)``. channels: of the image, drawn R, G, B. levels: grey levels of the data.
-        width: channels of each stack, a multiple of `channels` for the categorical head. layers: gated layers after the first.
+        width: channels of each stack, a multiple of `channels` for the categorical head. layers: gated layers after the
+            first.
         kernel_size: of the layers after the first, odd; the first has 7.
-        head: ``categorical``: a softmax over the levels; ``logistic_mixture``: `mixtures` discretised logistics a pixel, whose
-            coefficients tie its channels together (PixelCNN++). 1 or 3 channels.
+        head: ``categorical``: a softmax over the levels; ``logistic_mixture``: `mixtures` discretised logistics a
+            pixel, whose coefficients tie its channels together (PixelCNN++). 1 or 3 channels.
         dropout: share of whole channels that are dropped before each gated layer, in training.
         num_classes: condition every layer on a class y.
 
@@ -30,17 +32,23 @@ class GatedPixelCNN(PixelModel):
         >>> model.sample(2, generator=torch.Generator().manual_seed(0)).shape
         torch.Size([2, 1, 8, 8])
 
-    Source: van den Oord et al., "Conditional image generation with PixelCNN decoders", 2016 (CIFAR-10: 3.03 bits/dim); Salimans et
-    al., "PixelCNN++", 2017 (2.92, with down-sampling and shortcuts that this model has not). The horizontal stack reads the
-    vertical one behind its gate. Adam at 1e-3.
+    Source: van den Oord et al., "Conditional image generation with PixelCNN decoders", 2016 (CIFAR-10: 3.03 bits/dim);
+    Salimans et al., "PixelCNN++", 2017 (2.92, with down-sampling and shortcuts that this model has not). The horizontal
+    stack reads the vertical one behind its gate. Adam at 1e-3.
     """
 
     presets: ClassVar = {
         "digits": {"image_size": (8, 8), "channels": 1, "levels": 17, "width": 32, "layers": 2, "dropout": 0.1},
-        "photos32": {"image_size": (32, 32), "channels": 3, "levels": 256, "width": 48, "layers": 5,
-                     "head": "logistic_mixture"},
+        "photos32": {
+            "image_size": (32, 32),
+            "channels": 3,
+            "levels": 256,
+            "width": 48,
+            "layers": 5,
+            "head": "logistic_mixture",
+        },
         "cifar10": {"image_size": (32, 32), "channels": 3, "levels": 256, "width": 129, "layers": 15, "kernel_size": 5},
-    }  # fmt: skip
+    }
 
     def __init__(
         self,
@@ -111,7 +119,8 @@ class _Block(nn.Module):
         return v, self.out(self.horizontal(h, condition), None, kept)
 
     def stages(self, v: int, h: int, kept: int | None, before: int, y: Tensor | None) -> list[Stage]:
-        """Three stages: planes ``before + 1`` (vertical), ``before + 2`` (horizontal, gated), ``before + 3`` (horizontal)."""
+        """Three stages: planes ``before + 1`` (vertical), ``before + 2`` (horizontal, gated), ``before + 3``
+        (horizontal)."""
         vertical, horizontal, out = self.vertical, self.horizontal, self.out
         own, beside = class_bias(self.vertical_classes, y), class_bias(self.horizontal_classes, y)
         linked = (before + 1, self.link.weight)

@@ -20,7 +20,8 @@ class PixelCNN(PixelModel):
     Args:
         image_size: ``(H, W)``. channels: of the image, drawn R, G, B. levels: grey levels of the data.
         width: channels in between, a multiple of `channels`. layers: 3×3 layers.
-        residual: each 3×3 layer adds to its input. dropout: share of whole channels that are dropped before each 3×3 layer, in training.
+        residual: each 3×3 layer adds to its input. dropout: share of whole channels that are dropped before each 3×3
+            layer, in training.
         num_classes: condition every layer on a class y.
 
     Example:
@@ -29,15 +30,24 @@ class PixelCNN(PixelModel):
         >>> model.log_prob(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape
         torch.Size([2])
 
-    Source: van den Oord et al., "Pixel recurrent neural networks", 2016. The paper trains with RMSProp; here Adam at 1e-3. CIFAR-10:
-    3.14 bits/dim at 15 layers of 128 channels, which the preset ``cifar10`` has (its channels rounded to a multiple of 3).
+    Source: van den Oord et al., "Pixel recurrent neural networks", 2016. The paper trains with RMSProp; here Adam at
+    1e-3. CIFAR-10: 3.14 bits/dim at 15 layers of 128 channels, which the preset ``cifar10`` has (its channels rounded
+    to a multiple of 3).
     """
 
     presets: ClassVar = {
-        "digits": {"image_size": (8, 8), "channels": 1, "levels": 17, "width": 48, "layers": 4, "residual": True, "dropout": 0.2},
+        "digits": {
+            "image_size": (8, 8),
+            "channels": 1,
+            "levels": 17,
+            "width": 48,
+            "layers": 4,
+            "residual": True,
+            "dropout": 0.2,
+        },
         "photos32": {"image_size": (32, 32), "channels": 3, "levels": 256, "width": 96, "layers": 6, "residual": True},
         "cifar10": {"image_size": (32, 32), "channels": 3, "levels": 256, "width": 129, "layers": 15, "residual": True},
-    }  # fmt: skip
+    }
 
     def __init__(
         self,

@@ -15,11 +15,13 @@ __all__ = ["FlowModel", "arguments", "level_sizes"]
 
 
 class FlowModel(LikelihoodModel):
-    r"""A multi-scale flow: images are dequantised, then each level is a `FlowSequential`, and `Split` takes latents out between levels.
+    r"""A multi-scale flow: images are dequantised, then each level is a `FlowSequential`, and `Split` takes latents out
+    between levels.
 
     .. math:: \log p(x) = \log p_Z(f(x)) + \log|\det \partial f/\partial x|
 
-    Subclasses call `_setup`, fill ``flows`` (one `FlowSequential` a level) and ``splits`` (one less) and call `_finish`.
+    Subclasses call `_setup`, fill ``flows`` (one `FlowSequential` a level) and ``splits`` (one less) and call
+    `_finish`.
 
     Attributes:
         data_levels: grey levels of the data, None for continuous data. The others: as for `LikelihoodModel`.
@@ -60,7 +62,7 @@ class FlowModel(LikelihoodModel):
         self.prior = Prior(latent_shapes[-1][0], prior, learned, self.num_classes)
         self._actnorms = [layer for layer in self.modules() if isinstance(layer, ActNorm)]
 
-    # --- the map -------------------------------------------------------------------------------------------------------
+    # --- the map --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Continuous data (images: dequantised, in [0, 1)) to ``(latents, ldj)``; the last latent is the top one."""
@@ -105,8 +107,9 @@ class FlowModel(LikelihoodModel):
     def initialize(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> None:
         """Sets the ActNorms from data, on a pass of its own; the first `log_prob` in training mode calls it.
 
-        The pass sees the batch drawn anew with replacement. On the batch itself every ActNorm bias would start with a gradient of
-        exactly zero in exact arithmetic, rounding noise in fact, and Adam's first step turns noise into steps of full length.
+        The pass sees the batch drawn anew with replacement. On the batch itself every ActNorm bias would start with a
+        gradient of exactly zero in exact arithmetic, rounding noise in fact, and Adam's first step turns noise into
+        steps of full length.
         """
         device = x.device if generator is None else generator.device
         rows = torch.randint(len(x), (len(x),), device=device, generator=generator).to(x.device)
@@ -119,12 +122,13 @@ class FlowModel(LikelihoodModel):
         x, _ = self.inverse(latents, y)
         return x if self.dequantize is None else self.dequantize.inverse(x)[0]
 
-    # --- likelihood ----------------------------------------------------------------------------------------------------
+    # --- likelihood -----------------------------------------------------------------------------------------------
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Log-density ``[N]``, nats.
 
-        For images it is that of the uniformly dequantised image, in units where a grey level has width 1: a stochastic lower
+        For images it is that of the uniformly dequantised image, in units where a grey level has width 1: a stochastic
+            lower
         bound of the log-probability of the integer image.
 
         Args:
@@ -141,22 +145,19 @@ class FlowModel(LikelihoodModel):
         terms = [self.noise.log_prob(z) for z in latents[:-1]]
         return torch.stack([ldj, *terms, self.prior.log_prob(latents[-1], labels)]).sum(0)
 
-    # --- sampling ------------------------------------------------------------------------------------------------------
+    # --- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
-        self,
-        n: int,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        y: Tensor | int | None = None,
+        self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None, y: Tensor | int | None = None
     ) -> Tensor:
         r"""Draws from the model; no graph is kept and the training mode stays as it is.
 
         Args:
             n: how many; 0 gives an empty tensor.
-            temperature: multiplies the prior's standard deviation (Kingma & Dhariwal 2018). For flows of constant determinant
-                (additive coupling) that samples :math:`p(x)^{1/T^2}` up to normalisation exactly; for others it is a heuristic.
+            temperature: multiplies the prior's standard deviation (Kingma & Dhariwal 2018). For flows of constant
+                determinant (additive coupling) that samples :math:`p(x)^{1/T^2}` up to normalisation exactly; for
+                others it is a heuristic.
             generator: of everything random, on any device; the same state gives the same sample.
             y: class indices ``[n]``, or one for all; None draws them evenly where the model has classes.
 
@@ -172,7 +173,7 @@ class FlowModel(LikelihoodModel):
             latents.append(source.sample((n, *shape), temperature, generator, given, like))
         return self.decode(tuple(latents), labels)
 
-    # --- helpers -------------------------------------------------------------------------------------------------------
+    # --- helpers --------------------------------------------------------------------------------------------------
 
     def _context(self, labels: Tensor | None) -> Tensor | None:
         return None if labels is None else self.classes(labels)
@@ -181,7 +182,8 @@ class FlowModel(LikelihoodModel):
         self._check_shape(x)
         if self.dequantize is None and not x.is_floating_point():
             raise TypeError(
-                f"{type(self).__name__}: x must be floating point, the data being continuous (data_levels=None), got {x.dtype}"
+                f"{type(self).__name__}: x must be floating point, the data being continuous (data_levels=None), "
+                f"got {x.dtype}"
             )
         return x
 
@@ -195,7 +197,8 @@ def level_sizes(model: str, image_shape: tuple[int, int, int], levels: int) -> l
     channels, height, width = image_shape
     if levels < 1 or height % 2**levels or width % 2**levels:
         raise ValueError(
-            f"{model}: height and width must be multiples of 2^levels = {2 ** max(levels, 1)}, got {height}x{width} with levels={levels}"
+            f"{model}: height and width must be multiples of 2^levels = {2 ** max(levels, 1)}, got "
+            f"{height}x{width} with levels={levels}"
         )
     sizes = []
     for level in range(levels):

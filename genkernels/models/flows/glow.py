@@ -13,16 +13,18 @@ class Glow(FlowModel):
     """Glow for images, and its one-level form on fully connected networks for points.
 
     Args:
-        image_shape: ``(C, H, W)``, height and width multiples of 2^levels. features: D, even, for points; one of the two.
+        image_shape: ``(C, H, W)``, height and width multiples of 2^levels. features: D, even, for points; one of the
+            two.
         levels: scales; half of the channels leaves as latents after each but the last. Images only.
         steps: ActNorm, 1×1 convolution and coupling, so many times a level. hidden: width of the coupling networks.
         scale_map: of the couplings; ``sigmoid`` as in the paper's code. additive: shifts only.
         lu: the 1×1 convolutions in PLU form.
-        logit: above 0: images are taken from [0, 1] to the real line by ``logit(α + (1 - 2α)x)`` with this α, as in RealNVP; it helps
-            where many pixels are black or white.
+        logit: above 0: images are taken from [0, 1] to the real line by ``logit(α + (1 - 2α)x)`` with this α, as in
+            RealNVP; it helps where many pixels are black or white.
         learned_prior: mean and scale of the top latents, and those of each split given what is kept, are learned.
         data_levels: grey levels of the images, None for continuous data. Images only.
-        num_classes: condition the top prior and the coupling networks on a class y. class_features: size of its embedding.
+        num_classes: condition the top prior and the coupling networks on a class y. class_features: size of its
+            embedding.
         reversible: train in memory that does not grow with `steps`.
 
     Example:
@@ -31,8 +33,8 @@ class Glow(FlowModel):
         >>> model.log_prob(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape
         torch.Size([2])
 
-    Source: Kingma & Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018. The paper trains with Adam at
-    learning rate 1e-3; CIFAR-10: 3.35 bits/dim at the size of the preset ``cifar10``.
+    Source: Kingma & Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018. The paper trains with
+    Adam at learning rate 1e-3; CIFAR-10: 3.35 bits/dim at the size of the preset ``cifar10``.
     """
 
     presets: ClassVar = {

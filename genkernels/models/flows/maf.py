@@ -20,14 +20,18 @@ _PRESETS = {
 
 
 class MAF(FlowModel):
-    """Masked autoregressive flow: a density costs one pass a transform; a sample costs its inverse, a blocked triangular solve.
+    """Masked autoregressive flow: a density costs one pass a transform; a sample costs its inverse, a blocked
+    triangular solve.
 
     Args:
         image_shape: ``(C, H, W)``, flattened. features: D, for points; one of the two.
-        transforms: autoregressive transforms, an ActNorm in front of each. hidden: width of their MADE. hidden_layers: of it.
+        transforms: autoregressive transforms, an ActNorm in front of each. hidden: width of their MADE. hidden_layers:
+            of it.
             With `residual`: residual blocks of two layers each, after a first layer.
-        order: of the features: ``alternate`` (forwards, backwards, …), ``natural``, ``reversed`` or ``random``, another in each transform.
-        scale_map: of the transforms, as for `AutoregressiveTransform`; the bounded ``tanh`` keeps densities and samples far from the data finite.
+        order: of the features: ``alternate`` (forwards, backwards, …), ``natural``, ``reversed`` or ``random``, another
+            in each transform.
+        scale_map: of the transforms, as for `AutoregressiveTransform`; the bounded ``tanh`` keeps densities and samples
+            far from the data finite.
         logit: above 0: images are taken from [0, 1] to the real line by ``logit(α + (1 - 2α)x)`` with this α.
         data_levels: grey levels of the images, None for continuous data. Images only.
         num_classes: condition every MADE on a class y. class_features: size of its embedding.
@@ -39,8 +43,9 @@ class MAF(FlowModel):
         >>> model.log_prob(torch.zeros(3, 4)).shape
         torch.Size([3])
 
-    Source: Papamakarios et al., "Masked autoregressive flow for density estimation", 2017 (5 or 10 transforms, MADE of 2 layers of 1024
-    units on CIFAR-10, Adam at 1e-4, exponential scales, batch normalisation where ActNorm stands here).
+    Source: Papamakarios et al., "Masked autoregressive flow for density estimation", 2017 (5 or 10 transforms, MADE of
+    2 layers of 1024 units on CIFAR-10, Adam at 1e-4, exponential scales, batch normalisation where ActNorm stands
+    here).
     """
 
     presets: ClassVar = _PRESETS
@@ -81,8 +86,9 @@ class MAF(FlowModel):
 class IAF(MAF):
     """Inverse autoregressive flow: a sample costs one pass a transform; the density of given data costs the solve.
 
-    As `MAF`, each transform the other way round. As the posterior of a VAE it is cheap on both sides, because what it rates it
-    has drawn itself; as a model of data its likelihood needs `method`'s inverse, whose gradient is that of the implicit function.
+    As `MAF`, each transform the other way round. As the posterior of a VAE it is cheap on both sides, because what it
+    rates it has drawn itself; as a model of data its likelihood needs `method`'s inverse, whose gradient is that of the
+    implicit function.
 
     Args: as for `MAF`.
 

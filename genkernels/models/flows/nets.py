@@ -1,4 +1,5 @@
-"""The networks inside coupling layers: ``net(x_half[, context])``. Each starts as zero, so that a flow starts near the identity."""
+"""The networks inside coupling layers: ``net(x_half[, context])``. Each starts as zero, so that a flow starts near the
+identity."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ class ConvNet(nn.Module):
 
     Args:
         in_channels, out_channels: of the result. hidden: channels in between.
-        context_features: size of the context vector ``[N, context_features]``, added after the first convolution; 0: none.
+        context_features: size of the context vector ``[N, context_features]``, added after the first convolution; 0:
+            none.
 
     Shapes: x ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
     """
@@ -55,8 +57,8 @@ class ConvNet(nn.Module):
 class ResidualNet(nn.Module):
     """RealNVP's coupling network: a 3×3 convolution, `blocks` pre-activation residual blocks, a zero-initialised 3×3.
 
-    Without batch normalisation, whose statistics would tie the samples of a batch together; each block's second convolution is
-    zero at the start instead, which keeps deep networks trainable.
+    Without batch normalisation, whose statistics would tie the samples of a batch together; each block's second
+    convolution is zero at the start instead, which keeps deep networks trainable.
 
     Args, Shapes: as for `ConvNet`; blocks: residual blocks of two 3×3 convolutions.
     """

@@ -14,21 +14,21 @@ from genkernels.nn import ActNorm, AffineCoupling, EvenOdd, FlowSequential
 class NICE(FlowModel):
     """NICE for images (as vectors) and points: its determinant is constant, so sampling at a temperature is exact.
 
-    The paper's diagonal scale is an `ActNorm` here: a bias beside the scale, and a data-dependent start. Even and odd features
-    take turns in passing, as in the paper.
+    The paper's diagonal scale is an `ActNorm` here: a bias beside the scale, and a data-dependent start. Even and odd
+    features take turns in passing, as in the paper.
 
     Args:
         image_shape: ``(C, H, W)`` with an even number of values. features: D, even, for points; one of the two.
         couplings: how many. layers, hidden: hidden layers of each coupling's network, and their units.
         prior: ``logistic`` or ``normal``.
-        logit: above 0: images are taken from [0, 1] to the real line by ``logit(α + (1 - 2α)x)`` with this α; the determinant is
-            then no longer constant.
+        logit: above 0: images are taken from [0, 1] to the real line by ``logit(α + (1 - 2α)x)`` with this α; the
+            determinant is then no longer constant.
         data_levels: grey levels of the images, None for continuous data. Images only.
         num_classes: condition the prior and the networks on a class y. class_features: size of its embedding.
         reversible: train in memory that does not grow with `couplings`.
 
-    Source: Dinh et al., "NICE: Non-linear independent components estimation", 2015. The preset ``cifar10`` has the paper's sizes
-    (4 couplings, 4 hidden layers of 2000 units, logistic prior), without its ZCA whitening of the data.
+    Source: Dinh et al., "NICE: Non-linear independent components estimation", 2015. The preset ``cifar10`` has the
+    paper's sizes (4 couplings, 4 hidden layers of 2000 units, logistic prior), without its ZCA whitening of the data.
     """
 
     presets: ClassVar = {

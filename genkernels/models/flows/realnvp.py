@@ -14,14 +14,17 @@ from genkernels.nn import ActNorm, AffineCoupling, FlowSequential, Split, Squeez
 class RealNVP(FlowModel):
     """RealNVP's multi-scale scheme for images, and plain alternating couplings for points.
 
-    Each scale but the last: three couplings on alternating checkerboards, a squeeze, three on alternating channels with twice
-    the hidden channels; then half of the channels leaves as latents. The last scale: four checkerboard couplings. An `ActNorm`
-    behind each coupling takes the place of the paper's batch normalisation, so that samples of a batch stay independent.
+    Each scale but the last: three couplings on alternating checkerboards, a squeeze, three on alternating channels with
+    twice the hidden channels; then half of the channels leaves as latents. The last scale: four checkerboard couplings.
+    An `ActNorm` behind each coupling takes the place of the paper's batch normalisation, so that samples of a batch
+    stay independent.
 
     Args:
-        image_shape: ``(C, H, W)``, height and width multiples of 2^(levels - 1). features: D, even, for points; one of the two.
+        image_shape: ``(C, H, W)``, height and width multiples of 2^(levels - 1). features: D, even, for points; one of
+            the two.
         levels: scales. Images only.
-        blocks: residual blocks of each coupling's network (images). hidden: their channels at the first scale (units for points).
+        blocks: residual blocks of each coupling's network (images). hidden: their channels at the first scale (units
+            for points).
         couplings: how many, for points.
         scale_map: of the couplings; ``tanh``: the log-scale is a tanh, as in the paper.
         logit: images are taken from [0, 1] to the real line by ``logit(α + (1 - 2α)x)``; 0 leaves them.
@@ -29,8 +32,8 @@ class RealNVP(FlowModel):
         num_classes: condition the top prior and the networks on a class y. class_features: size of its embedding.
         reversible: train in memory that does not grow with the number of couplings.
 
-    Source: Dinh et al., "Density estimation using Real NVP", 2017; CIFAR-10: 3.49 bits/dim at the size of the preset ``cifar10``
-    (one downscaling, 8 residual blocks of 64 channels).
+    Source: Dinh et al., "Density estimation using Real NVP", 2017; CIFAR-10: 3.49 bits/dim at the size of the preset
+    ``cifar10`` (one downscaling, 8 residual blocks of 64 channels).
     """
 
     presets: ClassVar = {
