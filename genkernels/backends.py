@@ -9,7 +9,6 @@ see the choice that the forward pass saw.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import platform
@@ -18,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from genkernels._words import UsageError, nearest
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 LIBRARY_FOLDER = Path(__file__).parent / "_lib"
@@ -32,9 +33,7 @@ class BackendUnavailable(RuntimeError):
 def _checked(name: str) -> str:
     if name in NAMES:
         return name
-    near = difflib.get_close_matches(str(name), NAMES, n=2)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}{hint}")
+    raise UsageError(f"backend must be one of {', '.join(NAMES)}, got {name!r}{nearest(name, NAMES, listed=True)}")
 
 
 def current_backend() -> str:
@@ -50,7 +49,7 @@ def use_backend(name: str) -> Iterator[None]:
         name: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``.
 
     Raises:
-        ValueError: the name is unknown.
+        UsageError: the name is unknown.
         BackendUnavailable: the backend cannot run on this machine; says why.
 
     Example:

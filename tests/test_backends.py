@@ -43,7 +43,7 @@ def test_a_backend_that_cannot_run_says_why():
     [
         ("reference", "", "reference"),
         ("", "", "auto"),
-        ("referense", "ValueError", "did you mean reference?"),
+        ("referense", "UsageError", "did you mean reference?"),
         ("cuda", "BackendUnavailable", "affine_coupling: backend 'cuda' cannot run"),
     ],
 )

@@ -10,10 +10,8 @@ A share can pass 100 % where a row's tensors stay in the cache or are written pa
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,20 +20,11 @@ from pathlib import Path
 import torch
 
 from genkernels import backends
+from genkernels._machine import commit, device_name, versions
 
 _PACKAGES = ("triton", "nflows", "normflows", "FrEIA", "zuko")
 _GUESSED_CACHE = 32 << 20
 _HALVES = {torch.bfloat16, torch.float16}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -59,39 +48,6 @@ def spare_bytes(device: torch.device) -> int:
     except (ValueError, OSError):
         free = 4 << 30
     return min(max(free, 1 << 30) // 16, 1 << 30)
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this package runs from, ``-dirty`` where files differ; None outside a
-    checkout."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # an installed package may lie inside somebody else's repository
-    if (top := git("rev-parse", "--show-toplevel")) is None or Path(top).resolve() != root:
-        return None
-    head = git("rev-parse", "--short=12", "HEAD")
-    return f"{head}-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
-
-
-def versions() -> dict[str, str]:
-    from genkernels._version import __version__
-
-    found = {"genkernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass
@@ -168,7 +124,7 @@ def describe(device: torch.device, ceilings: Ceilings, quick: bool) -> dict:
         "cores": os.cpu_count(),
         "cache_bytes": cache_bytes(device),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
+        "versions": versions(_PACKAGES),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "quick": quick,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from typing import BinaryIO
 
-from genkernels.benchmarks.report import milliseconds
+from genkernels.benchmarks.results import milliseconds
 
 _COLOURS = {"genkernels": "#1667b7", "PyTorch": "#8d97a3", "other libraries": "#d3b98c", "yardstick": "#c9d6c4"}
 _NAMES = {
@@ -16,7 +17,7 @@ _NAMES = {
 _BAR, _GAP, _COLUMN = 0.24, 0.46, 45  # inches a bar, inches for a group's heading, bars in one column
 
 
-def draw(groups: list[tuple[str, list]], conditions: list[str], file: str) -> None:
+def draw(groups: list[tuple[str, list]], conditions: list[str], file: BinaryIO, kind: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
 
@@ -42,7 +43,7 @@ def draw(groups: list[tuple[str, list]], conditions: list[str], file: str) -> No
     figure.text(0.15 / width, 1 - 0.44 / height, subtitle, fontsize=9, va="top", color="#444444")
     _legend(figure, width, height, {_kind(row) for _, rows in groups for row in rows})
     figure.text(0.15 / width, 0.1 / height, "\n".join(caption), fontsize=7.5, va="bottom", color="#444444")
-    figure.savefig(file, facecolor="white")
+    figure.savefig(file, format=kind, facecolor="white")
 
 
 def _columns(groups):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import IO
+
+from genkernels._files import refuse_unwritable, replacing
+from genkernels._words import UsageError
+from genkernels.benchmarks.results import milliseconds
 
 WIDTH = 100
 ONE_PASS = "one pass"
@@ -90,12 +92,6 @@ def _line(row, times: dict[str, float]) -> str:
     return f"{common}{share:>9}{peak:>11}"
 
 
-def milliseconds(seconds: float) -> str:
-    """Four significant digits, no exponent."""
-    value = seconds * 1e3
-    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
-
-
 def conditions(machine: dict) -> list[str]:
     """Where and when the numbers were taken, in two or three lines."""
     if not machine:
@@ -136,60 +132,29 @@ def show(results, file: IO[str] | None = None) -> None:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def check_writable(option: str, path: str | os.PathLike) -> None:
-    """Finds out by trying, before anything is measured.
-
-    Raises:
-        ValueError: `path` cannot be written; says why.
-    """
-    path = Path(path)
-    why = "it is a folder" if path.is_dir() else ""
-    if not why:
-        try:
-            with tempfile.NamedTemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            why = error.strerror.lower() if error.strerror else str(error)
-    if why:
-        raise ValueError(f"bench: {option} must name a file that can be written, got {str(path)!r}: {why}")
-
-
 def check_plot(path: str | os.PathLike) -> None:
     """Likewise for the picture, which also needs a known ending and matplotlib."""
-    check_writable("plot", path)
+    refuse_unwritable(path, f"bench: plot {str(path)!r}")
     if Path(path).suffix.lower() not in _PICTURES:
-        raise ValueError(f"bench: plot must end in {', '.join(_PICTURES)}, got {str(path)!r}")
+        raise UsageError(f"bench: plot must end in {', '.join(_PICTURES)}, got {str(path)!r}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError(
+        raise UsageError(
             "bench: plot needs matplotlib, which is not installed (pip install 'genkernels[train]')"
         ) from None
-
-
-def _replace(path: str | os.PathLike, write) -> None:
-    """Writes beside `path`, then moves it there: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def write_json(results, path: str | os.PathLike) -> None:
-    text = json.dumps(results.to_json(), indent=1, allow_nan=False)
-    _replace(path, lambda name: Path(name).write_text(text + "\n"))
 
 
 def write_plot(results, path: str | os.PathLike) -> None:
     from genkernels.benchmarks.plot import draw
 
-    _replace(path, lambda name: draw(groups(results.rows), conditions(results.machine) + unsteady(results.rows), name))
+    with replacing(path) as file:
+        draw(
+            groups(results.rows),
+            conditions(results.machine) + unsteady(results.rows),
+            file,
+            Path(path).suffix.lstrip(".").lower(),
+        )
 
 
 def groups(rows: Iterable) -> list[tuple[str, list]]:

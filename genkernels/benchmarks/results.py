@@ -50,3 +50,9 @@ class Results:
     def to_json(self) -> dict:
         faults = [f"{row.title}: {row.provider} fails the gate: {row.fault}" for row in self.rows if row.fault]
         return {"machine": {**self.machine, "notes": self.notes + faults}, "rows": [row.to_json() for row in self.rows]}
+
+
+def milliseconds(seconds: float) -> str:
+    """Four significant digits, no exponent."""
+    value = seconds * 1e3
+    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"

@@ -4,7 +4,6 @@ clock."""
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import sys
 import time
@@ -15,6 +14,8 @@ from types import SimpleNamespace
 
 import torch
 
+from genkernels._files import refuse_unwritable, write_json
+from genkernels._words import UsageError, nearest
 from genkernels.backends import use_backend
 from genkernels.benchmarks import cases as catalogue
 from genkernels.benchmarks import machine, peers, providers, report
@@ -74,17 +75,17 @@ def main(
     rows = _of_dtypes(catalogue.find(cases, device=place.type, quick=quick), dtypes)
     chosen = _providers(place.type, providers)
     if json is not None:
-        report.check_writable("json", json)
+        refuse_unwritable(json, f"bench: json {str(json)!r}")
     if plot is not None:
         report.check_plot(plot)
     if limit is not None and not limit > 0:
-        raise ValueError(f"bench: limit must be more than 0 seconds, got {limit}")
+        raise UsageError(f"bench: limit must be more than 0 seconds, got {limit}")
     on_device = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
     with _threads(threads), on_device, _whole_fp32(place):
         results = measure(rows, chosen, place, _effort(len(rows), quick, limit), quick=quick, limit=limit)
     report.show(results)
     if json is not None:
-        report.write_json(results, json)
+        write_json(json, results.to_json(), indent=1)
     if plot is not None:
         report.write_plot(results, plot)
     return 1 if results.ours_fail or not results.rows else 0
@@ -270,7 +271,7 @@ def _device(device) -> torch.device:
     if place.type == "cpu" or (place.type == "cuda" and torch.cuda.is_available()):
         return place
     options = "cpu or cuda" if torch.cuda.is_available() else "cpu (no CUDA device is available)"
-    raise ValueError(f"bench: device must be {options}, got {str(device)!r}")
+    raise UsageError(f"bench: device must be {options}, got {str(device)!r}")
 
 
 def _of_dtypes(found: list[Case], dtypes) -> list[Case]:
@@ -280,7 +281,7 @@ def _of_dtypes(found: list[Case], dtypes) -> list[Case]:
     kept = [case for case in found if case.dtype_name in names]
     if not kept:
         options = ", ".join(dict.fromkeys(case.dtype_name for case in found))
-        raise ValueError(f"bench: dtypes must be among those of the cases ({options}), got {', '.join(sorted(names))}")
+        raise UsageError(f"bench: dtypes must be among those of the cases ({options}), got {', '.join(sorted(names))}")
     return kept
 
 
@@ -291,9 +292,8 @@ def _providers(device: str, wanted: Sequence[str] | None) -> list[Provider]:
     names = [provider.name for provider in offered]
     for name in wanted:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"bench: providers must be among {', '.join(names)} on {device}, got {name!r}{hint}")
+            hint = nearest(name, names, listed=True)
+            raise UsageError(f"bench: providers must be among {', '.join(names)} on {device}, got {name!r}{hint}")
     return [provider for provider in offered if provider.name in wanted]
 
 
@@ -321,7 +321,7 @@ def _whole_fp32(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     if count is not None and count < 1:
-        raise ValueError(f"bench: threads must be at least 1, got {count}")
+        raise UsageError(f"bench: threads must be at least 1, got {count}")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
+
+from genkernels._words import nearest
 
 COMMANDS = ("info", "train", "sample", "eval", "bench")
 SUPPRESS = argparse.SUPPRESS  # settings that were not given do not appear: a resume keeps what it was begun with
@@ -41,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser, commands = _parsers()
     command = next((a for a in argv if not a.startswith("-")), None)
     if command is not None and command not in commands:
-        parser.error(f"unknown command {command!r}{_nearest(command, commands)}")
+        parser.error(f"unknown command {command!r}{nearest(command, commands)}")
     arguments, unknown = parser.parse_known_args(argv)
     if arguments.module is None:
         parser.print_help()
@@ -49,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         known = [o for action in commands[arguments.command]._actions for o in action.option_strings]
         first = unknown[0].split("=")[0]
-        hint = _nearest(first, known) if first.startswith("-") else ""
+        hint = nearest(first, known, listed=True) if first.startswith("-") else ""
         parser.error(
             f"{arguments.command}: unknown argument "
             f"{first!r}{hint or f'; genkernels {arguments.command} --help lists them'}"
@@ -239,11 +240,3 @@ def _bench(sub: Parser) -> None:
     sub.add_argument(
         "--limit", type=float, metavar="S", help="begin no other row after S seconds; what is left out is named"
     )
-
-
-def _nearest(name: str, names) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return "" if name.startswith("-") else f"; choose from {', '.join(names)}"

@@ -7,7 +7,7 @@ import inspect
 
 from torch import nn
 
-from genkernels.training.errors import UsageError, nearest
+from genkernels._words import UsageError, nearest
 
 
 def model_kwargs(

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from genkernels.training.errors import UsageError
+from genkernels._files import refuse_unwritable
+from genkernels._words import UsageError
 
 
 def run(arguments) -> int:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     from genkernels import data
-    from genkernels.cli.load import check_fits, check_writable, classes_of, load
+    from genkernels.cli.load import check_fits, classes_of, load
     from genkernels.cli.train import data_root
     from genkernels.training.evaluate import evaluate
     from genkernels.training.loop import forced_backend
 
     if arguments.json:
-        check_writable(Path(arguments.json).expanduser())
+        refuse_unwritable(Path(arguments.json).expanduser())
     with forced_backend(arguments.backend):
         model, config, state = load(arguments)
         if arguments.data:
@@ -41,7 +42,7 @@ def run(arguments) -> int:
         f"{result.examples:,} {which} examples, weights of step {state['step']}"
     )
     if arguments.json:
-        from genkernels.training.checkpoint import write_json
+        from genkernels._files import write_json
 
         facts = {"run": str(arguments.run), "data": bundle.name, "split": arguments.split, "step": state["step"]}
         write_json(Path(arguments.json).expanduser(), {**facts, **result.to_dict()})

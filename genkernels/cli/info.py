@@ -9,10 +9,11 @@ def run(arguments) -> int:
     import torch
 
     from genkernels import backends
+    from genkernels._machine import cpu_text
     from genkernels._version import __version__
 
     print(f"genkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(cpu_text().replace("CPU,", "CPU:"))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(i)

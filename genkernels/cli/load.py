@@ -3,12 +3,9 @@ go."""
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 
-from genkernels.training.errors import UsageError
-from genkernels.training.rundir import refuse_unwritable
+from genkernels._words import UsageError
 
 
 def load(arguments):
@@ -30,19 +27,6 @@ def load(arguments):
 def classes_of(config: dict) -> int | None:
     """How many classes the run's model is conditioned on; None where it is not."""
     return config["data"].get("num_classes") if config["train"].get("class_conditional") else None
-
-
-def check_writable(path: Path) -> None:
-    """Says before any work whether a file can be written there; leaves nothing behind.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    if path.is_dir():
-        raise UsageError(f"{path} must be a file, it is a folder")
-    refuse_unwritable(path, f"{path} cannot be written")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise UsageError(f"{path} cannot be written: permission denied")
 
 
 def check_fits(bundle, config: dict) -> None:

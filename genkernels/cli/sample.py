@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from genkernels.training.errors import UsageError
+from genkernels._files import refuse_unwritable
+from genkernels._words import UsageError
 
 
 def run(arguments) -> int:
@@ -16,14 +17,14 @@ def run(arguments) -> int:
         raise UsageError(f"--temperature must be 0 or positive, got {arguments.temperature}")
     if not -(2**63) <= arguments.seed < 2**63:
         raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
-    from genkernels.cli.load import check_writable, classes_of, load
+    from genkernels.cli.load import classes_of, load
     from genkernels.training.loop import forced_backend
 
     out = Path(arguments.out).expanduser() if arguments.out else None
     if out is not None:
         if out.suffix.lower() not in (".png", ".npz"):
             raise UsageError(f"--out must end in .png or .npz, got {str(out)!r}")
-        check_writable(out)
+        refuse_unwritable(out)
     with forced_backend(arguments.backend):
         model, config, state = load(arguments)
         points = config["data"].get("levels") is None
@@ -33,7 +34,7 @@ def run(arguments) -> int:
             label += f"-{arguments.inpaint}" if arguments.inpaint else ""
             name = f"n{n}-t{arguments.temperature:g}-seed{arguments.seed}{label}.png"
             out = Path(arguments.run).expanduser() / "samples" / name
-            check_writable(out)
+            refuse_unwritable(out)
         from genkernels.training.grids import draw, save_png, why_not
         from genkernels.training.sampling import sample, unusable
 
@@ -108,7 +109,7 @@ def _save_npz(path: Path, images, config: dict, **more) -> None:
     """Writes ``x`` (and ``levels``) as ``--data npz:`` reads them: level indices for images, float32 for points."""
     import numpy as np
 
-    from genkernels.training.checkpoint import replacing
+    from genkernels._files import replacing
 
     levels = config["data"].get("levels")
     arrays = {"x": images.float().numpy()}

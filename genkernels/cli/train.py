@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from genkernels._words import UsageError
 from genkernels.training.config import TrainConfig
-from genkernels.training.errors import UsageError
 
 DEFAULT_STEPS = 2000
 
@@ -69,9 +69,9 @@ def _report(result, directory) -> None:
 def _begun(arguments, given: dict):
     """A new run's folder, settings, data and model."""
     from genkernels import data
+    from genkernels._seeds import derive_seed, fixed_seed
     from genkernels.cli.build import build, model_class, model_kwargs
     from genkernels.training.loop import is_main_process
-    from genkernels.training.order import derive_seed, fixed_seed
     from genkernels.training.rundir import RunDirectory
 
     if arguments.model is None or arguments.data is None:

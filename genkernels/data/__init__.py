@@ -12,15 +12,15 @@ that need them. Nothing is downloaded except by ``hf:``.
 
 from __future__ import annotations
 
-import difflib
 import os
 from os import PathLike
 
+from genkernels._words import near_names
 from genkernels.data import digits, folder, hub, npz, photos, points
-from genkernels.data.bundle import DataBundle, TensorPairs
+from genkernels.data.bundle import DataBundle, Form, TensorPairs
 from genkernels.data.spec import DataError
 
-__all__ = ["NAMES", "DataBundle", "DataError", "TensorPairs", "load"]
+__all__ = ["NAMES", "DataBundle", "Form", "DataError", "TensorPairs", "load"]
 
 NAMES: dict[str, str] = {
     "digits": "1,797 scanned handwritten digits, 8x8, 17 levels, 10 classes (scikit-learn)",
@@ -82,7 +82,7 @@ def _advice(spec: str) -> str:
     head, colon, rest = spec.partition(":")
     names = {f"{prefix}:": f"{prefix}:{rest or '…'}" for prefix in _PREFIXES}
     names |= {name: name for name in NAMES if ":" not in name}
-    near = difflib.get_close_matches((head + colon).lower(), names, n=3, cutoff=0.5)
+    near = near_names(head + colon, names, count=3)
     if near:
         return f"the nearest: {', '.join(names[name] for name in near)}"
     return f"the names: {', '.join(names.values())}"

@@ -28,6 +28,25 @@ class TensorPairs(TensorDataset):
         return x[index], int(y[index])
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a model must know of its data.
+
+    Attributes:
+        shape: of one example, ``(C, H, W)`` or ``(D,)``.
+        grey_levels: how many values a pixel can take (indices 0 to grey_levels − 1), None for points.
+        num_classes: how many labels there are (0 to num_classes − 1), None where there are none.
+    """
+
+    shape: tuple[int, ...]
+    grey_levels: int | None = None
+    num_classes: int | None = None
+
+    @property
+    def is_image(self) -> bool:
+        return self.grey_levels is not None
+
+
 @dataclass(frozen=True, eq=False)
 class DataBundle:
     """A data set in two disjoint parts.
@@ -50,6 +69,10 @@ class DataBundle:
     levels: int | None
     num_classes: int | None
     description: str
+
+    @property
+    def form(self) -> Form:
+        return Form(self.shape, self.levels, self.num_classes)
 
     def take(self, split: Literal["train", "test"], n: int) -> tuple[Tensor, Tensor]:
         """The first n examples of a part, or all of them where there are fewer, as copies.

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from genkernels._words import UsageError
+
 # The options stand at the very end and hold no slash, so that a "?" inside a path stays part of the path.
 _OPTIONS = re.compile(r"^(?P<body>.*)\?(?P<options>[a-z_]+=[^?&/]*(?:&[a-z_]+=[^?&/]*)*)$", re.DOTALL)
 
 
-class DataError(ValueError):
+class DataError(UsageError):
     """A data set cannot be had as asked; the message is one sentence that begins with the spec."""
 
 

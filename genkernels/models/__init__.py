@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-
-from torch import nn
-
+from genkernels._words import UsageError, nearest
+from genkernels.models._model import Estimate, LikelihoodModel, Model, Player
 from genkernels.models.autoregressive import GatedPixelCNN, PixelCNN, PixelModel
 from genkernels.models.flows import IAF, MAF, NICE, FlowModel, Glow, RealNVP
 
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, type[Model]] = {
     "nice": NICE,
     "realnvp": RealNVP,
     "glow": Glow,
@@ -24,7 +22,11 @@ __all__ = [
     "MAF",
     "MODELS",
     "NICE",
+    "Estimate",
     "FlowModel",
+    "LikelihoodModel",
+    "Model",
+    "Player",
     "GatedPixelCNN",
     "Glow",
     "PixelCNN",
@@ -35,20 +37,18 @@ __all__ = [
 ]
 
 
-def model_class(name: str) -> type[nn.Module]:
+def model_class(name: str) -> type[Model]:
     """The class of a command-line name.
 
     Raises:
-        ValueError: there is none; names the nearest.
+        UsageError: there is none; names the nearest.
     """
     if name in MODELS:
         return MODELS[name]
-    near = difflib.get_close_matches(str(name).lower(), MODELS, n=2)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}{hint}")
+    raise UsageError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS, listed=True)}")
 
 
-def build(name: str, **hparams) -> nn.Module:
+def build(name: str, **hparams) -> Model:
     """The model `name` with constructor arguments `hparams`, as a model's own ``hparams`` holds them.
 
     Equivalent to::

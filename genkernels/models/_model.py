@@ -1,17 +1,92 @@
-"""What every model with a likelihood shares: presets, bits per dimension, the loss, labels, the checks of `sample`."""
+"""What every model shares: how it is trained and judged, presets, labels, the checks of `sample`; and what a likelihood
+adds."""
 
 from __future__ import annotations
 
-import difflib
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from genkernels._words import UsageError, nearest
 
-class LikelihoodModel(nn.Module):
-    """A model with ``log_prob(x, y, generator)``, ``[N]`` in nats.
+
+@dataclass(frozen=True)
+class Player:
+    """One part of a model with an optimiser of its own: a GAN's generator, its critic; of most models the whole.
+
+    Attributes:
+        module: whose parameters it moves; their gradients are clipped together, apart from other players'.
+        every: it moves in every so many steps.
+        averaged: whether its weights are averaged, for evaluation and samples.
+        lr: its step size as a multiple of the run's.
+    """
+
+    module: nn.Module
+    every: int = 1
+    averaged: bool = True
+    lr: float = 1.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure of merit on held-out examples.
+
+    Attributes:
+        name: of files and columns, ``bits_per_dim``. unit: for people, ``bits/dim``.
+        value: NaN where an example's is. standard_error: of the value, NaN where it has none.
+        examples: how many were seen.
+        lower_is_better: which of two values is the better one.
+    """
+
+    name: str
+    unit: str
+    value: float
+    standard_error: float
+    examples: int
+    lower_is_better: bool = True
+
+    @classmethod
+    def of(cls, name: str, unit: str, values: Tensor, lower_is_better: bool = True) -> Estimate:
+        """The mean of one value an example, ``[N]``; of none it is NaN."""
+        values = values.detach().double()
+        sums = torch.stack([values.sum(), (values * values).sum()]).tolist()
+        return cls._from_sums(name, unit, *sums, len(values), lower_is_better)
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Estimate]) -> Estimate:
+        """The mean over all examples from means over disjoint parts of them, as several processes found them."""
+        seen = [part for part in parts if part.examples]
+        if not seen:
+            return parts[0]
+        total = math.fsum(part.value * part.examples for part in seen)
+        squares = math.fsum(
+            part.examples * (part.examples * part.standard_error**2 + part.value * part.value) for part in seen
+        )
+        first, count = seen[0], sum(part.examples for part in seen)
+        return cls._from_sums(first.name, first.unit, total, squares, count, first.lower_is_better)
+
+    @classmethod
+    def _from_sums(cls, name, unit, total, squares, count, lower_is_better) -> Estimate:
+        mean = total / count if count else math.nan
+        variance = max(0.0, squares / count - mean * mean) if math.isfinite(mean) else math.nan
+        error = math.sqrt(variance / count) if count else math.nan
+        return cls(name, unit, mean, error, count, lower_is_better)
+
+    def better_than(self, other: float) -> bool:
+        return self.value < other if self.lower_is_better else self.value > other
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Model(nn.Module):
+    """A generative model that says what it minimises, who is trained, and how it is judged.
+
+    Training, the command line and the benchmarks read this class and nothing below it.
 
     Attributes:
         shape: of one datum, ``(C, H, W)`` or ``(D,)``. dim: its number of values.
@@ -33,30 +108,50 @@ class LikelihoodModel(nn.Module):
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> LikelihoodModel:
+    def from_preset(cls, name: str, **overrides) -> Model:
         """The model at a documented size; `overrides` replaces single constructor arguments.
 
         Raises:
-            ValueError: there is no such preset; names the nearest.
+            UsageError: there is no such preset; names the nearest.
         """
         if name not in cls.presets:
-            near = difflib.get_close_matches(str(name), cls.presets, n=2)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"{cls.__name__}: preset must be one of {', '.join(cls.presets)}, got {name!r}{hint}")
+            hint = nearest(name, cls.presets, listed=True)
+            raise UsageError(f"{cls.__name__}: preset must be one of {', '.join(cls.presets)}, got {name!r}{hint}")
         return cls(**{**cls.presets[name], **overrides})
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        raise NotImplementedError
+    # --- training and judging
+    # ------------------------------------------------------------------------------------------
 
-    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``-log_prob / (D ln 2)``, ``[N]``: the bits that each value costs."""
-        return self.log_prob(x, y, generator) / (-self.dim * math.log(2))
+    def players(self) -> dict[str, Player]:
+        """Who is trained, by name, in the order in which they move within a step."""
+        return {"model": Player(self)}
 
-    def loss(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """What training minimises: the mean bits/dim of images, the mean negative log-density (nats) of points."""
-        if len(self.shape) == 3:
-            return self.bits_per_dim(x, y, generator).mean()
-        return -self.log_prob(x, y, generator).mean()
+    def losses(self, player: str, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
+        """The terms of a player's step, scalars by name; ``loss`` is minimised, all of them are shown and logged.
+
+        Args:
+            player: a name from `players`.
+            x: a batch, uint8 level indices ``[N, C, H, W]`` or floats ``[N, D]``. y: ``[N]`` classes; models without
+                ignore them.
+            step: of the run, from 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it minimises: define losses")
+
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
+        """Figures of merit over held-out batches ``(x, y)`` on the model's device, by name; the first decides which
+        weights are the best. Keyword arguments that a model adds are options of ``genkernels eval --set``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is judged: define evaluate")
+
+    def sample(
+        self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None, y: Tensor | int | None = None
+    ) -> Tensor:
+        """``[n, *shape]``: images as floats in [0, 1], or points. Keyword arguments that a model adds are options of
+        ``genkernels sample --set``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is sampled: define sample")
+
+    def pictures(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Sheets beyond samples, by name, from held-out examples: reconstructions, translations, re-sampled levels."""
+        return {}
 
     # --- helpers --------------------------------------------------------------------------------------------------
 
@@ -99,6 +194,33 @@ class LikelihoodModel(nn.Module):
         if list(x.shape[1:]) != list(self.shape) or x.dim() != len(self.shape) + 1:
             expected = ", ".join(map(str, self.shape))
             raise ValueError(f"{type(self).__name__}: x must be [N, {expected}], got {list(x.shape)}")
+
+
+class LikelihoodModel(Model):
+    """A model with ``log_prob(x, y, generator)``, ``[N]`` in nats: trained and judged by it."""
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """``-log_prob / (D ln 2)``, ``[N]``: the bits that each value costs."""
+        return self.log_prob(x, y, generator) / (-self.dim * math.log(2))
+
+    def loss(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """What training minimises: the mean bits/dim of images, the mean negative log-density (nats) of points."""
+        if len(self.shape) == 3:
+            return self.bits_per_dim(x, y, generator).mean()
+        return -self.log_prob(x, y, generator).mean()
+
+    def losses(self, player: str, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
+        return {"loss": self.loss(x, y)}
+
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
+        """``bits_per_dim`` of images, ``nats`` (the mean negative log-density) of points."""
+        image = len(self.shape) == 3
+        values = [self.bits_per_dim(x, y) if image else -self.log_prob(x, y) for x, y in batches]
+        name, unit = ("bits_per_dim", "bits/dim") if image else ("nats", "nats")
+        return {name: Estimate.of(name, unit, torch.cat(values) if values else torch.empty(0))}
 
 
 def arguments(scope: dict[str, Any]) -> dict[str, Any]:

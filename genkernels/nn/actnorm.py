@@ -1,7 +1,7 @@
 r"""ActNorm: a scale and a bias for each channel, set from the first batch (Kingma & Dhariwal, "Glow", 2018).
 
 .. math:: z = (x + b)\,e^{a},\qquad \mathrm{ldj} = H W \sum_c a_c
-    """
+"""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
 Lightning is imported when `fit` is called, not before: it takes seconds.
 """
 
+from genkernels._words import UsageError
 from genkernels.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from genkernels.training.config import TrainConfig
 from genkernels.training.ema import EMA
-from genkernels.training.errors import TrainingError, UsageError
+from genkernels.training.errors import TrainingError
 from genkernels.training.evaluate import HeldOut, evaluate
 from genkernels.training.grids import draw, save_png, scatter, tile
 from genkernels.training.loop import fit

@@ -9,20 +9,17 @@ and at most a ``.tmp`` file, which the next run removes.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import pickle
 import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from genkernels.training.errors import UsageError
+from genkernels._files import replacing
+from genkernels._words import UsageError
 
 FORMAT = 1
 _MARK = b"genkernels sha256 "
@@ -33,31 +30,6 @@ _NAME = re.compile(r"step-(\d{8,})\.ckpt")
 
 class CheckpointError(UsageError):
     """A checkpoint is missing, cut short, altered, or of another format."""
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; a run folder is shared like any other
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def write_json(path: Path, value) -> None:
-    """Writes a JSON file whole or not at all. NaN and infinities become null: JSON has no word for them."""
-    with replacing(path) as file:
-        file.write(json.dumps(_plain(value), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -158,12 +130,6 @@ def keep_newest(folder: Path, count: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of a process that was killed while it wrote."""
-    for path in folder.glob("*.tmp"):
-        path.unlink(missing_ok=True)
-
-
 def _digest(file: BinaryIO, size: int) -> str:
     file.seek(0)
     digest = hashlib.sha256()
@@ -174,28 +140,3 @@ def _digest(file: BinaryIO, size: int) -> str:
         digest.update(block)
         size -= len(block)
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename itself is still atomic
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from genkernels._seeds import derive_seed
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.config import TrainConfig
 from genkernels.training.curves import Curves
@@ -18,7 +19,7 @@ from genkernels.training.evaluate import UNITS, HeldOut, evaluate, metric_of, sp
 from genkernels.training.grids import draw, save_png, why_not
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.module import TrainingModule
-from genkernels.training.order import derive_seed, fetch
+from genkernels.training.order import fetch
 from genkernels.training.progress import Progress, StepClock, rate_text
 from genkernels.training.record import LossFile, LossRecord, first_bad, weights_are_finite
 from genkernels.training.rundir import RunDirectory

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from genkernels.training.order import derive_seed, fetch, fixed_seed
+from genkernels._seeds import derive_seed, fixed_seed
+from genkernels.training.order import fetch
 
 UNITS = {"bits_per_dim": "bits/dim", "nats": "nats"}
 

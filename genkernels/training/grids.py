@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkernels.training.checkpoint import replacing
+from genkernels._files import replacing
 
 _TILE = (
     64  # pixels that a tile is enlarged to at least; by whole factors, so that every source pixel stays a sharp square

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-from genkernels.training.errors import UsageError
+from genkernels._words import UsageError
 
 
 def import_lightning() -> None:

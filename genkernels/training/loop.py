@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from genkernels._files import write_json
+from genkernels._seeds import fixed_seed
+from genkernels._words import UsageError
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.config import CHANGEABLE, TrainConfig
 from genkernels.training.ema import EMA
-from genkernels.training.errors import TrainingError, UsageError
+from genkernels.training.errors import TrainingError
 from genkernels.training.evaluate import evaluate
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.lightning_guard import import_lightning, quiet_lightning
-from genkernels.training.order import fetch, fixed_seed
+from genkernels.training.order import fetch
 from genkernels.training.results import Result, metrics, recorded
 from genkernels.training.rundir import RunDirectory, describe_model, load_weights
 
@@ -94,7 +97,7 @@ def fit(
                 run.release()
     result.notes, result.seconds = notes, time.monotonic() - began
     if run and main and not result.interrupted:
-        ckpt.write_json(run.metrics, metrics(result, description, bundle, config))
+        write_json(run.metrics, metrics(result, description, bundle, config))
     return result
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from genkernels._seeds import derive_seed, seed_everything
 from genkernels.training.config import TrainConfig
-from genkernels.training.order import Order, derive_seed, fetch, make_loader, seed_everything
+from genkernels.training.order import Order, fetch, make_loader
 
 
 class TrainingModule(pl.LightningModule):

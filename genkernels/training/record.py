@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genkernels.training.checkpoint import replacing
+from genkernels._files import replacing
 
 COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds")
 

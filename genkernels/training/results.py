@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from genkernels._machine import cpu_text, versions
 from genkernels.training.config import TrainConfig
 from genkernels.training.evaluate import HeldOut
 from genkernels.training.record import LossFile
-from genkernels.training.rundir import RunDirectory, versions
+from genkernels.training.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from genkernels.data import DataBundle
@@ -103,4 +104,4 @@ def recorded(run: RunDirectory, images: int) -> tuple[list[float], float | None]
 def _device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(torch.device(device))
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return cpu_text()

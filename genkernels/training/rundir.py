@@ -13,20 +13,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import platform
 import shutil
-import tempfile
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from genkernels._version import __version__
-from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest, remove_leftovers, write_json
-from genkernels.training.errors import UsageError, nearest
+from genkernels._files import refuse_unwritable, remove_leftovers, write_json
+from genkernels._machine import versions
+from genkernels._words import UsageError, near_names, nearest
+from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest
 
 _FILES = ("config.json", "best.ckpt", "losses.csv", "metrics.json")
 _FOLDERS = ("checkpoints", "samples", "tensorboard")
@@ -87,7 +84,7 @@ class RunDirectory:
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise UsageError(f"{self} is not empty and holds no run (no config.json): choose another folder with --out")
-        refuse_unwritable(self.path / "config.json", f"the run folder {self} cannot be written")
+        refuse_unwritable(self.path / "config.json", f"the run folder {self}")
 
     def _acquire(self) -> None:
         try:
@@ -232,40 +229,11 @@ def load_weights(model: nn.Module, state: dict, *, averaged: bool) -> None:
         raise CheckpointError(f"the checkpoint must hold this model's weights: {' '.join(lines[1:3])}") from None
 
 
-def versions() -> dict[str, str]:
-    """Of what a run's numbers depend on."""
-    found = {"genkernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    with contextlib.suppress(ImportError):
-        from importlib.metadata import PackageNotFoundError, version
-
-        for package in ("lightning", "triton", "numpy"):
-            with contextlib.suppress(PackageNotFoundError):
-                found[package] = version(package)
-    return found
-
-
-def refuse_unwritable(path: Path, sentence: str) -> None:
-    """Tries to write a file that has no name where `path` would go, in its folder or the nearest one that exists.
-
-    Raises:
-        UsageError: `sentence`, and why.
-    """
-    folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = f"{folder} is not a folder" if not folder.is_dir() else error.strerror or str(error)
-        raise UsageError(f"{sentence}: {reason}") from None
-
-
 def _near_folder(path: Path) -> str:
     """``'; did you mean runs/glow-digits?'`` among the runs beside a folder that does not exist."""
     try:
         runs = {p.name: p for p in path.parent.iterdir() if (p / "config.json").is_file()}
     except OSError:
         return ""
-    import difflib
-
-    near = difflib.get_close_matches(path.name, runs, n=2, cutoff=0.5)
+    near = near_names(path.name, runs)
     return f"; did you mean {' or '.join(str(runs[name]) for name in near)}?" if near else ""

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from genkernels.training.errors import UsageError
+from genkernels._seeds import fixed_seed
+from genkernels._words import UsageError
 from genkernels.training.evaluate import no_autocast
-from genkernels.training.order import fixed_seed
 
 
 def sample(

@@ -152,10 +152,9 @@ def nothing_runs(monkeypatch):
 
 
 REFUSED = [
-    ({"json": "{tmp}/none/x.json"}, r"bench: json must name a file that can be written, got '.*x.json': no such file"),
-    ({"json": "{tmp}"}, r"bench: json must name a file that can be written, got '.*': it is a folder"),
-    ({"json": "{tmp}/file/x.json"}, r"bench: json must name .* not a directory"),
-    ({"plot": "{tmp}/none/x.png"}, r"bench: plot must name a file that can be written"),
+    ({"json": "{tmp}"}, r"bench: json '.*' must be a file, it is a folder"),
+    ({"json": "{tmp}/file/x.json"}, r"bench: json '.*/file/x.json' cannot be written: .*/file is not a folder"),
+    ({"plot": "{tmp}/file/x.png"}, r"bench: plot '.*/file/x.png' cannot be written: .*/file is not a folder"),
     ({"plot": "{tmp}/x.jpeg"}, r"bench: plot must end in .png, .svg, .pdf, got '.*x.jpeg'"),
     ({"device": "tpu"}, r"bench: device must be cpu.*, got 'tpu'"),
     ({"dtypes": ["fp8"]}, r"bench: dtypes must be among .*float32.*, got fp8"),

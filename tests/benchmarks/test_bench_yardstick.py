@@ -1,5 +1,6 @@
 """Yardsticks, integer outputs, long calls, and compiled baselines that a case makes itself."""
 
+import json
 import time
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_yardstick_has_a_column_and_no_gate(only, toy, fake, tmp_path, capsys)
     )
     file = tmp_path / "out.json"
     assert benchmarks.main([], json=file, quick=True, device="cpu") == 0
-    rows = report.json.loads(file.read_text())["rows"]
+    rows = json.loads(file.read_text())["rows"]
     assert [(row["provider"], row["gate"]) for row in rows] == [
         ("reference", "pass"),
         ("cpu", "pass"),
@@ -112,7 +113,7 @@ def test_the_picture_takes_a_yardstick(tmp_path):
         Row("toy", [1], "float32", "sample", name, gate, median_s=t, q20_s=t, q80_s=t)
         for name, gate, t in (("reference", "pass", 1.0), ("cpu", "pass", 0.01), ("one pass", "none", 0.02))
     ]
-    plot.draw(report.groups(rows), [], tmp_path / "x.svg")
+    plot.draw(report.groups(rows), [], tmp_path / "x.svg", "svg")
     assert "<svg" in (tmp_path / "x.svg").read_text()
     assert [plot._kind(row) for row in rows] == ["PyTorch", "other libraries", "yardstick"]
 

@@ -5,6 +5,7 @@ import stat
 import pytest
 import torch
 
+from genkernels._files import write_json
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 
@@ -130,7 +131,7 @@ def test_steps_are_ordered_as_numbers_and_only_the_newest_are_kept(tmp_path):
 
 
 def test_json_has_no_nan(tmp_path):
-    ckpt.write_json(tmp_path / "m.json", {"a": float("nan"), "b": [float("inf"), 1.5], "c": (1, tmp_path)})
+    write_json(tmp_path / "m.json", {"a": float("nan"), "b": [float("inf"), 1.5], "c": (1, tmp_path)})
     assert (tmp_path / "m.json").read_text().split() == [
         "{",
         '"a":',

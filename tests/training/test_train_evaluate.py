@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import Pairs, images, model_for, points
 
-from genkernels.training.errors import UsageError
+from genkernels._words import UsageError
 from genkernels.training.evaluate import combine, evaluate
 from genkernels.training.sampling import sample
 

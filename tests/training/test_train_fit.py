@@ -15,9 +15,10 @@ import torch
 from tiny import Pairs, Tiny, images, model_for, points
 
 from genkernels import current_backend, models
+from genkernels._seeds import derive_seed, seed_everything
 from genkernels.training import RunDirectory, TrainConfig, TrainingError, UsageError, evaluate, fit, load_model
 from genkernels.training import checkpoint as ckpt
-from genkernels.training.order import Order, derive_seed, fetch, seed_everything
+from genkernels.training.order import Order, fetch
 
 pytest.importorskip("lightning")
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from genkernels.training.order import Order, derive_seed, fetch, fixed_seed, make_loader, seed_everything
+from genkernels._seeds import derive_seed, fixed_seed, seed_everything
+from genkernels.training.order import Order, fetch, make_loader
 
 
 @settings(max_examples=60, deadline=None)

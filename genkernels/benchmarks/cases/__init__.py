@@ -46,7 +46,6 @@ To measure one more operator, add ``cases/<operator>.py`` with one function, and
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import pkgutil
@@ -56,6 +55,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from genkernels._words import UsageError, near_names
 
 
 def ready(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +129,7 @@ def find(names: Iterable[str], *, device: str = "cpu", quick: bool = False) -> l
         group = of_operator(operator, device, quick) if operator in known else []
         chosen = [case for case in group if name in (operator, case.name)]
         if not chosen:
-            raise ValueError(_unknown(name, known, device, quick))
+            raise UsageError(_unknown(name, known, device, quick))
         titles = {case.title for case in found.values()}
         found |= {id(case): case for case in chosen if case.title not in titles}
     return list(found.values())
@@ -137,5 +138,5 @@ def find(names: Iterable[str], *, device: str = "cpu", quick: bool = False) -> l
 def _unknown(name: str, known: list[str], device: str, quick: bool) -> str:
     variants = {case.name for operator in known for case in of_operator(operator, device, quick)}
     options = sorted({*known, *variants})
-    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5) or known[:8]
+    near = near_names(name, options, count=3) or known[:8]
     return f"bench: CASE must be an operator or one of its variants, got {name!r}; nearest: {', '.join(near)}"

@@ -1,0 +1,62 @@
+"""What a run took place on: device, commit, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from genkernels._version import __version__
+
+
+def device_name(device: torch.device | str) -> str:
+    """A GPU's or a processor's own name."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cpu_text() -> str:
+    """How torch uses the processor: ``CPU, 2 threads, AVX512``."""
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def versions(packages: Iterable[str] = ("triton", "lightning", "numpy")) -> dict[str, str]:
+    """Of what a run's numbers depend on, and of `packages` where they are installed."""
+    found = {"genkernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, ``-dirty`` where files differ; None outside a
+    checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # an installed package may lie inside somebody else's repository
+    if (top := git("rev-parse", "--show-toplevel")) is None or Path(top).resolve() != root:
+        return None
+    head = git("rev-parse", "--short=12", "HEAD")
+    return f"{head}-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
