@@ -87,7 +87,7 @@ def model_class(name: str) -> type:
     """
     if name in MODELS:
         return MODELS[name]
-    raise UsageError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS, listed=True)}")
+    raise UsageError(f"unknown model {name!r}{nearest(name, MODELS)}")
 
 
 def build(name: str, **hparams):

@@ -23,7 +23,7 @@ class FlowModel(LikelihoodModel):
         prior: of the last latents; those of the splits are standard normal.
         latent_shapes: of each split's latents, then of the last.
         shape, grey_levels, num_classes: as for `Model`; only images with grey levels are dequantised.
-        class_features: size of the vector ``[N, class_features]`` that stands for a class as the flows' context.
+        classes: gives the flows their context, ``[N, class_features]``, from class indices; where there are classes.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class FlowModel(LikelihoodModel):
         shape: tuple[int, ...],
         grey_levels: int | None = None,
         num_classes: int | None = None,
-        class_features: int = 16,
+        classes: nn.Module | None = None,
     ):
         super().__init__(shape, grey_levels, num_classes)
         self.latent_shapes = list(latent_shapes)
         self.dequantize = Dequantize(grey_levels) if grey_levels is not None else None
         # in this order: an optimiser's state numbers the parameters in the order in which they are registered
-        self.classes = nn.Embedding(num_classes, class_features) if num_classes else None
+        self.classes = classes
         self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
         self.split_prior, self.prior = Prior(self.latent_shapes[0][0]), prior
         self._actnorms = [layer for layer in self.modules() if isinstance(layer, ActNorm)]
@@ -168,6 +168,11 @@ class FlowModel(LikelihoodModel):
                 f"got {x.dtype}"
             )
         return x
+
+
+def class_context(num_classes: int | None, class_features: int) -> tuple[nn.Embedding | None, int]:
+    """What gives a flow its context where there are classes, and the context's size, 0 where there are none."""
+    return (nn.Embedding(num_classes, class_features), class_features) if num_classes else (None, 0)
 
 
 def logit_layers(logit: float, grey_levels: int | None) -> list[nn.Module]:

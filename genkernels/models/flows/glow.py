@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from genkernels.models._model import Preset
-from genkernels.models.flows.base import FlowModel, logit_layers, scale_sizes
+from genkernels.models.flows.base import FlowModel, class_context, logit_layers, scale_sizes
 from genkernels.models.flows.nets import MLP, ConvNet
 from genkernels.nn import ActNorm, AffineCoupling, FlowSequential, InvertibleConv1x1, Prior, Split, Squeeze
 
@@ -62,7 +62,7 @@ class Glow(FlowModel):
         class_features: int = 16,
         reversible: bool = False,
     ):
-        context = class_features if num_classes else 0
+        classes, context = class_context(num_classes, class_features)
 
         def chain(channels, network, *options):
             """`steps` times ActNorm, 1×1 convolution and coupling."""
@@ -96,5 +96,5 @@ class Glow(FlowModel):
             shape=shape,
             grey_levels=grey_levels,
             num_classes=num_classes,
-            class_features=class_features,
+            classes=classes,
         )

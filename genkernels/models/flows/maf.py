@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from genkernels.models._model import Preset
-from genkernels.models.flows.base import FlowModel, logit_layers
+from genkernels.models.flows.base import FlowModel, class_context, logit_layers
 from genkernels.models.flows.nets import Flatten
 from genkernels.nn import MADE, ActNorm, AutoregressiveTransform, FlowSequential, InverseAutoregressiveTransform, Prior
 
@@ -72,7 +72,7 @@ class MAF(FlowModel):
     ):
         if order not in ORDERS:
             raise ValueError(f"{type(self).__name__}: order must be one of {', '.join(ORDERS)}, got {order!r}")
-        context = class_features if num_classes else 0
+        classes, context = class_context(num_classes, class_features)
         dim = math.prod(shape)
         layers = [*logit_layers(logit, grey_levels), Flatten(shape)] if len(shape) == 3 else []
         widths = (hidden,) * (1 + 2 * hidden_layers if residual else hidden_layers)
@@ -88,7 +88,7 @@ class MAF(FlowModel):
             shape=shape,
             grey_levels=grey_levels,
             num_classes=num_classes,
-            class_features=class_features,
+            classes=classes,
         )
 
 

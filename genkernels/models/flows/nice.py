@@ -6,7 +6,7 @@ import math
 from typing import ClassVar
 
 from genkernels.models._model import Preset
-from genkernels.models.flows.base import FlowModel, logit_layers
+from genkernels.models.flows.base import FlowModel, class_context, logit_layers
 from genkernels.models.flows.nets import MLP, Flatten
 from genkernels.nn import ActNorm, AffineCoupling, EvenOdd, FlowSequential, Prior
 
@@ -56,7 +56,7 @@ class NICE(FlowModel):
         dim = math.prod(shape)
         if dim % 2:
             raise ValueError(f"NICE: the number of values must be even for the channel split, got {dim}")
-        context = class_features if num_classes else 0
+        classes, context = class_context(num_classes, class_features)
         chain = [*logit_layers(logit, grey_levels), Flatten(shape)] if len(shape) == 3 else []
         chain.append(EvenOdd())
         for i in range(couplings):
@@ -70,5 +70,5 @@ class NICE(FlowModel):
             shape=shape,
             grey_levels=grey_levels,
             num_classes=num_classes,
-            class_features=class_features,
+            classes=classes,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from genkernels.models._model import Preset
-from genkernels.models.flows.base import FlowModel, logit_layers, scale_sizes
+from genkernels.models.flows.base import FlowModel, class_context, logit_layers, scale_sizes
 from genkernels.models.flows.nets import MLP, ResidualNet
 from genkernels.nn import ActNorm, AffineCoupling, FlowSequential, Prior, Split, Squeeze
 
@@ -59,7 +59,7 @@ class RealNVP(FlowModel):
         class_features: int = 16,
         reversible: bool = False,
     ):
-        context = class_features if num_classes else 0
+        classes, context = class_context(num_classes, class_features)
 
         def couple(channels, split, count, width):
             """`count` couplings that take turns, each with its ActNorm."""
@@ -102,5 +102,5 @@ class RealNVP(FlowModel):
             shape=shape,
             grey_levels=grey_levels,
             num_classes=num_classes,
-            class_features=class_features,
+            classes=classes,
         )
