@@ -23,6 +23,7 @@ from torch import nn
 from genkernels._files import refuse_unwritable, remove_leftovers, write_json
 from genkernels._machine import versions
 from genkernels._words import UsageError, near_names, nearest
+from genkernels.models._registry import hparams_of_format_1
 from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest
 
 _FILES = ("config.json", "best.ckpt", "losses.csv", "metrics.json")
@@ -133,6 +134,8 @@ class RunDirectory:
         parts = ("model", "data", "train")
         if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in parts):
             raise UsageError(f"{self.config} is damaged: it must have the parts model, data and train")
+        model = config["model"]
+        model["hparams"] = hparams_of_format_1(model.get("name"), model.get("hparams", {}))
         return config
 
     def write_config(self, *, model: dict, data: dict, train: dict) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from genkernels.data import DataBundle
+from genkernels.data import DataBundle, Form
 
 
 class Tiny(nn.Module):
@@ -84,12 +84,12 @@ def images(n=50, held_out=13, levels=5, shape=(1, 4, 4), classes=3) -> DataBundl
     g = torch.Generator().manual_seed(1)
     x = torch.randint(0, levels, (n + held_out, *shape), generator=g).to(torch.uint8)
     y = torch.randint(0, classes, (n + held_out,), generator=g)
-    return DataBundle("tiny", Pairs(x[:n], y[:n]), Pairs(x[n:], y[n:]), shape, levels, classes, "noise")
+    return DataBundle("tiny", Pairs(x[:n], y[:n]), Pairs(x[n:], y[n:]), Form(shape, levels, classes), "noise")
 
 
 def points(n=50, held_out=13) -> DataBundle:
     x = torch.randn(n + held_out, 2, generator=torch.Generator().manual_seed(2))
-    return DataBundle("points", Pairs(x[:n]), Pairs(x[n:]), (2,), None, None, "a Gaussian")
+    return DataBundle("points", Pairs(x[:n]), Pairs(x[n:]), Form((2,)), "a Gaussian")
 
 
 def model_for(bundle, seed=0, **extra) -> Tiny:
