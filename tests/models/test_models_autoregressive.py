@@ -455,6 +455,9 @@ def test_presets_build(cls, preset):
     assert model.shape[1:] == ((8, 8) if preset == "digits" else (32, 32))
 
 
+ONE = (1, 28, 28)  # of one channel
+
+
 @pytest.mark.parametrize(
     ("action", "kind", "sentence"),
     [
@@ -464,25 +467,21 @@ def test_presets_build(cls, preset):
             ValueError,
             "width must be a positive multiple of the 3 channels, got 64",
         ),
-        (lambda: models.PixelCNN(shape=(1, 28, 28), layers=-1), ValueError, "layers must be at least 0, got -1"),
-        (lambda: models.GatedPixelCNN(shape=(1, 28, 28), layers=-1), ValueError, "layers must be at least 0, got -1"),
-        (
-            lambda: models.PixelCNN(shape=(1, 28, 28), num_classes=-1),
-            ValueError,
-            "num_classes must be at least 0, got -1",
-        ),
+        (lambda: models.PixelCNN(shape=ONE, layers=-1), ValueError, "layers must be at least 0, got -1"),
+        (lambda: models.GatedPixelCNN(shape=ONE, layers=-1), ValueError, "layers must be at least 0, got -1"),
+        (lambda: models.PixelCNN(shape=ONE, num_classes=-1), ValueError, "num_classes must be at least 0, got -1"),
         (
             lambda: models.PixelCNN(shape=(0, 8, 8)),
             ValueError,
             r"shape must be .* integers of at least 1, got \(0, 8, 8\)",
         ),
         (
-            lambda: models.PixelCNN(shape=(1, 28, 28), grey_levels=1),
+            lambda: models.PixelCNN(shape=ONE, grey_levels=1),
             ValueError,
             "grey_levels must be an integer from 2 to 65536, got 1",
         ),
         (
-            lambda: models.GatedPixelCNN(shape=(1, 28, 28), head="softmax"),
+            lambda: models.GatedPixelCNN(shape=ONE, head="softmax"),
             ValueError,
             "head must be one of categorical, logistic_mixture",
         ),
@@ -492,11 +491,11 @@ def test_presets_build(cls, preset):
             "needs 1 or 3 channels, got 2",
         ),
         (
-            lambda: models.GatedPixelCNN(shape=(1, 28, 28), head="logistic_mixture", mixtures=0),
+            lambda: models.GatedPixelCNN(shape=ONE, head="logistic_mixture", mixtures=0),
             ValueError,
             "mixtures must be at least 1",
         ),
-        (lambda: models.GatedPixelCNN(shape=(1, 28, 28), kernel_size=4), ValueError, "odd"),
+        (lambda: models.GatedPixelCNN(shape=ONE, kernel_size=4), ValueError, "odd"),
         (lambda: make("plain").log_prob(torch.zeros(2, 1, 4, 4)), ValueError, r"x must be \[N, 1, 5, 4\]"),
         (lambda: make("plain").log_prob(torch.zeros(2, 1, 5, 4).long()), TypeError, "uint8 level indices or floats"),
         (
@@ -519,38 +518,30 @@ def test_presets_build(cls, preset):
         ),
         (lambda: models.PixelCNN.from_preset("digit"), ValueError, "did you mean digits"),
         (lambda: models.PixelCNN(shape=9), ValueError, r"PixelCNN: shape must be \(C, H, W\), .* got 9"),
+        (lambda: models.PixelCNN(shape=ONE, width="x"), ValueError, "PixelCNN: width must be an integer, got 'x'"),
+        (lambda: models.PixelCNN(shape=ONE, layers=-1), ValueError, "PixelCNN: layers must be at least 0, got -1"),
         (
-            lambda: models.PixelCNN(shape=(1, 28, 28), width="x"),
-            ValueError,
-            "PixelCNN: width must be an integer, got 'x'",
-        ),
-        (
-            lambda: models.PixelCNN(shape=(1, 28, 28), layers=-1),
-            ValueError,
-            "PixelCNN: layers must be at least 0, got -1",
-        ),
-        (
-            lambda: models.PixelCNN(shape=(1, 28, 28), grey_levels=2.5),
+            lambda: models.PixelCNN(shape=ONE, grey_levels=2.5),
             ValueError,
             "PixelCNN: grey_levels must be an integer, got 2.5",
         ),
         (
-            lambda: models.PixelCNN(shape=(1, 28, 28), residual="no"),
+            lambda: models.PixelCNN(shape=ONE, residual="no"),
             ValueError,
             "PixelCNN: residual must be True or False, got 'no'",
         ),
         (
-            lambda: models.GatedPixelCNN(shape=(1, 28, 28), mixtures=1.5),
+            lambda: models.GatedPixelCNN(shape=ONE, mixtures=1.5),
             ValueError,
             "GatedPixelCNN: mixtures must be an integer, got 1.5",
         ),
         (
-            lambda: models.GatedPixelCNN(shape=(1, 28, 28), kernel_size=(3, 5)),
+            lambda: models.GatedPixelCNN(shape=ONE, kernel_size=(3, 5)),
             ValueError,
             r"kernel_size must be an integer, got \(3, 5\)",
         ),
         (
-            lambda: models.GatedPixelCNN(shape=(1, 28, 28), dropout="x"),
+            lambda: models.GatedPixelCNN(shape=ONE, dropout="x"),
             ValueError,
             "GatedPixelCNN: dropout must be a finite number, got 'x'",
         ),
