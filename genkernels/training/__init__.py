@@ -9,7 +9,7 @@ from genkernels.training.config import TrainConfig
 from genkernels.training.ema import EMA
 from genkernels.training.errors import TrainingError
 from genkernels.training.evaluate import HeldOut, evaluate
-from genkernels.training.grids import draw, save_png, scatter, tile
+from genkernels.pictures import draw, save_png, scatter, tile
 from genkernels.training.loop import fit
 from genkernels.training.results import Result
 from genkernels.training.rundir import RunDirectory, load_model

@@ -16,7 +16,7 @@ from genkernels.training.curves import Curves
 from genkernels.training.ema import EMA, averaged
 from genkernels.training.errors import TrainingError
 from genkernels.training.evaluate import UNITS, HeldOut, evaluate, metric_of, spread
-from genkernels.training.grids import draw, save_png, why_not
+from genkernels.pictures import draw, save_png, why_not
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.module import TrainingModule
 from genkernels.training.order import fetch
