@@ -5,7 +5,6 @@ import doctest
 import importlib
 import inspect
 import json
-import pkgutil
 import re
 import shlex
 import subprocess
@@ -23,9 +22,11 @@ OPTIONAL = {"genkernels.triton", "genkernels.__main__"}
 
 
 def modules():
-    for found in pkgutil.walk_packages(genkernels.__path__, "genkernels."):
-        if not any(found.name.startswith(skipped) for skipped in OPTIONAL):
-            yield found.name
+    """All of them, those of folders without an ``__init__`` too."""
+    for path in sorted((ROOT / "genkernels").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if not any(name.startswith(skipped) for skipped in OPTIONAL):
+            yield name
 
 
 @pytest.fixture

@@ -87,6 +87,22 @@ def test_losses_of_one_run_and_of_two(drawn, runs):
     assert (drawn("losses", "--run", runs / "digits", "--column", "grad_norm", "--log") != one).any()
 
 
+def test_losses_of_players_and_of_terms(drawn, runs, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "digits", tmp_path / "gan")
+    rows = ["step,generator/loss,critic/loss,lr,penalty", *(f"{i},{'' if i % 5 else 2.0},{i},0.1,3" for i in range(60))]
+    (tmp_path / "gan" / "losses.csv").write_text("\n".join(rows) + "\n")
+    both = drawn("losses", "--run", tmp_path / "gan")
+    critic = drawn("losses", "--run", tmp_path / "gan", "--column", "critic/loss")
+    terms = drawn("losses", "--run", tmp_path / "gan", "--column", "penalty", "critic/loss")
+    colours = [{tuple(p) for p in picture.reshape(-1, 3).tolist()} for picture in (both, critic, terms)]
+    blue, orange = (0x16, 0x67, 0xB7), (0xD1, 0x60, 0x2C)
+    assert [(blue in c, orange in c) for c in colours] == [(True, True), (True, False), (True, True)]
+    (tmp_path / "gan" / "losses.csv").write_text(rows[0] + "\n")
+    assert main(["figure", "losses", "--run", str(tmp_path / "gan"), "--out", str(tmp_path / "x.png")]) == 2
+
+
 def test_a_run_that_was_killed_is_drawn_without_its_half_row(drawn, runs, tmp_path):
     import shutil
 
