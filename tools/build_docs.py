@@ -97,14 +97,15 @@ def operator_page(operator) -> str:
 
 
 def exceptions(operator, kernels: dict[str, str]) -> list[str]:
-    """The torch operators among it that have not the kernels that the others have, and why."""
-    rows = [
-        (f"`{name}`", backend, inline(reason or "kernel"))
-        for name, torch_op in operator.torch_ops.items()
-        for backend, reason in (getattr(torch_op, "kernels", None) or {}).items()
-        if bool(reason) != bool(kernels.get(backend))
-    ]
-    return [table(rows, ("but for", "backend", ""))] if rows else []
+    """The torch operators that have not the kernels that the others have, and why: a line a reason."""
+    groups: dict[str, tuple[dict, dict]] = {}
+    for name, torch_op in operator.torch_ops.items():
+        for backend, reason in (getattr(torch_op, "kernels", None) or {}).items():
+            if bool(reason) != bool(kernels.get(backend)):
+                names, places = groups.setdefault(reason or "a kernel", ({}, {}))
+                names[f"`{name}`"] = places[backend] = None
+    rows = [(", ".join(names), ", ".join(places), inline(reason)) for reason, (names, places) in groups.items()]
+    return ["But for:", table(rows, ("torch operator", "backend", "where"))] if rows else []
 
 
 def room_page(title: str, opening: str, module_name: str, names) -> str:
