@@ -58,12 +58,11 @@ def test_there_is_a_page_for_everything_and_the_index_links_all():
 @pytest.mark.parametrize("path", [*DOCS, ROOT / "README.md"], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_page_is_markdown_that_renders(path):
     text = path.read_text()
-    for trace in (".. math::", ":math:", "``[", "::\n\n"):
-        assert trace not in text, f"{trace!r} is no Markdown"
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
     assert "```" not in prose, "a fence is open"
+    for trace in (".. math::", ":math:", "``", "::\n"):
+        assert trace not in prose, f"{trace!r} is no Markdown"
     for line in prose.split("\n"):
-        assert line.count("``") == 0, line
         outside = re.sub(r"`[^`]*`|(?<!\\)\$[^$]+\$", "", line)
         assert "`" not in outside and not re.search(r"(?<![\\$])\$(?!\$)", outside), f"not closed: {line}"
         assert not re.search(r"<[A-Za-z/]", outside.replace(r"\<", "")), f"a tag: {line}"
