@@ -22,7 +22,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--log", action="store_true", help="a logarithmic axis")
     parser.add_argument(
-        "--smooth", type=int, metavar="N", help="mean of so many steps (default: a fiftieth of the run; 0: none)"
+        "--smooth", type=int, metavar="N", help="mean of so many values (default: a fiftieth of the run; 0: none)"
     )
 
 
@@ -46,7 +46,7 @@ def draw(arguments):
     smooth = longest // 50 if arguments.smooth is None else arguments.smooth
     what = columns[0] if len(columns) == 1 else "losses" if arguments.column is None else "terms"
     title = f"{labels[0]}: {what} by step" if len(labels) == 1 else f"{what[0].upper()}{what[1:]} by step"
-    title += f", mean of {smooth} steps" if smooth > 1 else ""
+    title += f", mean of {smooth} values" if smooth > 1 else ""
     y_label = measures.pop().replace("bits_per_dim", "bits/dim") if len(measures) == 1 else what
     try:
         return pictures.curves(series, log=arguments.log, smooth=smooth, title=title, y_label=y_label)
