@@ -7,7 +7,7 @@ import sys
 
 from genkernels._words import nearest
 
-COMMANDS = ("info", "train", "sample", "eval", "bench")
+COMMANDS = ("info", "train", "sample", "eval", "bench", "figure")
 SUPPRESS = argparse.SUPPRESS  # settings that were not given do not appear: a resume keeps what it was begun with
 
 _EPILOG = """\
@@ -73,6 +73,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         ("sample", "sample", _sample, "draw samples from a trained model"),
         ("eval", "evaluate", _evaluate, "held-out likelihood of a trained model"),
         ("bench", "bench", _bench, "speed of the operators against PyTorch and other libraries"),
+        ("figure", "figure", _figure, "draw a figure of a run; without a name, list them"),
     ):
         parsers[name] = sub = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(module=module)
@@ -240,3 +241,9 @@ def _bench(sub: Parser) -> None:
     sub.add_argument(
         "--limit", type=float, metavar="S", help="begin no other row after S seconds; what is left out is named"
     )
+
+
+def _figure(sub: Parser) -> None:
+    sub.usage = "genkernels figure [NAME [--out F.png] [options]]\n       genkernels figure NAME --help"
+    sub.add_argument("name", metavar="NAME", nargs="?", help="which (default: lists them)")
+    sub.add_argument("options", nargs=argparse.REMAINDER, help=SUPPRESS)  # each figure has its own: cli/figure.py

@@ -35,7 +35,7 @@ def run(arguments) -> int:
             name = f"n{n}-t{arguments.temperature:g}-seed{arguments.seed}{label}.png"
             out = Path(arguments.run).expanduser() / "samples" / name
             refuse_unwritable(out)
-        from genkernels.training.grids import draw, save_png, why_not
+        from genkernels.pictures import draw, save_png, why_not
         from genkernels.training.sampling import sample, unusable
 
         if out.suffix.lower() == ".png" and (missing := why_not(points)):
@@ -69,7 +69,7 @@ def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
 
     from genkernels import data
     from genkernels.cli.load import check_fits, classes_of
-    from genkernels.training.grids import save_png, tile
+    from genkernels.pictures import save_png, tile
     from genkernels.training.sampling import inpaint, known_region
 
     if arguments.label is not None:

@@ -4,12 +4,12 @@ Lightning is imported when `fit` is called, not before: it takes seconds.
 """
 
 from genkernels._words import UsageError
+from genkernels.pictures import draw, save_png, scatter, tile
 from genkernels.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from genkernels.training.config import TrainConfig
 from genkernels.training.ema import EMA
 from genkernels.training.errors import TrainingError
 from genkernels.training.evaluate import HeldOut, evaluate
-from genkernels.training.grids import draw, save_png, scatter, tile
 from genkernels.training.loop import fit
 from genkernels.training.results import Result
 from genkernels.training.rundir import RunDirectory, load_model
