@@ -14,8 +14,8 @@
 // vectors of pixels run on from one row into the next.
 #pragma once
 
-#include "common.h"
-#include "vector.h"
+#include "../common.h"
+#include "../vector.h"
 
 #include <memory>
 
@@ -322,7 +322,7 @@ void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t f
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------
 
-// One product a lane: storage S is widened to T as it is staged. Pairs (masked_conv_bf16.h) has the same members.
+// One product a lane: storage S is widened to T as it is staged. Pairs (bf16.h) has the same members.
 template <typename T>
 struct Single {
   using Staged = T;  // an element of a staged plane, of a packed weight, of g turned

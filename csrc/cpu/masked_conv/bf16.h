@@ -1,4 +1,4 @@
-// The two products of a masked convolution (masked_conv.h) in bf16, two multiplications a lane: AVX512-BF16's
+// The two products of a masked convolution (products.h) in bf16, two multiplications a lane: AVX512-BF16's
 // vdpbf16ps, sum += a0·b0 + a1·b1 with bf16 factors and an fp32 sum, half the instructions of fp32.
 //
 // correlate: the two are neighbouring channels of one pixel: x is staged as 32-bit elements (channel 2i low, 2i + 1
@@ -18,7 +18,7 @@
 // processor may run it.
 #pragma once
 
-#include "masked_conv.h"
+#include "products.h"
 
 #if defined(__x86_64__)
 #  include <immintrin.h>

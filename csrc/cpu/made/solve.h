@@ -1,8 +1,8 @@
 // The blocked triangular solves of `made` for one chunk of samples; made.cpp says how and why.
 #pragma once
 
-#include "../common/scale_map.h"
-#include "made_product.h"
+#include "../../common/scale_map.h"
+#include "product.h"
 
 namespace genkernels {
 namespace made {
