@@ -1,5 +1,5 @@
-// The options of the operators, as the numbers that Python passes: its IntEnums in genkernels/reference have the same
-// names and values, and tests/native holds the two to each other.
+// The options of the operators, as the numbers that Python passes: the IntEnums of genkernels/_options.py have the same
+// names and values, and a test in tests/native holds the two to each other.
 #pragma once
 
 namespace genkernels {

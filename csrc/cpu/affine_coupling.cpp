@@ -3,8 +3,7 @@
 //
 // Layout. A sample's transformed part is L elements: M·S of M channels of S pixels (channel split), or all C·H·W with a
 // mask (checkerboard). It is worked through in tiles of up to kTile elements, which stay in the first-level cache:
-//     stage (to fp32/fp64, gathered)  →  arithmetic over plain arrays, vectorised by the compiler  →  unstage (cast,
-//     scattered)
+//     stage (to fp32/fp64, gathered)  →  arithmetic over plain arrays, vectorised  →  unstage (cast, scattered)
 // Where storage is already plain (same type, halves layout) the stages are skipped and the arithmetic reads and writes
 // the tensors themselves. Samples of fewer than kTile elements share a tile, so that 2-D points vectorise as well as
 // images.
@@ -13,8 +12,10 @@
 // tensors beyond the cache the operator alone gains for exp and loses for tanh, and together with whatever reads its
 // result next it loses for every map, because the result is then in no cache.
 //
-// Bytes, in units of one half-tensor: forward reads x₁ x₂ s t, writes z₁ z₂ (6); backward reads g₁ g₂ x₂ s, writes g₁
-// g₂ g_s g_t (8); reverse reads 6 (z₁ z₂ g₁ g₂ s t), writes 6.
+// Bytes, in units of one half-tensor:
+//     forward   reads x₁ x₂ s t          writes z₁ z₂                  6
+//     backward  reads g₁ g₂ x₂ s         writes g₁ g₂ g_s g_t          8
+//     reverse   reads z₁ z₂ g₁ g₂ s t    writes x₁ x₂ g₁ g₂ g_s g_t   12
 //
 // Log-determinant: each tile sums in 16 fp32 lanes, tiles add up in fp64, chunks of kChunk elements in a fixed order.
 // Bitwise the same from run to run and for any number of threads.

@@ -1,15 +1,15 @@
 // Masked linear layers and the inverse of an autoregressive affine transform on the CPU (Germain et al. 2015;
 // Papamakarios et al. 2017).
 //
-//   y = (W ⊙ M) x + b, M by degrees;      z_i = x_i σ(s_i) + t_i with (s, t)_i made of x_{<i}: x from z, and the
-//   gradient of that
+//   y = (W ⊙ M) x + b                   M by degrees; its two gradients
+//   z_i = x_i σ(s_i) + t_i              (s, t)_i made of x_{<i}; x from z, and the gradient of that
 //
-// One product serves all (made_product.h). Samples are turned so that they lie side by side; rows and columns are taken
+// One product serves all (made/product.h). Samples are turned so that they lie side by side; rows and columns are taken
 // in the order of their degrees, in which a masked weight is a staircase: a group of rows multiplies the inputs that
 // all of it sees, then each row its few more. Dead weights are not read (but for the gradient's zeros, not written
 // either): half the flops of the dense product.
 //
-// The inverse (made_solve.h) is a blocked nonlinear triangular solve. Features come in blocks of kBlock. What the
+// The inverse (made/solve.h) is a blocked nonlinear triangular solve. Features come in blocks of kBlock. What the
 // features and units known before the block give to the block's units is added in whole products, one a layer; inside
 // the block go feature by feature: its s and t, x, then the units of each layer whose degree has just become known,
 // each a dot product over the few units of the block itself. Every unit is computed once: Σ H·H'/2 multiplications a

@@ -1,24 +1,29 @@
 // Masked convolution on the CPU: y = act(x * (w ⊙ m) + b + c) + r over the live taps alone (van den Oord et al. 2016a,
 // 2016b).
 //
-// Shapes. x [N, Cin, H, W], weight [Cout, Cin, kh, kw], condition [N, Cout] or [N, Cout, H, W], residual [N, Cout', H,
-// W]; channels first in and out, nothing is rearranged but a band of rows in scratch (masked_conv/products.h).
+// Shapes, channels first in and out: nothing is rearranged but a band of rows in scratch (masked_conv/products.h).
+//     x [N, Cin, H, W]                  weight [Cout, Cin, kh, kw]
+//     residual, y [N, Cout', H, W]      condition [N, Cout] or [N, Cout, H, W]
 //
 // Forward. A task is a band of rows of one image, chosen so that its staged input and its result stay in the
 // second-level cache. The weights are packed once a call as [block of output channels][entry][channel], an entry being
 // a live tap of an input channel for any of the block: taps that data_channels kills for a whole block are left out
 // too. Bias and [N, Cout] condition start the sums; the 4-D condition, the activation and the residual are applied to
-// the band before it is stored. Backward. g, the gradient of the pre-activation, is written out where there is an
-// activation. grad_x: the same product, taps mirrored. grad_weight: an outer product over pixels, per live tap, in at
-// most kParts partial sums over the images; these depend on the shape alone and are added in order, so that bits do not
-// depend on the number of threads. A dead tap's is 0.
+// the band before it is stored.
+//
+// Backward. g, the gradient of the pre-activation, is written out where there is an activation. grad_x: the same
+// product, taps mirrored. grad_weight: an outer product over pixels, per live tap, in at most kParts partial sums over
+// the images; these depend on the shape alone and are added in order, so that bits do not depend on the number of
+// threads. A dead tap's is 0.
 //
 // Saved for backward: x, weight; relu: the output, beside a residual the pre-activation; gate: the pre-activation
 // (recomputing it would cost the convolution again).
 //
 // Flops: 2·N·H·W·(live weights), twice that backward: at a processor's peak this is the floor, the bytes (x and y once)
-// hide behind it. fp16 is widened as it is staged. bf16 is multiplied in pairs where the processor does that
-// (masked_conv/bf16.h), on one with AMX by torch (masked_conv/by_torch.h), else widened.
+// hide behind it.
+//
+// fp16 is widened as it is staged. bf16 is multiplied in pairs where the processor does that (masked_conv/bf16.h), else
+// widened; on a processor with AMX torch multiplies it (masked_conv/by_torch.h).
 #include "masked_conv/bf16.h"
 #include "masked_conv/by_torch.h"
 #include "masked_conv/convolve.h"

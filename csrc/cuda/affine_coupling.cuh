@@ -11,8 +11,7 @@
 //   channel split    x [N, 2, E], E = C/2·S: one half passes, the other is transformed
 //   checkerboard     x [N, E], E = C·H·W: element (c, h, w) is transformed where h + w is odd (flip: even)
 //   params           [N, E / L, 2, L], log-scales and shifts in alternating rows of L elements: the `halves` layout is
-//   one
-//                    pair of rows of L = E, the `interleaved` one a pair a channel; additive: the shifts alone, [N, E]
+//                    one pair of rows of L = E, the `interleaved` one a pair a channel; additive: shifts alone, [N, E]
 //
 // Parallelisation: a thread owns one 16-byte run of elements (4 fp32, 8 half) in each tensor, a group of threads a
 // chunk of one sample, a block 256 threads: many samples where they are small, a chunk of one where they are large.

@@ -1,8 +1,9 @@
 // Kernels of `made`: the inverse of an autoregressive affine transform, its transposed solve, and what masks and
 // arranges weights.
 //
-//   z_i = x_i σ(s_i) + t_i, (s, t)_i made of x_{<i}      (Papamakarios et al. 2017; genkernels/reference/made.py has
-//   the maths)
+//   z_i = x_i σ(s_i) + t_i, (s, t)_i made of x_{<i}
+//
+// Papamakarios et al. 2017; genkernels/reference/made.py has the maths.
 //
 // Parallelisation. A block of kSolveThreads threads solves kSamples samples alone, first feature to last, so that
 // blocks never wait for each other and one launch does the whole inverse. A step is: the two parameters of its feature,
@@ -19,8 +20,8 @@
 #include "../common/scale_map.h"
 #include "common.cuh"
 
-#ifndef __grid_constant__  // nvcc has it as a macro: the argument stays in constant memory, though its arrays are
-                           // indexed at run time
+// nvcc has it as a macro: the argument stays in constant memory, though its arrays are indexed at run time.
+#ifndef __grid_constant__
 #  define __grid_constant__
 #endif
 

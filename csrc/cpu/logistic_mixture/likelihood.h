@@ -14,16 +14,16 @@ struct Tile {
   alignas(64) T x[C][kTile];
   alignas(64) T best[kTile];  // the largest logit
   alignas(64) T denominator[kTile];
-  alignas(64) T row[5][kTile];  // widened rows
-  alignas(64) T top[kTile], evidence[kTile],
-      prior[kTile];  // max of the joint's linear part, Σ of the joint, Σ exp of the logits
+  alignas(64) T row[5][kTile];    // widened rows
+  alignas(64) T top[kTile];       // max of the joint's linear part
+  alignas(64) T evidence[kTile];  // Σ of the joint
+  alignas(64) T prior[kTile];     // Σ exp of the logits
 };
 
 // What a tile holds for each component: [K, kTile] each, in a thread's scratch.
 template <typename T>
 struct Components {
-  T* linear;  // log of the joint probability but for `factor`; then the joint, relative to the tile's largest linear
-              // part
+  T* linear;  // log of the joint probability but for `factor`; then the joint, relative to the largest linear part
   T* factor;
   T* prior;  // exp of the logits, relative to the largest
 };
