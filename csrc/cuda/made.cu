@@ -1,53 +1,11 @@
-// genkernels_cuda::masked_linear and its gradients, made_inverse and its gradient: launches, temporaries, registration.
-// Kernels: the .cuh.
-//
-// Shapes, dtypes, devices and contiguity were checked above, in genkernels/ops, which also has the schemas. Masked
-// products are cuBLAS's dense ones with a masked weight, through torch: on a GPU the dead half costs less than a
-// product of one's own would lose.
-#include <array>
-
+// genkernels_cuda::made_inverse and its gradient: launches, temporaries, registration. Kernels: the .cuh; outputs and
+// dtypes: csrc/common/made.h. The gradients of the weights are cuBLAS's dense products, through torch, settled after.
 #include "../common/made.h"
 #include "made.cuh"
 
 namespace genkernels {
 namespace made {
 namespace {
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Masked linear layers
-
-Tensor mask(const Tensor& weight, const Tensor& in_degrees, const Tensor& out_degrees, bool strict) {
-  const int64_t out = weight.size(0), in = weight.size(1);
-  Tensor masked = empty(weight, {out, in});
-  if (out * in == 0) return masked;
-  const Launcher launch("masked_linear", weight);
-  with_dtype<float, double, BFloat16, Half>("masked_linear: weight", weight, [&]<typename T>() {
-    launch(made_mask<T>, ceil_div(out * in, kThreads), dim3(kThreads), data<T>(weight), out, in,
-           data<int64_t>(in_degrees), data<int64_t>(out_degrees), strict, mutable_data<T>(masked));
-  });
-  return masked;
-}
-
-Tensor masked_linear(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor in_degrees, Tensor out_degrees,
-                     bool strict) {
-  const Tensor masked = mask(weight, in_degrees, out_degrees, strict);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(masked),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor masked_linear_grad_input(Tensor grad_output, Tensor weight, Tensor in_degrees, Tensor out_degrees, bool strict) {
-  return torch::stable::matmul(grad_output, mask(weight, in_degrees, out_degrees, strict));
-}
-
-Tensor masked_linear_grad_weight(Tensor grad_output, Tensor input, Tensor in_degrees, Tensor out_degrees, bool strict) {
-  return mask(torch::stable::matmul(torch::stable::transpose(grad_output, 0, 1), input), in_degrees, out_degrees,
-              strict);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The inverse
 
 // A network with its tensors arranged for the kernels, and the temporaries that its pointers point into.
 template <typename T>
@@ -196,9 +154,6 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(genkernels_cuda, CUDA, m) {
   using namespace genkernels::made;
-  m.impl("masked_linear", TORCH_BOX(&masked_linear));
-  m.impl("masked_linear_grad_input", TORCH_BOX(&masked_linear_grad_input));
-  m.impl("masked_linear_grad_weight", TORCH_BOX(&masked_linear_grad_weight));
   m.impl("made_inverse", TORCH_BOX(&made_inverse<Cuda>));
   m.impl("made_inverse_backward", TORCH_BOX(&made_inverse_backward<Cuda>));
 }

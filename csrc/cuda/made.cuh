@@ -1,5 +1,5 @@
-// Kernels of `made`: the inverse of an autoregressive affine transform, its transposed solve, and what masks and
-// arranges weights.
+// Kernels of `made`: the inverse of an autoregressive affine transform, its transposed solve, and what puts weights in
+// order.
 //
 //   z_i = x_i σ(s_i) + t_i, (s, t)_i made of x_{<i}
 //
@@ -269,17 +269,6 @@ __global__ void __launch_bounds__(kThreads)
     to[row * columns + column] = from[i];
   else
     to[i] = from[row * row_stride + column * column_stride];
-}
-
-// weight where live, 0 elsewhere.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    made_mask(const T* __restrict__ weight, const int64_t out, const int64_t in, const int64_t* __restrict__ in_degrees,
-              const int64_t* __restrict__ out_degrees, const bool strict, T* __restrict__ masked) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= out * in) return;
-  const int64_t d = out_degrees[i / in], e = in_degrees[i % in];
-  masked[i] = (strict ? d > e : d >= e) ? weight[i] : T(0.0f);
 }
 
 // The gradient of a layer's weight, in data order, from the dense product of signal and input: negated, 0 where dead. A
