@@ -8,6 +8,11 @@ from pathlib import Path
 from genkernels._files import refuse_unwritable
 from genkernels._words import UsageError
 
+#: What `known_region` knows: the part of an image that is kept.
+REGIONS = ("top-half", "top-quarter", "left-half")
+#: Arguments of a model's `sample` that are options of their own.
+RESERVED = ("x", "n", "temperature", "generator", "y")
+
 
 def run(arguments) -> int:
     for flag, value in (("--n", arguments.n), ("--batch-size", arguments.batch_size)):
@@ -17,26 +22,29 @@ def run(arguments) -> int:
         raise UsageError(f"--temperature must be 0 or positive, got {arguments.temperature}")
     if not -(2**63) <= arguments.seed < 2**63:
         raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
-    from genkernels.cli.load import classes_of, load
-    from genkernels.training.loop import forced_backend
+    from genkernels.backends import current_backend, use_backend
+    from genkernels.cli.load import load, options
 
     out = Path(arguments.out).expanduser() if arguments.out else None
     if out is not None:
         if out.suffix.lower() not in (".png", ".npz"):
             raise UsageError(f"--out must end in .png or .npz, got {str(out)!r}")
         refuse_unwritable(out)
-    with forced_backend(arguments.backend):
+    with use_backend(arguments.backend or current_backend()):
         model, config, state = load(arguments)
-        points = config["data"].get("levels") is None
+        if arguments.inpaint and arguments.settings:
+            raise UsageError("--set cannot be given with --inpaint")
+        chosen = options(arguments.settings, model.sample, config["model"]["name"], reserved=RESERVED)
+        points = config["data"].get("grey_levels") is None
         n = arguments.n or (2000 if points else 16 if arguments.inpaint else 64)
         if out is None:
             label = "" if arguments.label is None else f"-label{arguments.label}"
             label += f"-{arguments.inpaint}" if arguments.inpaint else ""
+            label += "".join(f"-{key}{value}" for key, value in chosen.items() if str(value).isalnum())
             name = f"n{n}-t{arguments.temperature:g}-seed{arguments.seed}{label}.png"
             out = Path(arguments.run).expanduser() / "samples" / name
             refuse_unwritable(out)
-        from genkernels.training.grids import draw, save_png, why_not
-        from genkernels.training.sampling import sample, unusable
+        from genkernels.training.sampling import draw, sample, save_png, unusable, why_not
 
         if out.suffix.lower() == ".png" and (missing := why_not(points)):
             raise UsageError(f"writing a PNG: {missing}")
@@ -48,8 +56,8 @@ def run(arguments) -> int:
             temperature=arguments.temperature,
             seed=arguments.seed,
             label=arguments.label,
-            num_classes=classes_of(config),
             batch_size=arguments.batch_size,
+            options=chosen,
         )
     if broken := unusable(images):
         print(
@@ -68,28 +76,27 @@ def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
     import torch
 
     from genkernels import data
-    from genkernels.cli.load import check_fits, classes_of
-    from genkernels.training.grids import save_png, tile
-    from genkernels.training.sampling import inpaint, known_region
+    from genkernels.cli.load import check_fits
+    from genkernels.training.sampling import inpaint, save_png, tile
 
     if arguments.label is not None:
         raise UsageError("--label cannot be given with --inpaint: held-out images have their own classes")
     bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
-    if bundle.levels is None:
+    if not bundle.form.is_image:
         raise UsageError(f"--inpaint completes images: the data {bundle.name} are points")
-    check_fits(bundle, config)  # the user's own data may have changed since
-    known = known_region(arguments.inpaint, bundle.shape)
+    check_fits(bundle, model, config)  # the user's own data may have changed since
+    known = known_region(arguments.inpaint, bundle.form.shape)
     x, y = bundle.take("test", n)
     drawn = inpaint(
         model,
         x,
         known,
-        y=y if classes_of(config) else None,
+        y=y if model.num_classes else None,
         temperature=arguments.temperature,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
     )
-    top = bundle.levels - 1
+    top = bundle.form.grey_levels - 1
     if out.suffix.lower() == ".npz":
         _save_npz(out, drawn / top, config, known=known.numpy(), original=x.numpy())
     else:
@@ -105,13 +112,33 @@ def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
     return 0
 
 
+def known_region(region: str, shape: tuple[int, int, int]):
+    """``[H, W]`` bool, True where `region` of an image ``(C, H, W)`` is kept.
+
+    Raises:
+        UsageError: the region is unknown, or all of so small an image.
+    """
+    import torch
+
+    _, height, width = shape
+    if region not in REGIONS:
+        raise UsageError(f"region must be one of {', '.join(REGIONS)}, got {region!r}")
+    rows = {"top-half": height // 2, "top-quarter": height // 4}.get(region, height)
+    columns = width // 2 if region == "left-half" else width
+    known = torch.zeros(height, width, dtype=torch.bool)
+    known[:rows, :columns] = True
+    if not known.any():
+        raise UsageError(f"region {region} of an image of {height}x{width} pixels is empty")
+    return known
+
+
 def _save_npz(path: Path, images, config: dict, **more) -> None:
     """Writes ``x`` (and ``levels``) as ``--data npz:`` reads them: level indices for images, float32 for points."""
     import numpy as np
 
     from genkernels._files import replacing
 
-    levels = config["data"].get("levels")
+    levels = config["data"].get("grey_levels")
     arrays = {"x": images.float().numpy()}
     if levels is not None:
         arrays = {

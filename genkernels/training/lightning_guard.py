@@ -1,4 +1,7 @@
-"""Lightning's import, which takes seconds and can fail for reasons of its own, and its silence."""
+"""Lightning's import, which takes seconds and can fail for reasons of its own, and its silence.
+
+Fabric is all that is used. It is no lighter to import: ``lightning/__init__.py`` imports the Trainer first.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def import_lightning() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own dependencies' deprecations
-            importlib.import_module("lightning.pytorch")
+            importlib.import_module("lightning.fabric")
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "lightning":
             raise UsageError(
@@ -50,7 +53,7 @@ def quiet_lightning() -> Iterator[None]:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning(\.|$)")
-            warnings.filterwarnings("ignore", message=r".*(num_workers|dataloader|log_every_n_steps|LeafSpec)")
+            warnings.filterwarnings("ignore", message=r".*LeafSpec")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -4,9 +4,9 @@
 
     RUN/config.json                        the model, the data and the training settings
     RUN/checkpoints/step-00001000.ckpt     the two newest periodic checkpoints, all that a resume needs
-    RUN/best.ckpt                          the weights with the best held-out likelihood
-    RUN/samples/step-00001000.png          a sheet of samples
-    RUN/losses.csv                         one row a step
+    RUN/best.ckpt                          the weights with the best held-out value
+    RUN/samples/step-00001000.png          a sheet of samples, and others that the model has: -NAME.png
+    RUN/losses.csv                         one row a step, a column for each term
     RUN/metrics.json                       the results, at the end
     RUN/tensorboard/                       event files
 """
@@ -133,6 +133,8 @@ class RunDirectory:
         parts = ("model", "data", "train")
         if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in parts):
             raise UsageError(f"{self.config} is damaged: it must have the parts model, data and train")
+        if "levels" in config["data"]:  # as it was called once
+            config["data"]["grey_levels"] = config["data"].pop("levels")
         return config
 
     def write_config(self, *, model: dict, data: dict, train: dict) -> None:
@@ -142,7 +144,7 @@ class RunDirectory:
         """A checkpoint for evaluation or sampling; falls back to another sound one.
 
         Args:
-            which: ``best`` (by held-out likelihood) or ``last``.
+            which: ``best`` (by held-out examples) or ``last``.
 
         Returns:
             ``(state, notes)``: one sentence a checkpoint that was passed over.
@@ -219,14 +221,17 @@ def load_weights(model: nn.Module, state: dict, *, averaged: bool) -> None:
     Raises:
         CheckpointError: they are another model's.
     """
-    weights = state["model"]
-    if averaged and state.get("ema") and state["ema"]["updates"]:
-        weights = {**weights, **state["ema"]["average"]}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state["model"])
+        players = model.players() if averaged else {}
+        for name, average in state.get("average", {}).items():
+            if averaged and average["updates"]:
+                players[name].module.load_state_dict(average["weights"])
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise CheckpointError(f"the checkpoint must hold this model's weights: {' '.join(lines[1:3])}") from None
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint must hold this model's players, it has {error}") from None
 
 
 def _near_folder(path: Path) -> str:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genkernels._seeds import fixed_seed
+from genkernels._seeds import derive_seed, fixed_seed
 from genkernels._words import UsageError
-from genkernels.training.evaluate import no_autocast
+from genkernels.training.average import applied
+
+# the one place from which sheets are drawn: whoever needs these names finds them here
+from genkernels.training.grids import draw as draw
+from genkernels.training.grids import save_png as save_png
+from genkernels.training.grids import scatter as scatter
+from genkernels.training.grids import tile as tile
+from genkernels.training.grids import why_not as why_not
+from genkernels.training.judge import no_autocast
 
 
 def sample(
@@ -20,8 +29,8 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
     label: int | None = None,
-    num_classes: int | None = None,
     batch_size: int = 256,
+    options: dict[str, Any] | None = None,
 ) -> Tensor:
     """Draws n samples in evaluation mode and fp32, in batches of fixed size, so that memory does not grow with n.
 
@@ -30,9 +39,9 @@ def sample(
         n: how many.
         temperature: of the prior.
         seed: of the draws.
-        label: the class of every sample; None takes each class in turn where the model is class-conditional.
-        num_classes: how many classes the model was trained with; None where it is not class-conditional.
+        label: the class of every sample; None takes each class in turn where the model has classes.
         batch_size: samples at once.
+        options: further keyword arguments of ``model.sample``.
 
     Returns:
         ``[n, C, H, W]`` in [0, 1] or ``[n, D]``, on the CPU.
@@ -40,46 +49,21 @@ def sample(
     Raises:
         UsageError: a label for a model without classes, or out of range.
     """
-    if label is not None and num_classes is None:
+    classes = model.num_classes
+    if label is not None and not classes:
         raise UsageError("the model has no classes to choose from: it was not trained with --class-conditional")
-    if label is not None and not 0 <= label < num_classes:
-        raise UsageError(f"label must be in 0 to {num_classes - 1}, got {label}")
+    if label is not None and not 0 <= label < classes:
+        raise UsageError(f"label must be in 0 to {classes - 1}, got {label}")
     with _drawing(model, seed) as (device, generator):
         labels = None
-        if num_classes is not None:
-            labels = (
-                torch.arange(n, device=device) % num_classes
-                if label is None
-                else torch.full((n,), label, device=device)
-            )
+        if classes:
+            labels = torch.arange(n, device=device) % classes if label is None else torch.full((n,), label).to(device)
         parts = []
         for first in range(0, n, batch_size):
             count = min(batch_size, n - first)
-            given = {} if labels is None else {"y": labels[first : first + count]}
+            given = {**(options or {}), **({} if labels is None else {"y": labels[first : first + count]})}
             parts.append(model.sample(count, temperature=temperature, generator=generator, **given).cpu())
     return torch.cat(parts)
-
-
-#: What `known_region` knows: the part of an image that is kept.
-REGIONS = ("top-half", "top-quarter", "left-half")
-
-
-def known_region(region: str, shape: tuple[int, int, int]) -> Tensor:
-    """``[H, W]`` bool, True where `region` of an image ``(C, H, W)`` is kept.
-
-    Raises:
-        UsageError: the region is unknown, or all of so small an image.
-    """
-    _, height, width = shape
-    if region not in REGIONS:
-        raise UsageError(f"region must be one of {', '.join(REGIONS)}, got {region!r}")
-    rows = {"top-half": height // 2, "top-quarter": height // 4}.get(region, height)
-    columns = width // 2 if region == "left-half" else width
-    known = torch.zeros(height, width, dtype=torch.bool)
-    known[:rows, :columns] = True
-    if not known.any():
-        raise UsageError(f"region {region} of an image of {height}x{width} pixels is empty")
-    return known
 
 
 def inpaint(
@@ -96,7 +80,7 @@ def inpaint(
 
     Args:
         model: has ``inpaint(x, known, temperature, generator, y)``: a model of the PixelCNN family.
-        x: ``[N, C, H, W]`` uint8. known: bool, broadcastable to it. y: ``[N]`` classes, for a class-conditional model.
+        x: ``[N, C, H, W]`` uint8. known: bool, broadcastable to it. y: ``[N]`` classes, for a model that has some.
         temperature, seed, batch_size: as for `sample`.
 
     Returns:
@@ -135,3 +119,38 @@ def _drawing(model: nn.Module, seed: int) -> Iterator[tuple[torch.device, torch.
 def unusable(samples: Tensor) -> int:
     """How many samples hold a NaN or an infinity: the inverse of a flow that has hardly been trained can overflow."""
     return int((~samples.isfinite().flatten(1).all(1)).sum())
+
+
+class Sheets:
+    """Draws samples of a run's averaged weights, and whatever other pictures the model has, where they are due."""
+
+    def __init__(self, session) -> None:
+        self.session = session
+        self._missing = why_not(points=not session.bundle.form.is_image) if session.run else None
+        if self._missing:
+            session.report.note(f"no sample sheets: {self._missing}")
+
+    def draw(self, due) -> None:
+        s = self.session
+        if not (due.draw or s.judge.stopped_early) or due.interrupted:
+            return
+        if s.run and s.fabric.is_global_zero and not self._missing:
+            with applied(s.averages):
+                self._draw(due.step)
+        s.barrier()
+
+    def _draw(self, step: int) -> None:
+        s = self.session
+        seed, count = derive_seed(s.config.seed, "sheet"), s.config.samples
+        samples = sample(s.model, count, temperature=s.config.temperature, seed=seed)
+        if broken := unusable(samples):
+            s.report.note(f"step {step}: {broken} of {len(samples)} samples are not finite")
+        x, y = s.bundle.take("test", count)
+        with _drawing(s.model, seed) as (device, generator):
+            pictures = s.model.pictures(x.to(device), y.to(device), generator)
+        sheets = {"samples": draw(samples, None if s.bundle.form.is_image else x)}
+        sheets |= {name: draw(picture) for name, picture in pictures.items()}
+        for name, pixels in sheets.items():
+            ending = "" if name == "samples" else f"-{name}"
+            save_png(s.run.samples / f"step-{step:08d}{ending}.png", pixels)
+            s.report.picture(step, name, pixels)

@@ -1,0 +1,185 @@
+"""How good a model is on held-out examples: in its own figures of merit, the first of which decides what is best."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from genkernels._seeds import derive_seed, fixed_seed
+from genkernels.training.average import applied
+from genkernels.training.order import fetch
+
+if TYPE_CHECKING:
+    from genkernels.models import Estimate, Model
+
+
+def spread(dataset: Dataset, count: int) -> Dataset:
+    """`count` examples evenly spread over a data set, or all of it where `count` is 0 or no smaller."""
+    if not count or count >= len(dataset):
+        return dataset
+    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
+
+
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    *,
+    batch_size: int = 64,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, Estimate] | None:
+    """The model's figures of merit over a data set, every example once, in fp32 and in evaluation mode.
+
+    The noise is a function of `seed`, whatever the global generators hold, and they are left as they were.
+
+    Equivalent to::
+
+        model.evaluate(DataLoader(dataset, batch_size), **options)
+
+    Args:
+        model: a `genkernels.models.Model`.
+        dataset: gives ``(x, y)``.
+        batch_size: examples at once.
+        seed: of the noise.
+        options: keyword arguments of ``model.evaluate``.
+        rank, world_size: this process takes every `world_size`-th batch.
+        gather: stacks an fp64 tensor of each process, ``[world_size, ...]``.
+        stop: asked before each batch; True abandons the evaluation.
+
+    Returns:
+        Estimates by name, or None where `stop` said so.
+
+    Raises:
+        ValueError: the data set is empty, or the model gave no estimate.
+    """
+    if not len(dataset):
+        raise ValueError("evaluate: at least 1 example must be seen, got 0")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(rank * batch_size, len(dataset), world_size * batch_size):
+            if stop is not None and stop():
+                raise _Abandoned
+            x, y = fetch(dataset, list(range(first, min(first + batch_size, len(dataset)))))
+            yield x.to(device), y.to(device)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), fixed_seed(derive_seed(seed, "evaluate", rank)), no_autocast(device):
+            estimates = model.evaluate(batches(), **(options or {}))
+    except _Abandoned:
+        return None
+    finally:
+        model.train(was_training)
+    if not estimates:
+        raise ValueError(f"{type(model).__name__}.evaluate must give at least 1 estimate, got none")
+    return _pooled(estimates, gather) if gather else estimates
+
+
+class _Abandoned(Exception):
+    """Leaves a model's `evaluate` from within the batches that it asks for."""
+
+
+def _pooled(estimates: dict[str, Estimate], gather: Callable[[Tensor], Tensor]) -> dict[str, Estimate]:
+    """Estimates over all processes' examples from those that each made of its own."""
+    from genkernels.models import Estimate
+
+    figures = [[e.value, e.standard_error, e.examples] for e in estimates.values()]
+    everyone = gather(torch.tensor(figures, dtype=torch.float64)).tolist()
+    pooled = {}
+    for i, (name, e) in enumerate(estimates.items()):
+        parts = [
+            Estimate(e.name, e.unit, value, error, int(examples), e.lower_is_better)
+            for value, error, examples in (theirs[i] for theirs in everyone)
+        ]
+        pooled[name] = Estimate.pooled(parts)
+    return pooled
+
+
+@contextlib.contextmanager
+def no_autocast(device: torch.device):
+    """Figures of merit and samples are computed in the weights' own precision, also in the middle of a mixed-precision
+    run."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def text_of(estimate: Estimate) -> str:
+    """``1.2345 ± 0.0123 bits/dim``."""
+    error = f" ± {estimate.standard_error:.4f}" if math.isfinite(estimate.standard_error) else ""
+    return f"{estimate.value:.4f}{error} {estimate.unit}".rstrip()
+
+
+class Judge:
+    """Evaluates a run's averaged weights on held-out examples, and knows which were the best.
+
+    The same few examples under the same noise judge every step of the run, so that differences between steps are
+    sharper than either value. The result at the end is over all examples.
+
+    Attributes:
+        evaluations: every ``[step, value, ...]``, a value for each of `names`.
+        names: of the estimates, once there are any. best: ``[step, value]`` of the first of them, or None.
+        stale: evaluations since then.
+        held_out: estimates over all held-out examples at the end of a run.
+    """
+
+    def __init__(self, session, state: dict) -> None:
+        self.session = session
+        self.evaluations: list[list] = [list(row) for row in state.get("evaluations", [])]
+        self.best: list | None = state.get("best")
+        self.stale: int = state.get("stale", 0)
+        self.names: list[str] = []
+        self.held_out: dict[str, Estimate] = {}
+        self.stopped_early = False
+
+    def evaluate(self, due) -> None:
+        """Evaluates where it is due, keeps the best weights, and decides on stopping early."""
+        if not due.evaluate or due.interrupted:
+            return
+        s = self.session
+        everything = s.bundle.test
+        few = spread(everything, s.config.eval_examples)
+        with applied(s.averages):
+            estimates = self._measure(few)
+            if estimates is None:
+                due.interrupted = True
+                return
+            self.names, first = list(estimates), next(iter(estimates.values()))
+            better = math.isfinite(first.value) and (self.best is None or first.better_than(self.best[1]))
+            self.best, self.stale = ([due.step, first.value], 0) if better else (self.best, self.stale + 1)
+            self.stopped_early = 0 < s.config.patience <= self.stale and due.step != s.total
+            final = self.stopped_early or due.step == s.total
+            whole = self._measure(everything) if final and few is not everything else estimates
+        self.evaluations.append([due.step, *(e.value for e in estimates.values())])
+        if better:
+            s.keeper.save_best(due.step)
+        due.stop = due.stop or self.stopped_early
+        due.interrupted = whole is None
+        self.held_out = whole if final and whole else {}
+        s.report.evaluated(due.step, estimates, few=len(few), everything=len(everything), better=better, best=self.best)
+        if self.stopped_early:
+            s.report.note(f"stopping early: no new best in {self.stale} evaluations")
+
+    def _measure(self, dataset: Dataset) -> dict[str, Estimate] | None:
+        s, several = self.session, self.session.fabric.world_size > 1
+        return evaluate(
+            s.model,
+            dataset,
+            batch_size=s.config.eval_batch_size or s.config.batch_size,
+            seed=s.config.seed,
+            rank=s.fabric.global_rank,
+            world_size=s.fabric.world_size,
+            gather=s.fabric.all_gather if several else None,
+            stop=None if several else s.interrupt.__bool__,
+        )

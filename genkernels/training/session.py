@@ -1,0 +1,201 @@
+"""A run under way: its players, what watches, reports, judges, draws and keeps it, and what is due after a step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from genkernels._config import TrainConfig
+from genkernels._seeds import derive_seed, seed_everything
+from genkernels.training.average import Average
+from genkernels.training.interrupt import Interrupt
+from genkernels.training.judge import Judge
+from genkernels.training.keep import Keeper
+from genkernels.training.order import Order, fetch
+from genkernels.training.report import Report
+from genkernels.training.rundir import RunDirectory
+from genkernels.training.sampling import Sheets
+from genkernels.training.watch import Watch, check_terms
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from genkernels.data import DataBundle
+    from genkernels.models import Model, Player
+
+SAVE_SECONDS = 300.0  # what a killed run may lose at most, where checkpoint_every is left open
+
+
+@dataclass
+class Due:
+    """What is to be done after `step` steps; ``interrupted``: a signal came before the run had all of them."""
+
+    step: int
+    evaluate: bool = False
+    draw: bool = False
+    save: bool = False
+    stop: bool = False
+    interrupted: bool = False
+
+
+class Session:
+    """One run under way.
+
+    Args:
+        fabric: launched.
+        model, bundle: as they are given to `fit`.
+        config: with nothing left open.
+        run: where to write, or None.
+        state: a checkpoint to go on from; empty at the beginning.
+        interrupt: asked after each step whether to stop.
+        quiet: shows no progress.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: Model,
+        bundle: DataBundle,
+        config: TrainConfig,
+        run: RunDirectory | None,
+        state: dict,
+        interrupt: Interrupt,
+        quiet: bool,
+    ) -> None:
+        self.fabric, self.model, self.bundle, self.config = fabric, model.train(), bundle, config
+        self.run, self.interrupt = run, interrupt
+        self.start = self.step = state.get("step", 0)
+        self.total = config.total_steps(len(bundle.train), fabric.world_size)
+        self.interrupted = False
+        fabric.to_device(model)
+        players = model.players()
+        self._several = len(players) > 1
+        if fabric.world_size > 1 and not self.start:
+            self._initialise(players)
+        self.players = {name: Moving(fabric, model, name, player, config) for name, player in players.items()}
+        self.judge = Judge(self, state)
+        self.keeper = Keeper(self, state)
+        self.report = Report(self, self.start, quiet)
+        self.watch = Watch(self)
+        self.report.note(
+            f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, on {bundle.name}: "
+            f"{bundle.description}; {fabric.device}, step {self.start:,} of {self.total:,}"
+        )
+        self.sheets = Sheets(self)
+
+    @property
+    def averages(self) -> list[tuple[nn.Module, Average | None]]:
+        return [(player.module, player.average) for player in self.players.values()]
+
+    def column(self, player: str, term: str) -> str:
+        """What a term is called in files and on the bar: by itself where there is one player."""
+        return f"{player}/{term}" if self._several else term
+
+    def order(self, rank: int) -> Order:
+        c = self.config
+        return Order(len(self.bundle.train), c.batch_size, c.seed, self.start, self.total, rank, self.fabric.world_size)
+
+    def due(self, step: int) -> Due | None:
+        """What the settings ask for after `step` steps; None where there is nothing, not even a look at the losses."""
+        c, last = self.config, step == self.total
+        every = [last or bool(n) and step % n == 0 for n in (c.eval_every, c.sample_every, c.checkpoint_every)]
+        due = Due(step, *every)
+        due.save = due.save or (c.checkpoint_every is None and due.evaluate)
+        alone = self.fabric.world_size == 1  # else all of them must agree, which they do where all of them look
+        return due if any(every) or self.watch.record.full or (alone and self.interrupt) else None
+
+    def hear(self, due: Due) -> None:
+        """Whether a signal came in one of the processes: all stop and save at the same step. And the five minutes."""
+        wish = self._agree(bool(self.interrupt))
+        due.stop, due.interrupted = due.stop or wish, due.interrupted or (wish and due.step < self.total)
+        late = time.monotonic() - self.keeper.saved_at > SAVE_SECONDS
+        due.save = due.save or due.stop or (self.config.checkpoint_every is None and self._agree(late))
+
+    def _agree(self, wish: bool) -> bool:
+        several = self.fabric.world_size > 1
+        return self.fabric.strategy.reduce_boolean_decision(wish, all=False) if several else wish
+
+    def barrier(self) -> None:
+        if self.fabric.world_size > 1:
+            self.fabric.barrier()
+
+    def _initialise(self, players: dict[str, Player]) -> None:
+        # ActNorm sets itself on the first batch that it sees. Each process sees another batch, so all of them are given
+        # the first process's now, before DDP makes sure that they begin with the same weights.
+        seed_everything(derive_seed(self.config.seed, "initialise"))
+        x, y = self.fabric.to_device(fetch(self.bundle.train, self.order(0).batch(0)))
+        for name in players:
+            self.model.losses(name, x, y, 0)
+
+
+class Moving:
+    """A player on the move: its optimiser, its average, and its share of the model's losses.
+
+    While it moves, other players' parameters ask for no gradient: none is computed for them, and none is left behind.
+    """
+
+    def __init__(self, fabric: Fabric, model: Model, name: str, player: Player, config: TrainConfig) -> None:
+        self.name, self.module, self.every, self.lr = name, player.module, player.every, player.lr
+        self.average = Average(player.module, config.ema) if config.ema and player.averaged else None
+        self._fabric, self._model, self._clip = fabric, model, config.clip
+        own = dict.fromkeys(player.module.parameters())
+        self._others = [p for p in model.parameters() if p.requires_grad and p not in own]
+        self._losses = fabric.strategy.setup_module(_Losses(model, name, self._others))
+        self._terms: set[str] = set()
+        # The fused step applies the loss scale of 16-mixed by itself, which hides the true gradients from clipping.
+        fused = config.precision != "16-mixed"
+        kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+        settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": fused}
+        self.optimizer = fabric.setup_optimizers(kind([p for p in own if p.requires_grad], **settings))
+
+    def losses(self, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
+        with self._alone(), self._fabric.autocast():
+            terms = self._losses(x, y, step)
+        if not isinstance(terms, dict) or not self._terms.issuperset(terms):
+            check_terms(self._model, self.name, terms)
+            self._terms |= set(terms)
+        return terms
+
+    def step(self, lr: float) -> Tensor | None:
+        """Clips, moves, averages; the gradients' norm, on the device, where it clips."""
+        norm = None
+        if self._clip:
+            # unscales first; of this player's parameters alone
+            norm = self._fabric.clip_gradients(
+                self.module, self.optimizer, max_norm=self._clip, error_if_nonfinite=False
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * self.lr
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.module)
+        return norm
+
+    @contextlib.contextmanager
+    def _alone(self):
+        for parameter in self._others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self._others:
+                parameter.requires_grad_(True)
+
+
+class _Losses(nn.Module):
+    """A player's losses as the forward pass that DDP wraps; it averages the gradients of this player alone."""
+
+    def __init__(self, model: Model, player: str, others: list[Tensor]) -> None:
+        super().__init__()
+        self.model, self.player = model, player
+        others = set(others)
+        names = [name for name, p in self.named_parameters(remove_duplicate=False) if p in others]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def forward(self, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
+        return self.model.losses(self.player, x, y, step)
