@@ -20,10 +20,8 @@ def run(arguments) -> int:
     from genkernels.training.loop import fit
 
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(arguments, f.name)}
-    with use_backend(
-        given.get("backend") or current_backend()
-    ):  # a name that is wrong is told before anything is loaded
-        pass
+    with use_backend(given.get("backend") or current_backend()):
+        pass  # a name that is wrong is told before anything is loaded
     directory, config, data, bundle, model = (_continued if arguments.resume else _begun)(arguments, given)
     main = is_main_process()
     resume = f"genkernels train --out {shlex.quote(str(directory))} --resume"

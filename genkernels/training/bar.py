@@ -71,8 +71,7 @@ class RichBar(Bar):
         class Display(progress.Progress):
             def get_renderables(self):
                 yield self.make_tasks_table(self.tasks)
-                if bar._parts:  # a part is not torn apart at its spaces
-                    yield Text("  ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in bar._parts))
+                yield from map(Text, lines_of(bar._parts, self.console.width))
 
         columns = (
             progress.BarColumn(bar_width=None),
@@ -98,6 +97,17 @@ class RichBar(Bar):
 
     def close(self) -> None:
         self._display.stop()
+
+
+def lines_of(parts: list[str], width: int) -> list[str]:
+    """Parts side by side, as many a line as fit: none is torn apart."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
 
 
 def duration(seconds: float) -> str:

@@ -9,16 +9,17 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from genkernels.data import DataBundle
+from genkernels.models import LikelihoodModel
 
 
-class Tiny(nn.Module):
+class Tiny(LikelihoodModel):
     """An affine Gaussian with dequantisation noise, a data-dependent start and a buffer: all that a resume must bring
     back."""
 
     presets = {"small": {"width": 4}}
 
     def __init__(self, *, image_shape=None, features=None, data_levels=None, num_classes=None, width=8, poison_at=None):
-        super().__init__()
+        nn.Module.__init__(self)
         self.hparams = {
             "image_shape": image_shape,
             "features": features,
@@ -28,7 +29,7 @@ class Tiny(nn.Module):
             "poison_at": poison_at,
         }
         self.shape = tuple(image_shape) if image_shape else (features,)
-        self.levels, self.poison_at, self.calls = data_levels, poison_at, 0
+        self.levels, self.poison_at, self.calls, self.num_classes = data_levels, poison_at, 0, num_classes
         size = math.prod(self.shape)
         self.net = nn.Sequential(nn.Linear(size, width), nn.Tanh(), nn.Linear(width, 2 * size))
         self.shift = nn.Parameter(torch.zeros(size))
