@@ -66,12 +66,13 @@ class RichBar(Bar):
         from rich.text import Text
 
         super().__init__(total, start, stream, every=0.1)
-        bar = self
+        self._parts: list[str] = []
+        bar, console = self, Console(file=stream, highlight=False)
 
         class Display(progress.Progress):
             def get_renderables(self):
                 yield self.make_tasks_table(self.tasks)
-                yield from map(Text, lines_of(bar._parts, self.console.width))
+                yield from map(Text, lines_of(bar._parts, console.width))
 
         columns = (
             progress.BarColumn(bar_width=None),
@@ -80,9 +81,7 @@ class RichBar(Bar):
             progress.TimeElapsedColumn(),
             progress.TextColumn("{task.fields[left]}"),
         )
-        self._parts: list[str] = []
         # no thread of its own: processes that load data are forked while it would hold a lock
-        console = Console(file=stream, highlight=False)
         self._display = Display(*columns, console=console, auto_refresh=False, expand=True)
         self._task = self._display.add_task("", total=total, completed=start, left="")
 
