@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from genkernels.training.checkpoint import CheckpointError
+
 
 class Average(AveragedModel):
     r"""Keeps :math:`\bar w_t = d_t \bar w_{t-1} + (1 - d_t) w_t` for each parameter and a copy of every buffer.
 
-    The decay :math:`d_t = \min(d,\, t/(t+9))` grows with the updates t so far: the first one is a plain copy, so the
-    random initial weights, and an ActNorm that initialises itself on its first batch, leave no trace, and short runs
-    average over about a tenth of their steps.
-
-    Args:
-        module: whose weights are averaged.
-        decay: d in [0, 1).
+    The decay :math:`d_t = \min(d,\, t/(t+9))`, of a given d in [0, 1), grows with the updates t so far: the first one
+    is a plain copy, so the random initial weights, and an ActNorm that initialises itself on its first batch, leave no
+    trace, and short runs average over about a tenth of their steps.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -46,16 +44,12 @@ class Average(AveragedModel):
         return {"updates": int(self.n_averaged), "weights": self.module.state_dict()}
 
     def load(self, saved: dict) -> None:
-        """Takes over an average that `to_dict` gave.
-
-        Raises:
-            ValueError: its names or shapes are not this module's.
-        """
+        """Takes over an average that `to_dict` gave; a CheckpointError where it is another module's."""
         try:
             self.module.load_state_dict(saved["weights"])
         except RuntimeError as error:
             odd = str(error).splitlines()[1].strip()
-            raise ValueError(f"the saved average must have this model's tensors: {odd}") from None
+            raise CheckpointError(f"the saved average must have this model's tensors: {odd}") from None
         self.n_averaged = _Count(saved["updates"])
 
 

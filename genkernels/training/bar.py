@@ -1,4 +1,4 @@
-"""The line, or few lines, in which a run shows itself: drawn over and over on a terminal, plain lines elsewhere."""
+"""How a run shows itself while it goes on: drawn over and over on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,11 +21,8 @@ class Bar:
     """A line now and then.
 
     Args:
-        total: steps of the run.
-        start: steps already done.
-        stream: where to.
-        every: seconds between two lines.
-        quiet: draws nothing.
+        total: steps of the run. start: steps already done.
+        stream: where to. every: seconds between two lines. quiet: writes nothing.
     """
 
     def __init__(self, total: int, start: int, stream: TextIO, every: float = 10.0, quiet: bool = False) -> None:
@@ -33,19 +30,17 @@ class Bar:
         self._every, self._began, self._drawn = every, time.monotonic(), -float("inf")
 
     def update(self, done: int, parts: Callable[[], list[str]]) -> None:
-        """Shows that `done` steps are finished, with ``parts()`` beside it; drops the call where one was drawn just
-        now."""
+        """Shows that `done` steps are finished, with ``parts()`` beside it; not where it was shown just now."""
         self.done, now = done, time.monotonic()
         if self.quiet or (now - self._drawn < self._every and done < self.total):
             return
         self._drawn = now
-        self._draw(parts(), now - self._began)
+        seconds = (now - self._began) / max(1, done - self.start) * (self.total - done)
+        self._draw(parts(), f"{duration(seconds)} left")
 
-    def _draw(self, parts: list[str], elapsed: float) -> None:
-        steps = self.done - self.start
-        if steps and self.done < self.total:
-            parts = [*parts, f"{duration(elapsed / steps * (self.total - self.done))} left"]
-        self.note("  ".join([f"{self.done / max(1, self.total):4.0%} {self.done}/{self.total}", *parts]))
+    def _draw(self, parts: list[str], left: str) -> None:
+        head = f"{self.done / max(1, self.total):4.0%} {self.done}/{self.total}"
+        self.note("  ".join([head, *parts, *([left] if self.done < self.total else [])]))
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
@@ -74,20 +69,16 @@ class RichBar(Bar):
                 yield self.make_tasks_table(self.tasks)
                 yield from map(Text, lines_of(bar._parts, console.width))
 
-        columns = (
-            progress.BarColumn(bar_width=None),
-            progress.TaskProgressColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("{task.fields[left]}"),
-        )
+        times = progress.TimeElapsedColumn(), progress.TextColumn("{task.fields[left]}")
+        counts = progress.TaskProgressColumn(), progress.MofNCompleteColumn()
         # no thread of its own: processes that load data are forked while it would hold a lock
-        self._display = Display(*columns, console=console, auto_refresh=False, expand=True)
+        self._display = Display(
+            progress.BarColumn(None), *counts, *times, console=console, auto_refresh=False, expand=True
+        )
         self._task = self._display.add_task("", total=total, completed=start, left="")
 
-    def _draw(self, parts: list[str], elapsed: float) -> None:
-        self._parts, steps = parts, self.done - self.start
-        left = f"{duration(elapsed / max(1, steps) * (self.total - self.done))} left"
+    def _draw(self, parts: list[str], left: str) -> None:
+        self._parts = parts
         self._display.start()
         self._display.update(self._task, completed=self.done, left=left, refresh=True)
 
@@ -116,9 +107,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def rate_text(images_per_second: float | None, noun: str = "images") -> str:
+def rate_text(per_second: float | None, noun: str = "images") -> str:
     """``1,234 images/s``."""
-    if images_per_second is None:
-        return ""
-    digits = 0 if images_per_second >= 100 else 1
-    return f"{images_per_second:,.{digits}f} {noun}/s"
+    return "" if per_second is None else f"{per_second:,.{0 if per_second >= 100 else 1}f} {noun}/s"
+
+
+def number(value: float) -> str:
+    """Three decimals, or as many digits as a very large or very small number takes."""
+    return f"{value:.3f}" if value == 0 or 1e-2 <= abs(value) < 1e5 else f"{value:.3g}"

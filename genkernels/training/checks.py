@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_model(model: torch.nn.Module) -> None:
+    """That it says what training asks it."""
     needed = ("players", "losses", "evaluate", "sample", "pictures")
     if missing := [name for name in needed if not callable(getattr(model, name, None))]:
         raise UsageError(
@@ -24,6 +25,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 
 def check_data(bundle: DataBundle) -> None:
+    """That there are some, and no NaN among them."""
     for part, dataset in (("train", bundle.train), ("test", bundle.test)):
         if not len(dataset):
             raise UsageError(f"data {bundle.name}: the {part} part must hold at least 1 example, got 0")

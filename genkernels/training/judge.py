@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
     from genkernels.models import Estimate, Model
 
 
-def spread(dataset: Dataset, count: int) -> Dataset:
-    """`count` examples evenly spread over a data set, or all of it where `count` is 0 or no smaller."""
-    if not count or count >= len(dataset):
-        return dataset
-    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
-
-
 def evaluate(
     model: Model,
     dataset: Dataset,
@@ -36,7 +30,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Tensor], Tensor] | None = None,
-    stop: Callable[[], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Estimate] | None:
     """The model's figures of merit over a data set, every example once, in fp32 and in evaluation mode.
 
@@ -47,10 +41,8 @@ def evaluate(
         model.evaluate(DataLoader(dataset, batch_size), **options)
 
     Args:
-        model: a `genkernels.models.Model`.
-        dataset: gives ``(x, y)``.
-        batch_size: examples at once.
-        seed: of the noise.
+        model: a `genkernels.models.Model`. dataset: gives ``(x, y)``.
+        batch_size: examples at once. seed: of the noise.
         options: keyword arguments of ``model.evaluate``.
         rank, world_size: this process takes every `world_size`-th batch.
         gather: stacks an fp64 tensor of each process, ``[world_size, ...]``.
@@ -68,20 +60,16 @@ def evaluate(
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(rank * batch_size, len(dataset), world_size * batch_size):
-            if stop is not None and stop():
+            if stop():
                 raise _Abandoned
             x, y = fetch(dataset, list(range(first, min(first + batch_size, len(dataset)))))
             yield x.to(device), y.to(device)
 
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), fixed_seed(derive_seed(seed, "evaluate", rank)), no_autocast(device):
+    with evaluating(model, derive_seed(seed, "evaluate", rank)):
+        try:
             estimates = model.evaluate(batches(), **(options or {}))
-    except _Abandoned:
-        return None
-    finally:
-        model.train(was_training)
+        except _Abandoned:
+            return None
     if not estimates:
         raise ValueError(f"{type(model).__name__}.evaluate must give at least 1 estimate, got none")
     return _pooled(estimates, gather) if gather else estimates
@@ -93,26 +81,27 @@ class _Abandoned(Exception):
 
 def _pooled(estimates: dict[str, Estimate], gather: Callable[[Tensor], Tensor]) -> dict[str, Estimate]:
     """Estimates over all processes' examples from those that each made of its own."""
-    from genkernels.models import Estimate
-
     figures = [[e.value, e.standard_error, e.examples] for e in estimates.values()]
-    everyone = gather(torch.tensor(figures, dtype=torch.float64)).tolist()
-    pooled = {}
-    for i, (name, e) in enumerate(estimates.items()):
-        parts = [
-            Estimate(e.name, e.unit, value, error, int(examples), e.lower_is_better)
-            for value, error, examples in (theirs[i] for theirs in everyone)
-        ]
-        pooled[name] = Estimate.pooled(parts)
-    return pooled
+    columns = gather(torch.tensor(figures, dtype=torch.float64)).transpose(0, 1).tolist()
+    parts = {
+        name: [replace(e, value=v, standard_error=error, examples=int(n)) for v, error, n in column]
+        for (name, e), column in zip(estimates.items(), columns, strict=True)
+    }
+    return {name: estimates[name].pooled(column) for name, column in parts.items()}
 
 
 @contextlib.contextmanager
-def no_autocast(device: torch.device):
-    """Figures of merit and samples are computed in the weights' own precision, also in the middle of a mixed-precision
-    run."""
-    with torch.autocast(device.type, enabled=False):
-        yield
+def evaluating(model: Model, seed: int) -> Iterator[None]:
+    """Evaluation mode, no graph, the weights' own precision also in the midst of a mixed-precision run, and random
+    numbers from `seed`; model and generators are left as they were."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), fixed_seed(seed), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def text_of(estimate: Estimate) -> str:
@@ -128,18 +117,15 @@ class Judge:
     sharper than either value. The result at the end is over all examples.
 
     Attributes:
-        evaluations: every ``[step, value, ...]``, a value for each of `names`.
-        names: of the estimates, once there are any. best: ``[step, value]`` of the first of them, or None.
-        stale: evaluations since then.
+        evaluations: every ``[step, value, ...]``, a value for each estimate.
+        best: ``[step, value]`` of the first estimate, or None. stale: evaluations since then.
         held_out: estimates over all held-out examples at the end of a run.
     """
 
     def __init__(self, session, state: dict) -> None:
         self.session = session
         self.evaluations: list[list] = [list(row) for row in state.get("evaluations", [])]
-        self.best: list | None = state.get("best")
-        self.stale: int = state.get("stale", 0)
-        self.names: list[str] = []
+        self.best, self.stale = state.get("best"), state.get("stale", 0)
         self.held_out: dict[str, Estimate] = {}
         self.stopped_early = False
 
@@ -147,39 +133,48 @@ class Judge:
         """Evaluates where it is due, keeps the best weights, and decides on stopping early."""
         if not due.evaluate or due.interrupted:
             return
-        s = self.session
-        everything = s.bundle.test
-        few = spread(everything, s.config.eval_examples)
+        s, everything = self.session, self.session.bundle.test
+        count = min(s.config.eval_examples or len(everything), len(everything))
+        few = Subset(everything, [i * len(everything) // count for i in range(count)])  # evenly spread
         with applied(s.averages):
-            estimates = self._measure(few)
-            if estimates is None:
-                due.interrupted = True
-                return
-            self.names, first = list(estimates), next(iter(estimates.values()))
-            better = math.isfinite(first.value) and (self.best is None or first.better_than(self.best[1]))
-            self.best, self.stale = ([due.step, first.value], 0) if better else (self.best, self.stale + 1)
-            self.stopped_early = 0 < s.config.patience <= self.stale and due.step != s.total
-            final = self.stopped_early or due.step == s.total
-            whole = self._measure(everything) if final and few is not everything else estimates
+            estimates = whole = self._measure(few if count < len(everything) else everything)
+            if estimates is not None:
+                first = next(iter(estimates.values()))
+                better = math.isfinite(first.value) and (self.best is None or first.better_than(self.best[1]))
+                self.best, self.stale = ([due.step, first.value], 0) if better else (self.best, self.stale + 1)
+                self.stopped_early = 0 < s.config.patience <= self.stale and due.step != s.total
+                final = self.stopped_early or due.step == s.total
+                if final and count < len(everything):
+                    whole = self._measure(everything)
+        due.interrupted = whole is None
+        if estimates is None:
+            return
         self.evaluations.append([due.step, *(e.value for e in estimates.values())])
         if better:
             s.keeper.save_best(due.step)
         due.stop = due.stop or self.stopped_early
-        due.interrupted = whole is None
         self.held_out = whole if final and whole else {}
-        s.report.evaluated(due.step, estimates, few=len(few), everything=len(everything), better=better, best=self.best)
+        part = f" ({count:,} of {len(everything):,})" if count < len(everything) else ""
+        s.report.evaluated(due.step, estimates, part, better, self.best)
         if self.stopped_early:
             s.report.note(f"stopping early: no new best in {self.stale} evaluations")
 
+    def catch_up(self) -> None:
+        """Evaluates what earlier calls left: Ctrl-C came at a step that was to be evaluated, or a kill before the
+        results."""
+        s, due = self.session, self.session.due(self.session.start)
+        if not s.start or not due or not due.evaluate:
+            return
+        if s.start not in {row[0] for row in self.evaluations}:
+            self.evaluate(due)
+        elif s.start == s.total:
+            with applied(s.averages):
+                whole = self._measure(s.bundle.test)
+            self.held_out, due.interrupted = whole or {}, whole is None
+        s.interrupted = due.interrupted and s.start == s.total
+
     def _measure(self, dataset: Dataset) -> dict[str, Estimate] | None:
-        s, several = self.session, self.session.fabric.world_size > 1
-        return evaluate(
-            s.model,
-            dataset,
-            batch_size=s.config.eval_batch_size or s.config.batch_size,
-            seed=s.config.seed,
-            rank=s.fabric.global_rank,
-            world_size=s.fabric.world_size,
-            gather=s.fabric.all_gather if several else None,
-            stop=None if several else s.interrupt.__bool__,
-        )
+        s, c, several = self.session, self.session.config, self.session.fabric.world_size > 1
+        where = {"rank": s.fabric.global_rank, "world_size": s.fabric.world_size}
+        how = {"gather": s.fabric.all_gather} if several else {"stop": s.interrupt.__bool__}
+        return evaluate(s.model, dataset, batch_size=c.eval_batch_size or c.batch_size, seed=c.seed, **where, **how)

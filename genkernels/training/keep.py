@@ -5,27 +5,25 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from genkernels.training import checkpoint as ckpt
-from genkernels.training.checkpoint import TrainingError
+from genkernels.training.checkpoint import TrainingError, keep_newest, list_checkpoints, step_path, write_checkpoint
 
 KEPT = 2
 
 
 class Keeper:
-    """Brings optimisers and averages back from a checkpoint, and writes new ones; in the first process alone.
+    """Brings optimisers and averages back from a checkpoint, and writes new ones, in the first process alone.
 
     Args:
-        session: the run.
-        state: a checkpoint to go on from; empty at the beginning.
+        session: the run. state: a checkpoint to go on from; empty at the beginning.
 
     Attributes:
-        saved: the newest checkpoint of this call, or None. saved_at: when, by the monotonic clock.
+        saved: the newest checkpoint, or None. saved_at: when this call wrote one, by the monotonic clock.
     """
 
     def __init__(self, session, state: dict) -> None:
-        self.session = session
-        self.saved: Path | None = None
-        self.saved_at, self._saved_step = time.monotonic(), -1
+        self.session, self._saved_step, self.saved_at = session, -1, time.monotonic()
+        found = list_checkpoints(session.run.checkpoints) if session.run else []
+        self.saved: Path | None = found[0] if found else None
         for name, player in session.players.items():
             if optimizer := state.get("optimizers", {}).get(name):
                 player.optimizer.load_state_dict(optimizer)
@@ -44,31 +42,26 @@ class Keeper:
         """Writes ``best.ckpt``: weights alone."""
         s = self.session
         if s.run and s.fabric.is_global_zero:
-            ckpt.write_checkpoint(s.run.best, self._weights(step))
+            write_checkpoint(s.run.best, self._weights(step))
         s.barrier()
 
     def save(self, due) -> None:
-        """Writes a checkpoint where one is due.
-
-        Raises:
-            TrainingError: the disk refused.
-        """
+        """Writes a checkpoint where one is due; a TrainingError where the disk refuses."""
         s = self.session
         if not due.save:
             return
         if s.run and s.fabric.is_global_zero and self._saved_step != due.step:
             s.report.to_disk()
-            path = ckpt.step_path(s.run.checkpoints, due.step)
+            path = step_path(s.run.checkpoints, due.step)
             optimizers = {name: player.optimizer.state_dict() for name, player in s.players.items()}
-            state = {**self._weights(due.step), "optimizers": optimizers}
+            state = {"optimizers": optimizers, "precision": s.fabric.strategy.precision.state_dict()}
             try:
-                ckpt.write_checkpoint(path, {**state, "precision": s.fabric.strategy.precision.state_dict()})
+                write_checkpoint(path, {**self._weights(due.step), **state})
             except OSError as error:
                 kept = f"the last good checkpoint is {self.saved}" if self.saved else "none was written before it"
-                raise TrainingError(
-                    f"checkpoint {path} cannot be written: {error.strerror or error}; {kept}"
-                ) from error
-            ckpt.keep_newest(s.run.checkpoints, KEPT)
+                reason = error.strerror or error
+                raise TrainingError(f"checkpoint {path} cannot be written: {reason}; {kept}") from error
+            keep_newest(s.run.checkpoints, KEPT)
             self.saved = path
         self._saved_step, self.saved_at = due.step, time.monotonic()
         s.barrier()

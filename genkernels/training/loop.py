@@ -17,12 +17,11 @@ from genkernels.training import checkpoint as ckpt
 from genkernels.training.checkpoint import TrainingError
 from genkernels.training.checks import check_data, check_model, explained, is_main_process, resolved
 from genkernels.training.interrupt import Interrupt
-from genkernels.training.judge import evaluate
 from genkernels.training.lightning_guard import import_lightning, quiet_lightning
 from genkernels.training.order import make_loader
-from genkernels.training.results import Result, metrics, recorded
+from genkernels.training.results import Result, metrics
 from genkernels.training.rundir import RunDirectory, describe_model, load_weights
-from genkernels.training.session import Due, Session
+from genkernels.training.session import Session
 
 if TYPE_CHECKING:
     from genkernels.data import DataBundle
@@ -105,9 +104,8 @@ def fit(
 def _steps(s: Session) -> None:
     """All steps from the session's first to its last, and what is due after them."""
     c, fabric, watch = s.config, s.fabric, s.watch
-    loader = make_loader(
-        s.bundle.train, s.order(fabric.global_rank), workers=c.workers, pin_memory=fabric.device.type == "cuda"
-    )
+    order, pin = s.order(fabric.global_rank), fabric.device.type == "cuda"
+    loader = make_loader(s.bundle.train, order, workers=c.workers, pin_memory=pin)
     watch.clock.restart()
     for step, batch in enumerate(loader, s.start):
         x, y = fabric.to_device(batch)
@@ -142,20 +140,13 @@ def _run(
 ) -> Result:
     from lightning.fabric import Fabric
 
+    machine = {key: getattr(config, key) for key in ("accelerator", "devices", "strategy", "precision")}
     with Interrupt(speak=not quiet and is_main_process()) as interrupt, quiet_lightning():
-        fabric = Fabric(
-            accelerator=config.accelerator, devices=config.devices, strategy=config.strategy, precision=config.precision
-        )
+        fabric = Fabric(**machine)
         fabric.launch()
-        facts = {"device": str(fabric.device), "backend": current_backend(), "precision": config.precision}
-        facts |= {"out": run.path if run else None, "model": model}
-        if state.get("step", 0) >= config.total_steps(len(bundle.train), fabric.world_size):
-            return _finished(fabric, model, bundle, config, run, state, facts)
         s = Session(fabric, model, bundle, config, run, state, interrupt, quiet)
         try:
-            if s.start and s.config.eval_every and s.start % s.config.eval_every == 0:
-                if s.start not in {row[0] for row in s.judge.evaluations}:
-                    s.judge.evaluate(Due(s.start, evaluate=True))  # Ctrl-C came at a step that was to be evaluated
+            s.judge.catch_up()
             _steps(s)
         except Exception as error:
             if sentence := explained(error, s.step, run):
@@ -163,11 +154,9 @@ def _run(
             raise
         finally:
             s.report.close()
-    if not s.interrupted:
-        for module, average in s.averages:
-            if average:
-                average.copy_to(module)
-    model.eval()
+    for module, average in s.averages:
+        if average and not s.interrupted:
+            average.copy_to(module)
     return Result(
         steps=s.step,
         history=s.report.history,
@@ -175,28 +164,14 @@ def _run(
         best=s.judge.best,
         evaluations=s.judge.evaluations,
         examples_per_second=s.watch.rate(),
+        device=str(fabric.device),
+        backend=current_backend(),
+        precision=config.precision,
+        out=run.path if run else None,
+        model=model.eval(),
         checkpoint=s.keeper.saved,
         signal=interrupt.signal if s.interrupted else None,
         stopped_early=s.judge.stopped_early,
-        **facts,
-    )
-
-
-def _finished(fabric, model, bundle, config, run, state, facts) -> Result:
-    """The result of a run that has all its steps: it was killed between the last checkpoint and the results."""
-    load_weights(model, state, averaged=True)
-    fabric.to_device(model)
-    batch_size = config.eval_batch_size or config.batch_size
-    history, speed = recorded(run, config.batch_size * fabric.world_size)
-    return Result(
-        steps=state["step"],
-        history=history,
-        held_out=evaluate(model.eval(), bundle.test, batch_size=batch_size, seed=config.seed),
-        best=state.get("best"),
-        evaluations=[list(row) for row in state.get("evaluations", [])],
-        examples_per_second=speed,
-        checkpoint=next(iter(ckpt.list_checkpoints(run.checkpoints)), None),
-        **facts,
     )
 
 

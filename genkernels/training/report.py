@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -13,89 +14,77 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genkernels._files import replacing
-from genkernels.training.bar import bar_on, rate_text
+from genkernels.training.bar import bar_on, number, rate_text
 
 if TYPE_CHECKING:
     from genkernels.models import Estimate
 
 SMOOTH = 20  # values that the one shown is the mean of
 LOGGED = 1000  # points of a TensorBoard curve
+RESERVED = ("step", "grad_norm", "lr", "seconds")  # columns that are no terms
 
 
 class Report:
     """Tells of one run; in processes other than the first, of nothing.
 
-    Args:
-        session: the run.
-        start: steps done before.
-        quiet: shows no progress.
-
     Attributes:
-        history: each column's value in every step, None where its player did not move.
+        history: each term's value in every step, None where its player did not move.
+        seconds: how long the steps before this call took.
     """
 
     def __init__(self, session, start: int, quiet: bool) -> None:
-        self.session = session
-        main = session.fabric.is_global_zero
-        self.bar = bar_on(sys.stderr, session.total, start, quiet=quiet or not main)
+        self.session, self.main = session, session.fabric.is_global_zero
+        self.bar = bar_on(sys.stderr, session.total, start, quiet=quiet or not self.main)
+        self.note = self.bar.note
         self.noun = "images" if session.bundle.form.is_image else "points"
         self.history: dict[str, list[float | None]] = {}
-        self._file: LossFile | None = None
-        self._curves = Curves()
-        if session.run and main:
+        self.seconds: list[float] = []
+        self._file, self._curves = None, Curves()
+        if session.run and self.main:
             names = [session.column(player, term) for player in session.players for term in ("loss", "grad_norm")]
-            self._file = LossFile(session.run.losses, start, names)
-            self._curves = Curves(session.run.tensorboard, start)
-            self.history = self._file.history()
+            self._file, self._curves = (
+                LossFile(session.run.losses, start, names),
+                Curves(session.run.tensorboard, start),
+            )
+            rows = LossFile.read(session.run.losses)
+            self.history, self.seconds = history_of(rows), [float(row["seconds"]) for row in rows]
         self._recent: dict[str, list[float]] = {}
         self._logged = start
 
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        self.bar.note(text)
-
     def rows(self, first: int, rows: list[dict], seconds: list[float], rate: Callable[[], float | None]) -> None:
         """The terms of the steps from `first` on."""
-        s = self.session
         for i, row in enumerate(rows):
-            if s.fabric.is_global_zero:
-                remember(self.history, row)
             if self._file:
-                lr = s.config.lr_at(first + i, s.total)
+                lr = self.session.config.lr_at(first + i, self.session.total)
                 self._file.append(first + i, row, lr, seconds[i] if i < len(seconds) else 0.0)
+            shown = {name: value for name, value in row.items() if not name.endswith("grad_norm")}
+            if self.main:
+                remember(self.history, shown)
+            for name, value in shown.items():
+                self._recent.setdefault(name, []).append(value)
         if self._file:
             self._file.flush()
-        shown = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.endswith("grad_norm")]
-        for name in shown:
-            values = [row[name] for row in rows if name in row]
-            self._recent[name] = [*self._recent.get(name, []), *values][-max(SMOOTH, len(values)) :]
+        self._recent = {name: values[-max(SMOOTH, len(rows)) :] for name, values in self._recent.items()}
         if rows:
             self._show(first + len(rows), rate)
 
     def _show(self, step: int, rate: Callable[[], float | None]) -> None:
+        total, evaluations = self.session.total, self.session.judge.evaluations
         means = {name: sum(values) / len(values) for name, values in self._recent.items()}
-
-        def parts() -> list[str]:
-            terms = [f"{name} {number(value)}" for name, value in means.items()]
-            evaluations = self.session.judge.evaluations
-            held = [f"held out {number(evaluations[-1][1])}"] if evaluations else []
-            return [part for part in (rate_text(rate(), self.noun), *terms, *held) if part]
-
-        self.bar.update(step, parts)
-        if step - self._logged >= self.session.total / LOGGED or step == self.session.total:
+        parts = {**means, **({"held out": evaluations[-1][1]} if evaluations else {})}
+        texts = [f"{name} {number(value)}" for name, value in parts.items()]
+        self.bar.update(step, lambda: [text for text in (rate_text(rate(), self.noun), *texts) if text])
+        if step - self._logged >= total / LOGGED or step == total:
             self._logged = step
-            lr = self.session.config.lr_at(step - 1, self.session.total)
-            self._curves.scalars(step, "train", {**means, "lr": lr, "examples_per_second": rate()})
+            facts = {"lr": self.session.config.lr_at(step - 1, total), "examples_per_second": rate()}
+            self._curves.scalars(step, "train", {**means, **facts})
 
-    def evaluated(
-        self, step: int, estimates: dict[str, Estimate], *, few: int, everything: int, better: bool, best: list | None
-    ) -> None:
-        """An evaluation on `few` of the held-out examples."""
-        first, *others = estimates.values()
+    def evaluated(self, step: int, estimates: dict[str, Estimate], part: str, better: bool, best: list | None) -> None:
+        """What an evaluation during the run found."""
+        texts = [f"{e.value:.4f} {e.unit}".rstrip() for e in estimates.values()]
+        more = "".join(f", {name} {text}" for name, text in list(zip(estimates, texts, strict=True))[1:])
         mark = "  (best)" if better else f"  (best {best[1]:.4f} at step {best[0]})" if best else ""
-        part = f" ({few:,} of {everything:,})" if few != everything else ""
-        more = "".join(f", {e.name} {e.value:.4f} {e.unit}".rstrip() for e in others)
-        self.note(f"step {step}: held out{part} {first.value:.4f} {first.unit}".rstrip() + mark + more)
+        self.note(f"step {step}: held out{part} {texts[0]}{mark}{more}")
         self._curves.scalars(step, "held_out", {name: e.value for name, e in estimates.items()})
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
@@ -113,18 +102,6 @@ class Report:
             self._file.close()
 
 
-def number(value: float) -> str:
-    """Three decimals, or as many digits as a very large or very small number takes."""
-    return f"{value:.3f}" if value == 0 or 1e-2 <= abs(value) < 1e5 else f"{value:.3g}"
-
-
-def remember(history: dict[str, list[float | None]], row: dict[str, float]) -> None:
-    """Adds one step's terms to the history of all."""
-    length = max(map(len, history.values()), default=0)
-    for name in {**history, **row}:
-        history.setdefault(name, [None] * length).append(row.get(name))
-
-
 class LossFile:
     """``losses.csv``: appended at every look, cut back to the checkpoint's step when a run goes on from there.
 
@@ -132,20 +109,17 @@ class LossFile:
     A player that does not move in a step leaves its cells empty.
 
     Args:
-        path: of the file.
-        start: rows of earlier steps are kept.
+        path: of the file. start: rows of earlier steps are kept.
         names: of the losses and gradient norms.
     """
 
     def __init__(self, path: Path, start: int, names: list[str]) -> None:
         self._path = path
-        kept = [row for row in self.read(path) if int(row["step"]) < start] if start else []
-        own = ["step", *names, "lr", "seconds"]
-        self._begin([*own, *(name for name in (kept[0] if kept else ()) if name not in own)], kept)
+        kept = [row for row in self.read(path) if int(row["step"]) < start]
+        self._begin(list(dict.fromkeys(["step", *names, "lr", "seconds", *(kept[0] if kept else ())])), kept)
 
     def _begin(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        self._columns = columns
-        text = io.StringIO(newline="")
+        self._columns, text = columns, io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -170,24 +144,24 @@ class LossFile:
     def close(self) -> None:
         self._file.close()
 
-    def history(self) -> dict[str, list[float | None]]:
-        """Each term's value in every step."""
-        return history_of(self.read(self._path))
-
     @staticmethod
     def read(path: Path) -> list[dict[str, str]]:
         """The whole rows of a file that may end in half a row, as a killed process leaves it."""
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
-            return []
+        text = path.read_text() if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and None not in row]
 
 
+def remember(history: dict[str, list[float | None]], row: dict[str, float]) -> None:
+    """Adds one step's terms to the history of all."""
+    length = max(map(len, history.values()), default=0)
+    for name in {**history, **row}:
+        history.setdefault(name, [None] * length).append(row.get(name))
+
+
 def history_of(rows: list[dict[str, str]]) -> dict[str, list[float | None]]:
-    """The columns of ``losses.csv`` that are terms."""
-    names = [name for name in (rows[0] if rows else ()) if name not in ("step", "lr", "seconds")]
+    """What `remember` makes of the steps in ``losses.csv``."""
+    names = [name for name in (rows[0] if rows else ()) if name.rpartition("/")[2] not in RESERVED]
     return {name: [float(row[name]) if row[name] else None for row in rows] for name in names}
 
 
@@ -201,20 +175,18 @@ class Curves:
 
     def __init__(self, folder: Path | None = None, start: int = 0) -> None:
         self._writer = None
-        if folder is None:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except Exception:  # absent, or at odds with another package: its import runs a good part of protobuf
-            return
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        if folder is not None:
+            # absent, or at odds with another package: its import runs a good part of protobuf
+            with contextlib.suppress(Exception):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def scalars(self, step: int, group: str, values: dict[str, float | None]) -> None:
         """One point of each curve ``group/name``."""
-        if self._writer:
-            for name, value in values.items():
-                if value is not None:
-                    self._writer.add_scalar(f"{group}/{name}", value, step)
+        for name, value in values.items() if self._writer else ():
+            if value is not None:
+                self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture ``[H, W]`` or ``[H, W, 3]`` of bytes."""
@@ -224,4 +196,3 @@ class Curves:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
-            self._writer = None

@@ -1,15 +1,15 @@
-"""Samples as a function of (weights, count, temperature, seed), whatever the global generators hold."""
+"""Samples as a function of (weights, count, temperature, seed), whatever the global generators hold; and sheets."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from genkernels._seeds import derive_seed, fixed_seed
+from genkernels._seeds import derive_seed
 from genkernels._words import UsageError
 from genkernels.training.average import applied
 
@@ -19,11 +19,14 @@ from genkernels.training.grids import save_png as save_png
 from genkernels.training.grids import scatter as scatter
 from genkernels.training.grids import tile as tile
 from genkernels.training.grids import why_not as why_not
-from genkernels.training.judge import no_autocast
+from genkernels.training.judge import evaluating
+
+if TYPE_CHECKING:
+    from genkernels.models import Model
 
 
 def sample(
-    model: nn.Module,
+    model: Model,
     n: int,
     *,
     temperature: float = 1.0,
@@ -35,10 +38,8 @@ def sample(
     """Draws n samples in evaluation mode and fp32, in batches of fixed size, so that memory does not grow with n.
 
     Args:
-        model: has ``sample(n, temperature, generator, y)``.
-        n: how many.
-        temperature: of the prior.
-        seed: of the draws.
+        model: has ``sample(n, temperature, generator, y)``. n: how many.
+        temperature: of the prior. seed: of the draws.
         label: the class of every sample; None takes each class in turn where the model has classes.
         batch_size: samples at once.
         options: further keyword arguments of ``model.sample``.
@@ -49,16 +50,15 @@ def sample(
     Raises:
         UsageError: a label for a model without classes, or out of range.
     """
-    classes = model.num_classes
+    classes, labels, parts = model.num_classes, None, []
     if label is not None and not classes:
         raise UsageError("the model has no classes to choose from: it was not trained with --class-conditional")
     if label is not None and not 0 <= label < classes:
         raise UsageError(f"label must be in 0 to {classes - 1}, got {label}")
     with _drawing(model, seed) as (device, generator):
-        labels = None
         if classes:
-            labels = torch.arange(n, device=device) % classes if label is None else torch.full((n,), label).to(device)
-        parts = []
+            labels = torch.arange(n, device=device) % classes
+            labels = labels if label is None else labels.fill_(label)
         for first in range(0, n, batch_size):
             count = min(batch_size, n - first)
             given = {**(options or {}), **({} if labels is None else {"y": labels[first : first + count]})}
@@ -67,7 +67,7 @@ def sample(
 
 
 def inpaint(
-    model: nn.Module,
+    model: Model,
     x: Tensor,
     known: Tensor,
     *,
@@ -93,8 +93,8 @@ def inpaint(
         raise UsageError(
             f"{type(model).__name__} cannot in-paint: only the PixelCNN family draws some pixels given others"
         )
+    parts = []
     with _drawing(model, seed) as (device, generator):
-        parts = []
         for first in range(0, len(x), batch_size):
             part = slice(first, first + batch_size)
             given = {} if y is None else {"y": y[part].to(device)}
@@ -104,16 +104,11 @@ def inpaint(
 
 
 @contextlib.contextmanager
-def _drawing(model: nn.Module, seed: int) -> Iterator[tuple[torch.device, torch.Generator]]:
-    """Evaluation mode, no graph, no autocast and a generator on the model's device; leaves the model as it was."""
+def _drawing(model: Model, seed: int) -> Iterator[tuple[torch.device, torch.Generator]]:
+    """`evaluating`, with a generator on the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), fixed_seed(seed), no_autocast(device):
-            yield device, torch.Generator(device).manual_seed(seed)
-    finally:
-        model.train(was_training)
+    with evaluating(model, seed):
+        yield device, torch.Generator(device).manual_seed(seed)
 
 
 def unusable(samples: Tensor) -> int:
@@ -140,8 +135,7 @@ class Sheets:
         s.barrier()
 
     def _draw(self, step: int) -> None:
-        s = self.session
-        seed, count = derive_seed(s.config.seed, "sheet"), s.config.samples
+        s, seed, count = self.session, derive_seed(self.session.config.seed, "sheet"), self.session.config.samples
         samples = sample(s.model, count, temperature=s.config.temperature, seed=seed)
         if broken := unusable(samples):
             s.report.note(f"step {step}: {broken} of {len(samples)} samples are not finite")
@@ -151,6 +145,5 @@ class Sheets:
         sheets = {"samples": draw(samples, None if s.bundle.form.is_image else x)}
         sheets |= {name: draw(picture) for name, picture in pictures.items()}
         for name, pixels in sheets.items():
-            ending = "" if name == "samples" else f"-{name}"
-            save_png(s.run.samples / f"step-{step:08d}{ending}.png", pixels)
+            save_png(s.run.samples / f"step-{step:08d}{'' if name == 'samples' else f'-{name}'}.png", pixels)
             s.report.picture(step, name, pixels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,7 @@ class Session:
 
     Args:
         fabric: launched.
-        model, bundle: as they are given to `fit`.
-        config: with nothing left open.
+        model, bundle: as they are given to `fit`. config: with nothing left open.
         run: where to write, or None.
         state: a checkpoint to go on from; empty at the beginning.
         interrupt: asked after each step whether to stop.
@@ -68,20 +68,18 @@ class Session:
         quiet: bool,
     ) -> None:
         self.fabric, self.model, self.bundle, self.config = fabric, model.train(), bundle, config
-        self.run, self.interrupt = run, interrupt
+        self.run, self.interrupt, self.interrupted = run, interrupt, False
         self.start = self.step = state.get("step", 0)
-        self.total = config.total_steps(len(bundle.train), fabric.world_size)
-        self.interrupted = False
+        self.total = max(self.start, config.total_steps(len(bundle.train), fabric.world_size))
         fabric.to_device(model)
         players = model.players()
-        self._several = len(players) > 1
         if fabric.world_size > 1 and not self.start:
             self._initialise(players)
         self.players = {name: Moving(fabric, model, name, player, config) for name, player in players.items()}
-        self.judge = Judge(self, state)
-        self.keeper = Keeper(self, state)
-        self.report = Report(self, self.start, quiet)
-        self.watch = Watch(self)
+        self.judge, self.keeper = Judge(self, state), Keeper(self, state)
+        self.report, self.watch = Report(self, self.start, quiet), Watch(self)
+        if self.start == self.total:
+            self.watch.clock.seconds = self.report.seconds
         self.report.note(
             f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, on {bundle.name}: "
             f"{bundle.description}; {fabric.device}, step {self.start:,} of {self.total:,}"
@@ -94,7 +92,7 @@ class Session:
 
     def column(self, player: str, term: str) -> str:
         """What a term is called in files and on the bar: by itself where there is one player."""
-        return f"{player}/{term}" if self._several else term
+        return f"{player}/{term}" if len(self.players) > 1 else term
 
     def order(self, rank: int) -> Order:
         c = self.config
@@ -142,18 +140,18 @@ class Moving:
     def __init__(self, fabric: Fabric, model: Model, name: str, player: Player, config: TrainConfig) -> None:
         self.name, self.module, self.every, self.lr = name, player.module, player.every, player.lr
         self.average = Average(player.module, config.ema) if config.ema and player.averaged else None
-        self._fabric, self._model, self._clip = fabric, model, config.clip
+        self._fabric, self._model, self._clip, self._terms = fabric, model, config.clip, set()
         own = dict.fromkeys(player.module.parameters())
         self._others = [p for p in model.parameters() if p.requires_grad and p not in own]
-        self._losses = fabric.strategy.setup_module(_Losses(model, name, self._others))
-        self._terms: set[str] = set()
+        self._losses = fabric.strategy.setup_module(_Losses(model, name, set(self._others)))
         # The fused step applies the loss scale of 16-mixed by itself, which hides the true gradients from clipping.
-        fused = config.precision != "16-mixed"
+        settings = {"lr": config.lr, "betas": config.betas, "fused": config.precision != "16-mixed"}
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
-        settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": fused}
-        self.optimizer = fabric.setup_optimizers(kind([p for p in own if p.requires_grad], **settings))
+        optimizer = kind([p for p in own if p.requires_grad], weight_decay=config.weight_decay, **settings)
+        self.optimizer = fabric.setup_optimizers(optimizer)
 
     def losses(self, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
+        """The terms of a step, in the run's precision."""
         with self._alone(), self._fabric.autocast():
             terms = self._losses(x, y, step)
         if not isinstance(terms, dict) or not self._terms.issuperset(terms):
@@ -164,11 +162,9 @@ class Moving:
     def step(self, lr: float) -> Tensor | None:
         """Clips, moves, averages; the gradients' norm, on the device, where it clips."""
         norm = None
-        if self._clip:
-            # unscales first; of this player's parameters alone
-            norm = self._fabric.clip_gradients(
-                self.module, self.optimizer, max_norm=self._clip, error_if_nonfinite=False
-            )
+        if self._clip:  # of this player's parameters alone, after their gradients are unscaled
+            limits = {"max_norm": self._clip, "error_if_nonfinite": False}
+            norm = self._fabric.clip_gradients(self.module, self.optimizer, **limits)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * self.lr
         self.optimizer.step()
@@ -177,7 +173,7 @@ class Moving:
         return norm
 
     @contextlib.contextmanager
-    def _alone(self):
+    def _alone(self) -> Iterator[None]:
         for parameter in self._others:
             parameter.requires_grad_(False)
         try:
@@ -190,10 +186,9 @@ class Moving:
 class _Losses(nn.Module):
     """A player's losses as the forward pass that DDP wraps; it averages the gradients of this player alone."""
 
-    def __init__(self, model: Model, player: str, others: list[Tensor]) -> None:
+    def __init__(self, model: Model, player: str, others: set[Tensor]) -> None:
         super().__init__()
         self.model, self.player = model, player
-        others = set(others)
         names = [name for name, p in self.named_parameters(remove_duplicate=False) if p in others]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 

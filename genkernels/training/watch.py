@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from genkernels._words import UsageError
-from genkernels.training.checkpoint import TrainingError, list_checkpoints
+from genkernels.training.checkpoint import TrainingError
 from genkernels.training.order import fetch
-
-RESERVED = ("step", "grad_norm", "lr", "seconds")
+from genkernels.training.report import RESERVED
 
 
 class Watch:
@@ -31,9 +30,8 @@ class Watch:
 
     def add(self, player: str, terms: dict[str, Tensor], grad_norm: Tensor | None) -> None:
         """The terms of one player's move in the step at hand."""
-        named = self.session.column
-        self.record.add({named(player, term): value for term, value in terms.items()})
-        self.record.add({named(player, "grad_norm"): 0.0 if grad_norm is None else grad_norm})
+        terms = {**terms, "grad_norm": 0.0 if grad_norm is None else grad_norm}
+        self.record.add({self.session.column(player, term): value for term, value in terms.items()})
 
     def tick(self) -> None:
         """A step is done."""
@@ -50,8 +48,7 @@ class Watch:
         Raises:
             TrainingError: a loss or a gradient norm is not a finite number.
         """
-        s = self.session
-        first = due.step - len(self.record)
+        s, first = self.session, due.step - len(self.record)
         rows = self.record.read(s.fabric.all_reduce if s.fabric.world_size > 1 else None)
         # Under 16-mixed an infinite gradient is no fault: the step is skipped and the loss scale halved.
         bad = first_bad(rows, s.players, s.column, check_norm=s.config.precision != "16-mixed")
@@ -59,10 +56,8 @@ class Watch:
         if bad:
             i, player, term = bad
             value, loss = rows[i][s.column(player, term)], rows[i][s.column(player, "loss")]
-            what = {"loss": "loss", "grad_norm": "gradient norm"}[term] + (
-                f" of {player}" if len(s.players) > 1 else ""
-            )
-            beside = "" if term == "loss" else f" (the loss was {loss:.6g})"
+            what, beside = ("loss", "") if term == "loss" else ("gradient norm", f" (the loss was {loss:.6g})")
+            what += f" of {player}" if len(s.players) > 1 else ""
             self._refuse(f"the {what} became {value} in step {first + i}{beside}{self._bad_example(first + i)}")
 
     def check_weights(self, due) -> None:
@@ -71,17 +66,14 @@ class Watch:
             self._refuse(f"the weights are no longer finite after step {due.step}")
 
     def _refuse(self, sentence: str) -> None:
-        run, saved = self.session.run, self.session.keeper.saved
-        if saved or (run and list_checkpoints(run.checkpoints)):
-            kept = saved or list_checkpoints(run.checkpoints)[0]
+        kept = self.session.keeper.saved
+        advice = "no checkpoint was written before it: start again with a smaller --lr or --clip"
+        if kept:
             advice = f"the last good checkpoint is {kept}: go on from it with --resume and a smaller --lr or --clip"
-        else:
-            advice = "no checkpoint was written before it: start again with a smaller --lr or --clip"
         raise TrainingError(f"{sentence}; {advice}")
 
     def _bad_example(self, step: int) -> str:
-        """Names an example of that step's batch that is not finite: which batch it was follows from the seed and the
-        step."""
+        """Names an example of that step that is not finite: its batch follows from the seed and the step."""
         for rank in range(self.session.fabric.world_size):
             indices = self.session.order(rank).batch(step)
             x, _ = fetch(self.session.bundle.train, indices)
@@ -91,15 +83,11 @@ class Watch:
 
 
 def check_terms(model: torch.nn.Module, player: str, terms: dict[str, Tensor]) -> None:
-    """That what a model's ``losses`` gave can be minimised and shown.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """Refuses, as a UsageError, what a model's ``losses`` gave where it cannot be minimised or shown."""
     where = f"{type(model).__name__}.losses({player!r})"
     if not isinstance(terms, dict) or not isinstance(terms.get("loss"), Tensor):
-        got = ", ".join(terms) if isinstance(terms, dict) else type(terms).__name__
-        raise UsageError(f"{where} must give a dict with the tensor 'loss', got {got or 'an empty one'}")
+        got = ", ".join(terms) or "an empty one" if isinstance(terms, dict) else type(terms).__name__
+        raise UsageError(f"{where} must give a dict with the tensor 'loss', got {got}")
     for name, value in terms.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise UsageError(f"{where}: each term must be a single number, got {name} of shape {list(value.shape)}")
@@ -111,8 +99,7 @@ class LossRecord:
     """Each term of a step is written into a small buffer on the device, one by name; reading them is the only wait.
 
     Args:
-        size: steps between two looks at most.
-        device: where losses live.
+        size: steps between two looks at most. device: where losses live.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -123,14 +110,13 @@ class LossRecord:
     def add(self, terms: dict[str, Tensor | float]) -> None:
         """Terms of the step at hand."""
         for name, value in terms.items():
-            buffer = self._buffers.get(name)
-            if buffer is None:
-                buffer = torch.zeros(self._size, dtype=torch.float64, device=self._device)
-                self._buffers[name] = buffer
+            if name not in self._buffers:
+                self._buffers[name] = torch.zeros(self._size, dtype=torch.float64, device=self._device)
+            cell = self._buffers[name][self._count]
             if isinstance(value, Tensor):
-                buffer[self._count].copy_(value.detach().squeeze(), non_blocking=True)
+                cell.copy_(value.detach().squeeze(), non_blocking=True)
             else:
-                buffer[self._count].fill_(value)
+                cell.fill_(value)
             self._names[-1].append(name)
 
     def close(self) -> None:
@@ -170,9 +156,7 @@ def first_bad(rows: list[dict[str, float]], players, column, check_norm: bool) -
 def weights_are_finite(model: torch.nn.Module) -> bool:
     """Whether every parameter and buffer is free of NaN and infinity; waits for the device once."""
     tensors = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.numel()]
-    if not tensors:
-        return True
-    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+    return not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 class StepClock:
@@ -183,42 +167,37 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._marks: list = []
+        self.device, self._marks = device, []
         self.seconds: list[float] = []
-
-    def _now(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
 
     def restart(self) -> None:
         self.read()
-        self._marks = [self._now()]
+        self._marks = []
+        self.tick()
 
     def tick(self) -> None:
-        self._marks.append(self._now())
+        if self.device.type != "cuda":
+            self._marks.append(time.perf_counter())
+        else:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record(torch.cuda.current_stream(self.device))
 
     def read(self) -> list[float]:
         """Seconds of the steps since the last call. Waits for the device."""
         marks, self._marks = self._marks, self._marks[-1:]
         if self.device.type == "cuda" and marks:
             marks[-1].synchronize()
-            new = [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
-        else:
-            new = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        pairs = zip(marks, marks[1:], strict=False)
+        new = [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in pairs]
         self.seconds.extend(new)
         return new
 
     def rate(self, images: int, *, warmup: int = 5, last: int = 0) -> float | None:
-        """Images a second from the median step, without the first `warmup` steps (where there are more than twice as
-        many).
+        """Images a second from the median step.
 
         Args:
             images: examples a step, over all devices.
-            warmup: steps to leave out.
+            warmup: steps to leave out, where there are more than twice as many.
             last: looks at the newest `last` steps alone; 0 at all.
         """
         kept = self.seconds[warmup:] if len(self.seconds) > 2 * warmup else self.seconds

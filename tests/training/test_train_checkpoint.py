@@ -18,10 +18,7 @@ def state():
         "average": {},
         "best": [2, 1.5],
         "optimizers": {
-            "model": {
-                "state": {0: {"step": torch.tensor(3.0)}},
-                "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}],
-            }
+            "model": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
         },
     }
 
@@ -77,11 +74,19 @@ def test_missing_foreign_and_unreadable_files_are_refused_in_a_sentence(tmp_path
 
 def test_what_there_was_of_one_player_is_read_as_of_a_player_called_model(tmp_path):
     weights = {"w": torch.ones(2)}
-    old = {"format": 1, "step": 7, "model": weights, "ema": {"updates": 7, "average": weights}, "optimizer": {"state": {}}}
+    old = {
+        "format": 1,
+        "step": 7,
+        "model": weights,
+        "ema": {"updates": 7, "average": weights},
+        "optimizer": {"state": {}},
+    }
     write_checkpoint(tmp_path / "old.ckpt", old)
     write_checkpoint(tmp_path / "best.ckpt", {"format": 1, "step": 7, "model": weights, "ema": None})
     now, best = read_checkpoint(tmp_path / "old.ckpt"), read_checkpoint(tmp_path / "best.ckpt")
-    assert now["average"]["model"]["updates"] == 7 and torch.equal(now["average"]["model"]["weights"]["w"], weights["w"])
+    assert now["average"]["model"]["updates"] == 7 and torch.equal(
+        now["average"]["model"]["weights"]["w"], weights["w"]
+    )
     assert now["optimizers"] == {"model": {"state": {}}} and best["average"] == {} and "optimizers" not in best
 
 

@@ -1,4 +1,4 @@
-"""Two models as a newcomer writes them: two players, and three terms with a warm-up. Each in no more than forty lines."""
+"""Two models as a newcomer writes them, each in no more than forty lines: two players; three terms and a warm-up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class ToyGAN(Model):
     def __init__(self, *, features: int = 2, width: int = 8) -> None:
         nn.Module.__init__(self)
         self.hparams, self.shape, self.num_classes = {"features": features, "width": width}, (features,), None
-        self.generator = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, features))
+        hidden = nn.BatchNorm1d(width), nn.Tanh()
+        self.generator = nn.Sequential(nn.Linear(3, width), *hidden, nn.Linear(width, features))
         self.critic = nn.Sequential(nn.Linear(features, width), nn.Tanh(), nn.Linear(width, 1))
 
     @classmethod
