@@ -8,8 +8,6 @@ from pathlib import Path
 from genkernels._files import refuse_unwritable
 from genkernels._words import UsageError
 
-#: What `known_region` knows: the part of an image that is kept.
-REGIONS = ("top-half", "top-quarter", "left-half")
 #: Arguments of a model's `sample` that are options of their own.
 RESERVED = ("x", "n", "temperature", "generator", "y")
 
@@ -49,7 +47,9 @@ def run(arguments) -> int:
         if out.suffix.lower() == ".png" and (missing := why_not(points)):
             raise UsageError(f"writing a PNG: {missing}")
         if arguments.inpaint:
-            return _inpaint(arguments, model, config, state, n, out)
+            from genkernels.cli.inpaint import complete
+
+            return complete(arguments, model, config, state, n, out)
         images = sample(
             model,
             n,
@@ -64,75 +64,14 @@ def run(arguments) -> int:
             f"genkernels: {broken} of {n} samples are not finite: train longer, or lower --temperature", file=sys.stderr
         )
     if out.suffix.lower() == ".npz":
-        _save_npz(out, images, config)
+        save_npz(out, images, config)
     else:
         save_png(out, draw(images))
     print(f"{out}: {n:,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
     return 0
 
 
-def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> int:
-    """Completes held-out images; a sheet shows each as it was, what is kept of it, and what was made of that."""
-    import torch
-
-    from genkernels import data
-    from genkernels.cli.load import check_fits
-    from genkernels.training.sampling import inpaint, save_png, tile
-
-    if arguments.label is not None:
-        raise UsageError("--label cannot be given with --inpaint: held-out images have their own classes")
-    bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
-    if not bundle.form.is_image:
-        raise UsageError(f"--inpaint completes images: the data {bundle.name} are points")
-    check_fits(bundle, model, config)  # the user's own data may have changed since
-    known = known_region(arguments.inpaint, bundle.form.shape)
-    x, y = bundle.take("test", n)
-    drawn = inpaint(
-        model,
-        x,
-        known,
-        y=y if model.num_classes else None,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-    )
-    top = bundle.form.grey_levels - 1
-    if out.suffix.lower() == ".npz":
-        _save_npz(out, drawn / top, config, known=known.numpy(), original=x.numpy())
-    else:
-        kept = torch.where(known, x / top, 0.5)
-        triples = torch.stack([x / top, kept, drawn / top], 1).flatten(0, 1)
-        if triples.shape[1] not in (1, 3):
-            triples = triples.flatten(0, 1).unsqueeze(1)
-        save_png(out, tile(triples, columns=3 * max(1, round((len(x) / 3) ** 0.5))))
-    print(
-        f"{out}: {len(x):,} held-out images (each: whole, kept, completed) with the {arguments.inpaint} kept, "
-        f"temperature {arguments.temperature:g}, weights of step {state['step']}"
-    )
-    return 0
-
-
-def known_region(region: str, shape: tuple[int, int, int]):
-    """``[H, W]`` bool, True where `region` of an image ``(C, H, W)`` is kept.
-
-    Raises:
-        UsageError: the region is unknown, or all of so small an image.
-    """
-    import torch
-
-    _, height, width = shape
-    if region not in REGIONS:
-        raise UsageError(f"region must be one of {', '.join(REGIONS)}, got {region!r}")
-    rows = {"top-half": height // 2, "top-quarter": height // 4}.get(region, height)
-    columns = width // 2 if region == "left-half" else width
-    known = torch.zeros(height, width, dtype=torch.bool)
-    known[:rows, :columns] = True
-    if not known.any():
-        raise UsageError(f"region {region} of an image of {height}x{width} pixels is empty")
-    return known
-
-
-def _save_npz(path: Path, images, config: dict, **more) -> None:
+def save_npz(path: Path, images, config: dict, **more) -> None:
     """Writes ``x`` (and ``levels``) as ``--data npz:`` reads them: level indices for images, float32 for points."""
     import numpy as np
 

@@ -53,7 +53,7 @@ from genkernels.training.judge import evaluate
 from genkernels.training.loop import fit
 from genkernels.training.results import Result
 from genkernels.training.rundir import RunDirectory, load_model
-from genkernels.training.sampling import draw, inpaint, sample, save_png, scatter, tile
+from genkernels.training.sampling import draw, sample, save_png, scatter, tile
 
 __all__ = [
     "Average",
@@ -66,7 +66,6 @@ __all__ = [
     "draw",
     "evaluate",
     "fit",
-    "inpaint",
     "load_model",
     "read_checkpoint",
     "sample",

@@ -58,11 +58,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Reads the file once and compares its checksum.
-
-    Raises:
-        CheckpointError: it is missing, cut short or altered.
-    """
+    """Reads the file once and compares its checksum; a CheckpointError where it is missing, cut short or altered."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END) - _TRAILER
@@ -148,10 +144,7 @@ def keep_newest(folder: Path, count: int) -> None:
 def _digest(file: BinaryIO, size: int) -> str:
     file.seek(0)
     digest = hashlib.sha256()
-    while size:
-        block = file.read(min(size, 1 << 20))
-        if not block:
-            break
+    while block := file.read(min(size, 1 << 20)):
         digest.update(block)
         size -= len(block)
     return digest.hexdigest()

@@ -17,6 +17,8 @@ from genkernels.training.average import applied
 from genkernels.training.order import fetch
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from genkernels.models import Estimate, Model
 
 
@@ -27,10 +29,8 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     options: dict[str, Any] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[Tensor], Tensor] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    fabric: Fabric | None = None,
 ) -> dict[str, Estimate] | None:
     """The model's figures of merit over a data set, every example once, in fp32 and in evaluation mode.
 
@@ -44,9 +44,8 @@ def evaluate(
         model: a `genkernels.models.Model`. dataset: gives ``(x, y)``.
         batch_size: examples at once. seed: of the noise.
         options: keyword arguments of ``model.evaluate``.
-        rank, world_size: this process takes every `world_size`-th batch.
-        gather: stacks an fp64 tensor of each process, ``[world_size, ...]``.
         stop: asked before each batch; True abandons the evaluation.
+        fabric: shares the batches out over its processes, and pools what they find.
 
     Returns:
         Estimates by name, or None where `stop` said so.
@@ -56,7 +55,8 @@ def evaluate(
     """
     if not len(dataset):
         raise ValueError("evaluate: at least 1 example must be seen, got 0")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
+    rank, world_size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(rank * batch_size, len(dataset), world_size * batch_size):
@@ -72,7 +72,7 @@ def evaluate(
             return None
     if not estimates:
         raise ValueError(f"{type(model).__name__}.evaluate must give at least 1 estimate, got none")
-    return _pooled(estimates, gather) if gather else estimates
+    return _pooled(estimates, fabric.all_gather) if world_size > 1 else estimates
 
 
 class _Abandoned(Exception):
@@ -94,14 +94,17 @@ def _pooled(estimates: dict[str, Estimate], gather: Callable[[Tensor], Tensor]) 
 def evaluating(model: Model, seed: int) -> Iterator[None]:
     """Evaluation mode, no graph, the weights' own precision also in the midst of a mixed-precision run, and random
     numbers from `seed`; model and generators are left as they were."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), fixed_seed(seed), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), fixed_seed(seed), torch.autocast(device_of(model).type, enabled=False):
             yield
     finally:
         model.train(was_training)
+
+
+def device_of(model: Model) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def text_of(estimate: Estimate) -> str:
@@ -174,7 +177,7 @@ class Judge:
         s.interrupted = due.interrupted and s.start == s.total
 
     def _measure(self, dataset: Dataset) -> dict[str, Estimate] | None:
-        s, c, several = self.session, self.session.config, self.session.fabric.world_size > 1
-        where = {"rank": s.fabric.global_rank, "world_size": s.fabric.world_size}
-        how = {"gather": s.fabric.all_gather} if several else {"stop": s.interrupt.__bool__}
-        return evaluate(s.model, dataset, batch_size=c.eval_batch_size or c.batch_size, seed=c.seed, **where, **how)
+        s, c = self.session, self.session.config
+        stop = {"stop": s.interrupt.__bool__} if s.fabric.world_size == 1 else {}  # several must stop together
+        size = c.eval_batch_size or c.batch_size
+        return evaluate(s.model, dataset, batch_size=size, seed=c.seed, fabric=s.fabric, **stop)

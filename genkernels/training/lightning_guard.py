@@ -45,15 +45,13 @@ def import_lightning() -> None:
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Holds back Lightning's advice: this package sets what the advice is about, and has a progress line of its own."""
-    loggers = {logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")}
-    levels = {logger: logger.level for logger in loggers}
+    """Holds back Fabric's advice: this package sets what the advice is about, and has a progress line of its own."""
+    logger = logging.getLogger("lightning.fabric")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning(\.|$)")
             yield
     finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        logger.setLevel(level)

@@ -3,6 +3,7 @@ processes and devices."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -176,46 +177,37 @@ def _run(
 
 
 def _restore(run, model, description, bundle, settings, data, resume, main) -> tuple[dict, list[str]]:
-    """Writes ``config.json`` of a new run, or loads the checkpoint of one that goes on."""
+    """Writes ``config.json``, and loads the checkpoint of a run that goes on."""
     form = bundle.form
     facts = {"shape": list(form.shape), "grey_levels": form.grey_levels, "num_classes": form.num_classes}
     data = {"spec": bundle.name, **(data or {}), **facts}
-    if not resume:
-        if run and main:
-            run.write_config(model=description, data=data, train=settings)
-        return {}, []
-    old = run.read_config()
-    _same(run, "model", old["model"].get("name"), description["name"])
-    _same(run, "hparams", _listed(old["model"].get("hparams")), _listed(description["hparams"]))
-    for key in ("spec", *facts):
-        _same(run, f"data {key}", old["data"].get(key), data[key])
-    for key in sorted(set(settings) - CHANGEABLE):
-        _same(run, key, old["train"].get(key, settings[key]), settings[key])
-    if not ckpt.list_checkpoints(run.checkpoints):
-        if main:
-            run.write_config(model=description, data=data, train=settings)
-        return {}, [f"{run} was stopped before its first checkpoint: starting at step 0"]
-    path, state, notes = ckpt.read_newest(run.checkpoints)
-    load_weights(model, state, averaged=False)
-    if notes:
-        notes = [f"{'; '.join(notes)}; going on from {path} instead"]
-        for newer in ckpt.list_checkpoints(run.checkpoints):
-            if newer == path:
-                break
-            if main:  # kept for whoever wants to look, and out of the way of what this run will write
-                newer.rename(newer.with_suffix(".ckpt.damaged"))
-    if main:
+    state, notes = {}, []
+    if resume:
+        _check_same(run, description, data, facts, settings)
+    if resume and not ckpt.list_checkpoints(run.checkpoints):
+        notes = [f"{run} was stopped before its first checkpoint: starting at step 0"]
+    elif resume:
+        path, state, notes = ckpt.read_newest(run.checkpoints)
+        load_weights(model, state, averaged=False)
+        if notes:
+            notes = [f"{'; '.join(notes)}; going on from {path} instead"]
+        found = ckpt.list_checkpoints(run.checkpoints)
+        for damaged in found[: found.index(path)] if main else ():
+            # kept for whoever wants to look, and out of the way of what this run will write
+            damaged.rename(damaged.with_suffix(".ckpt.damaged"))
+    if run and main:
         run.write_config(model=description, data=data, train=settings)
     return state, notes
 
 
-def _same(run: RunDirectory, name: str, old, new) -> None:
-    if old != new:
-        raise UsageError(f"{run} was begun with {name} {old!r}, which a resume cannot change, got {new!r}")
-
-
-def _listed(value):
-    """JSON's view of a value: tuples are lists."""
-    if isinstance(value, dict):
-        return {k: _listed(v) for k, v in value.items()}
-    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+def _check_same(run: RunDirectory, description: dict, data: dict, facts: dict, settings: dict) -> None:
+    """Refuses what a resume cannot change."""
+    old = run.read_config()
+    pairs = {"model": (old["model"].get("name"), description["name"])}
+    pairs |= {"hparams": (old["model"].get("hparams"), description["hparams"])}
+    pairs |= {f"data {key}": (old["data"].get(key), data[key]) for key in ("spec", *facts)}
+    fixed = sorted(set(settings) - CHANGEABLE)
+    pairs |= {key: (old["train"].get(key, settings[key]), settings[key]) for key in fixed}
+    for name, (before, now) in pairs.items():
+        if json.loads(json.dumps(before)) != json.loads(json.dumps(now)):  # to JSON, tuples are lists
+            raise UsageError(f"{run} was begun with {name} {before!r}, which a resume cannot change, got {now!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import os
@@ -39,13 +38,11 @@ class Report:
         self.noun = "images" if session.bundle.form.is_image else "points"
         self.history: dict[str, list[float | None]] = {}
         self.seconds: list[float] = []
-        self._file, self._curves = None, Curves()
+        self._file = self._writer = None
         if session.run and self.main:
             names = [session.column(player, term) for player in session.players for term in ("loss", "grad_norm")]
-            self._file, self._curves = (
-                LossFile(session.run.losses, start, names),
-                Curves(session.run.tensorboard, start),
-            )
+            self._file = LossFile(session.run.losses, start, names)
+            self._writer = tensorboard(session.run.tensorboard, start)
             rows = LossFile.read(session.run.losses)
             self.history, self.seconds = history_of(rows), [float(row["seconds"]) for row in rows]
         self._recent: dict[str, list[float]] = {}
@@ -77,7 +74,7 @@ class Report:
         if step - self._logged >= total / LOGGED or step == total:
             self._logged = step
             facts = {"lr": self.session.config.lr_at(step - 1, total), "examples_per_second": rate()}
-            self._curves.scalars(step, "train", {**means, **facts})
+            self._scalars(step, "train", {**means, **facts})
 
     def evaluated(self, step: int, estimates: dict[str, Estimate], part: str, better: bool, best: list | None) -> None:
         """What an evaluation during the run found."""
@@ -85,10 +82,17 @@ class Report:
         more = "".join(f", {name} {text}" for name, text in list(zip(estimates, texts, strict=True))[1:])
         mark = "  (best)" if better else f"  (best {best[1]:.4f} at step {best[0]})" if best else ""
         self.note(f"step {step}: held out{part} {texts[0]}{mark}{more}")
-        self._curves.scalars(step, "held_out", {name: e.value for name, e in estimates.items()})
+        self._scalars(step, "held_out", {name: e.value for name, e in estimates.items()})
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self._curves.image(step, name, pixels)
+        """A picture ``[H, W]`` or ``[H, W, 3]`` of bytes."""
+        if self._writer:
+            self._writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+
+    def _scalars(self, step: int, group: str, values: dict[str, float | None]) -> None:
+        for name, value in values.items() if self._writer else ():
+            if value is not None:
+                self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def to_disk(self) -> None:
         """The losses, at least: no checkpoint must be ahead of them."""
@@ -96,10 +100,9 @@ class Report:
             self._file.flush(to_disk=True)
 
     def close(self) -> None:
-        self.bar.close()
-        self._curves.close()
-        if self._file:
-            self._file.close()
+        for part in (self.bar, self._writer, self._file):
+            if part:
+                part.close()
 
 
 class LossFile:
@@ -165,34 +168,11 @@ def history_of(rows: list[dict[str, str]]) -> dict[str, list[float | None]]:
     return {name: [float(row[name]) if row[name] else None for row in rows] for name in names}
 
 
-class Curves:
-    """Writes curves and pictures for TensorBoard where the package is installed: a convenience, not a condition.
-
-    Args:
-        folder: of the event files; None writes nothing.
-        start: the step a resumed run begins at; what lies beyond it in older files is hidden.
-    """
-
-    def __init__(self, folder: Path | None = None, start: int = 0) -> None:
-        self._writer = None
-        if folder is not None:
-            # absent, or at odds with another package: its import runs a good part of protobuf
-            with contextlib.suppress(Exception):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-
-    def scalars(self, step: int, group: str, values: dict[str, float | None]) -> None:
-        """One point of each curve ``group/name``."""
-        for name, value in values.items() if self._writer else ():
-            if value is not None:
-                self._writer.add_scalar(f"{group}/{name}", value, step)
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture ``[H, W]`` or ``[H, W, 3]`` of bytes."""
-        if self._writer:
-            self._writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
-
-    def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+def tensorboard(folder: Path, start: int):
+    """A writer of event files where the package is installed: a convenience, not a condition. What lies beyond `start`
+    in older files is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception:  # absent, or at odds with another package: its import runs a good part of protobuf
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)

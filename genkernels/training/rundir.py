@@ -17,13 +17,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from genkernels._files import refuse_unwritable, remove_leftovers, write_json
+from genkernels._files import lock, refuse_unwritable, remove_leftovers, write_json
 from genkernels._machine import versions
 from genkernels._words import UsageError, near_names, nearest
 from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest
+
+if TYPE_CHECKING:
+    from genkernels.models import Model
 
 _FILES = ("config.json", "best.ckpt", "losses.csv", "metrics.json")
 _FOLDERS = ("checkpoints", "samples", "tensorboard")
@@ -34,17 +36,12 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path).expanduser()
-        self.config, self.best = self.path / "config.json", self.path / "best.ckpt"
-        self.losses, self.metrics = self.path / "losses.csv", self.path / "metrics.json"
+        self.config, self.best, self.losses, self.metrics = (self.path / name for name in _FILES)
         self.checkpoints, self.samples, self.tensorboard = (self.path / name for name in _FOLDERS)
         self._lock: int | None = None
 
     def __str__(self) -> str:
         return str(self.path)
-
-    def exists(self) -> bool:
-        """Whether a run was begun here."""
-        return self.config.is_file()
 
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> None:
         """Makes the folder ready to be written and locks it, or says in one sentence why not; nothing is touched then.
@@ -61,67 +58,42 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"the run folder {self} cannot be written: {error.strerror or error}") from None
-        self._acquire()
-        if overwrite:
-            self._remove_run()
+        try:
+            self._lock = lock(self.path)
+        except BlockingIOError:
+            raise UsageError(f"the run in {self} is being trained by another process") from None
+        # The configuration goes last: killed half-way, the folder is still recognised as a run.
+        for path in [self.path / name for name in (*_FOLDERS, *reversed(_FILES))] if overwrite else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         for folder in (self.path, self.checkpoints, self.samples):
             folder.mkdir(exist_ok=True)
             remove_leftovers(folder)
 
     def check(self, *, resume: bool = False, overwrite: bool = False) -> None:
         """The part of `prepare` that touches nothing."""
+        begun = self.config.is_file()
         if resume and overwrite:
             raise UsageError("give --resume or --overwrite, not both")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"the run folder {self} must be a folder, it is a file")
-        if resume:
-            if not self.exists():
-                raise UsageError(f"there is no run to resume in {self}: it has no config.json")
-        elif self.exists():
-            if not overwrite:
-                raise UsageError(
-                    f"{self} already holds a run: continue it with --resume or replace it with --overwrite"
-                )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        if resume and not begun:
+            raise UsageError(f"there is no run to resume in {self}: it has no config.json")
+        if begun and not resume and not overwrite:
+            raise UsageError(f"{self} already holds a run: continue it with --resume or replace it with --overwrite")
+        if not begun and self.path.is_dir() and any(self.path.iterdir()):
             raise UsageError(f"{self} is not empty and holds no run (no config.json): choose another folder with --out")
-        refuse_unwritable(self.path / "config.json", f"the run folder {self}")
-
-    def _acquire(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this platform
-            return
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise UsageError(f"the run in {self} is being trained by another process") from None
-        except OSError:  # a file system without locks
-            os.close(handle)
-            return
-        self._lock = handle
+        refuse_unwritable(self.config, f"the run folder {self}")
 
     def release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)  # the kernel does the same when the process dies
             self._lock = None
 
-    def _remove_run(self) -> None:
-        # The configuration goes last: killed half-way, the folder is still recognised as a run.
-        for name in (*_FOLDERS, *reversed(_FILES)):
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
     def read_config(self) -> dict:
-        """The contents of ``config.json``.
-
-        Raises:
-            UsageError: there is none, or it is damaged.
-        """
+        """The contents of ``config.json``; a UsageError where there is none, or where it is damaged."""
         if not self.path.is_dir():
             raise UsageError(f"there is no run in {self}: no such folder{_near_folder(self.path)}")
         try:
@@ -141,16 +113,10 @@ class RunDirectory:
         write_json(self.config, {"format": 1, "model": model, "data": data, "train": train, "versions": versions()})
 
     def read_weights(self, which: str = "best") -> tuple[dict, list[str]]:
-        """A checkpoint for evaluation or sampling; falls back to another sound one.
-
-        Args:
-            which: ``best`` (by held-out examples) or ``last``.
-
-        Returns:
-            ``(state, notes)``: one sentence a checkpoint that was passed over.
+        """The checkpoint ``best`` or ``last``, or another sound one, and a sentence for each that was passed over.
 
         Raises:
-            UsageError: no checkpoint is sound.
+            CheckpointError: no checkpoint is sound.
         """
         notes = []
         if which == "best":
@@ -166,7 +132,7 @@ class RunDirectory:
         return state, notes + more
 
 
-def describe_model(model: nn.Module) -> dict:
+def describe_model(model: Model) -> dict:
     """What ``config.json`` says about a model; ``name`` is None where it is not one of ``genkernels.models``."""
     from genkernels.models import MODELS
 
@@ -176,13 +142,13 @@ def describe_model(model: nn.Module) -> dict:
     return {"name": name, "class": type(model).__name__, "hparams": hparams, "parameters": parameters}
 
 
-def load_model(path: str | os.PathLike, which: str = "best") -> tuple[nn.Module, dict, dict, list[str]]:
+def load_model(path: str | os.PathLike, which: str = "best") -> tuple[Model, dict, dict, list[str]]:
     """Rebuilds a run's model with its averaged weights (the trained ones where no average was kept), in evaluation
     mode.
 
     Args:
         path: the run's folder.
-        which: ``best`` or ``last``.
+        which: ``best`` (by held-out examples) or ``last``.
 
     Returns:
         ``(model, config, state, notes)``: the model on the CPU, ``config.json``, the checkpoint, and a sentence for
@@ -199,7 +165,7 @@ def load_model(path: str | os.PathLike, which: str = "best") -> tuple[nn.Module,
     return model.eval(), config, state, notes
 
 
-def build_model(description: dict, source: Path) -> nn.Module:
+def build_model(description: dict, source: Path) -> Model:
     """The model that a ``config.json`` describes, with fresh weights."""
     from genkernels.models import MODELS, build
 
@@ -215,18 +181,13 @@ def build_model(description: dict, source: Path) -> nn.Module:
         raise UsageError(f"the model of {source} cannot be rebuilt: {error}") from None
 
 
-def load_weights(model: nn.Module, state: dict, *, averaged: bool) -> None:
-    """Puts a checkpoint's weights into a model.
-
-    Raises:
-        CheckpointError: they are another model's.
-    """
+def load_weights(model: Model, state: dict, *, averaged: bool) -> None:
+    """Puts a checkpoint's weights into a model; a CheckpointError where they are another model's."""
     try:
         model.load_state_dict(state["model"])
-        players = model.players() if averaged else {}
-        for name, average in state.get("average", {}).items():
-            if averaged and average["updates"]:
-                players[name].module.load_state_dict(average["weights"])
+        for name, average in state.get("average", {}).items() if averaged else ():
+            if average["updates"]:
+                model.players()[name].module.load_state_dict(average["weights"])
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise CheckpointError(f"the checkpoint must hold this model's weights: {' '.join(lines[1:3])}") from None

@@ -19,7 +19,7 @@ from genkernels.training.grids import save_png as save_png
 from genkernels.training.grids import scatter as scatter
 from genkernels.training.grids import tile as tile
 from genkernels.training.grids import why_not as why_not
-from genkernels.training.judge import evaluating
+from genkernels.training.judge import device_of, evaluating
 
 if TYPE_CHECKING:
     from genkernels.models import Model
@@ -55,7 +55,7 @@ def sample(
         raise UsageError("the model has no classes to choose from: it was not trained with --class-conditional")
     if label is not None and not 0 <= label < classes:
         raise UsageError(f"label must be in 0 to {classes - 1}, got {label}")
-    with _drawing(model, seed) as (device, generator):
+    with drawing(model, seed) as (device, generator):
         if classes:
             labels = torch.arange(n, device=device) % classes
             labels = labels if label is None else labels.fill_(label)
@@ -66,47 +66,10 @@ def sample(
     return torch.cat(parts)
 
 
-def inpaint(
-    model: Model,
-    x: Tensor,
-    known: Tensor,
-    *,
-    y: Tensor | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> Tensor:
-    """Draws what is unknown of images, in evaluation mode and fp32; known values stay bit for bit.
-
-    Args:
-        model: has ``inpaint(x, known, temperature, generator, y)``: a model of the PixelCNN family.
-        x: ``[N, C, H, W]`` uint8. known: bool, broadcastable to it. y: ``[N]`` classes, for a model that has some.
-        temperature, seed, batch_size: as for `sample`.
-
-    Returns:
-        As `x`, on the CPU.
-
-    Raises:
-        UsageError: the model cannot do it.
-    """
-    if not hasattr(model, "inpaint"):
-        raise UsageError(
-            f"{type(model).__name__} cannot in-paint: only the PixelCNN family draws some pixels given others"
-        )
-    parts = []
-    with _drawing(model, seed) as (device, generator):
-        for first in range(0, len(x), batch_size):
-            part = slice(first, first + batch_size)
-            given = {} if y is None else {"y": y[part].to(device)}
-            drawn = model.inpaint(x[part].to(device), known, temperature=temperature, generator=generator, **given)
-            parts.append(drawn.cpu())
-    return torch.cat(parts)
-
-
 @contextlib.contextmanager
-def _drawing(model: Model, seed: int) -> Iterator[tuple[torch.device, torch.Generator]]:
+def drawing(model: Model, seed: int) -> Iterator[tuple[torch.device, torch.Generator]]:
     """`evaluating`, with a generator on the model's device."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with evaluating(model, seed):
         yield device, torch.Generator(device).manual_seed(seed)
 
@@ -140,7 +103,7 @@ class Sheets:
         if broken := unusable(samples):
             s.report.note(f"step {step}: {broken} of {len(samples)} samples are not finite")
         x, y = s.bundle.take("test", count)
-        with _drawing(s.model, seed) as (device, generator):
+        with drawing(s.model, seed) as (device, generator):
             pictures = s.model.pictures(x.to(device), y.to(device), generator)
         sheets = {"samples": draw(samples, None if s.bundle.form.is_image else x)}
         sheets |= {name: draw(picture) for name, picture in pictures.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,31 +44,29 @@ class Due:
     interrupted: bool = False
 
 
+@dataclass(eq=False)
 class Session:
     """One run under way.
 
-    Args:
-        fabric: launched.
+    Attributes:
+        fabric: launched. run: where to write, or None.
         model, bundle: as they are given to `fit`. config: with nothing left open.
-        run: where to write, or None.
         state: a checkpoint to go on from; empty at the beginning.
-        interrupt: asked after each step whether to stop.
-        quiet: shows no progress.
+        interrupt: asked after each step whether to stop. quiet: shows no progress.
     """
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        model: Model,
-        bundle: DataBundle,
-        config: TrainConfig,
-        run: RunDirectory | None,
-        state: dict,
-        interrupt: Interrupt,
-        quiet: bool,
-    ) -> None:
-        self.fabric, self.model, self.bundle, self.config = fabric, model.train(), bundle, config
-        self.run, self.interrupt, self.interrupted = run, interrupt, False
+    fabric: Fabric
+    model: Model
+    bundle: DataBundle
+    config: TrainConfig
+    run: RunDirectory | None
+    state: InitVar[dict]
+    interrupt: Interrupt
+    quiet: InitVar[bool]
+    interrupted: bool = False
+
+    def __post_init__(self, state: dict, quiet: bool) -> None:
+        fabric, model, bundle, config = self.fabric, self.model.train(), self.bundle, self.config
         self.start = self.step = state.get("step", 0)
         self.total = max(self.start, config.total_steps(len(bundle.train), fabric.world_size))
         fabric.to_device(model)

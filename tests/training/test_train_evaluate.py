@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,18 +68,17 @@ def test_a_model_that_gives_no_estimate_is_named():
 def test_processes_together_see_every_example_once(world_size):
     data = Pairs(torch.arange(11).to(torch.uint8).view(11, 1, 1, 1))
     alone = evaluate(Known(), data, batch_size=2)
+
+    def found(rank, gather) -> tuple[dict, int]:
+        model = Known()
+        fabric = SimpleNamespace(global_rank=rank, world_size=world_size, all_gather=gather)
+        return evaluate(model, data, batch_size=2, fabric=fabric), sum(n for n, _ in model.seen)
+
     parts, seen = [], 0
     for rank in range(world_size):  # the seventh has no batch at all
-        model = Known()
-        evaluate(
-            model, data, batch_size=2, rank=rank, world_size=world_size, gather=lambda s: parts.append(s) or s[None]
-        )
-        seen += sum(n for n, _ in model.seen)
+        seen += found(rank, lambda s: parts.append(s) or s[None])[1]
     everyone = torch.stack(parts)
-    pooled = [
-        evaluate(Known(), data, batch_size=2, rank=rank, world_size=world_size, gather=lambda s: everyone)
-        for rank in range(world_size)
-    ]
+    pooled = [found(rank, lambda s: everyone)[0] for rank in range(world_size)]
     assert seen == 11 and all(theirs == pooled[0] for theirs in pooled), "all processes must decide alike"
     assert pooled[0]["first"].examples == 11 and pooled[0]["first"].value == 5.0 and pooled[0]["twice"].value == 10.0
     assert pooled[0]["first"].standard_error == pytest.approx(alone["first"].standard_error, rel=1e-12)
