@@ -43,7 +43,7 @@ class Keeper:
         s = self.session
         if s.run and s.fabric.is_global_zero:
             write_checkpoint(s.run.best, self._weights(step))
-        s.barrier()
+        s.fabric.barrier()
 
     def save(self, due) -> None:
         """Writes a checkpoint where one is due; a TrainingError where the disk refuses."""
@@ -51,7 +51,7 @@ class Keeper:
         if not due.save:
             return
         if s.run and s.fabric.is_global_zero and self._saved_step != due.step:
-            s.report.to_disk()
+            s.report.file.flush(to_disk=True)  # no checkpoint must be ahead of the losses
             path = step_path(s.run.checkpoints, due.step)
             optimizers = {name: player.optimizer.state_dict() for name, player in s.players.items()}
             state = {"optimizers": optimizers, "precision": s.fabric.strategy.precision.state_dict()}
@@ -64,4 +64,4 @@ class Keeper:
             keep_newest(s.run.checkpoints, KEPT)
             self.saved = path
         self._saved_step, self.saved_at = due.step, time.monotonic()
-        s.barrier()
+        s.fabric.barrier()

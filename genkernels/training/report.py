@@ -38,10 +38,10 @@ class Report:
         self.noun = "images" if session.bundle.form.is_image else "points"
         self.history: dict[str, list[float | None]] = {}
         self.seconds: list[float] = []
-        self._file = self._writer = None
+        self.file = self._writer = None
         if session.run and self.main:
             names = [session.column(player, term) for player in session.players for term in ("loss", "grad_norm")]
-            self._file = LossFile(session.run.losses, start, names)
+            self.file = LossFile(session.run.losses, start, names)
             self._writer = tensorboard(session.run.tensorboard, start)
             rows = LossFile.read(session.run.losses)
             self.history, self.seconds = history_of(rows), [float(row["seconds"]) for row in rows]
@@ -51,16 +51,16 @@ class Report:
     def rows(self, first: int, rows: list[dict], seconds: list[float], rate: Callable[[], float | None]) -> None:
         """The terms of the steps from `first` on."""
         for i, row in enumerate(rows):
-            if self._file:
+            if self.file:
                 lr = self.session.config.lr_at(first + i, self.session.total)
-                self._file.append(first + i, row, lr, seconds[i] if i < len(seconds) else 0.0)
-            shown = {name: value for name, value in row.items() if not name.endswith("grad_norm")}
+                self.file.append(first + i, row, lr, seconds[i] if i < len(seconds) else 0.0)
+            shown = {name: value for name, value in row.items() if name.rpartition("/")[2] not in RESERVED}
             if self.main:
                 remember(self.history, shown)
             for name, value in shown.items():
                 self._recent.setdefault(name, []).append(value)
-        if self._file:
-            self._file.flush()
+        if self.file:
+            self.file.flush()
         self._recent = {name: values[-max(SMOOTH, len(rows)) :] for name, values in self._recent.items()}
         if rows:
             self._show(first + len(rows), rate)
@@ -94,13 +94,8 @@ class Report:
             if value is not None:
                 self._writer.add_scalar(f"{group}/{name}", value, step)
 
-    def to_disk(self) -> None:
-        """The losses, at least: no checkpoint must be ahead of them."""
-        if self._file:
-            self._file.flush(to_disk=True)
-
     def close(self) -> None:
-        for part in (self.bar, self._writer, self._file):
+        for part in (self.bar, self._writer, self.file):
             if part:
                 part.close()
 
@@ -136,7 +131,7 @@ class LossFile:
             self._file.close()
             self._begin([*self._columns, *new], self.read(self._path))
         # repr of a float reads back as the same number: losses of two runs can be compared exactly
-        cells = {n: f"{value:.6g}" if n.endswith("grad_norm") else repr(value) for n, value in terms.items()}
+        cells = {n: f"{value:.6g}" if n.rpartition("/")[2] in RESERVED else repr(value) for n, value in terms.items()}
         self._writer.writerow({"step": step, **cells, "lr": f"{lr:.6g}", "seconds": f"{seconds:.6f}"})
 
     def flush(self, to_disk: bool = False) -> None:

@@ -112,25 +112,6 @@ class RunDirectory:
     def write_config(self, *, model: dict, data: dict, train: dict) -> None:
         write_json(self.config, {"format": 1, "model": model, "data": data, "train": train, "versions": versions()})
 
-    def read_weights(self, which: str = "best") -> tuple[dict, list[str]]:
-        """The checkpoint ``best`` or ``last``, or another sound one, and a sentence for each that was passed over.
-
-        Raises:
-            CheckpointError: no checkpoint is sound.
-        """
-        notes = []
-        if which == "best":
-            try:
-                return read_checkpoint(self.best), notes
-            except CheckpointError as error:
-                if self.best.exists():
-                    notes.append(f"{error}; using the newest one in {self.checkpoints} instead")
-        try:
-            _, state, more = read_newest(self.checkpoints)
-        except CheckpointError as error:
-            raise CheckpointError("; ".join([*notes, str(error)])) from None
-        return state, notes + more
-
 
 def describe_model(model: Model) -> dict:
     """What ``config.json`` says about a model; ``name`` is None where it is not one of ``genkernels.models``."""
@@ -160,7 +141,19 @@ def load_model(path: str | os.PathLike, which: str = "best") -> tuple[Model, dic
     run = RunDirectory(path)
     config = run.read_config()
     model = build_model(config["model"], run.path)
-    state, notes = run.read_weights(which)
+    state, notes = None, []
+    if which == "best":
+        try:
+            state = read_checkpoint(run.best)
+        except CheckpointError as error:
+            if run.best.exists():
+                notes = [f"{error}; using the newest one in {run.checkpoints} instead"]
+    if state is None:
+        try:
+            _, state, more = read_newest(run.checkpoints)
+        except CheckpointError as error:
+            raise CheckpointError("; ".join([*notes, str(error)])) from None
+        notes += more
     load_weights(model, state, averaged=True)
     return model.eval(), config, state, notes
 

@@ -13,12 +13,8 @@ from genkernels._seeds import derive_seed
 from genkernels._words import UsageError
 from genkernels.training.average import applied
 
-# the one place from which sheets are drawn: whoever needs these names finds them here
-from genkernels.training.grids import draw as draw
-from genkernels.training.grids import save_png as save_png
-from genkernels.training.grids import scatter as scatter
-from genkernels.training.grids import tile as tile
-from genkernels.training.grids import why_not as why_not
+# whoever draws sheets finds these names here
+from genkernels.training.grids import draw, save_png, scatter, tile, why_not  # noqa: F401
 from genkernels.training.judge import device_of, evaluating
 
 if TYPE_CHECKING:
@@ -95,7 +91,7 @@ class Sheets:
         if s.run and s.fabric.is_global_zero and not self._missing:
             with applied(s.averages):
                 self._draw(due.step)
-        s.barrier()
+        s.fabric.barrier()
 
     def _draw(self, step: int) -> None:
         s, seed, count = self.session, derive_seed(self.session.config.seed, "sheet"), self.session.config.samples

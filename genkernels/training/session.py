@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING
 
@@ -107,18 +105,11 @@ class Session:
 
     def hear(self, due: Due) -> None:
         """Whether a signal came in one of the processes: all stop and save at the same step. And the five minutes."""
-        wish = self._agree(bool(self.interrupt))
+        agree = self.fabric.strategy.reduce_boolean_decision  # of what one process wishes
+        wish = agree(bool(self.interrupt), all=False)
         due.stop, due.interrupted = due.stop or wish, due.interrupted or (wish and due.step < self.total)
         late = time.monotonic() - self.keeper.saved_at > SAVE_SECONDS
-        due.save = due.save or due.stop or (self.config.checkpoint_every is None and self._agree(late))
-
-    def _agree(self, wish: bool) -> bool:
-        several = self.fabric.world_size > 1
-        return self.fabric.strategy.reduce_boolean_decision(wish, all=False) if several else wish
-
-    def barrier(self) -> None:
-        if self.fabric.world_size > 1:
-            self.fabric.barrier()
+        due.save = due.save or due.stop or (self.config.checkpoint_every is None and agree(late, all=False))
 
     def _initialise(self, players: dict[str, Player]) -> None:
         # ActNorm sets itself on the first batch that it sees. Each process sees another batch, so all of them are given
@@ -150,8 +141,14 @@ class Moving:
 
     def losses(self, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
         """The terms of a step, in the run's precision."""
-        with self._alone(), self._fabric.autocast():
-            terms = self._losses(x, y, step)
+        for parameter in self._others:
+            parameter.requires_grad_(False)
+        try:
+            with self._fabric.autocast():
+                terms = self._losses(x, y, step)
+        finally:
+            for parameter in self._others:
+                parameter.requires_grad_(True)
         if not isinstance(terms, dict) or not self._terms.issuperset(terms):
             check_terms(self._model, self.name, terms)
             self._terms |= set(terms)
@@ -169,16 +166,6 @@ class Moving:
         if self.average:
             self.average.update_parameters(self.module)
         return norm
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        for parameter in self._others:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in self._others:
-                parameter.requires_grad_(True)
 
 
 class _Losses(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -51,14 +51,15 @@ class Watch:
         s, first = self.session, due.step - len(self.record)
         rows = self.record.read(s.fabric.all_reduce if s.fabric.world_size > 1 else None)
         # Under 16-mixed an infinite gradient is no fault: the step is skipped and the loss scale halved.
-        bad = first_bad(rows, s.players, s.column, check_norm=s.config.precision != "16-mixed")
+        kinds = {"loss": "loss"} if s.config.precision == "16-mixed" else {"loss": "loss", "grad_norm": "gradient norm"}
+        watched = {s.column(p, term): (p, what) for p in s.players for term, what in kinds.items()}
+        bad = first_bad(rows, watched)
         s.report.rows(first, rows[: bad[0] + 1] if bad else rows, self.clock.read(), lambda: self.rate(last=100))
         if bad:
-            i, player, term = bad
-            value, loss = rows[i][s.column(player, term)], rows[i][s.column(player, "loss")]
-            what, beside = ("loss", "") if term == "loss" else ("gradient norm", f" (the loss was {loss:.6g})")
+            (i, name), (player, what) = bad, watched[bad[1]]
+            beside = "" if what == "loss" else f" (the loss was {rows[i][s.column(player, 'loss')]:.6g})"
             what += f" of {player}" if len(s.players) > 1 else ""
-            self._refuse(f"the {what} became {value} in step {first + i}{beside}{self._bad_example(first + i)}")
+            self._refuse(f"the {what} became {rows[i][name]} in step {first + i}{beside}{self._bad_example(first + i)}")
 
     def check_weights(self, due) -> None:
         """Refuses to evaluate, draw or save a model that is broken. Waits for the device once."""
@@ -143,14 +144,10 @@ class LossRecord:
         return [{name: columns[name][i] for name in names[i]} for i in range(count)]
 
 
-def first_bad(rows: list[dict[str, float]], players, column, check_norm: bool) -> tuple[int, str, str] | None:
-    """``(index, player, term)`` of the first loss, or gradient norm if asked, that is not a finite number."""
-    for i, row in enumerate(rows):
-        for player in players:
-            for term in ("loss", "grad_norm") if check_norm else ("loss",):
-                if not math.isfinite(row.get(column(player, term), 0.0)):
-                    return i, player, term
-    return None
+def first_bad(rows: list[dict[str, float]], columns: Iterable[str]) -> tuple[int, str] | None:
+    """``(index, column)`` of the first value in one of the columns that is not a finite number."""
+    bad = ((i, name) for i, row in enumerate(rows) for name in columns if not math.isfinite(row.get(name, 0.0)))
+    return next(bad, None)
 
 
 def weights_are_finite(model: torch.nn.Module) -> bool:
