@@ -1,7 +1,10 @@
-"""Writes docs/ from the docstrings: one page an operator, one a family of models, one for data, one for training.
+"""Writes docs/ and the README's tables: a page an operator, a family of models, a room, and what was measured.
 
 python tools/build_docs.py          writes the pages
-python tools/build_docs.py --check  fails where a page is not what the docstrings say now
+python tools/build_docs.py --check  fails where a page is not what the docstrings and the results files say now
+
+A page that begins with `MARK` is written here, and removed when nothing asks for it any more. The others in docs/ are
+written by hand: they are left alone, and the index links them.
 """
 
 from __future__ import annotations
@@ -9,218 +12,232 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import json
+import pkgutil
 import re
 import sys
 from pathlib import Path
 
+import _speed
+from _markdown import docstring, inline, parameters_of, signature, table
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-#: page: (title, module whose docstring opens the page, module that lists the names, names or None for __all__)
-PAGES = {
+MARK = "<!-- Written by tools/build_docs.py from the docstrings. -->"
+
+#: page: (title, the module whose docstring opens it, the module that lists the names, names or None for __all__).
+#: Operators and families of models are found; a family's page is named as its folder.
+ROOMS = {
+    "models": (
+        "Models",
+        "genkernels.models",
+        "genkernels.models",
+        ("Model", "LikelihoodModel", "Player", "Estimate", "build"),
+    ),
     "layers": ("Layers", "genkernels.nn", "genkernels.nn", None),
-    "flows": (
-        "Normalizing flows",
-        "genkernels.models.flows",
-        "genkernels.models",
-        ("NICE", "RealNVP", "Glow", "MAF", "IAF", "build"),
-    ),
-    "autoregressive": (
-        "Autoregressive models",
-        "genkernels.models.autoregressive",
-        "genkernels.models",
-        ("PixelCNN", "GatedPixelCNN", "PixelModel"),
-    ),
     "losses": ("Losses", "genkernels.losses", "genkernels.losses", None),
-    "data": ("Data", "genkernels.data", "genkernels.data", ("load", "DataBundle", "DataError")),
+    "data": ("Data", "genkernels.data", "genkernels.data", ("load", "DataBundle", "Form", "DataError")),
     "training": (
         "Training",
         "genkernels.training",
         "genkernels.training",
         ("fit", "TrainConfig", "Result", "load_model"),
     ),
+    "pictures": ("Pictures and figures", "genkernels.pictures", "genkernels.pictures", None),
 }
 
+#: Pages that tell of a base class say what its models have in common.
+BASES = ("Model", "LikelihoodModel", "FlowModel", "PixelModel")
 
-BEGIN, END = "<!-- measured: written by tools/build_docs.py -->", "<!-- end of measured -->"
-
-
-def entry(name: str, thing) -> str:
-    try:
-        # annotations are strings (they are never evaluated): shown without their quotes
-        signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(thing)))
-    except (TypeError, ValueError):
-        signature = ""
-    return f"## `{name}`\n\n```python\n{name}{signature}\n```\n\n{inspect.cleandoc(thing.__doc__ or '')}\n"
+FAMILIES = {"flows": "Normalizing flows", "autoregressive": "Autoregressive models"}
 
 
-def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+# --- entries and pages --------------------------------------------------------------------------------------------
+
+
+def entry(name: str, thing, level: int = 2) -> list[str]:
+    """One function or class: its heading, how it is called, what it says."""
+    text = [f"{'#' * level} `{name}`", signature(name.rpartition(".")[2] if level > 2 else name, thing)]
+    return [*text, docstring(thing.__doc__, parameters_of(thing))]
+
+
+def methods(name: str, kind: type) -> list[str]:
+    """What a base class adds: its own public methods, in the order of the file."""
+    found = []
+    for key, value in vars(kind).items():
+        function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        if not key.startswith("_") and inspect.isfunction(function) and function.__doc__:
+            found += entry(f"{name}.{key}", getattr(kind, key), level=3)
+    return found
+
+
+def join(parts: list[str]) -> str:
+    return "\n\n".join(part for part in [MARK, *parts] if part).rstrip() + "\n"
 
 
 def operator_page(operator) -> str:
     reference = importlib.import_module(f"genkernels.reference.{operator.name}")
-    parts = [f"# {operator.name}\n\n{inspect.cleandoc(reference.__doc__)}\n"]
-    parts += [entry(f"genkernels.ops.{f.__name__}", f) for f in (*operator.functions, *operator.types)]
+    parts = [f"# {operator.name}", docstring(reference.__doc__)]
+    for thing in (*operator.functions, *operator.types):
+        parts += entry(f"genkernels.ops.{thing.__name__}", thing)
     floors = {
         "reference": f"genkernels/reference/{operator.name}.py",
         "cpu": f"csrc/cpu/{operator.name}.cpp",
         "triton": f"genkernels/triton/{operator.name}.py",
         "cuda": f"csrc/cuda/{operator.name}.cu",
     }
-    rows = [(name, operator.backends.get(name) or f"`{file}`") for name, file in floors.items()]
-    parts.append("## Backends\n\n" + table(rows, ("backend", "where")))
-    parts.append(
-        "## Composability\n\n"
-        + "What runs under each of torch's features: the kernel, the plain PyTorch reference (right, but "
-        "slower), or an error.\n\n" + table(list(operator.composability.items()), ("feature", "runs"))
-    )
-    return "\n".join(parts)
+    kernels = operator.kernels if hasattr(operator, "kernels") else operator.backends
+    rows = [(name, inline(kernels.get(name, "")) or f"[`{file}`](../{file})") for name, file in floors.items()]
+    parts += ["## Backends", table(rows, ("backend", "where")), *exceptions(operator, kernels)]
+    composability = "What runs under each of torch's features: the kernel, the plain PyTorch reference, or an error."
+    parts += ["## Composability", composability, table(list(operator.composability.items()), ("feature", "runs"))]
+    if _speed.operator_files(operator.name):
+        parts.append(f"How fast it is: [speed](speed.md#{operator.name}).")
+    return join(parts)
 
 
-def page(title: str, opening: str, module_name: str, names) -> str:
+def exceptions(operator, kernels: dict[str, str]) -> list[str]:
+    """The torch operators that have not the kernels that the others have, and why: a line a reason."""
+    groups: dict[str, tuple[dict, dict]] = {}
+    for name, torch_op in operator.torch_ops.items():
+        for backend, reason in (getattr(torch_op, "kernels", None) or {}).items():
+            if bool(reason) != bool(kernels.get(backend)):
+                names, places = groups.setdefault(reason or "a kernel", ({}, {}))
+                names[f"`{name}`"] = places[backend] = None
+    rows = [(", ".join(names), ", ".join(places), inline(reason)) for reason, (names, places) in groups.items()]
+    return ["But for:", table(rows, ("torch operator", "backend", "where"))] if rows else []
+
+
+def room_page(title: str, opening: str, module_name: str, names) -> str:
     module = importlib.import_module(module_name)
-    names = names or module.__all__
-    parts = [f"# {title}\n\n{inspect.cleandoc(importlib.import_module(opening).__doc__ or '')}\n"]
-    return "\n".join(parts + [entry(f"{module_name}.{name}", getattr(module, name)) for name in names])
+    parts = [f"# {title}", docstring(importlib.import_module(opening).__doc__)]
+    for name in names or module.__all__:
+        thing = getattr(module, name)
+        parts += entry(f"{module_name}.{name}", thing)
+        if name in BASES:
+            parts += methods(name, thing)
+    return join(parts)
 
 
-def measured(results: Path) -> str:
-    """One table of the README, from a committed results file: what the reader sees is what was measured."""
-    data = json.loads(results.read_text())
-    rows: dict[tuple, dict] = {}
-    for row in data["rows"]:
-        key = row["case"].partition("/")[2], "×".join(map(str, row["shape"])), row["dtype"], row["direction"]
-        rows.setdefault(key, {})[row["provider"]] = row
-    present = {provider for found in rows.values() for provider in found}
-    peers = [name for name in PEERS if name in present]
-    shapes = {shape for _, shape, *_ in rows}
-    lines = []
-    for (variant, shape, dtype, direction), found in rows.items():
-        what = ", ".join([variant, *([shape] if len(shapes) > 1 else []), dtype, direction])
-        lines.append((what, *_cells(found, "one pass" in present), *(_time(found.get(peer)) for peer in peers)))
-    passes = ("passes",) if "one pass" in present else ()
-    header = ("ms, median", "eager", "compiled", "genkernels", "× eager", "× compiled", "of peak", *passes, *peers)
-    return _conditions(results, data, shapes) + table(lines, header)
+def families() -> dict[str, tuple]:
+    """A page for each folder of genkernels/models: what its models share, then its models in the registry's order."""
+    from genkernels import models
+
+    found = {}
+    for package in pkgutil.iter_modules(models.__path__):
+        if package.ispkg:
+            module = f"genkernels.models.{package.name}"
+            names = [kind.__name__ for kind in models.MODELS.values() if kind.__module__.startswith(module)]
+            bases = [name for name in BASES if getattr(models, name).__module__.startswith(module)]
+            title = FAMILIES.get(package.name, package.name)
+            found[package.name] = (title, module, "genkernels.models", (*bases, *names))
+    return found
 
 
-PEERS = ("nflows", "normflows", "FrEIA", "zuko")
+def pictures_page() -> str:
+    from genkernels import figures
+
+    rows = [(f"`genkernels figure {name}`", inline(figures.find(name).TITLE)) for name in figures.names()]
+    listed = ["## Figures", docstring(figures.__doc__), table(rows, ("command", "shows"))]
+    return room_page(*ROOMS["pictures"]).rstrip() + "\n\n" + "\n\n".join(listed) + "\n"
 
 
-#: For results files that say so: the instructions that a CPU has, in words.
-INSTRUCTIONS = {"avx512": " with AVX-512", "avx2": " with AVX2"}
-
-
-def summary(files: list[Path]) -> str:
-    """A line an operator: how its rows on another machine compare, the slowest and the fastest of them named by their
-    ratios."""
-    lines, machines = [], []
-    for results in files:
-        data = json.loads(results.read_text())
-        rows: dict[tuple, dict] = {}
-        for row in data["rows"]:
-            rows.setdefault((row["case"], *row["shape"], row["dtype"], row["direction"]), {})[row["provider"]] = row
-        name = data["rows"][0]["case"].partition("/")[0]
-        cells = [f"[{name}](benchmarks/results/{results.name})", f"{len(rows)}"]
-        for baseline in ("reference", "compiled"):
-            found = [row for row in rows.values() if baseline in row and row[baseline]["median_s"]]
-            ratios = sorted(row[baseline]["median_s"] / row["cpu"]["median_s"] for row in found)
-            middle = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
-            cells.append(" · ".join(_ratio(ratio) for ratio in (ratios[0], middle, ratios[-1])))
-        lines.append(tuple(cells))
-        machine = data["machine"]
-        machines.append(
-            f"{_device(machine)}, torch {machine['versions']['torch']}, {machine['date'][:10]}, commit "
-            f"{machine['commit']}"
-        )
-    return (
-        f"#### On a processor with AVX2 alone\n\nThe same commands, {'; '.join(dict.fromkeys(machines))}: "
-        "lowest, middle and highest ratio.\n\n" + table(lines, ("operator", "rows", "× eager", "× compiled"))
-    )
-
-
-def _device(machine: dict) -> str:
-    return f"{machine['threads']} threads of {machine['device']}{INSTRUCTIONS.get(machine.get('cpu_variant'), '')}"
-
-
-def _time(row: dict | None) -> str:
-    if row is None:
-        return ""
-    if row["gate"] == "fail":
-        return "wrong"
-    milliseconds = row["median_s"] * 1e3
-    return f"{milliseconds:,.{2 if milliseconds < 100 else 0}f}"
-
-
-def _cells(found: dict, with_passes: bool) -> list[str]:
-    ours, eager, compiled = found["cpu"], found["reference"], found.get("compiled")
-    ratios = ["" if row is None else _ratio(row["median_s"] / ours["median_s"]) for row in (eager, compiled)]
-    cells = [_time(eager), _time(compiled), f"**{_time(ours)}**", *ratios]
-    cells.append("" if ours["share_of_peak"] is None else f"{100 * ours['share_of_peak']:.0f} %")
-    if with_passes:
-        unit = found.get("one pass")
-        cells.append("" if unit is None else f"{ours['median_s'] / unit['median_s']:.1f}")
-    return cells
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-def _conditions(results: Path, data: dict, shapes: set[str]) -> str:
-    machine = data["machine"]
-    name = data["rows"][0]["case"].partition("/")[0]
-    shape = f"{next(iter(shapes))}, " if len(shapes) == 1 else ""
-    product = machine["product_flops_per_s"].get("float32", 0) / 1e9
-    return (
-        f"#### {name}\n\n`genkernels bench {name}`, {shape}{_device(machine)}, torch "
-        f"{machine['versions']['torch']}, {machine['date'][:10]}, commit {machine['commit']}; in the same run copy "
-        f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, fp32 product {product:.0f} Gflop/s "
-        f"([`{results.name}`](benchmarks/results/{results.name})).\n\n"
-    )
-
-
-def readme() -> str:
+def index(built: dict[str, str]) -> str:
+    """docs/README.md: every page by what it is about, in the order in which one would read them."""
     from genkernels.ops import OPERATORS
 
-    text = (ROOT / "README.md").read_text()
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    files = [ROOT / f"benchmarks/results/{name}-cpu.json" for name in OPERATORS]
-    tables = "\n".join(measured(file) for file in files if file.exists())
-    others = [
-        file for file in (ROOT / f"benchmarks/results/{name}-cpu-avx2.json" for name in OPERATORS) if file.exists()
+    def line(name: str, text: str) -> str:
+        body = [part for part in text.replace(MARK, "").strip().split("\n\n") if not part.startswith(("#", "<!--"))]
+        title = re.search(r"^# (.*)$", text, flags=re.M).group(1)
+        about = body[0] if len(body[0]) < 200 else re.split(r"(?<=\.) ", body[0])[0]
+        return f"- [{title}]({name}.md): {about}"
+
+    def group(names) -> str:
+        return "\n".join(line(name, built[name]) for name in names)
+
+    others = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in (*built, "README")]
+    by_hand = {path.stem: path.read_text() for path in others if is_by_hand(path)}
+    parts = [
+        "# genkernels: the pages",
+        "From the docstrings, so that they say what the code says; what was measured comes from the results files.",
+        "## Using it",
+        group([*ROOMS, "speed"]),
+        "## Families of models",
+        group(families()),
+        "## Hot paths",
+        "The definition of each operator, its arguments and gradients, and where its kernels are.",
+        group(OPERATORS),
     ]
-    if others:
-        tables += "\n" + summary(others)
-    return before + BEGIN + "\n" + tables + END + after
+    if by_hand:
+        parts += ["## Working on it", "\n".join(line(name, text) for name, text in by_hand.items())]
+    return join(parts)
+
+
+def is_by_hand(path: Path) -> bool:
+    return path.exists() and not path.read_text().startswith(MARK)
 
 
 def pages() -> dict[str, str]:
     from genkernels.ops import OPERATORS
 
     built = {name: operator_page(operator) for name, operator in OPERATORS.items()}
-    built |= {name: page(*what) for name, what in PAGES.items()}
-    return {name: text.rstrip() + "\n" for name, text in built.items()}
+    built |= {name: room_page(*what) for name, what in {**families(), **ROOMS}.items()}
+    built |= {"pictures": pictures_page(), "speed": f"{MARK}\n\n{_speed.page()}"}
+    return {**built, "README": index(built)}
+
+
+# --- the README ---------------------------------------------------------------------------------------------------
+
+
+def names_text() -> str:
+    """What can be trained on what, as the registries have it."""
+    from genkernels import data, models
+
+    def listed(names) -> str:
+        return ", ".join(f"`{name}`" for name in names)
+
+    kinds = list(models.MODELS.values())
+    presets = [name for name in kinds[0].presets if all(name in kind.presets for kind in kinds)]
+    some = [name for name in kinds[0].presets if name not in presets]
+    takers = f", and {listed(some)} for flows" if some else ""
+    shipped, own = ([name for name in data.NAMES if (":" in name) == by_place] for by_place in (False, True))
+    return (
+        f"Models: {listed(models.MODELS)} (presets {listed(presets)}{takers}).\n"
+        f"Data: {listed(shipped)}, and your own: {listed(own)}."
+    )
+
+
+BLOCKS = {"names": names_text, "rows": _speed.chosen_rows, "likelihoods": _speed.likelihoods, "demo": _speed.demo}
+
+
+def readme() -> str:
+    """The README with its derived blocks as they are now."""
+    text = (ROOT / "README.md").read_text()
+    for name, build in BLOCKS.items():
+        begin, end = f"<!-- {name}: by tools/build_docs.py -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"README.md must hold the lines {begin} and {end}")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{build()}\n{end}{rest.split(end, 1)[1]}"
+    return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is out of date")
     check = parser.parse_args().check
-    stale = []
-    files = {ROOT / "docs" / f"{name}.md": text for name, text in pages().items()}
-    for path, text in {**files, ROOT / "README.md": readme()}.items():
-        if check:
-            if not path.exists() or path.read_text() != text:
-                stale.append(str(path.relative_to(ROOT)))
-        else:
+    wanted = {ROOT / "docs" / f"{name}.md": text for name, text in pages().items()} | {ROOT / "README.md": readme()}
+    left_over = [path for path in (ROOT / "docs").glob("*.md") if path not in wanted and not is_by_hand(path)]
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text] + left_over
+    if check and stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        print(f"{names}: not what the code says now; run python tools/build_docs.py")
+    elif not check:
+        for path in left_over:
+            path.unlink()
+        for path, text in wanted.items():
             path.write_text(text)
-    if stale:
-        print(f"{', '.join(stale)}: not what the docstrings say now; run python tools/build_docs.py")
-    return 1 if stale else 0
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

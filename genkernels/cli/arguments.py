@@ -10,9 +10,9 @@ import sys
 
 from genkernels._config import TrainConfig
 from genkernels._words import nearest
+from genkernels.models._registry import MODELS
 
-COMMANDS = ("info", "train", "sample", "eval", "bench")
-MODEL_NAMES = "nice, realnvp, glow, maf, iaf, pixelcnn or gatedpixelcnn"
+COMMANDS = ("info", "train", "sample", "eval", "bench", "figure")
 SUPPRESS = argparse.SUPPRESS  # settings that were not given do not appear: a resume keeps what it was begun with
 
 _EPILOG = """\
@@ -78,6 +78,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         ("sample", "sample", _sample, "draw samples from a trained model"),
         ("eval", "evaluate", _evaluate, "held-out figures of merit of a trained model"),
         ("bench", "bench", _bench, "speed of the operators against PyTorch and other libraries"),
+        ("figure", "figure", _figure, "draw a figure of a run; without a name, list them"),
     ):
         parsers[name] = sub = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(module=module)
@@ -106,7 +107,7 @@ def _train(sub: Parser) -> None:
     sub.usage = (
         "genkernels train MODEL --data DATA [--out DIR] [options]\n       genkernels train --out DIR --resume [options]"
     )
-    sub.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_NAMES)
+    sub.add_argument("model", metavar="MODEL", nargs="?", help=" or ".join(", ".join(MODELS).rsplit(", ", 1)))
     sub.add_argument("--data", help="digits, photos32, photos64, moons, ..., folder:PATH, npz:PATH, hf:NAME")
     sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
     sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")
@@ -219,3 +220,9 @@ def _bench(sub: Parser) -> None:
     sub.add_argument(
         "--limit", type=float, metavar="S", help="begin no other row after S seconds; what is left out is named"
     )
+
+
+def _figure(sub: Parser) -> None:
+    sub.usage = "genkernels figure [NAME [--out F.png] [options]]\n       genkernels figure NAME --help"
+    sub.add_argument("name", metavar="NAME", nargs="?", help="which (default: lists them)")
+    sub.add_argument("options", nargs=argparse.REMAINDER, help=SUPPRESS)  # each figure has its own: cli/figure.py

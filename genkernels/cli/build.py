@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import ast
 import inspect
-
-from torch import nn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from genkernels._words import UsageError, nearest
+from genkernels.models import model_class
+
+if TYPE_CHECKING:
+    from genkernels.models import Model, Preset
+
+__all__ = ["build", "chosen_preset", "keyed", "model_class", "model_kwargs"]
+
+
+def chosen_preset(kind: type, bundle, preset: str | None) -> Preset | None:
+    """The preset that is named; else the one called like the data set, or ``points`` for points, if there is one.
+
+    Raises:
+        UsageError: the model has none of that name.
+    """
+    presets = kind.presets
+    if preset is None:
+        fitting = (bundle.name,) if bundle.form.is_image else (bundle.name, "points")
+        preset = next((name for name in fitting if name in presets), None)
+    elif preset not in presets:
+        raise UsageError(f"unknown preset {preset!r} of {kind.__name__}{nearest(preset, presets) or '; it has none'}")
+    return None if preset is None else presets[preset]
 
 
 def model_kwargs(
@@ -18,63 +39,40 @@ def model_kwargs(
     Args:
         kind: the model's class.
         name: its command-line name.
-        bundle: the data: shape and levels follow from it, whatever a preset says.
-        preset: a name in ``kind.presets``; None takes the one called like the data set, or ``points`` for points, if
-            there is one.
+        bundle: the data: what follows from them holds whatever a preset says.
+        preset: a name in ``kind.presets``, or None, as for `chosen_preset`.
         settings: ``key=value`` strings.
         reversible, classes: the flags.
 
     Raises:
         UsageError: an unknown preset or argument, one that contradicts the data, or classes that the data do not have.
     """
-    presets = getattr(kind, "presets", {})
-    if preset is not None and preset not in presets:
-        raise UsageError(f"unknown preset {preset!r} of {name}{nearest(preset, presets) or '; it has none'}")
-    if preset is None:
-        fitting = (bundle.name, "points") if bundle.levels is None else (bundle.name,)
-        preset = next((p for p in fitting if p in presets), None)
-    arguments = dict(presets.get(preset, {}))
+    chosen = chosen_preset(kind, bundle, preset)
+    arguments = dict(chosen.sizes) if chosen else {}
+    arguments.pop("num_classes", None)
     allowed = _parameters(kind)
-    for key in ("image_shape", "features", "data_levels", "num_classes"):
-        arguments.pop(key, None)
-    facts = _facts(bundle, allowed, name)
+    facts = kind.fit_to(bundle.form)
     arguments |= facts
     if classes:
-        if not bundle.num_classes:
+        if not bundle.form.num_classes:
             raise UsageError(f"--class-conditional needs labels: the data {bundle.name} have none")
         _needs(allowed, "num_classes", name, "--class-conditional")
-        arguments["num_classes"] = bundle.num_classes
+        arguments["num_classes"] = bundle.form.num_classes
     if reversible:
         _needs(allowed, "reversible", name, "--reversible")
         arguments["reversible"] = True
-    for text in settings:
-        key, equals, value = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise UsageError(f"--set takes KEY=VALUE, got {text!r}")
+    for key, value in keyed(settings):
         if allowed is not None and key not in allowed:
             raise UsageError(f"{name} has no argument {key!r}{nearest(key, allowed)}")
-        arguments[key] = _value(value)
+        arguments[key] = value
         if key in facts and arguments[key] != facts[key]:
             raise UsageError(f"--set {key}: it follows from the data {bundle.name}, {facts[key]}, got {arguments[key]}")
-        if key == "num_classes" and (arguments[key] or None) != (bundle.num_classes if classes else None):
+        if key == "num_classes" and (arguments[key] or None) != (bundle.form.num_classes if classes else None):
             raise UsageError("--set num_classes: it follows from the labels of the data, give --class-conditional")
     return arguments
 
 
-def _facts(bundle, allowed: list[str] | None, name: str) -> dict:
-    """Shape and levels of the data, by the names that the model gives them."""
-    if allowed is not None and "image_size" in allowed:  # a model of integer images
-        if bundle.levels is None:
-            raise UsageError(f"{name} is a model of images, the data {bundle.name} are points: try maf, glow or nice")
-        channels, *size = bundle.shape
-        return {"image_size": tuple(size), "channels": channels, "levels": bundle.levels}
-    if bundle.levels is None:
-        return {"features": bundle.shape[0]}
-    return {"image_shape": tuple(bundle.shape), "data_levels": bundle.levels}
-
-
-def build(kind: type, name: str, arguments: dict) -> nn.Module:
+def build(kind: type, name: str, arguments: dict) -> Model:
     """Calls the constructor; what it refuses becomes a sentence that names the model."""
     try:
         return kind(**arguments)
@@ -85,12 +83,13 @@ def build(kind: type, name: str, arguments: dict) -> nn.Module:
         raise UsageError(f"{name} cannot be built from {arguments}: {str(error).splitlines()[0]}") from error
 
 
-def model_class(name: str) -> type:
-    from genkernels.models import MODELS
-
-    if name not in MODELS:
-        raise UsageError(f"unknown model {name!r}{nearest(name, MODELS)}")
-    return MODELS[name]
+def keyed(settings: list[str]) -> Iterator[tuple[str, Any]]:
+    """``KEY=VALUE`` strings as names and Python values."""
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes KEY=VALUE, got {text!r}")
+        yield key.strip().replace("-", "_"), _value(value)
 
 
 def _parameters(kind: type) -> list[str] | None:

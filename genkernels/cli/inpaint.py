@@ -11,7 +11,8 @@ from genkernels import data
 from genkernels._words import UsageError
 from genkernels.cli.load import check_fits
 from genkernels.cli.sample import save_npz
-from genkernels.training.sampling import drawing, save_png, tile
+from genkernels.pictures import save, sheet
+from genkernels.training.sampling import drawing
 
 #: What `known_region` knows: the part of an image that is kept.
 REGIONS = ("top-half", "top-quarter", "left-half")
@@ -44,7 +45,7 @@ def complete(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
         triples = torch.stack([x / top, kept, drawn / top], 1).flatten(0, 1)
         if triples.shape[1] not in (1, 3):
             triples = triples.flatten(0, 1).unsqueeze(1)
-        save_png(out, tile(triples, columns=3 * max(1, round((len(x) / 3) ** 0.5))))
+        save(out, sheet(triples, columns=3 * max(1, round((len(x) / 3) ** 0.5))))
     print(
         f"{out}: {len(x):,} held-out images (each: whole, kept, completed) with the {arguments.inpaint} kept, "
         f"temperature {arguments.temperature:g}, weights of step {state['step']}"

@@ -37,23 +37,18 @@ def options(settings: list[str], function: Callable, name: str, reserved: tuple[
     Raises:
         UsageError: one is not an argument of the method.
     """
-    from genkernels.cli.build import _value
+    from genkernels.cli.build import keyed
 
     parameters = inspect.signature(function).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    allowed = [key for key, p in parameters.items() if key not in reserved and p.kind not in (p.VAR_KEYWORD,)]
-    values = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise UsageError(f"--set takes KEY=VALUE, got {text!r}")
+    allowed = [key for key, p in parameters.items() if key not in reserved and p.kind is not p.VAR_KEYWORD]
+    values = dict(keyed(settings))
+    for key in values:
         if key in reserved:
             raise UsageError(f"--set {key}: it cannot be set, the command itself says what it is")
         if key not in allowed and not anything:
             hint = nearest(key, allowed) or "; it takes none"
             raise UsageError(f"{name}'s {function.__name__} has no option {key!r}{hint}")
-        values[key] = _value(value)
     return values
 
 
@@ -73,4 +68,4 @@ def check_fits(bundle, model, config: dict) -> None:
 
 
 def _words(shape, levels) -> str:
-    return f"points of shape {shape}" if levels is None else f"images of shape {shape} with {levels} levels"
+    return f"points of shape {shape}" if levels is None else f"images of shape {shape} with {levels} grey levels"

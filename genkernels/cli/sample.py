@@ -42,7 +42,8 @@ def run(arguments) -> int:
             name = f"n{n}-t{arguments.temperature:g}-seed{arguments.seed}{label}.png"
             out = Path(arguments.run).expanduser() / "samples" / name
             refuse_unwritable(out)
-        from genkernels.training.sampling import draw, sample, save_png, unusable, why_not
+        from genkernels.pictures import draw, save, why_not
+        from genkernels.training.sampling import sample, unusable
 
         if out.suffix.lower() == ".png" and (missing := why_not(points)):
             raise UsageError(f"writing a PNG: {missing}")
@@ -66,7 +67,7 @@ def run(arguments) -> int:
     if out.suffix.lower() == ".npz":
         save_npz(out, images, config)
     else:
-        save_png(out, draw(images))
+        save(out, draw(images))
     print(f"{out}: {n:,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
     return 0
 

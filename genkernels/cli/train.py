@@ -102,9 +102,9 @@ def _begun(arguments, given: dict):
 
 def _with_preset(kind: type, bundle, preset: str | None, given: dict) -> TrainConfig:
     """The training settings of the model's preset, under what the user typed."""
-    from genkernels.cli import build
+    from genkernels.cli.build import chosen_preset
 
-    chosen = build.chosen_preset(kind, bundle, preset) if hasattr(build, "chosen_preset") else None
+    chosen = chosen_preset(kind, bundle, preset)
     settings = dict(chosen.training) if chosen else {}
     length = {"max_steps", "epochs"}
     if length & set(given):

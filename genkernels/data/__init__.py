@@ -3,8 +3,8 @@
 >>> from genkernels import data
 >>> bundle = data.load("moons", seed=0)
 >>> x, y = bundle.take("test", 3)
->>> x.shape, bundle.shape, bundle.levels, bundle.num_classes
-(torch.Size([3, 2]), (2,), None, 2)
+>>> x.shape, bundle.form
+(torch.Size([3, 2]), Form(shape=(2,), grey_levels=None, num_classes=2))
 
 Importing this takes torch and numpy alone; scikit-learn, Pillow and `datasets` are imported by the loaders
 that need them. Nothing is downloaded except by ``hf:``.
@@ -23,7 +23,7 @@ from genkernels.data.spec import DataError
 __all__ = ["NAMES", "DataBundle", "Form", "DataError", "TensorPairs", "load"]
 
 NAMES: dict[str, str] = {
-    "digits": "1,797 scanned handwritten digits, 8x8, 17 levels, 10 classes (scikit-learn)",
+    "digits": "1,797 scanned handwritten digits, 8x8, 17 grey levels, 10 classes (scikit-learn)",
     "photos32": "32x32 crops of two photographs, a stripe of each held out (scikit-learn)",
     "photos64": "64x64 crops of the same photographs",
     **{name: f"{picture}, points in the plane" for name, (_, _, picture) in points.SETS.items()},

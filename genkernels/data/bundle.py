@@ -56,23 +56,27 @@ class DataBundle:
         train: map-style, gives ``(x, y)``: x uint8 ``[C, H, W]`` level indices or float32 ``[D]``; y an int,
             0 where there are no labels. Data sets in memory hold their stacked tensors in ``.tensors``.
         test: the held-out part, in the same form.
-        shape: shape of one x, ``(C, H, W)`` or ``(D,)``.
-        levels: how many values a pixel can take (indices 0 to levels − 1), None for points.
-        num_classes: how many labels there are (0 to num_classes − 1), None where there are none.
+        form: what a model must know of them.
         description: one line for people.
     """
 
     name: str
     train: Dataset = field(repr=False)
     test: Dataset = field(repr=False)
-    shape: tuple[int, ...]
-    levels: int | None
-    num_classes: int | None
+    form: Form
     description: str
 
     @property
-    def form(self) -> Form:
-        return Form(self.shape, self.levels, self.num_classes)
+    def shape(self) -> tuple[int, ...]:
+        return self.form.shape
+
+    @property
+    def levels(self) -> int | None:
+        return self.form.grey_levels
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.form.num_classes
 
     def take(self, split: Literal["train", "test"], n: int) -> tuple[Tensor, Tensor]:
         """The first n examples of a part, or all of them where there are fewer, as copies.
@@ -82,7 +86,7 @@ class DataBundle:
             n: how many, 0 or more.
 
         Returns:
-            x ``[n, *shape]`` and y ``[n]`` int64.
+            x ``[n, *form.shape]`` and y ``[n]`` int64.
 
         Raises:
             ValueError: an unknown split or a negative n.
@@ -105,8 +109,8 @@ class DataBundle:
             return x[:n].clone(), y[:n].clone()
         pairs = [part[i] for i in range(min(n, len(part)))]
         if not pairs:
-            dtype = torch.float32 if self.levels is None else torch.uint8
-            return torch.empty((0, *self.shape), dtype=dtype), torch.empty(0, dtype=torch.int64)
+            dtype = torch.uint8 if self.form.is_image else torch.float32
+            return torch.empty((0, *self.form.shape), dtype=dtype), torch.empty(0, dtype=torch.int64)
         return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs], dtype=torch.int64)
 
 
@@ -116,11 +120,11 @@ def make_bundle(
     parts: Sequence[Dataset],
     shape: Sequence[int],
     *,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     num_classes: int | None = None,
 ) -> DataBundle:
     """A `DataBundle` of ``parts = (train, test)`` whose description begins with `what`."""
     train, test = parts
     classes = f", {num_classes} classes" if num_classes else ""
     description = f"{what}{classes}; {len(train):,} to train on, {len(test):,} held out"
-    return DataBundle(spec, train, test, tuple(shape), levels, num_classes, description)
+    return DataBundle(spec, train, test, Form(tuple(shape), grey_levels, num_classes), description)

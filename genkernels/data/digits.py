@@ -13,18 +13,19 @@ from genkernels.data.bundle import DataBundle, TensorPairs, make_bundle
 from genkernels.data.spec import require
 from genkernels.data.split import hash64
 
-LEVELS = 17
+GREY_LEVELS = 17
 TEST = 360
 
 
 def load(spec: str) -> DataBundle:
     """1,437 scans to train on and 360 held out, the same ones always, classes in proportion."""
-    found = require(spec, "sklearn.datasets", "scikit-learn").load_digits()
-    x = torch.from_numpy(found.images.astype(np.uint8)).unsqueeze(1)  # [1797, 1, 8, 8]
-    y = torch.from_numpy(found.target.astype(np.int64))
+    scans = require(spec, "sklearn.datasets", "scikit-learn").load_digits()
+    x = torch.from_numpy(scans.images.astype(np.uint8)).unsqueeze(1)  # [1797, 1, 8, 8]
+    y = torch.from_numpy(scans.target.astype(np.int64))
     train, test = stratified(x.numpy(), y.numpy(), TEST)
     parts = [TensorPairs(x[rows], y[rows]) for rows in (train, test)]
-    return make_bundle(spec, "scanned digits 8x8, 17 levels", parts, (1, 8, 8), levels=LEVELS, num_classes=10)
+    what = f"scanned digits 8x8, {GREY_LEVELS} grey levels"
+    return make_bundle(spec, what, parts, (1, 8, 8), grey_levels=GREY_LEVELS, num_classes=10)
 
 
 def stratified(x: np.ndarray, y: np.ndarray, test: int) -> tuple[np.ndarray, np.ndarray]:

@@ -86,7 +86,7 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
     sources = [part.pick(order) for part, order in zip(parts, orders, strict=True)]
     what = f"{'colour' if form.channels == 3 else 'grey'} images {form.height}x{form.width} from {path!r}"
     parts = build(sources, labels, form)
-    return make_bundle(spec, what, parts, form.shape, levels=256, num_classes=num_classes)
+    return make_bundle(spec, what, parts, form.shape, grey_levels=256, num_classes=num_classes)
 
 
 def _files(spec: str, base: Path) -> Files:
@@ -95,7 +95,7 @@ def _files(spec: str, base: Path) -> Files:
     def refuse(error: OSError) -> None:
         raise DataError(f"{spec}: the folder {error.filename!r} cannot be read ({error.strerror})")
 
-    found: list[str] = []
+    paths: list[str] = []
     seen: set[str] = set()
     for folder, below, names in os.walk(base, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -105,14 +105,14 @@ def _files(spec: str, base: Path) -> Files:
         seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
         inside = Path(folder).relative_to(base)
-        found += [
+        paths += [
             (inside / name).as_posix()
             for name in names
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
         ]
-    if not found:
+    if not paths:
         raise DataError(f"{spec}: {str(base)!r} must hold images ({' '.join(sorted(EXTENSIONS))}), and holds none")
-    return Files(base, sorted(found))
+    return Files(base, sorted(paths))
 
 
 def _labels(classes: list[str] | None) -> Tensor | None:

@@ -102,7 +102,7 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
         sources, labels = [Rows(only, order) for order in orders], [labels[0][order] for order in orders]
     what = f"{name} of the Hugging Face Hub, {form.channels}x{form.height}x{form.width}"
     parts = build(sources, labels, form)
-    return make_bundle(spec, what, parts, form.shape, levels=256, num_classes=num_classes)
+    return make_bundle(spec, what, parts, form.shape, grey_levels=256, num_classes=num_classes)
 
 
 def _fetch(spec: str, library: Any, name: str, config: str | None, root: str | PathLike[str] | None) -> Any:

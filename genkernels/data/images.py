@@ -1,6 +1,6 @@
 """Encoded images (files, or cells of a table) to data sets: one survey of the headers, then decoding.
 
-Every picture of a data set must come out alike, uint8 ``[C, H, W]`` with 256 levels:
+Every picture of a data set must come out alike, uint8 ``[C, H, W]`` with 256 grey levels:
 
 - C is 1 when all are greyscale, else 3 and the grey ones are spread over R, G, B; transparency is dropped;
 - pictures are turned as their EXIF orientation says;
@@ -48,7 +48,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Form:
+class ImageForm:
     """What every image of a data set is brought to."""
 
     spec: str
@@ -65,7 +65,7 @@ class Form:
 class EncodedImages(Dataset):
     """Images decoded when asked for; gives ``(uint8 [C, H, W], label)``."""
 
-    def __init__(self, source: Source, labels: Tensor, form: Form):
+    def __init__(self, source: Source, labels: Tensor, form: ImageForm):
         self.source, self.labels, self.form = source, labels, form
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class EncodedImages(Dataset):
         return decode(self.source, range(len(self))[index], self.form), label
 
 
-def survey(spec: str, sources: Sequence[Source], size: int | None) -> Form:
+def survey(spec: str, sources: Sequence[Source], size: int | None) -> ImageForm:
     """Read every header, in order, and settle the common form.
 
     Raises:
@@ -103,10 +103,10 @@ def survey(spec: str, sources: Sequence[Source], size: int | None) -> Form:
                 )
     assert first is not None, "callers refuse empty sources"
     width, height = (size, size) if size else first[1:]
-    return Form(spec, 3 if colour else 1, height, width, resize=size is not None)
+    return ImageForm(spec, 3 if colour else 1, height, width, resize=size is not None)
 
 
-def build(sources: Sequence[Source], labels: Sequence[Tensor], form: Form) -> list[Dataset]:
+def build(sources: Sequence[Source], labels: Sequence[Tensor], form: ImageForm) -> list[Dataset]:
     """One data set for each source, in memory where all of them fit."""
     count = sum(len(source) for source in sources)
     pairs = zip(sources, labels, strict=True)
@@ -121,7 +121,7 @@ def build(sources: Sequence[Source], labels: Sequence[Tensor], form: Form) -> li
     return parts
 
 
-def decode(source: Source, index: int, form: Form) -> Tensor:
+def decode(source: Source, index: int, form: ImageForm) -> Tensor:
     """One image, uint8 ``[C, H, W]``."""
     with _opened(form.spec, source, index) as image:
         imageops = require(form.spec, "PIL.ImageOps", "pillow")

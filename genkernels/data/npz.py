@@ -2,8 +2,8 @@
 
 Names: ``x`` alone (about a tenth is held out, chosen by a hash of each row's bytes, so that equal rows stay
 together), or ``train`` and ``test``, or ``x_train`` and ``x_test``. Labels, if any, are integers from 0:
-``y``, or ``y_train`` and ``y_test``. ``levels``, one integer from 2 to 256, says how many values a pixel can
-take (else 256).
+``y``, or ``y_train`` and ``y_test``. ``grey_levels`` (or ``levels``, as older archives call it), one integer from
+2 to 256, says how many values a pixel can take (else 256).
 
 What the data are follows from their type and shape:
 
@@ -32,7 +32,7 @@ from genkernels.data.split import held_out
 
 _NAMINGS = (("x", "x"), ("train", "test"), ("x_train", "x_test"))
 _CHOICE = "x, or train and test, or x_train and x_test"
-_KNOWN = ("x", "train", "test", "x_train", "x_test", "y", "y_train", "y_test", "levels")
+_KNOWN = ("x", "train", "test", "x_train", "x_test", "y", "y_train", "y_test", "grey_levels", "levels")
 
 
 def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
@@ -49,14 +49,14 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
             f"{spec}: {train_name} and {test_name} must agree in shape and type, got {_form(xs[0])} and {_form(xs[-1])}"
         )
     images = xs[0].dtype == np.uint8
-    levels = _levels(spec, arrays, names, xs) if images else None
+    grey_levels = _grey_levels(spec, arrays, names, xs) if images else None
     if len(xs) == 1:
         orders = held_out(spec, (row.tobytes() for row in xs[0]), "rows")
         xs, labels = [xs[0][order] for order in orders], [labels[0][order] for order in orders]
     parts = [TensorPairs(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(xs, labels, strict=True)]
     shape = xs[0].shape[1:]
     what = f"images {'x'.join(map(str, shape))}" if images else f"points of {shape[0]} numbers"
-    return make_bundle(spec, f"{what} from {path!r}", parts, shape, levels=levels, num_classes=num_classes)
+    return make_bundle(spec, f"{what} from {path!r}", parts, shape, grey_levels=grey_levels, num_classes=num_classes)
 
 
 def _layout(value: str) -> str:
@@ -98,10 +98,10 @@ def _listed(names: list[str]) -> str:
 
 
 def _naming(spec: str, arrays: dict[str, np.ndarray]) -> tuple[str, str]:
-    whole = [pair for pair in _NAMINGS if pair[0] in arrays and pair[1] in arrays]
+    complete = [pair for pair in _NAMINGS if pair[0] in arrays and pair[1] in arrays]
     started = [name for pair in _NAMINGS for name in dict.fromkeys(pair) if name in arrays]
-    if len(whole) == 1 and set(started) == set(whole[0]):
-        return whole[0]
+    if len(complete) == 1 and set(started) == set(complete[0]):
+        return complete[0]
     raise DataError(f"{spec}: the archive must hold either {_CHOICE}, got {_listed(started)}")
 
 
@@ -156,25 +156,31 @@ def _labels(
     if present != wanted:
         beside = " and ".join(names)
         raise DataError(f"{spec}: labels beside {beside} must be {' and '.join(wanted)}, got {_listed(present)}")
-    found = []
+    labels = []
     for label, name, x in zip(wanted, names, xs, strict=True):
         y = arrays[label]
         if not np.issubdtype(y.dtype, np.integer) or y.shape not in ((len(x),), (len(x), 1)):
             raise DataError(f"{spec}: {label} must be integers [{len(x)}], one a row of {name}, got {_form(y)}")
         if y.min() < 0 or y.max() >= 2**31:
             raise DataError(f"{spec}: {label} must count from 0, got {y.min()} to {y.max()}")
-        found.append(y.reshape(-1).astype(np.int64))
-    return found, int(max(y.max() for y in found)) + 1
+        labels.append(y.reshape(-1).astype(np.int64))
+    return labels, int(max(y.max() for y in labels)) + 1
 
 
-def _levels(spec: str, arrays: dict[str, np.ndarray], names: list[str], xs: list[np.ndarray]) -> int:
-    if "levels" not in arrays:
+def _grey_levels(spec: str, arrays: dict[str, np.ndarray], names: list[str], xs: list[np.ndarray]) -> int:
+    present = [key for key in ("grey_levels", "levels") if key in arrays]
+    if not present:
         return 256
-    given = arrays["levels"]
-    if given.size != 1 or not np.issubdtype(given.dtype, np.integer) or not 2 <= int(given.item()) <= 256:
-        raise DataError(f"{spec}: levels must be one integer from 2 to 256, got {given.tolist()!r:.40}")
-    levels = int(given.item())
+    if len(present) == 2:
+        raise DataError(f"{spec}: the archive must hold grey_levels or levels, got both")
+    (key,) = present
+    array = arrays[key]
+    if array.size != 1 or not np.issubdtype(array.dtype, np.integer) or not 2 <= int(array.item()) <= 256:
+        raise DataError(f"{spec}: {key} must be one integer from 2 to 256, got {array.tolist()!r:.40}")
+    grey_levels = int(array.item())
     for name, x in zip(names, xs, strict=True):
-        if x.max() >= levels:
-            raise DataError(f"{spec}: with {levels} levels {name} must lie in 0 to {levels - 1}, got {x.max()}")
-    return levels
+        if x.max() >= grey_levels:
+            raise DataError(
+                f"{spec}: with {grey_levels} grey levels {name} must lie in 0 to {grey_levels - 1}, got {x.max()}"
+            )
+    return grey_levels

@@ -87,7 +87,7 @@ def load(spec: str, size: int, seed: int) -> DataBundle:
         PhotoCrops(test, size, TEST, derived_seed("photos", size, "test", seed), mirror=False),
     ]
     what = f"{size}x{size} crops of two photographs, a stripe of each held out"
-    return make_bundle(spec, what, parts, (3, size, size), levels=256)
+    return make_bundle(spec, what, parts, (3, size, size), grey_levels=256)
 
 
 def _photographs(spec: str) -> dict[str, Tensor]:

@@ -26,11 +26,11 @@ def split_options(spec: str, text: str, readers: dict[str, Callable[[str], Any]]
     Raises:
         DataError: an unknown or repeated key, or a value that its reader refuses with a ValueError.
     """
-    found = _OPTIONS.match(text)
-    if found is None:
+    match = _OPTIONS.match(text)
+    if match is None:
         return text, {}
     options: dict[str, Any] = {}
-    for pair in found["options"].split("&"):
+    for pair in match["options"].split("&"):
         key, _, value = pair.partition("=")
         if key not in readers:
             raise DataError(f"{spec}: the options here are {', '.join(sorted(readers))}, got {key!r}")
@@ -40,7 +40,7 @@ def split_options(spec: str, text: str, readers: dict[str, Callable[[str], Any]]
             options[key] = readers[key](value)
         except ValueError as error:
             raise DataError(f"{spec}: {key} must be {error}, got {value!r}") from None
-    return found["body"], options
+    return match["body"], options
 
 
 def image_side(value: str) -> int:

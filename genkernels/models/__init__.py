@@ -1,58 +1,25 @@
-"""Models, by their command-line names in `MODELS`; `build` makes one from its name and ``hparams``."""
+"""Models, by their command-line names in `MODELS`; `build` makes one from its name and ``hparams``.
+
+Every model takes the same words for its data: ``shape``, ``(C, H, W)`` or ``(D,)``; ``grey_levels``, how many values a
+pixel can take, None for points and for images of real numbers; ``num_classes``, None where labels play no part.
+
+A class is imported when it is first named, so that the names alone cost nothing.
+"""
 
 from __future__ import annotations
 
-from genkernels._words import UsageError, nearest
-from genkernels.models._model import Estimate, LikelihoodModel, Model, Player
-from genkernels.models.autoregressive import GatedPixelCNN, PixelCNN, PixelModel
-from genkernels.models.flows import IAF, MAF, NICE, FlowModel, Glow, RealNVP
+import importlib
 
-MODELS: dict[str, type[Model]] = {
-    "nice": NICE,
-    "realnvp": RealNVP,
-    "glow": Glow,
-    "maf": MAF,
-    "iaf": IAF,
-    "pixelcnn": PixelCNN,
-    "gatedpixelcnn": GatedPixelCNN,
-}
+from genkernels.models._registry import EXPORTS, MODELS, build, model_class
 
-__all__ = [
-    "IAF",
-    "MAF",
-    "MODELS",
-    "NICE",
-    "Estimate",
-    "FlowModel",
-    "LikelihoodModel",
-    "Model",
-    "Player",
-    "GatedPixelCNN",
-    "Glow",
-    "PixelCNN",
-    "PixelModel",
-    "RealNVP",
-    "build",
-    "model_class",
-]
+__all__ = ["MODELS", "build", "model_class", *EXPORTS]
 
 
-def model_class(name: str) -> type[Model]:
-    """The class of a command-line name.
-
-    Raises:
-        UsageError: there is none; names the nearest.
-    """
-    if name in MODELS:
-        return MODELS[name]
-    raise UsageError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS, listed=True)}")
+def __getattr__(name: str):
+    if name in EXPORTS:
+        return getattr(importlib.import_module(EXPORTS[name]), name)
+    raise AttributeError(f"module 'genkernels.models' has no attribute {name!r}")
 
 
-def build(name: str, **hparams) -> Model:
-    """The model `name` with constructor arguments `hparams`, as a model's own ``hparams`` holds them.
-
-    Equivalent to::
-
-        genkernels.models.MODELS[name](**hparams)
-    """
-    return model_class(name)(**hparams)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,17 +1,42 @@
 """What every model shares: how it is trained and judged, presets, labels, the checks of `sample`; and what a likelihood
-adds."""
+adds.
+
+A model of one's own, of points, with a preset that says how to train it:
+
+>>> import torch, genkernels as gk
+>>> class Diagonal(gk.models.LikelihoodModel):
+...     takes = ("points",)
+...     presets = {"points": gk.models.Preset(sizes={"shape": (2,)}, training={"lr": 1e-2})}
+...     def __init__(self, *, shape: tuple[int, ...], start: float = 0.0):
+...         super().__init__(shape)
+...         self.log_scale = torch.nn.Parameter(torch.full(self.shape, start))
+...     def log_prob(self, x, y=None, generator=None):
+...         return torch.distributions.Normal(0.0, self.log_scale.exp()).log_prob(x).sum(1)
+...     def sample(self, n, temperature=1.0, generator=None, y=None):
+...         return temperature * torch.randn(n, *self.shape, generator=generator) * self.log_scale.exp()
+>>> Diagonal.from_preset("points", start=0.5).hparams
+{'shape': (2,), 'start': 0.5}
+
+``genkernels.models.MODELS["diagonal"] = Diagonal`` gives it a name, by which a run's folder finds it again.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from genkernels._words import UsageError, nearest
+from genkernels.models._arguments import recorded
+from genkernels.models._registry import names_taking
+
+if TYPE_CHECKING:
+    from genkernels.data import Form
 
 
 @dataclass(frozen=True)
@@ -83,27 +108,58 @@ class Estimate:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A documented size of a model, and the training that goes with it.
+
+    Attributes:
+        sizes: constructor arguments, those that follow from its data among them.
+        training: fields of ``genkernels.training.TrainConfig``, where the source of the sizes or a measurement departs
+            from its defaults; ``genkernels train`` takes them under what the user gives. How long to train is left to
+            the user.
+    """
+
+    sizes: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+
+
 class Model(nn.Module):
     """A generative model that says what it minimises, who is trained, and how it is judged.
 
-    Training, the command line and the benchmarks read this class and nothing below it.
+    Training, the command line and the benchmarks read this class and nothing below it. A constructor's arguments are
+    recorded and checked against their annotations (``int``: a count or a size, at least 0) before it begins; one that
+    is called ``shape`` holds ``(C, H, W)`` or ``(D,)``, and ``grey_levels`` is None where that is ``(D,)``.
+
+    Args:
+        shape: of one datum, ``(C, H, W)`` or ``(D,)``. grey_levels: how many values a pixel can take, None for points
+            and for images of real numbers. num_classes: None where labels play no part.
 
     Attributes:
-        shape: of one datum, ``(C, H, W)`` or ``(D,)``. dim: its number of values.
-        num_classes: None where y plays no part.
-        hparams: the constructor's arguments; ``genkernels.models.build(name, **hparams)`` makes the same model.
-        presets: arguments by preset name, for `from_preset`.
+        shape, grey_levels, num_classes: the arguments. dim: the number of values of a datum.
+        hparams: the outermost constructor's arguments; ``genkernels.models.build(name, **hparams)`` makes the same
+            model.
+        takes: ``images``, ``points`` or both.
+        presets: by name, for `from_preset` and ``genkernels train --preset``.
     """
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    takes: ClassVar[tuple[str, ...]] = ("images", "points")
+    presets: ClassVar[dict[str, Preset]] = {}
+    hparams: dict[str, Any]
 
-    def _begin(self, hparams: dict[str, Any], shape: tuple[int, ...], num_classes: int | None) -> None:
-        """What a constructor calls first."""
-        nn.Module.__init__(self)
-        self.hparams = hparams
-        self.shape = shape
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = recorded(cls.__init__)
+
+    @recorded
+    def __init__(self, shape: tuple[int, ...], grey_levels: int | None = None, num_classes: int | None = None):
+        super().__init__()
+        if grey_levels is not None and not 2 <= grey_levels <= 65536:
+            raise ValueError(
+                f"{type(self).__name__}: grey_levels must be an integer from 2 to 65536, got {grey_levels}"
+            )
+        self.shape, self.grey_levels, self.num_classes = shape, grey_levels, num_classes
         self.dim = math.prod(shape)
-        self.num_classes = num_classes
         # follows the model's dtype and device
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
@@ -117,10 +173,28 @@ class Model(nn.Module):
         if name not in cls.presets:
             hint = nearest(name, cls.presets, listed=True)
             raise UsageError(f"{cls.__name__}: preset must be one of {', '.join(cls.presets)}, got {name!r}{hint}")
-        return cls(**{**cls.presets[name], **overrides})
+        return cls(**{**cls.presets[name].sizes, **overrides})
 
-    # --- training and judging
-    # ------------------------------------------------------------------------------------------
+    @classmethod
+    def fit_to(cls, form: Form) -> dict[str, Any]:
+        """The constructor arguments that follow from the data: ``shape`` and ``grey_levels``, where the constructor has
+        them. Whether labels play a part, ``num_classes``, is the user's to say.
+
+        Raises:
+            UsageError: the model is none of such data; names those that are.
+        """
+        data = "images" if len(form.shape) == 3 else "points"
+        if data not in cls.takes:
+            others = " or ".join(", ".join(names_taking(data)).rsplit(", ", 1))
+            raise UsageError(
+                f"{cls.__name__} is a model of {' and '.join(cls.takes)}, the data are {data}: try {others}"
+            )
+        parameters = inspect.signature(cls).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        facts = {"shape": form.shape, "grey_levels": form.grey_levels}
+        return {name: fact for name, fact in facts.items() if takes_any or name in parameters}
+
+    # --- training and judging -------------------------------------------------------------------------------------
 
     def players(self) -> dict[str, Player]:
         """Who is trained, by name, in the order in which they move within a step."""
@@ -221,45 +295,3 @@ class LikelihoodModel(Model):
         values = [self.bits_per_dim(x, y) if image else -self.log_prob(x, y) for x, y in batches]
         name, unit = ("bits_per_dim", "bits/dim") if image else ("nats", "nats")
         return {name: Estimate.of(name, unit, torch.cat(values) if values else torch.empty(0))}
-
-
-def arguments(scope: dict[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments, from its ``locals()``, of the types that it declares.
-
-    Raises:
-        ValueError: one is of another type; a count or a size is negative.
-    """
-    kind = type(scope["self"])
-    declared: dict[str, Any] = {}
-    for base in kind.__mro__:  # a constructor further down has the last word: it is the one that asks
-        declared |= getattr(base.__dict__.get("__init__"), "__annotations__", {})
-    found = {key: value for key, value in scope.items() if key not in ("self", "__class__")}
-    for key, value in found.items():
-        _check_argument(kind.__name__, key, value, str(declared.get(key, "")))
-    return found
-
-
-def _check_argument(name: str, key: str, value: Any, declared: str) -> None:
-    """That a value is of the type declared, where that is a number or a switch; no count and no size is negative."""
-    wanted, _, rest = declared.partition(" | ")
-    if value is None and rest == "None":
-        return
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if wanted == "int" and not whole:
-        raise ValueError(f"{name}: {key} must be an integer, got {value!r}")
-    if wanted == "int" and value < 0:
-        raise ValueError(f"{name}: {key} must be at least 0, got {value}")
-    if wanted == "float" and not ((whole or isinstance(value, float)) and math.isfinite(value)):
-        raise ValueError(f"{name}: {key} must be a finite number, got {value!r}")
-    if wanted == "bool" and not isinstance(value, bool):
-        raise ValueError(f"{name}: {key} must be True or False, got {value!r}")
-
-
-def extents(name: str, key: str, value: Any, meaning: str) -> tuple[int, ...]:
-    """Sizes as a tuple of integers, one for each letter of `meaning`, e.g. ``(C, H, W)``."""
-    sizes = tuple(value) if isinstance(value, list | tuple) else ()
-    if len(sizes) != meaning.count(",") + 1 or not all(
-        isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sizes
-    ):
-        raise ValueError(f"{name}: {key} must be {meaning}, got {value!r} (integers of at least 1)")
-    return sizes

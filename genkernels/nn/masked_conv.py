@@ -32,7 +32,7 @@ class MaskedConv2d(nn.Conv2d):
         data_channels: C blocks of channels in order, within a pixel (R, then G, then B); divides both numbers of
             channels.
         region: ``raster``, ``vertical`` or ``horizontal``. activation: ``none``, ``relu`` or ``gate``.
-        bias: whether there is one. stride, dilation: only 1.
+        bias: whether there is one. stride, dilation: only 1. device, dtype: as for `torch.nn.Conv2d`.
 
     Shapes:
         x: ``[N, in_channels, H, W]``. condition: ``[N, out_channels]`` or ``[N, out_channels, H, W]``, added before the

@@ -6,7 +6,7 @@ to watch and to repeat. A model needs none of it. In a plain loop::
     import torch
     from genkernels import models
 
-    model = models.NICE(features=2, hidden=8)
+    model = models.NICE(shape=(2,), hidden=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for step, x in enumerate(torch.randn(20, 64, 2)):
         terms = model.losses("model", x, torch.zeros(64, dtype=torch.int64), step)
@@ -24,7 +24,7 @@ and in a Lightning module of one's own::
     class Density(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model = models.NICE(features=2, hidden=8)
+            self.model = models.NICE(shape=(2,), hidden=8)
 
         def training_step(self, batch, batch_idx):
             x, y = batch
@@ -53,7 +53,7 @@ from genkernels.training.judge import evaluate
 from genkernels.training.loop import fit
 from genkernels.training.results import Result
 from genkernels.training.rundir import RunDirectory, load_model
-from genkernels.training.sampling import draw, sample, save_png, scatter, tile
+from genkernels.training.sampling import sample
 
 __all__ = [
     "Average",
@@ -63,14 +63,10 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "UsageError",
-    "draw",
     "evaluate",
     "fit",
     "load_model",
     "read_checkpoint",
     "sample",
-    "save_png",
-    "scatter",
-    "tile",
     "write_checkpoint",
 ]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from genkernels._files import lock, refuse_unwritable, remove_leftovers, write_json
 from genkernels._machine import versions
 from genkernels._words import UsageError, near_names, nearest
+from genkernels.models._registry import hparams_of_format_1
 from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest
 
 if TYPE_CHECKING:
@@ -105,8 +106,10 @@ class RunDirectory:
         parts = ("model", "data", "train")
         if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in parts):
             raise UsageError(f"{self.config} is damaged: it must have the parts model, data and train")
-        if "levels" in config["data"]:  # as it was called once
+        if "levels" in config["data"]:  # of format 1
             config["data"]["grey_levels"] = config["data"].pop("levels")
+        model = config["model"]
+        model["hparams"] = hparams_of_format_1(model.get("name"), model.get("hparams", {}))
         return config
 
     def write_config(self, *, model: dict, data: dict, train: dict) -> None:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from genkernels._seeds import derive_seed
 from genkernels._words import UsageError
+from genkernels.pictures import draw, save, why_not
 from genkernels.training.average import applied
-
-# whoever draws sheets finds these names here
-from genkernels.training.grids import draw, save_png, scatter, tile, why_not  # noqa: F401
 from genkernels.training.judge import device_of, evaluating
 
 if TYPE_CHECKING:
@@ -104,5 +102,5 @@ class Sheets:
         sheets = {"samples": draw(samples, None if s.bundle.form.is_image else x)}
         sheets |= {name: draw(picture) for name, picture in pictures.items()}
         for name, pixels in sheets.items():
-            save_png(s.run.samples / f"step-{step:08d}{'' if name == 'samples' else f'-{name}'}.png", pixels)
+            save(s.run.samples / f"step-{step:08d}{'' if name == 'samples' else f'-{name}'}.png", pixels)
             s.report.picture(step, name, pixels)

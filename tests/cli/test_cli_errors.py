@@ -48,7 +48,7 @@ def run_folder(tmp_path_factory):
     ("line", "words"),
     [
         ("trian glow", "unknown command 'trian'; did you mean train?"),
-        ("frobnicate", "unknown command 'frobnicate'; choose from info, train, sample, eval, bench"),
+        ("frobnicate", "unknown command 'frobnicate'; choose from info, train, sample, eval, bench, figure"),
         ("info --opps", "info: unknown argument '--opps'; did you mean --ops?"),
         ("train", "train needs a model and data"),
         ("train glow", "train needs a model and data"),
@@ -57,12 +57,12 @@ def run_folder(tmp_path_factory):
         ("train nice --data digitz", "digitz: no data set has this name; the nearest: digits"),
         ("train nice --data folder:/no/such/place", "folder:/no/such/place"),
         ("train nice --data npz:none.npz", "npz:none.npz"),
-        ("train nice --data digits --preset digts", "unknown preset 'digts' of nice; did you mean digits?"),
+        ("train nice --data digits --preset digts", "unknown preset 'digts' of NICE; did you mean digits?"),
         ("train nice --data digits --set hiden=3", "nice has no argument 'hiden'; did you mean hidden?"),
         ("train nice --data digits --set hidden", "--set takes KEY=VALUE, got 'hidden'"),
         ("train nice --data digits --set hidden=-3", "NICE: hidden must be at least 0, got -3"),
         ("train nice --data digits --set prior=uniform", "normal, logistic, got 'uniform'"),
-        ("train glow --data digits --set levels=7", "Glow: height and width must be multiples of"),
+        ("train glow --data digits --set scales=7", "Glow: height and width must be multiples of"),
         ("train nice --data digits --backend tritn", "did you mean triton"),
         ("train nice --data digits --precision bf16", "did you mean bf16-mixed"),
         ("train nice --data digits --max-steps 0", "max_steps must be an integer of at least 1, got 0"),
@@ -82,11 +82,14 @@ def run_folder(tmp_path_factory):
         ("sample nowhere --out x.jpg", "--out must end in .png or .npz, got 'x.jpg'"),
         ("eval nowhere", "there is no run in nowhere"),
         ("eval nowhere --batch-size 0", "--batch-size must be at least 1"),
-        ("train pixelcnn --data digits --set levels=300", "--set levels: it follows from the data digits, 17, got 300"),
-        ("train pixelcnn --data digits --set image_size=(9,9)", "--set image_size: it follows from the data digits"),
         (
-            "train maf --data digits --set data_levels=None",
-            "--set data_levels: it follows from the data digits, 17, got None",
+            "train pixelcnn --data digits --set grey_levels=300",
+            "--set grey_levels: it follows from the data digits, 17, got 300",
+        ),
+        ("train pixelcnn --data digits --set shape=(1,9,9)", "--set shape: it follows from the data digits"),
+        (
+            "train maf --data digits --set grey_levels=None",
+            "--set grey_levels: it follows from the data digits, 17, got None",
         ),
         ("train maf --data digits --set num_classes=3", "--set num_classes: it follows from the labels of the data"),
         ("train pixelcnn --data digits --set width=abc", "PixelCNN: width must be an integer, got 'abc'"),
@@ -125,7 +128,9 @@ def test_inpainting_that_cannot_be_done(refused, run_folder):
 
 
 def test_a_model_of_images_on_points(refused):
-    assert "pixelcnn is a model of images, the data moons are points" in refused("train", "pixelcnn", "--data", "moons")
+    assert "PixelCNN is a model of images, the data are points: try nice, " in refused(
+        "train", "pixelcnn", "--data", "moons"
+    )
 
 
 def test_a_folder_that_cannot_be_read(refused, tmp_path):
@@ -173,7 +178,7 @@ def test_wishes_that_a_run_cannot_meet(refused, run_folder, tmp_path):
     assert "is not a folder" in refused("sample", run_folder, "--out", run_folder / "config.json" / "a.png")
     assert "must be a file, it is a folder" in refused("eval", run_folder, "--json", tmp_path)
     words = (
-        "the data must be as those of the run, images of shape [1, 8, 8] with 17 levels, got moons with "
+        "the data must be as those of the run, images of shape [1, 8, 8] with 17 grey levels, got moons with "
         "points of shape [2]"
     )
     assert words in refused("eval", run_folder, "--data", "moons")

@@ -104,7 +104,8 @@ def test_the_reference_backend_gives_the_same_numbers():
 
 
 def test_settings_are_read_as_python_values():
-    from genkernels.cli.build import _value, model_class, model_kwargs
+    from genkernels import models
+    from genkernels.cli.build import _value, chosen_preset, model_class, model_kwargs
 
     assert [_value(v) for v in ("3", "1e-3", "true", "None", "(1, 2)", "exp", "'a'")] == [
         3,
@@ -117,12 +118,15 @@ def test_settings_are_read_as_python_values():
     ]
     kind, digits, moons = model_class("glow"), data.load("digits"), data.load("moons")
     given = {"preset": None, "settings": [], "reversible": False, "classes": False}
-    assert model_kwargs(kind, "glow", digits, **given) == kind.presets["digits"], "the data set's own preset"
-    assert model_kwargs(kind, "glow", moons, **given) == kind.presets["points"]
+    assert model_kwargs(kind, "glow", digits, **given) == kind.presets["digits"].sizes, "the data set's own preset"
+    assert model_kwargs(kind, "glow", moons, **given) == {**kind.presets["points"].sizes, "grey_levels": None}
+    for bundle, preset, chosen in ((digits, None, "digits"), (moons, None, "points"), (digits, "cifar10", "cifar10")):
+        assert chosen_preset(kind, bundle, preset) is kind.presets[chosen]
+    assert chosen_preset(models.PixelCNN, moons, None) is None
     wide = model_kwargs(
         kind, "glow", digits, **{**given, "preset": "cifar10", "settings": ["hidden=7"], "classes": True}
     )
-    assert (wide["image_shape"], wide["data_levels"], wide["hidden"], wide["steps"]) == ((1, 8, 8), 17, 7, 32)
+    assert (wide["shape"], wide["grey_levels"], wide["hidden"], wide["steps"]) == ((1, 8, 8), 17, 7, 32)
     assert wide["num_classes"] == 10
 
 
@@ -271,7 +275,7 @@ def test_a_pixel_model_trains_samples_evaluates_and_completes_images(capsys):
     assert main(["train", "gatedpixelcnn", "--data", "digits", *small, "--class-conditional"]) == 0
     run = Path("runs/gatedpixelcnn-digits")
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["hparams"]["levels"] == 17 and metrics["hparams"]["num_classes"] == 10
+    assert metrics["hparams"]["grey_levels"] == 17 and metrics["hparams"]["num_classes"] == 10
     assert main(["eval", str(run), "--accelerator", "cpu", "--json", "e.json"]) == 0
     assert main(["sample", str(run), "--n", "3", "--out", "s.npz", "--accelerator", "cpu", "--label", "4"]) == 0
     assert np.load("s.npz")["x"].shape == (3, 1, 8, 8)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from genkernels.data import TensorPairs, load
+from genkernels.data import Form, TensorPairs, load
 from genkernels.data.digits import stratified
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
@@ -16,7 +16,7 @@ def rows(x):
 
 def test_levels_and_sizes():
     bundle = load("digits")
-    assert (bundle.shape, bundle.levels, bundle.num_classes) == ((1, 8, 8), 17, 10)
+    assert bundle.form == Form((1, 8, 8), 17, 10)
     assert (len(bundle.train), len(bundle.test)) == (1437, 360)
     x = torch.cat([bundle.train.tensors[0], bundle.test.tensors[0]])
     assert isinstance(bundle.train, TensorPairs) and x.dtype == torch.uint8

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from genkernels.data import TensorPairs, images, load
+from genkernels.data import Form, TensorPairs, images, load
 
 Image = pytest.importorskip("PIL.Image")
 RNG = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def hwc(x):
 def test_pixels_arrive_and_parts_are_disjoint(flat):
     base, truth = flat
     bundle = load(f"folder:{base}")
-    assert (bundle.shape, bundle.levels, bundle.num_classes) == ((3, 6, 5), 256, None)
+    assert bundle.form == Form((3, 6, 5), 256, None)
     train, test = (hwc(part.tensors[0]) for part in (bundle.train, bundle.test))
     assert len(train) and len(test)
     assert by_bytes(train + test) == by_bytes(truth.values())
@@ -72,19 +72,19 @@ def test_subfolders_are_classes(tmp_path):
         for i in range(20):
             truth[write(tmp_path / name / ("deep" if i % 2 else ".") / f"{i}.png").tobytes()] = label
     bundle = load(f"folder:{tmp_path}")
-    assert bundle.num_classes == 3 and "3 classes" in bundle.description
+    assert bundle.form.num_classes == 3 and "3 classes" in bundle.description
     for part in (bundle.train, bundle.test):
         x, y = part.tensors
         assert [truth[np.ascontiguousarray(image).tobytes()] for image in hwc(x)] == y.tolist()
     assert set(bundle.take("train", 20)[1].tolist()) == {0, 1, 2}  # shuffled: the first n are a sample
     write(tmp_path / "loose.png")
-    assert load(f"folder:{tmp_path}").num_classes is None
+    assert load(f"folder:{tmp_path}").form.num_classes is None
 
 
 def test_one_subfolder_is_no_class(tmp_path):
     for i in range(5):
         write(tmp_path / "all" / f"{i}.png")
-    assert load(f"folder:{tmp_path}").num_classes is None
+    assert load(f"folder:{tmp_path}").form.num_classes is None
 
 
 @pytest.mark.parametrize("held", ["test", "val", "valid", "validation"])
@@ -108,12 +108,12 @@ def test_classes_of_train_and_test_agree(tmp_path, refusal):
     for path in ("train/a/1", "train/b/1", "train/c/1", "test/c/1", "test/b/1"):
         write(tmp_path / f"{path}.png")
     bundle = load(f"folder:{tmp_path}")
-    assert bundle.num_classes == 3 and sorted(bundle.test.tensors[1].tolist()) == [1, 2]
+    assert bundle.form.num_classes == 3 and sorted(bundle.test.tensors[1].tolist()) == [1, 2]
     write(tmp_path / "test" / "zebra" / "1.png")
     refusal(f"folder:{tmp_path}", "every class folder of test must be in train too, and 'zebra' is not")
     shutil.rmtree(tmp_path / "test")
     write(tmp_path / "test" / "1.png")
-    assert load(f"folder:{tmp_path}").num_classes is None
+    assert load(f"folder:{tmp_path}").form.num_classes is None
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "jpeg", "webp", "bmp", "PNG", "JPG"])
@@ -131,7 +131,7 @@ def test_grey_images_have_one_channel(tmp_path):
     Image.fromarray(pixels(channels=1)).convert("1").save(tmp_path / "bits.png")
     Image.fromarray(pixels(channels=1)).convert("LA").save(tmp_path / "alpha.png")
     bundle = load(f"folder:{tmp_path}")
-    assert bundle.shape == (1, 6, 5)
+    assert bundle.form.shape == (1, 6, 5)
     got = by_bytes(hwc(torch.cat([bundle.train.tensors[0], bundle.test.tensors[0]])))
     assert set(by_bytes(truth)) <= set(got)
 
@@ -143,7 +143,7 @@ def test_one_colour_image_makes_all_colour(tmp_path):
     palette = Image.fromarray(colour).quantize(8)
     palette.save(tmp_path / "d.png")
     bundle = load(f"folder:{tmp_path}")
-    assert bundle.shape == (3, 6, 5)
+    assert bundle.form.shape == (3, 6, 5)
     got = by_bytes(hwc(torch.cat([bundle.train.tensors[0], bundle.test.tensors[0]])))
     spread = np.repeat(grey[:, :, None], 3, axis=2)
     assert got == by_bytes([spread, colour, alpha[..., :3], np.asarray(palette.convert("RGB"))])
@@ -161,7 +161,7 @@ def test_sizes_must_agree_or_be_asked_for(flat, refusal):
     write(base / "20b.png", pixels(9, 8))
     refusal(f"folder:{base}", r"'20b.png' is 8x9 and '00.png' is 5x6 \(end the spec with \?size=S")
     bundle = load(f"folder:{base}?size=4")
-    assert bundle.shape == (3, 4, 4) and len(bundle.train) + len(bundle.test) == 42
+    assert bundle.form.shape == (3, 4, 4) and len(bundle.train) + len(bundle.test) == 42
 
 
 def test_resizing_scales_the_shorter_side_and_cuts_to_the_centre(tmp_path):
@@ -195,7 +195,7 @@ def test_exif_orientation_is_obeyed(tmp_path, orientation, extension):
     for i in range(3):
         write(tmp_path / f"{i}.{extension}", np.ascontiguousarray(np.rot90(upright, turns)), exif=exif)
     bundle = load(f"folder:{tmp_path}")
-    assert bundle.shape == (3, 16, 32)
+    assert bundle.form.shape == (3, 16, 32)
     x = bundle.train.tensors[0][0].float()
     assert x[:, :, :14].min() > 200 and x[:, :, 18:].max() < 55
 

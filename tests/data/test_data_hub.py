@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from genkernels.data import TensorPairs, images, load
+from genkernels.data import Form, TensorPairs, images, load
 
 datasets = pytest.importorskip("datasets")
 Image = pytest.importorskip("PIL.Image")
@@ -76,7 +76,7 @@ def test_train_and_test_splits(hub):
     asked = hub(train=table(train, label=(labels[0], label)), test=table(test, label=(labels[1], label)))
     bundle = load("hf:owner/name:plain", root="/cache")
     assert asked == [(("owner/name", "plain"), {"cache_dir": "/cache"})]
-    assert (bundle.shape, bundle.levels, bundle.num_classes) == ((3, 6, 5), 256, 3)
+    assert bundle.form == Form((3, 6, 5), 256, 3)
     assert same(bundle.train.tensors[0], train) and same(bundle.test.tensors[0], test)
     assert (bundle.train.tensors[1].tolist(), bundle.test.tensors[1].tolist()) == labels
     assert bundle.test[1][1] == 0 and type(bundle.test[1][1]) is int
@@ -102,7 +102,7 @@ def test_held_out_split_by_name(hub, names, held):
     hub(**{name: table(x) for name, x in pictures.items()})
     bundle = load("hf:x")
     assert same(bundle.train.tensors[0], pictures["train"]) and same(bundle.test.tensors[0], pictures[held])
-    assert bundle.num_classes is None and not bundle.train.tensors[1].any()
+    assert bundle.form.num_classes is None and not bundle.train.tensors[1].any()
 
 
 @pytest.mark.parametrize("only", ["train", "test", "everything"])
@@ -148,21 +148,21 @@ def test_label_column_by_name_and_type(hub):
     ]
     for columns, want in cases:
         hub(train=table(arrays(4), **columns))
-        assert load("hf:x").num_classes == want, columns
+        assert load("hf:x").form.num_classes == want, columns
 
 
 def test_labels_hidden_in_the_test_split_are_left_out_of_both(hub):
     label = datasets.ClassLabel(num_classes=3)
     hub(train=table(arrays(3), label=([0, 1, 2], label)), test=table(arrays(2), label=([-1, -1], label)))
     bundle = load("hf:x")
-    assert bundle.num_classes is None and bundle.train.tensors[1].tolist() == [0, 0, 0]
+    assert bundle.form.num_classes is None and bundle.train.tensors[1].tolist() == [0, 0, 0]
 
 
 def test_sizes_and_grey(hub, refusal):
     hub(train=table([*arrays(3, 4, 4), *arrays(1, 5, 4)]), test=table(arrays(2, 4, 4)))
     refusal("hf:x", r"'train\[3\]' is 4x5 and 'train\[0\]' is 4x4")
     bundle = load("hf:x:config?size=8")
-    assert bundle.shape == (1, 8, 8)
+    assert bundle.form.shape == (1, 8, 8)
     hub(train=table(arrays(3, 4, 4)), test=table([*arrays(1, 4, 4), *arrays(1, 4, 4, 3)]))
     assert load("hf:x").shape == (3, 4, 4)
 
@@ -210,7 +210,7 @@ def test_a_local_image_folder(tmp_path):
                 Image.fromarray(x).save(file)
                 truth[x.tobytes()] = label
     bundle = load(f"hf:{tmp_path}/set", root=tmp_path / "cache")
-    assert (len(bundle.train), len(bundle.test), bundle.num_classes) == (8, 4, 2)
+    assert (len(bundle.train), len(bundle.test), bundle.form.num_classes) == (8, 4, 2)
     for part in (bundle.train, bundle.test):
         x, y = part.tensors
         assert [truth[np.ascontiguousarray(image).tobytes()] for image in hwc(x)] == y.tolist()
@@ -224,7 +224,7 @@ def test_local_parquet_decoded_on_demand(tmp_path, monkeypatch):
     table(pictures, label=([i % 4 for i in range(40)], label)).to_parquet(tmp_path / "set" / "train.parquet")
     spec = f"hf:{tmp_path}/set"
     held = load(spec, root=tmp_path / "cache")
-    assert isinstance(held.train, TensorPairs) and held.num_classes == 4
+    assert isinstance(held.train, TensorPairs) and held.form.num_classes == 4
     monkeypatch.setattr(images, "IN_MEMORY", 0)
     lazy = load(spec, root=tmp_path / "cache")
     assert not isinstance(lazy.train, TensorPairs)

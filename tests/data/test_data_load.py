@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import genkernels.data
-from genkernels.data import NAMES, DataBundle, DataError, TensorPairs, load
+from genkernels.data import NAMES, DataBundle, DataError, Form, TensorPairs, load
 from genkernels.data.spec import image_side, split_options
 from genkernels.data.split import derived_seed, hash64, hash_order, held_out
 
@@ -35,15 +35,15 @@ def test_contract_of_embedded_sets(name):
     for split in ("train", "test"):
         part = getattr(bundle, split)
         x, y = part[0]
-        assert tuple(x.shape) == bundle.shape and type(y) is int
-        assert x.dtype == (torch.float32 if bundle.levels is None else torch.uint8)
+        assert tuple(x.shape) == bundle.form.shape and type(y) is int
+        assert x.dtype == (torch.uint8 if bundle.form.is_image else torch.float32)
         xs, ys = bundle.take(split, 50)
-        assert xs.shape == (50, *bundle.shape) and ys.dtype == torch.int64
+        assert xs.shape == (50, *bundle.form.shape) and ys.dtype == torch.int64
         assert all(torch.equal(xs[i], part[i][0]) and ys[i] == part[i][1] for i in range(50))
-        if bundle.num_classes is None:
+        if bundle.form.num_classes is None:
             assert not ys.any()
         else:
-            assert 0 <= ys.min() and ys.max() < bundle.num_classes
+            assert 0 <= ys.min() and ys.max() < bundle.form.num_classes
         with pytest.raises(IndexError):
             part[len(part)]
         again = pickle.loads(pickle.dumps(part))
@@ -60,7 +60,7 @@ def test_workers_see_the_same_data(name):
 
 def test_take_gives_copies_and_at_most_all():
     parts = TensorPairs(torch.zeros(4, 2)), TensorPairs(torch.ones(3, 2))
-    bundle = DataBundle("b", *parts, (2,), None, None, "")
+    bundle = DataBundle("b", *parts, Form((2,)), "")
     x, y = bundle.take("train", 100)
     assert len(x) == len(y) == 4
     x.fill_(7.0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from genkernels.data import DataError, load
+from genkernels.data import DataError, Form, load
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 6, 5, 3), dtype=np.uint8)
@@ -37,7 +37,7 @@ def rows(x):
 )
 def test_image_layouts(save, x, options, want):
     bundle = load(save(train=x[:30], test=x[30:]) + options)
-    assert bundle.shape == want.shape[1:] and bundle.levels == 256 and bundle.num_classes is None
+    assert bundle.form == Form(want.shape[1:], 256, None)
     assert torch.equal(bundle.train.tensors[0], torch.from_numpy(want[:30].copy()))
     assert torch.equal(bundle.test.tensors[0], torch.from_numpy(want[30:].copy()))
     assert bundle.train.tensors[0].is_contiguous() and not bundle.train.tensors[1].any()
@@ -47,7 +47,7 @@ def test_image_layouts(save, x, options, want):
 def test_points_become_float32(save, dtype):
     x = POINTS.astype(dtype)
     bundle = load(save(x_train=x[:50], x_test=x[50:]))
-    assert bundle.shape == (4,) and bundle.levels is None
+    assert bundle.form == Form((4,))
     assert torch.equal(bundle.train.tensors[0], torch.from_numpy(x[:50].astype(np.float32)))
 
 
@@ -70,20 +70,22 @@ def test_one_array_is_split_without_overlap(save, x):
 def test_labels(save, dtype):
     y = (np.arange(40) % 7).astype(dtype)
     bundle = load(save(x_train=IMAGES[:30], x_test=IMAGES[30:], y_train=y[:30], y_test=y[30:, None]))
-    assert bundle.num_classes == 7
+    assert bundle.form.num_classes == 7
     assert bundle.train.tensors[1].tolist() == y[:30].tolist()
     assert bundle.test.tensors[1].tolist() == y[30:].tolist()
     x, label = bundle.test[3]
     assert torch.equal(x, bundle.test.tensors[0][3]) and type(label) is int and label == y[33]
 
 
-def test_levels(save, refusal):
+@pytest.mark.parametrize("key", ["grey_levels", "levels"])
+def test_grey_levels(save, refusal, key):
     x = IMAGES % 17
-    assert load(save(x=x, levels=17)).levels == 17
-    assert load(save(x=x, levels=np.array([20]))).levels == 20
-    refusal(save(x=x, levels=16), "with 16 levels x must lie in 0 to 15, got 16")
-    for levels in (1, 257, 16.0, np.array([16, 16]), "many", -3):
-        refusal(save(x=x, levels=levels), "levels must be one integer from 2 to 256")
+    assert load(save(x=x, **{key: 17})).form.grey_levels == 17
+    assert load(save(x=x, **{key: np.array([20])})).form.grey_levels == 20
+    refusal(save(x=x, **{key: 16}), "with 16 grey levels x must lie in 0 to 15, got 16")
+    for value in (1, 257, 16.0, np.array([16, 16]), "many", -3):
+        refusal(save(x=x, **{key: value}), f": {key} must be one integer from 2 to 256")
+    refusal(save(x=x, grey_levels=17, levels=17), "must hold grey_levels or levels, got both")
 
 
 def test_relative_paths_start_at_root(save, tmp_path, monkeypatch, refusal):

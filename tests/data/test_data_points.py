@@ -42,9 +42,9 @@ def test_global_generator_is_left_alone(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if SETS[name][1]])
 def test_labels_are_balanced(name):
     bundle = load(name)
-    share = bundle.train.tensors[1].bincount(minlength=bundle.num_classes) / len(bundle.train)
-    want = 1 / bundle.num_classes
-    assert len(share) == bundle.num_classes
+    share = bundle.train.tensors[1].bincount(minlength=bundle.form.num_classes) / len(bundle.train)
+    want = 1 / bundle.form.num_classes
+    assert len(share) == bundle.form.num_classes
     assert (share - want).abs().max() < 5 * (want / len(bundle.train)) ** 0.5
 
 

@@ -14,21 +14,21 @@ from genkernels import models
 from tests.ops.causal_networks import mask
 
 SMALL = {
-    "plain": lambda **kw: models.PixelCNN(image_size=(5, 4), levels=4, width=6, layers=2, **kw),
+    "plain": lambda **kw: models.PixelCNN(shape=(1, 5, 4), grey_levels=4, width=6, layers=2, **kw),
     "plain residual": lambda **kw: models.PixelCNN(
-        image_size=(4, 5), levels=3, width=6, layers=2, residual=True, dropout=0.5, **kw
+        shape=(1, 4, 5), grey_levels=3, width=6, layers=2, residual=True, dropout=0.5, **kw
     ),
-    "plain colour": lambda **kw: models.PixelCNN(image_size=(3, 4), channels=3, levels=4, width=6, layers=2, **kw),
-    "gated": lambda **kw: models.GatedPixelCNN(image_size=(5, 4), levels=4, width=6, layers=2, dropout=0.5, **kw),
-    "gated colour": lambda **kw: models.GatedPixelCNN(image_size=(4, 3), channels=3, levels=3, width=6, layers=2, **kw),
+    "plain colour": lambda **kw: models.PixelCNN(shape=(3, 3, 4), grey_levels=4, width=6, layers=2, **kw),
+    "gated": lambda **kw: models.GatedPixelCNN(shape=(1, 5, 4), grey_levels=4, width=6, layers=2, dropout=0.5, **kw),
+    "gated colour": lambda **kw: models.GatedPixelCNN(shape=(3, 4, 3), grey_levels=3, width=6, layers=2, **kw),
     "gated wide kernel": lambda **kw: models.GatedPixelCNN(
-        image_size=(3, 6), levels=4, width=4, layers=1, kernel_size=5, **kw
+        shape=(1, 3, 6), grey_levels=4, width=4, layers=1, kernel_size=5, **kw
     ),
     "gated mixture": lambda **kw: models.GatedPixelCNN(
-        image_size=(4, 5), levels=8, width=4, layers=2, head="logistic_mixture", mixtures=2, **kw
+        shape=(1, 4, 5), grey_levels=8, width=4, layers=2, head="logistic_mixture", mixtures=2, **kw
     ),
     "gated colour mixture": lambda **kw: models.GatedPixelCNN(
-        image_size=(4, 3), channels=3, levels=8, width=4, layers=2, head="logistic_mixture", mixtures=2, **kw
+        shape=(3, 4, 3), grey_levels=8, width=4, layers=2, head="logistic_mixture", mixtures=2, **kw
     ),
 }
 
@@ -56,7 +56,7 @@ def off_its_start(model, gain=2.0):
 
 
 def images(model, count, seed=1):
-    return torch.randint(model.levels, (count, *model.shape), dtype=torch.uint8, generator=seeded(seed))
+    return torch.randint(model.grey_levels, (count, *model.shape), dtype=torch.uint8, generator=seeded(seed))
 
 
 # --- who sees whom ------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_no_blind_spot_within_the_reach_of_an_image_that_is_larger():
     """9×15 pixels, two layers: the vertical stack reaches 3 + 1 + 1 rows up and as far to either side, the horizontal
     one 5 to the left."""
     torch.manual_seed(0)
-    model = awake(off_its_start(models.GatedPixelCNN(image_size=(9, 15), levels=2, width=4, layers=2).double()))
+    model = awake(off_its_start(models.GatedPixelCNN(shape=(1, 9, 15), grey_levels=2, width=4, layers=2).double()))
     x = torch.randn(1, 1, 9, 15, dtype=torch.float64).requires_grad_()
     params = model(x)[0]
     for i, j in ((8, 7), (4, 0), (8, 14), (2, 7)):
@@ -140,7 +140,7 @@ def test_the_plain_model_sees_all_that_its_taps_reach(name):
     masks = [
         mask(width, (7, 7), "A", channels, source=channels),
         *[mask(width, (3, 3), "B", channels)] * 2,
-        mask(channels * model.levels, (1, 1), "B", channels, source=width),
+        mask(channels * model.grey_levels, (1, 1), "B", channels, source=width),
     ]
 
     def reach(x):
@@ -163,10 +163,10 @@ def test_the_plain_stack_has_one():
     """From the third row on, three columns to the right and more are seen only along a slope of one: the wedge is
     missed."""
     torch.manual_seed(0)
-    model = models.PixelCNN(image_size=(3, 9), levels=2, width=8, layers=2).double()
+    model = models.PixelCNN(shape=(1, 3, 9), grey_levels=2, width=8, layers=2).double()
     seen = dependence(model, False)
     assert (earlier(model) & ~seen).any()
-    gated = models.GatedPixelCNN(image_size=(3, 9), levels=2, width=8, layers=2).double()
+    gated = models.GatedPixelCNN(shape=(1, 3, 9), grey_levels=2, width=8, layers=2).double()
     assert (dependence(gated, False) & ~seen & earlier(model)).any(), "the gated model sees some of it"
 
 
@@ -184,21 +184,14 @@ def test_dead_taps_get_no_gradient_and_play_no_part():
 # --- likelihood ---------------------------------------------------------------------------------------------------
 
 TINY = {
-    "plain": {"cls": models.PixelCNN, "image_size": (2, 2), "levels": 3, "width": 4, "layers": 1},
-    "plain colour": {"cls": models.PixelCNN, "image_size": (1, 2), "channels": 3, "levels": 2, "width": 6, "layers": 1},
-    "gated": {"cls": models.GatedPixelCNN, "image_size": (2, 2), "levels": 3, "width": 4, "layers": 1},
-    "gated colour": {
-        "cls": models.GatedPixelCNN,
-        "image_size": (2, 1),
-        "channels": 3,
-        "levels": 2,
-        "width": 6,
-        "layers": 1,
-    },
+    "plain": {"cls": models.PixelCNN, "shape": (1, 2, 2), "grey_levels": 3, "width": 4, "layers": 1},
+    "plain colour": {"cls": models.PixelCNN, "shape": (3, 1, 2), "grey_levels": 2, "width": 6, "layers": 1},
+    "gated": {"cls": models.GatedPixelCNN, "shape": (1, 2, 2), "grey_levels": 3, "width": 4, "layers": 1},
+    "gated colour": {"cls": models.GatedPixelCNN, "shape": (3, 2, 1), "grey_levels": 2, "width": 6, "layers": 1},
     "gated mixture": {
         "cls": models.GatedPixelCNN,
-        "image_size": (2, 2),
-        "levels": 3,
+        "shape": (1, 2, 2),
+        "grey_levels": 3,
         "width": 4,
         "layers": 1,
         "head": "logistic_mixture",
@@ -206,9 +199,8 @@ TINY = {
     },
     "colour mixture": {
         "cls": models.GatedPixelCNN,
-        "image_size": (1, 2),
-        "channels": 3,
-        "levels": 2,
+        "shape": (3, 1, 2),
+        "grey_levels": 2,
         "width": 4,
         "layers": 1,
         "head": "logistic_mixture",
@@ -224,7 +216,7 @@ def tiny(name):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.4 * torch.randn_like(parameter))
-    every = torch.tensor(list(itertools.product(range(model.levels), repeat=model.dim)), dtype=torch.uint8)
+    every = torch.tensor(list(itertools.product(range(model.grey_levels), repeat=model.dim)), dtype=torch.uint8)
     return model, every.view(-1, *model.shape)
 
 
@@ -244,8 +236,8 @@ def test_frequencies_of_samples_are_those_probabilities(name, backend):
     with torch.no_grad(), gk.use_backend(backend):
         mass = model.log_prob(every).exp()
         drawn = model.sample(count, generator=seeded(2))
-    index = (drawn * (model.levels - 1)).round().long().flatten(1)
-    codes = (index * model.levels ** torch.arange(model.dim - 1, -1, -1)).sum(1)
+    index = (drawn * (model.grey_levels - 1)).round().long().flatten(1)
+    codes = (index * model.grey_levels ** torch.arange(model.dim - 1, -1, -1)).sum(1)
     frequency = torch.bincount(codes, minlength=len(every)) / count
     error = (mass * (1 - mass) / count).sqrt()
     assert ((frequency - mass).abs() < 5 * error + 2 / count).all()
@@ -279,14 +271,14 @@ def test_cached_samples_are_the_naive_ones(name, count, classes):
         naive = model.sample(count, temperature=0.9, generator=seeded(7), y=y)
     assert torch.equal(drawn, naive)
     assert len(drawn.unique()) > 1
-    assert torch.equal((drawn * (model.levels - 1)).round() / (model.levels - 1), drawn)
+    assert torch.equal((drawn * (model.grey_levels - 1)).round() / (model.grey_levels - 1), drawn)
 
 
 def drawn_one_by_one(model, noise, temperature=1.0, y=None, x=None, known=None):
     """Level indices by whole passes of `model.forward`, one a value, and draws written out here: no stages, no
     cache."""
     channels, height, width = model.shape
-    top = model.levels - 1
+    top = model.grey_levels - 1
     known = torch.zeros(channels, height, width, dtype=torch.bool) if known is None else known.expand(model.shape)
     x = torch.zeros(len(noise), *model.shape, dtype=torch.int64) if x is None else x.long()
     x = torch.where(known, x, 0)
@@ -298,7 +290,7 @@ def drawn_one_by_one(model, noise, temperature=1.0, y=None, x=None, known=None):
         for n, row in enumerate(params.double()):
             u, its = noise[n, :, i, j].double(), (2 * x[n, :, i, j] / top - 1).double()
             if model.head == "categorical":
-                x[n, c, i, j] = inverted(row[c * model.levels : (c + 1) * model.levels], u[c], temperature)
+                x[n, c, i, j] = inverted(row[c * model.grey_levels : (c + 1) * model.grey_levels], u[c], temperature)
                 continue
             count = len(row) // (3 if channels == 1 else 10)
             k = inverted(row[:count], u[0], temperature)
@@ -337,7 +329,7 @@ def test_samples_are_those_of_whole_passes_of_forward(name, classes, count, temp
     y = torch.arange(count) % 3 if classes else None
     given = {"temperature": temperature, "generator": seeded(3), "y": y}
     expected = drawn_one_by_one(model, stream(model, count, 3), temperature, y)
-    top = model.levels - 1
+    top = model.grey_levels - 1
     assert torch.equal((model.sample(count, **given) * top).round().long(), expected)
 
     known = torch.rand(model.shape, generator=seeded(4)) < 0.4
@@ -353,7 +345,7 @@ def test_samples_are_those_of_whole_passes_of_forward(name, classes, count, temp
 @pytest.mark.parametrize("cls", [models.PixelCNN, models.GatedPixelCNN])
 def test_samples_of_digits_in_fp32_are_those_of_whole_passes(cls, size, classes):
     torch.manual_seed(0)
-    model = off_its_start(cls.from_preset("digits", image_size=size, num_classes=classes), 1.5)
+    model = off_its_start(cls.from_preset("digits", shape=(1, *size), num_classes=classes), 1.5)
     for count in (1, 16):
         y = torch.arange(count) % 10 if classes else None
         drawn = (model.sample(count, generator=seeded(5), y=y) * 16).round().long()
@@ -380,7 +372,7 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest_from_its_conditional(
     assert torch.equal(model.inpaint(x, torch.ones((), dtype=torch.bool)), x)
     free = model.inpaint(x, torch.zeros((), dtype=torch.bool), generator=seeded(6))
     sample = model.sample(4, generator=seeded(6))
-    assert torch.equal(free, (sample * (model.levels - 1)).round().to(torch.uint8))
+    assert torch.equal(free, (sample * (model.grey_levels - 1)).round().to(torch.uint8))
 
 
 def test_inpainting_follows_the_conditional_distribution():
@@ -463,24 +455,47 @@ def test_presets_build(cls, preset):
     assert model.shape[1:] == ((8, 8) if preset == "digits" else (32, 32))
 
 
+ONE = (1, 28, 28)  # of one channel
+
+
 @pytest.mark.parametrize(
     ("action", "kind", "sentence"),
     [
-        (lambda: models.PixelCNN(image_size=(4,)), ValueError, r"image_size must be \(H, W\)"),
+        (lambda: models.PixelCNN(shape=(4,)), ValueError, r"PixelCNN: shape must be \(C, H, W\), .* got \(4,\)"),
         (
-            lambda: models.PixelCNN(channels=3, width=64),
+            lambda: models.PixelCNN(shape=(3, 28, 28), width=64),
             ValueError,
             "width must be a positive multiple of the 3 channels, got 64",
         ),
-        (lambda: models.PixelCNN(layers=-1), ValueError, "layers must be at least 0, got -1"),
-        (lambda: models.GatedPixelCNN(layers=-1), ValueError, "layers must be at least 0, got -1"),
-        (lambda: models.PixelCNN(num_classes=-1), ValueError, "num_classes must be at least 0, got -1"),
-        (lambda: models.PixelCNN(channels=0), ValueError, "channels must be at least 1, got 0"),
-        (lambda: models.PixelCNN(levels=1), ValueError, "levels must be an integer from 2 to 65536, got 1"),
-        (lambda: models.GatedPixelCNN(head="softmax"), ValueError, "head must be one of categorical, logistic_mixture"),
-        (lambda: models.GatedPixelCNN(head="logistic_mixture", channels=2), ValueError, "needs 1 or 3 channels, got 2"),
-        (lambda: models.GatedPixelCNN(head="logistic_mixture", mixtures=0), ValueError, "mixtures must be at least 1"),
-        (lambda: models.GatedPixelCNN(kernel_size=4), ValueError, "odd"),
+        (lambda: models.PixelCNN(shape=ONE, layers=-1), ValueError, "layers must be at least 0, got -1"),
+        (lambda: models.GatedPixelCNN(shape=ONE, layers=-1), ValueError, "layers must be at least 0, got -1"),
+        (lambda: models.PixelCNN(shape=ONE, num_classes=-1), ValueError, "num_classes must be at least 0, got -1"),
+        (
+            lambda: models.PixelCNN(shape=(0, 8, 8)),
+            ValueError,
+            r"shape must be .* integers of at least 1, got \(0, 8, 8\)",
+        ),
+        (
+            lambda: models.PixelCNN(shape=ONE, grey_levels=1),
+            ValueError,
+            "grey_levels must be an integer from 2 to 65536, got 1",
+        ),
+        (
+            lambda: models.GatedPixelCNN(shape=ONE, head="softmax"),
+            ValueError,
+            "head must be one of categorical, logistic_mixture",
+        ),
+        (
+            lambda: models.GatedPixelCNN(shape=(2, 8, 8), head="logistic_mixture"),
+            ValueError,
+            "needs 1 or 3 channels, got 2",
+        ),
+        (
+            lambda: models.GatedPixelCNN(shape=ONE, head="logistic_mixture", mixtures=0),
+            ValueError,
+            "mixtures must be at least 1",
+        ),
+        (lambda: models.GatedPixelCNN(shape=ONE, kernel_size=4), ValueError, "odd"),
         (lambda: make("plain").log_prob(torch.zeros(2, 1, 4, 4)), ValueError, r"x must be \[N, 1, 5, 4\]"),
         (lambda: make("plain").log_prob(torch.zeros(2, 1, 5, 4).long()), TypeError, "uint8 level indices or floats"),
         (
@@ -502,15 +517,31 @@ def test_presets_build(cls, preset):
             "broadcastable to x's shape",
         ),
         (lambda: models.PixelCNN.from_preset("digit"), ValueError, "did you mean digits"),
-        (lambda: models.PixelCNN(image_size=9), ValueError, r"PixelCNN: image_size must be \(H, W\), got 9"),
-        (lambda: models.PixelCNN(width="x"), ValueError, "PixelCNN: width must be an integer, got 'x'"),
-        (lambda: models.PixelCNN(layers=-1), ValueError, "PixelCNN: layers must be at least 0, got -1"),
-        (lambda: models.PixelCNN(levels=2.5), ValueError, "PixelCNN: levels must be an integer, got 2.5"),
-        (lambda: models.PixelCNN(residual="no"), ValueError, "PixelCNN: residual must be True or False, got 'no'"),
-        (lambda: models.GatedPixelCNN(mixtures=1.5), ValueError, "GatedPixelCNN: mixtures must be an integer, got 1.5"),
-        (lambda: models.GatedPixelCNN(kernel_size=(3, 5)), ValueError, r"kernel_size must be an integer, got \(3, 5\)"),
+        (lambda: models.PixelCNN(shape=9), ValueError, r"PixelCNN: shape must be \(C, H, W\), .* got 9"),
+        (lambda: models.PixelCNN(shape=ONE, width="x"), ValueError, "PixelCNN: width must be an integer, got 'x'"),
+        (lambda: models.PixelCNN(shape=ONE, layers=-1), ValueError, "PixelCNN: layers must be at least 0, got -1"),
         (
-            lambda: models.GatedPixelCNN(dropout="x"),
+            lambda: models.PixelCNN(shape=ONE, grey_levels=2.5),
+            ValueError,
+            "PixelCNN: grey_levels must be an integer, got 2.5",
+        ),
+        (
+            lambda: models.PixelCNN(shape=ONE, residual="no"),
+            ValueError,
+            "PixelCNN: residual must be True or False, got 'no'",
+        ),
+        (
+            lambda: models.GatedPixelCNN(shape=ONE, mixtures=1.5),
+            ValueError,
+            "GatedPixelCNN: mixtures must be an integer, got 1.5",
+        ),
+        (
+            lambda: models.GatedPixelCNN(shape=ONE, kernel_size=(3, 5)),
+            ValueError,
+            r"kernel_size must be an integer, got \(3, 5\)",
+        ),
+        (
+            lambda: models.GatedPixelCNN(shape=ONE, dropout="x"),
             ValueError,
             "GatedPixelCNN: dropout must be a finite number, got 'x'",
         ),
@@ -532,7 +563,7 @@ def test_mistakes_are_answered_in_one_sentence(action, kind, sentence):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_model_tells_all_levels_apart(dtype):
     model = models.GatedPixelCNN(
-        image_size=(2, 2), channels=1, levels=4096, width=4, layers=0, head="logistic_mixture", mixtures=1
+        shape=(1, 2, 2), grey_levels=4096, width=4, layers=0, head="logistic_mixture", mixtures=1
     ).to(dtype)
     with torch.no_grad():
         model.last.weight.zero_()  # every pixel: one sharp logistic around 7/8

@@ -16,25 +16,25 @@ from tests.nn.flow_checks import Watch, brute_log_det, perturb
 FLOWS = {name: cls for name, cls in models.MODELS.items() if issubclass(cls, models.FlowModel)}
 
 SMALL = {
-    "nice image": lambda **kw: models.NICE(image_shape=(1, 4, 4), data_levels=17, layers=1, hidden=8, **kw),
-    "nice points": lambda **kw: models.NICE(features=4, couplings=3, layers=1, hidden=8, prior="normal", **kw),
-    "realnvp image": lambda **kw: models.RealNVP(image_shape=(1, 4, 6), data_levels=17, blocks=1, hidden=4, **kw),
-    "realnvp colour": lambda **kw: models.RealNVP(image_shape=(3, 4, 4), levels=3, blocks=1, hidden=4, **kw),
-    "realnvp one level": lambda **kw: models.RealNVP(image_shape=(2, 3, 3), levels=1, blocks=1, hidden=4, **kw),
-    "realnvp points": lambda **kw: models.RealNVP(features=2, couplings=4, hidden=8, **kw),
-    "glow image": lambda **kw: models.Glow(image_shape=(1, 4, 4), data_levels=17, levels=2, steps=2, hidden=4, **kw),
-    "glow wide image": lambda **kw: models.Glow(image_shape=(1, 4, 12), levels=2, steps=1, hidden=4, logit=0.05, **kw),
-    "glow colour": lambda **kw: models.Glow(image_shape=(3, 4, 4), levels=2, steps=2, hidden=4, **kw),
+    "nice image": lambda **kw: models.NICE(shape=(1, 4, 4), grey_levels=17, layers=1, hidden=8, **kw),
+    "nice points": lambda **kw: models.NICE(shape=(4,), couplings=3, layers=1, hidden=8, prior="normal", **kw),
+    "realnvp image": lambda **kw: models.RealNVP(shape=(1, 4, 6), grey_levels=17, blocks=1, hidden=4, **kw),
+    "realnvp colour": lambda **kw: models.RealNVP(shape=(3, 4, 4), scales=3, blocks=1, hidden=4, **kw),
+    "realnvp one level": lambda **kw: models.RealNVP(shape=(2, 3, 3), scales=1, blocks=1, hidden=4, **kw),
+    "realnvp points": lambda **kw: models.RealNVP(shape=(2,), couplings=4, hidden=8, **kw),
+    "glow image": lambda **kw: models.Glow(shape=(1, 4, 4), grey_levels=17, scales=2, steps=2, hidden=4, **kw),
+    "glow wide image": lambda **kw: models.Glow(shape=(1, 4, 12), scales=2, steps=1, hidden=4, logit=0.05, **kw),
+    "glow colour": lambda **kw: models.Glow(shape=(3, 4, 4), scales=2, steps=2, hidden=4, **kw),
     "glow plain": lambda **kw: models.Glow(
-        image_shape=(1, 4, 4), levels=1, steps=2, hidden=4, additive=True, lu=False, learned_prior=False, **kw
+        shape=(1, 4, 4), scales=1, steps=2, hidden=4, additive=True, lu=False, learned_prior=False, **kw
     ),
-    "glow points": lambda **kw: models.Glow(features=4, steps=3, hidden=8, **kw),
+    "glow points": lambda **kw: models.Glow(shape=(4,), steps=3, hidden=8, **kw),
     "maf image": lambda **kw: models.MAF(
-        image_shape=(1, 4, 4), data_levels=17, transforms=2, hidden=20, logit=0.05, residual=True, **kw
+        shape=(1, 4, 4), grey_levels=17, transforms=2, hidden=20, logit=0.05, residual=True, **kw
     ),
-    "maf points": lambda **kw: models.MAF(features=3, transforms=3, hidden=8, order="random", **kw),
-    "iaf image": lambda **kw: models.IAF(image_shape=(1, 3, 2), data_levels=17, transforms=2, hidden=12, **kw),
-    "iaf points": lambda **kw: models.IAF(features=2, transforms=3, hidden=8, scale_map="tanh", **kw),
+    "maf points": lambda **kw: models.MAF(shape=(3,), transforms=3, hidden=8, order="random", **kw),
+    "iaf image": lambda **kw: models.IAF(shape=(1, 3, 2), grey_levels=17, transforms=2, hidden=12, **kw),
+    "iaf points": lambda **kw: models.IAF(shape=(2,), transforms=3, hidden=8, scale_map="tanh", **kw),
 }
 
 
@@ -47,7 +47,7 @@ def make(name, **options):
 def data(model, count):
     if model.dequantize is None:
         return torch.randn(count, *model.shape, dtype=model._like.dtype)
-    return torch.randint(model.data_levels, (count, *model.shape), dtype=torch.uint8)
+    return torch.randint(model.grey_levels, (count, *model.shape), dtype=torch.uint8)
 
 
 def seeded(seed=0):
@@ -80,8 +80,8 @@ def test_data_come_back_exactly_from_their_latents(name):
     if model.dequantize is None:
         torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
     else:
-        assert torch.equal((back * (model.data_levels - 1)).round().to(torch.uint8), x)
-        assert torch.equal(back, x.double() / (model.data_levels - 1))
+        assert torch.equal((back * (model.grey_levels - 1)).round().to(torch.uint8), x)
+        assert torch.equal(back, x.double() / (model.grey_levels - 1))
 
 
 def test_bits_per_dim_by_hand():
@@ -102,7 +102,7 @@ def test_bits_per_dim_by_hand():
 def test_a_flow_that_leaves_data_uniform_costs_log2_levels():
     """log_prob is in units of one grey level: a uniform density on [0, 1) gives log2(levels) bits, here within the
     prior's part."""
-    model = models.NICE(image_shape=(1, 2, 2), data_levels=16, couplings=0).double().eval()
+    model = models.NICE(shape=(1, 2, 2), grey_levels=16, couplings=0).double().eval()
     x = data(model, 5)
     z = (x.double() + torch.rand(x.shape, dtype=torch.float64, generator=seeded(1))) / 16
     prior = (-z - 2 * torch.log1p(torch.exp(-z))).flatten(1).sum(1)
@@ -123,8 +123,8 @@ def test_density_of_points_integrates_to_one(name):
 def test_frequencies_of_samples_are_the_masses_that_log_prob_gives(cls):
     """Two grey levels, four pixels: sixteen images. The mean of exp(log_prob) over the noise is an image's
     probability."""
-    options = {"levels": 1, "steps": 2} if cls is models.Glow else {} if cls is models.NICE else {"logit": 0.05}
-    model = perturb(cls(image_shape=(1, 2, 2), data_levels=2, hidden=4, **options), 0.1)
+    options = {"scales": 1, "steps": 2} if cls is models.Glow else {} if cls is models.NICE else {"logit": 0.05}
+    model = perturb(cls(shape=(1, 2, 2), grey_levels=2, hidden=4, **options), 0.1)
     model = model.double().eval()
     draws, samples = 4000, 200_000
     bits = torch.arange(16).view(-1, 1).bitwise_right_shift(torch.arange(4)).bitwise_and(1).to(torch.uint8)
@@ -181,7 +181,7 @@ TURNS = {
 def masked_flow(cls, order, train, **options):
     """Over 2×3 pixels of 5 levels and 3 classes, its ActNorms set from data."""
     torch.manual_seed(0)
-    model = cls(image_shape=(1, 2, 3), data_levels=5, hidden=20, logit=0.1, order=order, num_classes=3, **options)
+    model = cls(shape=(1, 2, 3), grey_levels=5, hidden=20, logit=0.1, order=order, num_classes=3, **options)
     model = perturb(model, 0.1).double().train(train)
     with torch.no_grad():
         for made in (m.made for m in model.modules() if isinstance(m, gnn.AutoregressiveTransform)):
@@ -254,8 +254,8 @@ def test_samples_come_from_the_generator_alone(name):
     assert not torch.equal(model.sample(5, generator=seeded(4)), first)
     assert first.shape == (5, *model.shape) and not first.requires_grad
     if model.dequantize is not None:
-        index = first * (model.data_levels - 1)
-        assert torch.equal(index.round() / (model.data_levels - 1), first) and 0 <= first.min() <= first.max() <= 1
+        index = first * (model.grey_levels - 1)
+        assert torch.equal(index.round() / (model.grey_levels - 1), first) and 0 <= first.min() <= first.max() <= 1
 
 
 def test_sampling_leaves_the_model_as_it_is():
@@ -353,16 +353,11 @@ def smooth_images(count, shape, levels):
 @pytest.mark.parametrize(
     ("build", "steps"),
     [
-        (lambda: models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=16), 30),
-        (lambda: models.RealNVP(image_shape=(1, 8, 8), data_levels=17, blocks=1, hidden=8), 8),
+        (lambda: models.Glow(shape=(1, 8, 8), grey_levels=17, scales=2, steps=4, hidden=16), 30),
+        (lambda: models.RealNVP(shape=(1, 8, 8), grey_levels=17, blocks=1, hidden=8), 8),
         (lambda: models.NICE.from_preset("digits"), 30),
-        (
-            lambda: models.MAF(
-                image_shape=(1, 8, 8), data_levels=17, transforms=3, hidden=70, residual=True, logit=0.01
-            ),
-            30,
-        ),
-        (lambda: models.IAF(image_shape=(1, 8, 8), data_levels=17, transforms=2, hidden=70, logit=0.01), 12),
+        (lambda: models.MAF(shape=(1, 8, 8), grey_levels=17, transforms=3, hidden=70, residual=True, logit=0.01), 30),
+        (lambda: models.IAF(shape=(1, 8, 8), grey_levels=17, transforms=2, hidden=70, logit=0.01), 12),
     ],
 )
 def test_training_is_the_same_on_the_fused_and_on_the_reference_path(build, steps):
@@ -386,7 +381,7 @@ def test_reversible_training_is_the_same():
     found = []
     for reversible in (False, True):
         torch.manual_seed(0)
-        model = models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=8, reversible=reversible)
+        model = models.Glow(shape=(1, 8, 8), grey_levels=17, scales=2, steps=4, hidden=8, reversible=reversible)
         found.append(train(model, batches))
     for mine, theirs in zip(*found, strict=True):
         assert abs(mine - theirs) <= 1e-4 * abs(theirs)
@@ -394,7 +389,7 @@ def test_reversible_training_is_the_same():
 
 def test_deep_glow_inverts_after_training():
     """x to z to x within 1e-5 in fp32 through 32 steps, as trained for a little while."""
-    model = models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=1, steps=32, hidden=8)
+    model = models.Glow(shape=(1, 8, 8), grey_levels=17, scales=1, steps=32, hidden=8)
     train(model, smooth_images(64 * 6, (1, 8, 8), 17).split(64))
     x = torch.rand(16, 1, 8, 8)
     for backend in ("auto", "reference"):
@@ -408,10 +403,10 @@ def test_first_step_has_no_gradient_of_mere_noise(points):
     """The ActNorms start from a pass of their own; from the batch itself, every bias would have a gradient of rounding
     noise."""
     if points:
-        model = models.Glow(features=4, steps=4, hidden=8)
+        model = models.Glow(shape=(4,), steps=4, hidden=8)
         model.loss(torch.randn(64, 4)).backward()
     else:
-        model = models.Glow(image_shape=(1, 8, 8), data_levels=17, levels=2, steps=4, hidden=8)
+        model = models.Glow(shape=(1, 8, 8), grey_levels=17, scales=2, steps=4, hidden=8)
         model.loss(smooth_images(64, (1, 8, 8), 17)).backward()
     for layer in model.modules():
         if isinstance(layer, gnn.ActNorm):
@@ -422,7 +417,7 @@ def test_training_never_waits_for_the_device(monkeypatch):
     """The look at the data's range is for the CPU alone; nothing else in a step or a sample reads a tensor's value."""
     monkeypatch.setattr(gnn.Dequantize, "_check", lambda *_: None)
     for options in ({}, {"reversible": True}):
-        model = models.Glow(image_shape=(1, 4, 4), data_levels=17, levels=2, steps=2, hidden=4, **options)
+        model = models.Glow(shape=(1, 4, 4), grey_levels=17, scales=2, steps=2, hidden=4, **options)
         with Watch() as watch:
             for _ in range(2):
                 model.loss(torch.zeros(4, 1, 4, 4, dtype=torch.uint8)).backward()
@@ -452,7 +447,7 @@ def test_under_autocast(name):
 def test_presets(name, preset):
     model = models.MODELS[name].from_preset(preset)
     assert model.shape == {"digits": (1, 8, 8), "photos32": (3, 32, 32), "points": (2,)}[preset]
-    assert model.data_levels == {"digits": 17, "photos32": 256, "points": None}[preset]
+    assert model.grey_levels == {"digits": 17, "photos32": 256, "points": None}[preset]
     x = data(model, 2)
     assert torch.isfinite(model.log_prob(x)).all()
     assert model.sample(2).shape == (2, *model.shape)
@@ -460,7 +455,8 @@ def test_presets(name, preset):
 
 def test_preset_of_the_papers_has_their_sizes():
     """On the meta device: sizes without memory."""
-    assert models.Glow.presets["cifar10"] == {"image_shape": (3, 32, 32), "levels": 3, "steps": 32, "hidden": 512}
+    sizes = {"shape": (3, 32, 32), "scales": 3, "steps": 32, "hidden": 512}
+    assert models.Glow.presets["cifar10"] == models.Preset(sizes, {"batch_size": 512})
     assert {name: "cifar10" in cls.presets for name, cls in models.MODELS.items()} == dict.fromkeys(models.MODELS, True)
     assert models.Glow.from_preset("cifar10", steps=1, hidden=4).hparams["steps"] == 1
 
@@ -489,25 +485,35 @@ GLOW = SMALL["glow image"]
             ValueError,
             r"preset must be one of digits, .* got 'digit'; did you mean digits\?",
         ),
+        (lambda: models.build("glw"), ValueError, r"unknown model 'glw'; did you mean glow\?"),
+        (lambda: models.Glow(), TypeError, "missing 1 required keyword-only argument: 'shape'"),
         (
-            lambda: models.build("glw"),
-            ValueError,
-            r"model must be one of nice, realnvp, glow, maf, iaf, pixelcnn, gatedpixelcnn, got 'glw'; did you "
-            r"mean glow\?",
+            lambda: models.Glow(shape=(2,), image_shape=(1, 8, 8)),
+            TypeError,
+            "unexpected keyword argument 'image_shape'",
         ),
-        (lambda: models.Glow(), ValueError, "exactly one of image_shape and features"),
-        (lambda: models.Glow(image_shape=(1, 8, 8), features=2), ValueError, "exactly one of image_shape and features"),
-        (lambda: models.Glow(image_shape=(8, 8)), ValueError, r"image_shape must be \(C, H, W\), got \(8, 8\)"),
-        (lambda: models.Glow(image_shape=(1, 8, 12), levels=3), ValueError, r"multiples of 2\^levels = 8, got 8x12"),
-        (lambda: models.RealNVP(image_shape=(1, 7, 8)), ValueError, r"multiples of .* = 2, got 7x8"),
-        (lambda: models.Glow(features=3), ValueError, "features must be even for the channel split, got 3"),
-        (lambda: models.RealNVP(features=3), ValueError, "features must be even for the channel split, got 3"),
-        (lambda: models.NICE(features=3), ValueError, "must be even for the channel split, got 3"),
-        (lambda: models.NICE(image_shape=(1, 3, 3)), ValueError, "must be even for the channel split, got 9"),
         (
-            lambda: models.Glow(image_shape=(1, 4, 4), levels=1, data_levels=1),
+            lambda: models.Glow(shape=(8, 8)),
             ValueError,
-            "levels must be an integer from 2",
+            r"Glow: shape must be \(C, H, W\) or \(D,\), integers of at least 1, got \(8, 8\)",
+        ),
+        (lambda: models.Glow(shape=(1, 8, 12), scales=3), ValueError, r"multiples of 8 for scales=3, got 8x12"),
+        (lambda: models.RealNVP(shape=(1, 7, 8)), ValueError, r"multiples of 2 for scales=2, got 7x8"),
+        (lambda: models.RealNVP(shape=(1, 8, 8), scales=0), ValueError, "RealNVP: scales must be at least 1, got 0"),
+        (lambda: models.Glow(shape=(1, 8, 8), scales=0), ValueError, "Glow: scales must be at least 1, got 0"),
+        (
+            lambda: models.Glow(shape=(2,), grey_levels=17),
+            ValueError,
+            "Glow: grey_levels must be None for points, which have none, got 17",
+        ),
+        (lambda: models.Glow(shape=(3,)), ValueError, r"shape must be even for the channel split, got \(3,\)"),
+        (lambda: models.RealNVP(shape=(3,)), ValueError, r"shape must be even for the channel split, got \(3,\)"),
+        (lambda: models.NICE(shape=(3,)), ValueError, "must be even for the channel split, got 3"),
+        (lambda: models.NICE(shape=(1, 3, 3)), ValueError, "must be even for the channel split, got 9"),
+        (
+            lambda: models.Glow(shape=(1, 4, 4), scales=1, grey_levels=1),
+            ValueError,
+            "Glow: grey_levels must be an integer from 2 to 65536, got 1",
         ),
         (lambda: GLOW().log_prob(torch.zeros(2, 1, 4, 5)), ValueError, r"x must be \[N, 1, 4, 4\], got \[2, 1, 4, 5\]"),
         (lambda: GLOW().log_prob(torch.zeros(1, 4, 4)), ValueError, r"x must be \[N, 1, 4, 4\], got \[1, 4, 4\]"),
@@ -522,7 +528,7 @@ GLOW = SMALL["glow image"]
             r"indices 0\.\.16, got .* 17",
         ),
         (
-            lambda: models.IAF(features=3, order="backwards"),
+            lambda: models.IAF(shape=(3,), order="backwards"),
             ValueError,
             "IAF: order must be one of alternate, natural, reversed, random",
         ),
@@ -542,19 +548,19 @@ GLOW = SMALL["glow image"]
         (lambda: GLOW().sample(1, temperature="1"), ValueError, "temperature must be at least 0 and finite, got '1'"),
         (lambda: GLOW().sample(1, generator=7), TypeError, "generator must be a torch.Generator or None, got 7"),
         (lambda: GLOW().log_prob([[0.0]]), TypeError, "x must be a torch.Tensor, got list"),
-        (lambda: models.MAF(image_shape=5), ValueError, r"MAF: image_shape must be \(C, H, W\), got 5"),
+        (lambda: models.MAF(shape=5), ValueError, r"MAF: shape must be \(C, H, W\) or \(D,\), .* got 5"),
         (
-            lambda: models.MAF(image_shape=(1, 2.5, 2)),
+            lambda: models.MAF(shape=(1, 2.5, 2)),
             ValueError,
-            r"MAF: image_shape must be \(C, H, W\), got \(1, 2.5, 2\)",
+            r"MAF: shape must be \(C, H, W\) or \(D,\), .* got \(1, 2.5, 2\)",
         ),
-        (lambda: models.MAF(features=2.5), ValueError, "MAF: features must be an integer, got 2.5"),
-        (lambda: models.MAF(features=2, hidden=2.5), ValueError, "MAF: hidden must be an integer, got 2.5"),
-        (lambda: models.IAF(features=2, transforms="x"), ValueError, "IAF: transforms must be an integer, got 'x'"),
-        (lambda: models.IAF(features=2, hidden_layers=-1), ValueError, "IAF: hidden_layers must be at least 0, got -1"),
-        (lambda: models.MAF(features=2, residual="no"), ValueError, "MAF: residual must be True or False, got 'no'"),
-        (lambda: models.MAF(features=2, num_classes=-1), ValueError, "MAF: num_classes must be at least 0, got -1"),
-        (lambda: models.MAF(features=2, logit=math.nan), ValueError, "MAF: logit must be a finite number, got nan"),
+        (lambda: models.MAF(shape=(2.5,)), ValueError, r"MAF: shape must be .* integers of at least 1, got \(2.5,\)"),
+        (lambda: models.MAF(shape=(2,), hidden=2.5), ValueError, "MAF: hidden must be an integer, got 2.5"),
+        (lambda: models.IAF(shape=(2,), transforms="x"), ValueError, "IAF: transforms must be an integer, got 'x'"),
+        (lambda: models.IAF(shape=(2,), hidden_layers=-1), ValueError, "IAF: hidden_layers must be at least 0, got -1"),
+        (lambda: models.MAF(shape=(2,), residual="no"), ValueError, "MAF: residual must be True or False, got 'no'"),
+        (lambda: models.MAF(shape=(2,), num_classes=-1), ValueError, "MAF: num_classes must be at least 0, got -1"),
+        (lambda: models.MAF(shape=(2,), logit=math.nan), ValueError, "MAF: logit must be a finite number, got nan"),
     ],
 )
 def test_mistakes_are_answered_in_one_sentence(call, kind, words):
@@ -564,7 +570,7 @@ def test_mistakes_are_answered_in_one_sentence(call, kind, words):
 
 
 def test_continuous_images():
-    model = models.Glow(image_shape=(1, 4, 4), levels=1, steps=1, hidden=4, data_levels=None)
+    model = models.Glow(shape=(1, 4, 4), scales=1, steps=1, hidden=4, grey_levels=None)
     x = torch.randn(3, 1, 4, 4)
     assert model.log_prob(x).shape == (3,) and model.sample(2).shape == (2, 1, 4, 4)
     with pytest.raises(TypeError, match="data being continuous"):

@@ -21,7 +21,7 @@ def images(count, shape=(3, 16, 16)):
 
 def glow(**options):
     torch.manual_seed(0)
-    sizes = {"image_shape": (3, 16, 16), "levels": 2, "steps": 4, "hidden": 32}
+    sizes = {"shape": (3, 16, 16), "scales": 2, "steps": 4, "hidden": 32}
     return models.Glow(**{**sizes, **options}).cuda()
 
 
@@ -106,7 +106,7 @@ def test_memory_of_a_reversible_step_is_flat_in_depth():
 def test_pixel_models_train_and_sample_as_the_reference_does(head, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
-    model = models.GatedPixelCNN(image_size=(7, 5), channels=3, levels=16, width=12, layers=2, head=head).cuda()
+    model = models.GatedPixelCNN(shape=(3, 7, 5), grey_levels=16, width=12, layers=2, head=head).cuda()
     x = torch.randint(16, (8, 3, 7, 5), dtype=torch.uint8, device="cuda")
     losses, samples = [], []
     for backend in ("auto", "reference"):
@@ -121,7 +121,7 @@ def test_pixel_models_train_and_sample_as_the_reference_does(head, monkeypatch):
 @pytest.mark.parametrize("kind", [models.MAF, models.IAF])
 def test_autoregressive_flows_invert(kind):
     torch.manual_seed(0)
-    model = kind(features=20, transforms=3, hidden=64).cuda()
+    model = kind(shape=(20,), transforms=3, hidden=64).cuda()
     x = torch.randn(50, 20, device="cuda")
     with torch.no_grad():
         back, _ = model.inverse(model(x)[0])

@@ -3,17 +3,12 @@ import tiny
 import toys
 
 
-def entry(kind: type):
-    """What a model's line in the registry holds."""
-    return kind
-
-
 @pytest.fixture
 def register(monkeypatch):
     """Makes a class one of the package's models, so that runs name it and rebuild it."""
     from genkernels import models
 
-    return lambda name, kind: monkeypatch.setitem(models.MODELS, name, entry(kind))
+    return lambda name, kind: monkeypatch.setitem(models.MODELS, name, kind)
 
 
 @pytest.fixture

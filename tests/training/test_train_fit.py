@@ -170,7 +170,7 @@ class Interrupted(Tiny):
 
 def interrupted_for(bundle, number=signal.SIGINT):
     torch.manual_seed(0)
-    model = Interrupted(image_shape=bundle.shape, data_levels=bundle.levels)
+    model = Interrupted(shape=bundle.form.shape, grey_levels=bundle.form.grey_levels)
     model.number = number
     return model
 
@@ -209,7 +209,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        fit(Twice(image_shape=(1, 4, 4), data_levels=5), images(), config(), out=tmp_path / "run", quiet=True)
+        fit(Twice(shape=(1, 4, 4), grey_levels=5), images(), config(), out=tmp_path / "run", quiet=True)
     assert signal.getsignal(signal.SIGINT) is handler
     assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints") == [], "no half-finished step was saved"
 
@@ -356,13 +356,13 @@ class NanGradient(Tiny):
     ("clip", "words"), [(1.0, "the gradient norm became nan in step 0"), (0.0, "loss became nan in step 1")]
 )
 def test_a_gradient_that_is_nan_is_caught_with_and_without_clipping(clip, words):
-    model = NanGradient(image_shape=(1, 4, 4), data_levels=5)
+    model = NanGradient(shape=(1, 4, 4), grey_levels=5)
     with pytest.raises(TrainingError, match=words):
         fit(model, images(), config(clip=clip), quiet=True)
 
 
 def test_broken_weights_are_never_saved(tmp_path):
-    model = NanGradient(image_shape=(1, 4, 4), data_levels=5)
+    model = NanGradient(shape=(1, 4, 4), grey_levels=5)
     with pytest.raises(TrainingError, match="the weights are no longer finite after step 1"):
         fit(model, images(), config(clip=0.0, checkpoint_every=1), out=tmp_path / "run", quiet=True)
     assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints") == []
@@ -408,7 +408,7 @@ def test_memory_that_runs_out_is_told_in_a_sentence():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with pytest.raises(TrainingError, match="memory ran out in step 0: choose a smaller --batch-size"):
-        fit(Greedy(features=2), points(), config(), quiet=True)
+        fit(Greedy(shape=(2,)), points(), config(), quiet=True)
 
 
 def test_some_held_out_images_judge_the_run_and_all_of_them_the_result(tmp_path, registered):
@@ -430,7 +430,7 @@ def test_samples_that_overflow_are_counted(tmp_path, capfd):
             x[1] = math.nan
             return x
 
-    fit(Wild(image_shape=(1, 4, 4), data_levels=5), images(), config(max_steps=2), out=tmp_path / "run")
+    fit(Wild(shape=(1, 4, 4), grey_levels=5), images(), config(max_steps=2), out=tmp_path / "run")
     assert "step 2: 1 of 4 samples are not finite" in capfd.readouterr().err
 
 
@@ -476,7 +476,7 @@ def test_mixed_precision_trains_and_evaluates_in_fp32(monkeypatch):
 
     bundle = images()
     torch.manual_seed(0)
-    result = fit(Watched(image_shape=(1, 4, 4), data_levels=5), bundle, config(precision="bf16-mixed"), quiet=True)
+    result = fit(Watched(shape=(1, 4, 4), grey_levels=5), bundle, config(precision="bf16-mixed"), quiet=True)
     assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
     assert {dtype for training, dtype in seen if not training} == {torch.float32}
     assert all(math.isfinite(loss) for loss in result.losses) and next(result.model.parameters()).dtype == torch.float32
@@ -490,10 +490,10 @@ def test_the_backend_is_forced_for_the_run_alone():
             seen.append(current_backend())
             return super().loss(x, y)
 
-    result = fit(Watched(features=2), points(), config(max_steps=2, backend="reference"), quiet=True)
+    result = fit(Watched(shape=(2,)), points(), config(max_steps=2, backend="reference"), quiet=True)
     assert seen == ["reference"] * 2 and result.backend == "reference" and current_backend() == "auto"
     with pytest.raises(UsageError, match="did you mean reference"):
-        fit(Watched(features=2), points(), config(backend="referenc"), quiet=True)
+        fit(Watched(shape=(2,)), points(), config(backend="referenc"), quiet=True)
 
 
 def test_wishes_this_machine_cannot_meet():

@@ -327,10 +327,10 @@ DRIVER = """
 import sys
 
 sys.path[:0] = [{tests!r}, {root!r}]
-import conftest, toys
+import toys
 from genkernels import models
 
-models.MODELS["toygan"] = conftest.entry(toys.ToyGAN)
+models.MODELS["toygan"] = toys.ToyGAN
 from genkernels.cli import main
 
 sys.exit(main())
@@ -358,6 +358,40 @@ def test_kill_minus_nine_loses_nothing(tmp_path, toys_registered, monkeypatch):
     assert terms("cut") == terms("whole") and len(terms("cut")) == total, "bit for bit"
     held = [json.loads(Path(run, "metrics.json").read_text())["held_out"] for run in ("cut", "whole")]
     assert held[0] == held[1]
+
+
+TWO = (
+    DRIVER.replace("sys.exit(main())", "made = []\n")
+    + """
+begin = toys.ToyGAN.__init__
+toys.ToyGAN.__init__ = lambda self, **given: (begin(self, **given), made.append(self))[0]
+code = main()
+import os, torch
+
+torch.save({n: p.detach() for n, p in made[0].named_parameters()}, "rank" + os.environ["LOCAL_RANK"] + ".pt")
+sys.exit(code)
+"""
+)
+
+
+def test_two_processes_move_both_players_alike(tmp_path, monkeypatch):
+    """Each player's gradients are averaged over the processes, and the weights stay the same in both."""
+    monkeypatch.chdir(tmp_path)
+    Path("driver.py").write_text(TWO.format(tests=str(Path(__file__).parent), root=str(ROOT)))
+    argv = ["train", "toygan", "--data", "moons", "--accelerator", "cpu", "--max-steps", "7", "--batch-size", "8"]
+    argv += ["--devices", "2", "--ema", "0", "--eval-every", "3", "--samples", "9", "--out", "pair"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "driver.py", *argv], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(f"rank{rank}.pt") for rank in range(2))
+    assert same(first, second), "the weights of the two processes differ"
+    begun = {name: p.detach() for name, p in gan().named_parameters()}
+    assert not any(torch.equal(begun[name], value) for name, value in first.items()), "both players moved"
+    assert [bool(row["generator/loss"]) for row in table("pair")] == [step % 3 == 0 for step in range(7)]
+    held = json.loads(Path("pair/metrics.json").read_text())["held_out"]["distance"]
+    assert held["examples"] == 5000, "each process judges its share"
 
 
 def test_the_examples_of_the_page_run(monkeypatch):

@@ -12,16 +12,12 @@ from genkernels.models import Estimate, Model, Player
 class ToyGAN(Model):
     """A generator and a critic of points."""
 
-    def __init__(self, *, features: int = 2, width: int = 8) -> None:
-        nn.Module.__init__(self)
-        self.hparams, self.shape, self.num_classes = {"features": features, "width": width}, (features,), None
+    def __init__(self, *, shape: tuple[int, ...] = (2,), width: int = 8) -> None:
+        super().__init__(shape)
+        (features,) = shape
         hidden = nn.BatchNorm1d(width), nn.Tanh()
         self.generator = nn.Sequential(nn.Linear(3, width), *hidden, nn.Linear(width, features))
         self.critic = nn.Sequential(nn.Linear(features, width), nn.Tanh(), nn.Linear(width, 1))
-
-    @classmethod
-    def fit_to(cls, form) -> dict:
-        return {"features": form.shape[0]}
 
     def players(self):
         return {"critic": Player(self.critic, averaged=False, lr=2.0), "generator": Player(self.generator, every=3)}
@@ -47,16 +43,10 @@ class ToyGAN(Model):
 class ToyVAE(Model):
     """An encoder and a decoder of images, with a KL term that sets in over the first ten steps."""
 
-    def __init__(self, *, image_shape=(1, 4, 4), data_levels: int = 5, width: int = 2) -> None:
-        nn.Module.__init__(self)
-        self.hparams = {"image_shape": image_shape, "data_levels": data_levels, "width": width}
-        self.shape, self.top, self.num_classes = tuple(image_shape), data_levels - 1, None
-        size = torch.Size(self.shape).numel()
+    def __init__(self, *, shape: tuple[int, ...] = (1, 4, 4), grey_levels: int = 5, width: int = 2) -> None:
+        super().__init__(shape, grey_levels)
+        self.top, size = grey_levels - 1, self.dim
         self.encoder, self.decoder = nn.Linear(size, 2 * width), nn.Linear(width, size)
-
-    @classmethod
-    def fit_to(cls, form) -> dict:
-        return {"image_shape": form.shape, "data_levels": form.grey_levels}
 
     def terms(self, x):
         mean, log_scale = self.encoder(x.flatten(1) / self.top).chunk(2, 1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels import losses, ops
-from genkernels.models._model import LikelihoodModel, extents
+from genkernels.models._model import LikelihoodModel
 from genkernels.nn.dequantize import uniform
 from genkernels.ops.autoregressive_sampling import HEADS
 
@@ -20,46 +19,43 @@ class PixelModel(LikelihoodModel):
 
     .. math:: p(x) = \prod_i p(x_i \mid x_1, \dots, x_{i-1}, y)
 
-    Subclasses call `_setup` and define `forward` and `stages`, which tell the same network twice: for a whole image,
-    and for the sampler that computes one column of each layer at a pixel.
+    Subclasses define `forward` and `stages`, which tell the same network twice: for a whole image, and for the sampler
+    that computes one column of each layer at a pixel.
+
+    Args:
+        shape: ``(C, H, W)``. grey_levels: how many values a pixel can take. num_classes: None where labels play no
+            part.
+        head: what the network's last layer parametrises, ``categorical`` or ``logistic_mixture``. mixtures: logistics
+            of the latter.
 
     Attributes:
-        levels: grey levels of the data. head: what the network's last layer parametrises. The others: as for
-            `LikelihoodModel`.
+        outputs: channels of the network's last layer.
+        data_channels: how the masks split channels, as for `MaskedConv2d`.
     """
 
-    def _setup(
+    takes = ("images",)
+
+    def __init__(
         self,
-        hparams: dict[str, Any],
-        image_size: tuple[int, int],
-        channels: int,
-        levels: int,
-        num_classes: int | None,
+        *,
+        shape: tuple[int, ...],
+        grey_levels: int = 256,
+        num_classes: int | None = None,
         head: str = "categorical",
         mixtures: int = 0,
-    ) -> None:
-        name = type(self).__name__
-        size = hparams["image_size"] = extents(name, "image_size", image_size, "(H, W)")
-        if channels < 1:
-            raise ValueError(f"{name}: channels must be at least 1, got {channels}")
-        if not 2 <= levels <= 65536:
-            raise ValueError(f"{name}: levels must be an integer from 2 to 65536, got {levels!r}")
+    ):
+        name, channels = type(self).__name__, shape[0]
         if head not in HEADS:
             raise ValueError(f"{name}: head must be one of {', '.join(HEADS)}, got {head!r}")
         if head == "logistic_mixture" and channels not in (1, 3):
             raise ValueError(f"{name}: head logistic_mixture needs 1 or 3 channels, got {channels}")
         if head == "logistic_mixture" and mixtures < 1:
             raise ValueError(f"{name}: mixtures must be at least 1, got {mixtures}")
-        self._begin(hparams, (channels, *size), num_classes)
-        self.levels, self.head = levels, head
-        #: how the masks split channels: a mixture's coefficients tie a pixel's channels together, so its network sees
-        #: none of them
+        super().__init__(shape, grey_levels, num_classes)
+        self.head = head
+        # a mixture's coefficients tie a pixel's channels together, so its network sees none of them
         self.data_channels = channels if head == "categorical" else 1
-        self.outputs = channels * levels if head == "categorical" else mixtures * (3 if channels == 1 else 10)
-
-    @property
-    def data_levels(self) -> int:
-        return self.levels
+        self.outputs = channels * grey_levels if head == "categorical" else mixtures * (3 if channels == 1 else 10)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Head parameters of every pixel, each from the pixels before it.
@@ -68,7 +64,8 @@ class PixelModel(LikelihoodModel):
             x: ``[N, C, H, W]`` in [-1, 1]. y: ``[N]`` class indices, where the model has classes.
 
         Returns:
-            ``[N, C*levels, H, W]`` logits, those of channel c being block c; or the mixture's ``[N, 3K or 10K, H, W]``.
+            ``[N, C*grey_levels, H, W]`` logits, those of channel c being block c; or the mixture's ``[N, 3K or 10K, H,
+            W]``.
         """
         raise NotImplementedError
 
@@ -96,8 +93,8 @@ class PixelModel(LikelihoodModel):
             # a half type rounds the levels beyond its 256 (bf16) or 2,048 (fp16) together: the loss asks for them in
             # fp32
             exact = self._scaled(index, torch.promote_types(self._like.dtype, torch.float32))
-            return -losses.discretized_logistic_mixture_nll(params, exact, self.levels)
-        logits = params.unflatten(1, (self.shape[0], self.levels)).transpose(1, 2)
+            return -losses.discretized_logistic_mixture_nll(params, exact, self.grey_levels)
+        logits = params.unflatten(1, (self.shape[0], self.grey_levels)).transpose(1, 2)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # cross_entropy sums in the shape of the target: the classes are dimension 1
         return -F.cross_entropy(logits, index, reduction="none").sum((1, 2, 3))
@@ -125,7 +122,7 @@ class PixelModel(LikelihoodModel):
             progress: called as ``progress(rows_done, rows)`` after each row of pixels.
 
         Returns:
-            ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(levels - 1)``.
+            ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(grey_levels - 1)``.
         """
         self._check_sample(n, temperature, generator)
         return self._draw(n, None, None, temperature, generator, self._drawn_labels(y, n, generator), progress)
@@ -144,7 +141,7 @@ class PixelModel(LikelihoodModel):
         for bit.
 
         A value that is known but comes later has no say in what is drawn before it: keep the top of an image, not its
-            bottom.
+        bottom.
 
         Args:
             x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]; unknown values may hold anything.
@@ -173,7 +170,7 @@ class PixelModel(LikelihoodModel):
             len(x), index, known, temperature, generator, self._drawn_labels(y, len(x), generator), progress
         )
         if x.dtype == torch.uint8:
-            drawn = (drawn * (self.levels - 1)).round()
+            drawn = (drawn * (self.grey_levels - 1)).round()
         return torch.where(known, x, drawn.to(x.device, x.dtype))
 
     def _draw(self, n, image, known, temperature, generator, labels, progress) -> Tensor:
@@ -186,7 +183,7 @@ class PixelModel(LikelihoodModel):
         index = ops.autoregressive_sampling(
             self.stages(labels),
             noise,
-            levels=self.levels,
+            levels=self.grey_levels,
             head=self.head,
             image=image,
             known=known,
@@ -194,15 +191,15 @@ class PixelModel(LikelihoodModel):
             progress=progress,
             rows_per_call=None if progress is None else 1,
         )
-        return index.to(noise.dtype) / (self.levels - 1)
+        return index.to(noise.dtype) / (self.grey_levels - 1)
 
     # --- helpers --------------------------------------------------------------------------------------------------
 
     def _scaled(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Levels in [-1, 1], in the model's dtype unless another is given; rounded once."""
+        """Levels in [-1, 1], in the model's dtype unless another is asked for; rounded once."""
         dtype = self._like.dtype if dtype is None else dtype
-        wide = index.to(self._like.device, torch.promote_types(dtype, torch.float32))
-        return (wide * (2 / (self.levels - 1)) - 1).to(dtype)
+        exact = index.to(self._like.device, torch.promote_types(dtype, torch.float32))
+        return (exact * (2 / (self.grey_levels - 1)) - 1).to(dtype)
 
     def _index(self, x: Tensor) -> Tensor:
         """int64 level indices, on the model's device."""
@@ -212,11 +209,11 @@ class PixelModel(LikelihoodModel):
             raise TypeError(f"{name}: x must be uint8 level indices or floats in [0, 1], got {x.dtype}")
         if x.device.type == "cpu" and x.numel():
             low, high = (bound.item() for bound in x.aminmax())
-            top = self.levels - 1 if x.dtype == torch.uint8 else 1
+            top = self.grey_levels - 1 if x.dtype == torch.uint8 else 1
             if not (0 <= low and high <= top):  # also NaN, which has no grey level
                 kind = f"level indices 0..{top}" if x.dtype == torch.uint8 else "floats in [0, 1]"
                 raise ValueError(f"{name}: x must hold {kind}, got values from {low} to {high}")
-        index = (x * (self.levels - 1)).round() if x.is_floating_point() else x
+        index = (x * (self.grey_levels - 1)).round() if x.is_floating_point() else x
         return index.to(self._like.device, torch.int64)
 
 

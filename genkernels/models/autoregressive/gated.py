@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from genkernels.models._model import arguments
+from genkernels.models._model import Preset
 from genkernels.models.autoregressive.base import Classes, PixelModel, check_width, class_bias
 from genkernels.nn import MaskedConv2d
 from genkernels.ops import Stage
@@ -17,9 +17,8 @@ class GatedPixelCNN(PixelModel):
     and the vertical one.
 
     Args:
-        image_size: ``(H, W)``. channels: of the image, drawn R, G, B. levels: grey levels of the data.
-        width: channels of each stack, a multiple of `channels` for the categorical head. layers: gated layers after the
-            first.
+        shape: ``(C, H, W)``; colours are drawn R, G, B. grey_levels: how many values a pixel can take.
+        width: channels of each stack, a multiple of C for the categorical head. layers: gated layers after the first.
         kernel_size: of the layers after the first, odd; the first has 7.
         head: ``categorical``: a softmax over the levels; ``logistic_mixture``: `mixtures` discretised logistics a
             pixel, whose coefficients tie its channels together (PixelCNN++). 1 or 3 channels.
@@ -28,7 +27,7 @@ class GatedPixelCNN(PixelModel):
 
     Example:
         >>> import torch, genkernels as gk
-        >>> model = gk.models.GatedPixelCNN(image_size=(8, 8), channels=1, levels=17, width=16, layers=2)
+        >>> model = gk.models.GatedPixelCNN(shape=(1, 8, 8), grey_levels=17, width=16, layers=2)
         >>> model.sample(2, generator=torch.Generator().manual_seed(0)).shape
         torch.Size([2, 1, 8, 8])
 
@@ -38,24 +37,17 @@ class GatedPixelCNN(PixelModel):
     """
 
     presets: ClassVar = {
-        "digits": {"image_size": (8, 8), "channels": 1, "levels": 17, "width": 32, "layers": 2, "dropout": 0.1},
-        "photos32": {
-            "image_size": (32, 32),
-            "channels": 3,
-            "levels": 256,
-            "width": 48,
-            "layers": 5,
-            "head": "logistic_mixture",
-        },
-        "cifar10": {"image_size": (32, 32), "channels": 3, "levels": 256, "width": 129, "layers": 15, "kernel_size": 5},
+        "digits": Preset({"shape": (1, 8, 8), "grey_levels": 17, "width": 32, "layers": 2, "dropout": 0.1}),
+        "photos32": Preset({"shape": (3, 32, 32), "width": 48, "layers": 5, "head": "logistic_mixture"}),
+        # the paper does not say how this size was trained
+        "cifar10": Preset({"shape": (3, 32, 32), "width": 129, "layers": 15, "kernel_size": 5}),
     }
 
     def __init__(
         self,
         *,
-        image_size: tuple[int, int] = (28, 28),
-        channels: int = 1,
-        levels: int = 256,
+        shape: tuple[int, ...],
+        grey_levels: int = 256,
         width: int = 64,
         layers: int = 8,
         kernel_size: int = 3,
@@ -64,9 +56,8 @@ class GatedPixelCNN(PixelModel):
         dropout: float = 0.0,
         num_classes: int | None = None,
     ):
-        hparams = arguments(locals())
-        self._setup(hparams, image_size, channels, levels, num_classes, head, mixtures)
-        groups = self.data_channels
+        super().__init__(shape=shape, grey_levels=grey_levels, num_classes=num_classes, head=head, mixtures=mixtures)
+        channels, groups = shape[0], self.data_channels
         check_width("GatedPixelCNN", width, groups)
         sizes = [(channels, 7, "A"), *[(width, kernel_size, "B")] * layers]
         self.blocks = nn.ModuleList(
@@ -80,9 +71,10 @@ class GatedPixelCNN(PixelModel):
         y = self._labels(y, len(x))
         v = h = x
         for i, block in enumerate(self.blocks):
+            residual = h if i else None
             if i:
-                v, kept, h = self.dropout(v), h, self.dropout(h)
-            v, h = block(v, h, kept if i else None, y)
+                v, h = self.dropout(v), self.dropout(h)
+            v, h = block(v, h, residual, y)
         return self.last(self.hidden(h))
 
     def stages(self, y: Tensor | None = None) -> list[Stage]:
@@ -111,14 +103,14 @@ class _Block(nn.Module):
         self.vertical_classes = Classes(num_classes, 2 * width) if num_classes else None
         self.horizontal_classes = Classes(num_classes, 2 * width) if num_classes else None
 
-    def forward(self, v: Tensor, h: Tensor, kept: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, v: Tensor, h: Tensor, residual: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
         v = self.vertical(v, class_bias(self.vertical_classes, y))
         condition = self.link(v)
         if self.horizontal_classes is not None:
             condition = condition + self.horizontal_classes(y)[:, :, None, None]
-        return v, self.out(self.horizontal(h, condition), None, kept)
+        return v, self.out(self.horizontal(h, condition), None, residual)
 
-    def stages(self, v: int, h: int, kept: int | None, before: int, y: Tensor | None) -> list[Stage]:
+    def stages(self, v: int, h: int, residual: int | None, before: int, y: Tensor | None) -> list[Stage]:
         """Three stages: planes ``before + 1`` (vertical), ``before + 2`` (horizontal, gated), ``before + 3``
         (horizontal)."""
         vertical, horizontal, out = self.vertical, self.horizontal, self.out
@@ -129,5 +121,5 @@ class _Block(nn.Module):
                 ((v, vertical.masked_weight()),), bias=vertical.bias, condition=own, activation="gate", vertical=True
             ),
             Stage(((h, horizontal.masked_weight()), linked), bias=horizontal.bias, condition=beside, activation="gate"),
-            Stage(((before + 2, out.masked_weight()),), bias=out.bias, residual=kept),
+            Stage(((before + 2, out.masked_weight()),), bias=out.bias, residual=residual),
         ]

@@ -1,65 +1,50 @@
-"""What every flow model shares: dequantisation, levels, prior, likelihood, sampling, presets."""
+"""What every flow model shares: dequantisation, scales, prior, likelihood, sampling."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genkernels.models._model import LikelihoodModel, arguments, extents
+from genkernels.models._model import LikelihoodModel
 from genkernels.nn import ActNorm, Dequantize, Logit, Prior
-
-__all__ = ["FlowModel", "arguments", "level_sizes"]
 
 
 class FlowModel(LikelihoodModel):
-    r"""A multi-scale flow: images are dequantised, then each level is a `FlowSequential`, and `Split` takes latents out
-    between levels.
+    r"""A flow over one or more scales: images are dequantised, then each scale is a `FlowSequential`, and a `Split`
+    takes latents out between two of them.
 
     .. math:: \log p(x) = \log p_Z(f(x)) + \log|\det \partial f/\partial x|
 
-    Subclasses call `_setup`, fill ``flows`` (one `FlowSequential` a level) and ``splits`` (one less) and call
-    `_finish`.
-
-    Attributes:
-        data_levels: grey levels of the data, None for continuous data. The others: as for `LikelihoodModel`.
+    Args:
+        flows: ``z, ldj = flow(x, context)``, one a scale, each with an ``inverse``. splits: between them, one less.
+        prior: of the last latents; those of the splits are standard normal.
+        latent_shapes: of each split's latents, then of the last.
+        shape, grey_levels, num_classes: as for `Model`; only images with grey levels are dequantised.
+        classes: gives the flows their context, ``[N, class_features]``, from class indices; where there are classes.
     """
 
-    def _setup(
+    def __init__(
         self,
-        hparams: dict[str, Any],
-        image_shape: tuple[int, int, int] | None,
-        features: int | None,
-        data_levels: int | None,
-        num_classes: int | None,
-        class_features: int,
-        logit: float,
-    ) -> list[nn.Module]:
-        """Checks and keeps what all models take; gives the layers that the first level begins with."""
-        name = type(self).__name__
-        if (image_shape is None) == (features is None):
-            raise ValueError(
-                f"{name}: exactly one of image_shape and features must be given, got {image_shape} and {features}"
-            )
-        if image_shape is not None:
-            shape = hparams["image_shape"] = extents(name, "image_shape", image_shape, "(C, H, W)")
-        else:
-            shape, data_levels = (features,), None
-        self._begin(hparams, shape, num_classes)
-        self.data_levels = data_levels
-        self.dequantize = Dequantize(data_levels) if data_levels is not None else None
-        self.classes = nn.Embedding(num_classes, class_features) if num_classes else None
-        self.context_features = class_features if num_classes else 0
-        self.flows = nn.ModuleList()
-        self.splits = nn.ModuleList()
-        return [Logit(logit)] if logit and data_levels is not None else []
-
-    def _finish(self, latent_shapes: list[tuple[int, ...]], prior: str = "normal", learned: bool = False) -> None:
-        self.latent_shapes = latent_shapes
-        self.noise = Prior(latent_shapes[0][0])
-        self.prior = Prior(latent_shapes[-1][0], prior, learned, self.num_classes)
+        flows: Iterable[nn.Module],
+        splits: Iterable[nn.Module],
+        prior: Prior,
+        *,
+        latent_shapes: Sequence[tuple[int, ...]],
+        shape: tuple[int, ...],
+        grey_levels: int | None = None,
+        num_classes: int | None = None,
+        classes: nn.Module | None = None,
+    ):
+        super().__init__(shape, grey_levels, num_classes)
+        self.latent_shapes = list(latent_shapes)
+        self.dequantize = Dequantize(grey_levels) if grey_levels is not None else None
+        # in this order: an optimiser's state numbers the parameters in the order in which they are registered
+        self.classes = classes
+        self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
+        self.split_prior, self.prior = Prior(self.latent_shapes[0][0]), prior
         self._actnorms = [layer for layer in self.modules() if isinstance(layer, ActNorm)]
 
     # --- the map --------------------------------------------------------------------------------------------------
@@ -128,8 +113,7 @@ class FlowModel(LikelihoodModel):
         """Log-density ``[N]``, nats.
 
         For images it is that of the uniformly dequantised image, in units where a grey level has width 1: a stochastic
-            lower
-        bound of the log-probability of the integer image.
+        lower bound of the log-probability of the integer image.
 
         Args:
             x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]; or ``[N, D]``.
@@ -142,7 +126,7 @@ class FlowModel(LikelihoodModel):
         self._check_shape(x)
         labels = self._labels(y, x.shape[0])
         latents, ldj = self.encode(x, labels, generator)
-        terms = [self.noise.log_prob(z) for z in latents[:-1]]
+        terms = [self.split_prior.log_prob(z) for z in latents[:-1]]
         return torch.stack([ldj, *terms, self.prior.log_prob(latents[-1], labels)]).sum(0)
 
     # --- sampling -------------------------------------------------------------------------------------------------
@@ -162,15 +146,13 @@ class FlowModel(LikelihoodModel):
             y: class indices ``[n]``, or one for all; None draws them evenly where the model has classes.
 
         Returns:
-            ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(data_levels - 1)``, or ``[n, D]``.
+            ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(grey_levels - 1)``, or ``[n, D]``.
         """
         self._check_sample(n, temperature, generator)
         labels, like = self._drawn_labels(y, n, generator), self._like
-        latents = []
-        for i, shape in enumerate(self.latent_shapes):
-            top = i == len(self.latent_shapes) - 1
-            source, given = (self.prior, labels) if top else (self.noise, None)
-            latents.append(source.sample((n, *shape), temperature, generator, given, like))
+        *split_shapes, last_shape = self.latent_shapes
+        latents = [self.split_prior.sample((n, *shape), temperature, generator, None, like) for shape in split_shapes]
+        latents.append(self.prior.sample((n, *last_shape), temperature, generator, labels, like))
         return self.decode(tuple(latents), labels)
 
     # --- helpers --------------------------------------------------------------------------------------------------
@@ -182,28 +164,41 @@ class FlowModel(LikelihoodModel):
         self._check_shape(x)
         if self.dequantize is None and not x.is_floating_point():
             raise TypeError(
-                f"{type(self).__name__}: x must be floating point, the data being continuous (data_levels=None), "
+                f"{type(self).__name__}: x must be floating point, the data being continuous (grey_levels=None), "
                 f"got {x.dtype}"
             )
         return x
 
 
-def level_sizes(model: str, image_shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
-    """``(C, H, W)`` behind the squeeze of each level, half of the channels leaving after each but the last.
+def class_context(num_classes: int | None, class_features: int) -> tuple[nn.Embedding | None, int]:
+    """What gives a flow its context where there are classes, and the context's size, 0 where there are none."""
+    return (nn.Embedding(num_classes, class_features), class_features) if num_classes else (None, 0)
+
+
+def logit_layers(logit: float, grey_levels: int | None) -> list[nn.Module]:
+    """What a model of images begins with where ``logit`` is above 0; images without grey levels lie anywhere."""
+    return [Logit(logit)] if logit and grey_levels is not None else []
+
+
+def scale_sizes(model: str, shape: tuple[int, int, int], scales: int, squeezes: int) -> list[tuple[int, int, int]]:
+    """``(C, H, W)`` behind the squeeze of each scale, half of the channels leaving after each but the last.
+
+    Args:
+        model: for the error. shape: of the image. scales: of the model. squeezes: how many of them hold one.
 
     Raises:
-        ValueError: height or width is no multiple of 2 to the number of levels.
+        ValueError: height or width cannot be halved so often.
     """
-    channels, height, width = image_shape
-    if levels < 1 or height % 2**levels or width % 2**levels:
+    channels, height, width = shape
+    if scales < 1:
+        raise ValueError(f"{model}: scales must be at least 1, got {scales}")
+    if height % 2**squeezes or width % 2**squeezes:
         raise ValueError(
-            f"{model}: height and width must be multiples of 2^levels = {2 ** max(levels, 1)}, got "
-            f"{height}x{width} with levels={levels}"
+            f"{model}: height and width must be multiples of {2**squeezes} for scales={scales}, got {height}x{width}"
         )
     sizes = []
-    for level in range(levels):
+    for _ in range(squeezes):
         channels, height, width = channels * 4, height // 2, width // 2
         sizes.append((channels, height, width))
-        if level < levels - 1:
-            channels //= 2
+        channels //= 2
     return sizes

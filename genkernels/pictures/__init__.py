@@ -1,0 +1,36 @@
+"""Pictures: images as a `sheet` of enlarged tiles, points as a `scatter` plot, losses as `curves`, and `save`.
+
+Each gives pixels, ``[H, W]`` or ``[H, W, 3]`` bytes, which `save` writes and TensorBoard takes. Needs Pillow, and
+matplotlib for plots and for text; both are imported when something is drawn. `why_not` says early what is missing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from genkernels.pictures.files import save, why_not
+from genkernels.pictures.plots import curves, scatter
+from genkernels.pictures.sheets import sheet
+
+__all__ = ["curves", "draw", "save", "scatter", "sheet", "why_not"]
+
+
+def draw(samples: Tensor, real: Tensor | None = None) -> np.ndarray:
+    """Draws whatever a model gives: images as a `sheet`, points as a `scatter` plot.
+
+    Args:
+        samples: images ``[N, C, H, W]`` in [0, 1] (where C is neither 1 nor 3, a grey tile a channel), or points
+            ``[N, D]``.
+        real: real points to draw beside the samples; images are drawn without.
+
+    Returns:
+        ``[rows, columns]`` or ``[rows, columns, 3]`` bytes.
+
+    Equivalent to::
+
+        sheet(samples) if samples.ndim == 4 else scatter(samples, real)
+    """
+    if samples.ndim == 4:
+        return sheet(samples if samples.shape[1] in (1, 3) else samples.flatten(0, 1).unsqueeze(1))
+    return scatter(samples, real)

@@ -1,0 +1,170 @@
+"""Points of the plane and curves over a run, by matplotlib: neither a display nor global state is touched."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+_COLOURS = ("#1667b7", "#d1602c", "#2f8f5b", "#8a4fb0", "#b8860b", "#5b6670")  # told apart in print, too
+_DOTS = 40  # a curve of fewer points is drawn with a dot at each
+
+
+def scatter(
+    points: Tensor | Mapping[str, Tensor], real: Tensor | None = None, *, title: str = "", note: str = ""
+) -> np.ndarray:
+    """Draws points of the plane, beside real ones on the same axes where given.
+
+    Args:
+        points: ``[N, D]``, the first two features are drawn (D = 1: a histogram); or several such by name, a panel
+            each.
+        real: ``[M, D]`` real examples, in a last panel. They set the frame: a few wild samples must not shrink
+            everything else.
+        title: a line above the panels.
+        note: smaller lines below the title.
+
+    Returns:
+        ``[rows, columns, 3]`` bytes.
+    """
+    panels = dict(points) if isinstance(points, Mapping) else {"samples": points}
+    if real is not None:
+        panels["data"] = real
+    panels = {name: x.detach().cpu().float().reshape(len(x), -1).numpy() for name, x in panels.items()}
+    columns = min(len(panels), 4) if len(panels) != 6 else 3
+    lines = math.ceil(len(panels) / columns)
+    side = 5.0 if len(panels) <= 2 else 3.6  # inches
+    width, height = side * columns, (side + 0.3 * (lines > 1)) * lines  # square panels, and room for their titles
+    text = [(part, 12, "bold", "#222222") for part in textwrap.wrap(title, round(9 * width))]
+    text += [(part, 10, "normal", "#606060") for part in textwrap.wrap(note, round(12 * width))]
+    head = 0.25 * len(text)  # inches
+    figure = _figure(width, height + head)
+    *_, frame = panels.values()
+    frame = frame[np.isfinite(frame).all(1)]
+    for i, (name, x) in enumerate(panels.items()):
+        axes = figure.add_subplot(lines, columns, i + 1, title=f"{name} ({len(x):,})")
+        x = x[np.isfinite(x).all(1)]
+        if x.shape[1] == 1:
+            axes.hist(x[:, 0], bins=80, color=_COLOURS[0])
+            continue
+        axes.scatter(x[:, 0], x[:, 1], s=3, alpha=0.5, linewidths=0, color=_COLOURS[0])
+        if len(frame):
+            low, high = frame[:, :2].min(0), frame[:, :2].max(0)
+            middle, half = (low + high) / 2, 0.55 * max(float((high - low).max()), 1e-6)
+            axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
+        axes.set_aspect("equal", adjustable="box")
+    for i, (part, size, weight, colour) in enumerate(text):
+        y = 1 - (0.08 + 0.25 * i) / (height + head)
+        figure.text(0.1 / width, y, part, fontsize=size, weight=weight, color=colour, va="top")
+    return _pixels(figure, top=height / (height + head))
+
+
+def curves(
+    series: Mapping[str, Sequence[float] | tuple[Sequence[float], Sequence[float]]],
+    *,
+    log: bool = False,
+    smooth: int = 0,
+    title: str = "",
+    x_label: str = "step",
+    y_label: str = "loss",
+) -> np.ndarray:
+    """Draws values over the steps of a run: a column of ``losses.csv``, held-out values.
+
+    Args:
+        series: values by name, one a step from 0, or ``(steps, values)``. Values that are not finite leave a gap.
+            ``A: B`` has the colour of every other ``A: …``, and a dashed line from the second one on.
+        log: a logarithmic axis.
+        smooth: draws the mean of so many values around each, and the values themselves pale behind it; 0 draws the
+            values alone. Series of fewer than 40 points are drawn as they are, with a dot at each.
+        title, x_label, y_label: what stands at the axes.
+
+    Returns:
+        ``[rows, columns, 3]`` bytes.
+
+    Raises:
+        ValueError: there is nothing to draw, steps and values are not equally many, or `log` and no value is positive.
+    """
+    from matplotlib.ticker import LogLocator
+
+    figure = _figure(8.0, 4.8)
+    axes = figure.add_subplot()
+    colours: dict[str, str] = {}
+    shown = []
+    for name, values in series.items():
+        steps, values = values if isinstance(values, tuple) else (range(len(values)), values)
+        steps, values = np.asarray(steps, float), np.asarray(values, float)
+        if len(steps) != len(values):
+            raise ValueError(f"curves: {name} must have a step for each value, got {len(steps)} for {len(values)}")
+        values = np.where(np.isfinite(values) & ((values > 0) | (not log)), values, np.nan)
+        run = name.partition(": ")[0]
+        dashed = run in colours
+        colour = colours.setdefault(run, _COLOURS[len(colours) % len(_COLOURS)])
+        dots = len(values) < _DOTS
+        if smooth > 1 and not dots:
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
+            values = _running_mean(values, smooth)
+        style = {"linestyle": (0, (4, 2)) if dashed else "-", "marker": "o" if dots else None, "markersize": 3.5}
+        axes.plot(steps, values, color=colour, linewidth=1.7, label=name, **style)
+        shown.append(values[np.isfinite(values)])
+    drawn = np.concatenate(shown) if shown else np.empty(0)
+    if not len(drawn):
+        raise ValueError(f"curves: a value must be {'positive' if log else 'finite'}, got none that is")
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plain_number)
+        if drawn.max() < 1000 * drawn.min():  # over few decades the powers of ten alone say little
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter(_plain_number)
+    else:
+        _frame(axes, shown)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(f"{y_label}, logarithmic" if log else y_label)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title, loc="left", fontsize=12, weight="bold")
+    return _pixels(figure)
+
+
+def _plain_number(value: float, _) -> str:
+    return f"{value:g}"
+
+
+def _frame(axes, shown: list[np.ndarray]) -> None:
+    """Cuts off the first steps of a fresh model, whose losses would flatten everything after them: the axis ends at
+    what is reached after a fiftieth of the run."""
+    tops = [float(values[len(values) // 50 :].max()) for values in shown if len(values)]
+    bottom, top = min(float(values.min()) for values in shown if len(values)), max(tops)
+    room = 0.05 * (top - bottom) or 0.05 * abs(top) or 1.0
+    axes.set_ylim(bottom - room, top + room)
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of the `width` values around each, of fewer at the ends. What is not finite does not count."""
+    fine = np.isfinite(values)
+    totals = np.concatenate([[0.0], np.where(fine, values, 0.0).cumsum()])
+    counts = np.concatenate([[0], fine.cumsum()])
+    at = np.arange(len(values))
+    first, end = np.maximum(at - width // 2, 0), np.minimum(at + (width + 1) // 2, len(values))
+    with np.errstate(invalid="ignore"):
+        return (totals[end] - totals[first]) / (counts[end] - counts[first])
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _pixels(figure, top: float = 1.0) -> np.ndarray:
+    figure.tight_layout(rect=(0, 0, 1, top))
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,114 @@
+"""Images as a grid of enlarged tiles, with a title and labels where they are wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TILE = 64  # pixels that a tile is enlarged to at least; by whole factors, so that every source pixel stays a square
+_SHEET = 2048  # pixels of a sheet's side at most, where the factor can still be reduced
+_LINE = 96  # grey of the lines between tiles: told apart from black and from white pictures
+_INK, _FAINT = (34, 34, 34), (96, 96, 96)  # of a title and of what stands below it
+
+
+def sheet(
+    images: Tensor,
+    columns: int | None = None,
+    *,
+    title: str = "",
+    note: str = "",
+    rows: Sequence[str] = (),
+    headings: Sequence[str] = (),
+) -> np.ndarray:
+    """Lays images out in a grid, row by row.
+
+    Args:
+        images: ``[N, C, H, W]``, C = 1 (grey) or 3 (RGB), floats in [0, 1] (others are clipped, NaN is black) or bytes.
+        columns: tiles a row; None makes the grid as square as it gets.
+        title: a line above the grid.
+        note: smaller lines below the title.
+        rows: a label for each row, left of it.
+        headings: a label for each column, above it.
+
+    Returns:
+        ``[height, width]`` or ``[height, width, 3]`` bytes: tiles enlarged by a whole factor, separated by grey lines.
+        With any text the picture is RGB, the grid on white.
+
+    Raises:
+        ValueError: the shape is another, or there are not as many labels as rows or columns.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"sheet: images must be [N >= 1, 1 or 3, H, W], got {list(images.shape)}")
+    n, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    lines = math.ceil(n / columns)
+    for name, labels, count in (("rows", rows, lines), ("headings", headings, columns)):
+        if labels and len(labels) != count:
+            raise ValueError(f"sheet: {name} must be {count} labels, got {len(labels)}")
+    factor = max(1, min(math.ceil(_TILE / max(height, width)), _SHEET // max(columns * width, lines * height)))
+    line = max(1, factor // 4)
+    step_y, step_x = height * factor + line, width * factor + line
+    grid = np.full((lines * step_y + line, columns * step_x + line, channels), _LINE, np.uint8)
+    big = _bytes(images).permute(0, 2, 3, 1).numpy().repeat(factor, 1).repeat(factor, 2)
+    for i, picture in enumerate(big):
+        top, left = line + i // columns * step_y, line + i % columns * step_x
+        grid[top : top + height * factor, left : left + width * factor] = picture
+    if title or note or rows or headings:
+        return _labelled(grid, step_y, step_x, title, note, rows, headings)
+    return grid[..., 0] if channels == 1 else grid
+
+
+def _bytes(images: Tensor) -> Tensor:
+    pixels = images.detach().cpu()
+    if pixels.dtype == torch.uint8:
+        return pixels
+    return (pixels.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _labelled(grid: np.ndarray, step_y: int, step_x: int, title: str, note: str, rows, headings) -> np.ndarray:
+    """The grid on white, a title and a note above it, labels left of its rows and above its columns."""
+    from PIL import Image, ImageDraw
+
+    height, width = grid.shape[:2]
+    size = max(14, width // 64)
+    bold, plain = _font(round(1.15 * size), bold=True), _font(size)
+    gap = size // 2
+    left = gap + (max(round(plain.getlength(label)) for label in rows) + gap if rows else 0)
+    lines = [(line, bold, _INK) for line in _wrapped(title, bold, left + width - gap)]
+    lines += [(line, plain, _FAINT) for line in _wrapped(note, plain, left + width - gap)]
+    head = gap + sum(round(1.35 * font.size) for _, font, _ in lines) + (gap if lines else 0)
+    top = head + (round(1.5 * size) if headings else 0)
+    page = Image.new("RGB", (left + width + gap, top + height + gap), "white")
+    page.paste(Image.fromarray(np.broadcast_to(grid, (height, width, 3)).copy()), (left, top))
+    pen, y = ImageDraw.Draw(page), gap
+    for text, font, ink in lines:
+        pen.text((gap, y), text, font=font, fill=ink)
+        y += round(1.35 * font.size)
+    for i, label in enumerate(rows):
+        pen.text((left - gap, top + round((i + 0.5) * step_y)), label, font=plain, fill=_INK, anchor="rm")
+    for i, label in enumerate(headings):
+        pen.text((left + round((i + 0.5) * step_x), top - gap), label, font=plain, fill=_INK, anchor="ms")
+    return np.asarray(page)
+
+
+def _font(size: int, bold: bool = False):
+    """matplotlib's own font: Pillow's has no letters beyond ASCII."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' * bold}.ttf", size)
+
+
+def _wrapped(text: str, font, width: int) -> list[str]:
+    """`text` in lines of at most `width` pixels; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+import torch
+
+from genkernels import pictures
+from genkernels._words import UsageError
+from genkernels.pictures import curves, draw, save, scatter, sheet
+
+Image = pytest.importorskip("PIL.Image")
+LINE = 96
+
+
+def test_tiny_pictures_are_enlarged_by_a_whole_factor_with_sharp_squares():
+    images = torch.rand(5, 1, 8, 8)
+    grid = sheet(images)
+    factor, line = 8, 2  # 8 pixels to 64; lines a quarter of a pixel
+    assert grid.shape == (2 * (64 + line) + line, 3 * (64 + line) + line) and grid.dtype == np.uint8
+    for i in range(5):
+        top, left = line + i // 3 * (64 + line), line + i % 3 * (64 + line)
+        got = grid[top : top + 64, left : left + 64]
+        assert (got == np.kron((images[i, 0] * 255).round().numpy(), np.ones((factor, factor)))).all()
+    assert (
+        (grid[:line] == LINE).all()
+        and (grid[:, :line] == LINE).all()
+        and (grid[line + 64 : 2 * line + 64] == LINE).all()
+    )
+    assert (grid[-64:, -64:] == LINE).all(), "the place of a missing picture"
+
+
+def test_colours_bytes_and_wild_values():
+    images = torch.zeros(2, 3, 4, 4)
+    images[0, 0], images[0, 1], images[0, 2] = 2.0, float("nan"), -1.0
+    images[1] = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1)
+    grid = sheet(images, columns=1)
+    assert grid.shape == (2 * 68 + 4, 72, 3)
+    assert grid[10, 10].tolist() == [255, 0, 0] and grid[-10, 10].tolist() == [0, 128, 255]
+    as_bytes = torch.full((1, 1, 2, 2), 7, dtype=torch.uint8)
+    assert sheet(as_bytes)[20, 20] == 7
+
+
+def test_large_pictures_stay_as_they_are_and_bad_shapes_are_refused():
+    assert sheet(torch.rand(4, 3, 100, 120)).shape[0] == 2 * 101 + 1
+    for shape in ((3, 8, 8), (2, 2, 8, 8), (0, 1, 8, 8)):
+        with pytest.raises(ValueError, match="sheet: images must be"):
+            sheet(torch.zeros(shape))
+
+
+def test_points_are_drawn_where_they_are():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(500, 2, generator=generator) * 0.1 - 1
+    right = torch.cat([left, torch.full((1, 2), float("nan")), torch.full((1, 2), 1e9)])
+    picture = scatter(right, torch.cat([left, -left]))
+    assert picture.ndim == 3 and picture.dtype == np.uint8
+    half = picture.shape[1] // 2
+    dark = (picture < 200).any(2)[60:-60, 60 : half - 30]  # inside the first panel's frame
+    rows, columns = np.nonzero(dark[5:-5, 5:-5])
+    assert len(rows) > 50
+    assert rows.mean() > dark.shape[0] / 2 and columns.mean() < dark.shape[1] / 2, "low and to the left"
+    assert scatter(torch.randn(100, 1)).ndim == 3
+
+
+def test_draw_takes_what_models_give(tmp_path):
+    assert draw(torch.rand(3, 1, 4, 4)).ndim == 2 and draw(torch.rand(3, 3, 4, 4)).ndim == 3
+    assert draw(torch.rand(3, 2, 4, 4)).ndim == 2, "other channel counts: one grey tile a channel"
+    assert draw(torch.rand(3, 2)).ndim == 3 and draw(torch.rand(3, 2), torch.rand(9, 2)).ndim == 3
+    pixels = draw(torch.rand(3, 3, 4, 4))
+    save(tmp_path / "deep" / "a.png", pixels)
+    assert (np.asarray(Image.open(tmp_path / "deep" / "a.png")) == pixels).all()
+
+
+def test_a_picture_is_whole_or_absent_and_named_as_what_it_is(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.add_subplot().plot([1, 2])
+    save(tmp_path / "curve.pdf", figure)
+    assert (tmp_path / "curve.pdf").read_bytes().startswith(b"%PDF")
+    pixels = np.zeros((2, 2), np.uint8)
+    for name, picture in (("a.jpg", pixels), ("a.pdf", pixels), ("a.txt", figure)):
+        with pytest.raises(UsageError, match=r"a picture's name must end in \.png"):
+            save(tmp_path / name, picture)
+    save(tmp_path / "a.png", pixels)
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fails(*_, **__):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(OSError, match="full"):
+        save(tmp_path / "a.png", pixels + 1)
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "curve.pdf"]
+
+
+def test_labels_surround_the_same_tiles():
+    images = torch.rand(6, 1, 8, 8)
+    bare = sheet(images, 3)
+    page = sheet(
+        images, 3, title="a title " * 9, note="a note", rows=("one", "a longer label"), headings=("a", "b", "c")
+    )
+    assert page.ndim == 3
+    height, width = bare.shape
+    bottom, right = (edge - 7 for edge in page.shape[:2])  # half a letter of white
+    assert (page[bottom - height : bottom, right - width : right] == bare[..., None]).all()
+    above, beside = page[: bottom - height], page[bottom - height : bottom, : right - width]
+    assert above.min() < 80 and beside.min() < 80, "something is written there"
+    assert (page[:, -1] == 255).all() and (page[:, 0] == 255).all(), "a long title is broken, not cut"
+    colours = sheet(torch.rand(2, 3, 4, 4), 2, title="x")
+    assert colours.shape[2] == 3
+    for wrong in ({"rows": ("one",)}, {"headings": ("a", "b")}):
+        with pytest.raises(ValueError, match="sheet: (rows|headings) must be [23] labels, got [12]"):
+            sheet(images, 3, **wrong)
+
+
+def test_several_clouds_of_points_share_the_frame_of_the_data():
+    cloud = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    picture = scatter({"T = 0": cloud * 0, "T = 1": cloud}, cloud, title="a model", note="what T does")
+    blue = (picture[..., 2].astype(int) - picture[..., 0] > 60).nonzero()
+    width = picture.shape[1] / 3
+    columns = [[x for x in blue[1].tolist() if i * width <= x < (i + 1) * width] for i in range(3)]
+    assert max(columns[0]) - min(columns[0]) < 12, "all points at one place"
+    assert min(max(c) - min(c) for c in columns[1:]) > width / 2
+
+
+def test_curves_show_what_is_reached_and_what_was_asked_for():
+    steps = np.arange(500)
+    values = 2 + 100 * np.exp(-steps / 3) + 0.1 * np.random.default_rng(0).standard_normal(500)
+    values[17] = np.nan
+    held_out = ([100, 499], [2.5, 2.4])
+    picture = curves({"a: training": values, "a: held out": held_out, "b": values + 1}, smooth=20, title="losses")
+    assert picture.dtype == np.uint8 and picture.shape == (480, 800, 3)
+    inside = picture[60:400, 90:780].astype(int)
+    blue, orange = (inside[..., 2] - inside[..., 0] > 90), (inside[..., 0] - inside[..., 2] > 90)
+    assert blue[200:].any() and orange[:200].any(), "the second curve lies a unit above the first"
+    assert np.nonzero(blue)[0].max() - np.nonzero(blue)[0].min() > 100, "the first steps do not flatten the rest"
+    assert (curves({"a": values}, log=True) != curves({"a": values})).any()
+    for series, log, words in (
+        ({}, False, "finite"),
+        ({"a": [np.nan]}, False, "finite"),
+        ({"a": [-1.0, -2.0]}, True, "positive"),
+        ({"a": ([1, 2], [1.0])}, False, "a step for each value, got 2 for 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            curves(series, log=log)
+
+
+def test_the_mean_of_a_curve_is_centred_and_skips_what_is_not_finite():
+    from genkernels.pictures.plots import _running_mean
+
+    values = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
+    assert _running_mean(values, 3).tolist() == [1.5, 1.5, 3.0, 4.5, 4.5]
+    assert np.isnan(_running_mean(np.full(3, np.nan), 2)).all()
+
+
+def test_what_is_missing_is_named_early(monkeypatch):
+    import importlib.util
+
+    assert pictures.why_not(points=True) is None
+    absent = {"matplotlib"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else object())
+    assert pictures.why_not(points=False) is None
+    assert pictures.why_not(points=True) == "matplotlib is not installed: pip install 'genkernels[train]'"
+    absent.add("PIL")
+    assert pictures.why_not(points=False) == "Pillow is not installed: pip install 'genkernels[train]'"
