@@ -69,6 +69,30 @@ def refuse_unwritable(path: str | os.PathLike, label: str | None = None) -> None
         raise UsageError(f"{label} cannot be written: permission denied")
 
 
+def lock(folder: Path) -> int | None:
+    """Keeps other processes from locking the folder too, until ``os.close(handle)`` or this process's end.
+
+    Returns:
+        The handle; None where there are no such locks, on this platform or this file system.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files of a process that was killed while it wrote."""
     for path in folder.glob("*.tmp"):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import genkernels as gk
-from genkernels import benchmarks, data, models, training
+from genkernels import benchmarks, data, models, pictures, training
 from genkernels.training import TrainConfig
 
 PATHS = {"fused": "auto", "reference": "reference"}
@@ -31,6 +31,10 @@ def train(name: str, bundle, config: TrainConfig, out: Path) -> training.Result:
     print(f"\n{name}: Glow on {bundle.description}", flush=True)
     with gk.use_backend(backend):
         return training.fit(model, bundle, config, out=out / name, overwrite=True)
+
+
+def held(result: training.Result) -> models.Estimate:
+    return result.held_out["bits_per_dim"]
 
 
 def main() -> int:
@@ -55,17 +59,17 @@ def main() -> int:
 
     fused, reference = results["fused"], results["reference"]
     samples = training.sample(fused.model, 64, temperature=0.8, seed=arguments.seed)
-    training.save_png(out / "samples.png", training.draw(samples))
+    pictures.save(out / "samples.png", pictures.draw(samples))
 
     print("\nThe hot path alone: affine_coupling, forward + backward", flush=True)
     rows = [f"affine_coupling/{scale_map}" for scale_map in ("exp", "sigmoid", "tanh")]
     gate = benchmarks.main(rows, json=out / "speed.json", plot=out / "speed.png", dtypes=["float32"])
 
-    difference = abs(fused.held_out.value - reference.held_out.value)
+    difference = abs(held(fused).value - held(reference).value)
     speedup = fused.examples_per_second / reference.examples_per_second
     summary = {
         name: {
-            "bits_per_dim": r.held_out.value,
+            "bits_per_dim": held(r).value,
             "images_per_second": r.examples_per_second,
             "steps": r.steps,
             "device": r.device,
@@ -79,7 +83,7 @@ def main() -> int:
 
     print(f"\n{'path':12}{'held-out bits/dim':>20}{'images/s':>12}")
     for name, r in results.items():
-        print(f"{name:12}{r.held_out.value:>14.4f} ± {r.held_out.standard_error:.3f}{r.examples_per_second:>11,.0f}")
+        print(f"{name:12}{held(r).value:>14.4f} ± {held(r).standard_error:.3f}{r.examples_per_second:>11,.0f}")
     print(f"\nheld-out bits/dim differ by {difference:.4f}; the fused path is {speedup:.2f}x as fast ({fused.device})")
     print(
         f"samples: {out / 'samples.png'}   speed table: {out / 'speed.png'}   all of it in "

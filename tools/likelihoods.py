@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from genkernels import data, models, training
+from genkernels import data, models, pictures, training
 from genkernels.benchmarks import machine
 from genkernels.training import TrainConfig
 
@@ -41,8 +41,8 @@ def compare(name: str, bundle, seconds: float, out: Path) -> dict:
     began = time.perf_counter()
     samples = training.sample(result.model, 64, seed=0)
     taken = time.perf_counter() - began
-    training.save_png(out / f"{name}.png", training.draw(samples))
-    held = result.held_out
+    pictures.save(out / f"{name}.png", pictures.draw(samples))
+    held = result.held_out["bits_per_dim"]
     return {
         "model": name,
         "parameters": sum(p.numel() for p in result.model.parameters()),

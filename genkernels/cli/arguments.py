@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
+import re
 import sys
 
+from genkernels._config import TrainConfig
 from genkernels._words import nearest
+from genkernels.models._registry import MODELS
 
 COMMANDS = ("info", "train", "sample", "eval", "bench", "figure")
 SUPPRESS = argparse.SUPPRESS  # settings that were not given do not appear: a resume keeps what it was begun with
@@ -71,7 +76,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         ("info", "info", _info, "which backends run here, and why the others do not"),
         ("train", "train", _train, "train a model; stop with Ctrl-C and go on with --resume"),
         ("sample", "sample", _sample, "draw samples from a trained model"),
-        ("eval", "evaluate", _evaluate, "held-out likelihood of a trained model"),
+        ("eval", "evaluate", _evaluate, "held-out figures of merit of a trained model"),
         ("bench", "bench", _bench, "speed of the operators against PyTorch and other libraries"),
         ("figure", "figure", _figure, "draw a figure of a run; without a name, list them"),
     ):
@@ -102,9 +107,7 @@ def _train(sub: Parser) -> None:
     sub.usage = (
         "genkernels train MODEL --data DATA [--out DIR] [options]\n       genkernels train --out DIR --resume [options]"
     )
-    sub.add_argument(
-        "model", metavar="MODEL", nargs="?", help="nice, realnvp, glow, maf, iaf, pixelcnn or gatedpixelcnn"
-    )
+    sub.add_argument("model", metavar="MODEL", nargs="?", help=" or ".join(", ".join(MODELS).rsplit(", ", 1)))
     sub.add_argument("--data", help="digits, photos32, photos64, moons, ..., folder:PATH, npz:PATH, hf:NAME")
     sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
     sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")
@@ -128,76 +131,52 @@ def _train(sub: Parser) -> None:
     model.add_argument(
         "--reversible", action="store_true", help="rebuild activations in backward: memory flat in depth"
     )
-    model.add_argument(
-        "--class-conditional", action="store_true", default=SUPPRESS, help="give the labels to the model"
-    )
+    model.add_argument("--class-conditional", action="store_true", dest="classes", help="give the labels to the model")
+    settings = sub.add_argument_group("training")
+    words = _help_of(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        _add_setting(settings, field, words.get(field.name, ""))
+    settings.add_argument("--quiet", action="store_true", help="no progress, results only")
 
-    run = sub.add_argument_group("training")
-    long = run.add_mutually_exclusive_group()
-    long.add_argument("--max-steps", type=int, default=SUPPRESS, metavar="N", help="steps in all (default: 2000)")
-    long.add_argument(
-        "--epochs", type=float, default=SUPPRESS, metavar="E", help="passes over the data, in place of steps"
-    )
-    for flag, kind, text in (
-        ("--batch-size", int, "examples a step on each device (default: 64)"),
-        ("--lr", float, "Adam's step size (default: 0.001)"),
-        ("--warmup", int, "steps of linear warm-up (default: a tenth of the run, 100 at most)"),
-        ("--schedule", str, "constant or cosine (default: constant)"),
-        ("--weight-decay", float, "decoupled weight decay (default: 0)"),
-        ("--clip", float, "largest gradient norm, 0 for none (default: 1.0)"),
-        ("--ema", float, "decay of the averaged weights, 0 for none (default: 0.999)"),
-        ("--seed", int, "of everything random (default: 0)"),
-        ("--patience", int, "stop after N evaluations without a new best, 0 never (default: 0)"),
-    ):
-        run.add_argument(flag, type=kind, default=SUPPRESS, metavar={int: "N", float: "X", str: "S"}[kind], help=text)
 
-    machine = sub.add_argument_group("machine")
-    machine.add_argument("--precision", default=SUPPRESS, help="32, bf16-mixed or 16-mixed (default: 32)")
-    machine.add_argument("--accelerator", default=SUPPRESS, help="auto, cpu or gpu (default: auto)")
-    machine.add_argument("--devices", type=int, default=SUPPRESS, metavar="N", help="devices to train on (default: 1)")
-    machine.add_argument("--strategy", default=SUPPRESS, help="auto or ddp (default: auto)")
-    machine.add_argument(
-        "--workers", type=int, default=SUPPRESS, metavar="N", help="processes that load data (default: 0)"
-    )
-    machine.add_argument(
-        "--backend", default=SUPPRESS, metavar="B", help="auto, reference, cpu, triton or cuda (default: auto)"
-    )
+def _add_setting(group, field: dataclasses.Field, text: str) -> None:
+    """A field of `TrainConfig` as an option: its name, its type, its default and its words."""
+    kind = field.type.removesuffix(" | None")
+    if field.default is not None:
+        shown = " ".join(f"{v:g}" for v in field.default) if isinstance(field.default, tuple) else f"{field.default}"
+        text = f"{text} (default: {shown})"
+    options = {"int": {"type": int, "metavar": "N"}, "float": {"type": float, "metavar": "X"}, "str": {"metavar": "S"}}
+    options["bool"] = {"action": argparse.BooleanOptionalAction}
+    options["tuple[float, float]"] = {"type": float, "nargs": 2, "metavar": "X"}
+    group.add_argument(_flag(field.name), default=SUPPRESS, help=text.replace("%", "%%"), **options[kind])
 
-    keep = sub.add_argument_group("evaluation, samples, checkpoints (in steps; 0: only at the end)")
-    keep.add_argument("--eval-every", type=int, default=SUPPRESS, metavar="N", help="default: ten times a run")
-    keep.add_argument(
-        "--eval-examples",
-        type=int,
-        default=SUPPRESS,
-        metavar="N",
-        help="held-out images to look at during the run, 0 for all (default: 512)",
-    )
-    keep.add_argument("--sample-every", type=int, default=SUPPRESS, metavar="N", help="default: as --eval-every")
-    keep.add_argument(
-        "--checkpoint-every",
-        type=int,
-        default=SUPPRESS,
-        metavar="N",
-        help="default: at every evaluation and every five minutes",
-    )
-    keep.add_argument(
-        "--samples",
-        type=int,
-        default=SUPPRESS,
-        metavar="N",
-        help="pictures on a sheet, or points (default: 64, or 2000)",
-    )
-    keep.add_argument("--temperature", type=float, default=SUPPRESS, metavar="T", help="of the samples (default: 1.0)")
-    keep.add_argument("--quiet", action="store_true", help="no progress, results only")
+
+def _help_of(kind: type) -> dict[str, str]:
+    """What a class's docstring says of its attributes, in the command line's words: fields are options there."""
+    text = inspect.cleandoc(kind.__doc__ or "")
+    for old, new in ((r"``(.*?)``", r"\1"), (r"`(\w+)`", _flag), (r"\(None: ", "(default: "), (r"\*(.*?)\*", r"\1")):
+        text = re.sub(old, new, text)
+    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", text, flags=re.M)
+    return {name: " ".join(words.split()).rstrip(".") for name, words in entries}
+
+
+def _flag(name: re.Match | str) -> str:
+    return f"--{(name if isinstance(name, str) else name[1]).replace('_', '-')}"
 
 
 def _run_arguments(sub: Parser) -> None:
     sub.add_argument("run", metavar="RUN", help="the run's folder")
-    sub.add_argument(
-        "--checkpoint", default="best", choices=("best", "last"), help="default: best by held-out likelihood"
-    )
+    sub.add_argument("--checkpoint", default="best", choices=("best", "last"), help="default: best, by held-out data")
     sub.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto")
     sub.add_argument("--backend", metavar="B", help="auto, reference, cpu, triton or cuda (default: auto)")
+    sub.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="an option of the model's own, e.g. --set importance=5000; repeatable",
+    )
 
 
 def _sample(sub: Parser) -> None:
@@ -205,7 +184,7 @@ def _sample(sub: Parser) -> None:
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
     sub.add_argument("--n", type=int, metavar="N", help="how many (default: 64 images or 2000 points)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
-    sub.add_argument("--label", type=int, metavar="K", help="the class of every sample (class-conditional models)")
+    sub.add_argument("--label", type=int, metavar="K", help="the class of every sample (models that have classes)")
     sub.add_argument(
         "--inpaint",
         metavar="PART",
@@ -221,7 +200,7 @@ def _evaluate(sub: Parser) -> None:
     sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
     sub.add_argument("--split", default="test", choices=("test", "train"), help="default: test, the held-out part")
     sub.add_argument("--batch-size", type=int, metavar="N", help="examples at once (default: as in training)")
-    sub.add_argument("--seed", type=int, metavar="N", help="of the dequantisation noise (default: the run's)")
+    sub.add_argument("--seed", type=int, metavar="N", help="of the noise (default: the run's)")
     sub.add_argument("--json", metavar="F", help="also write the result to a JSON file")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from genkernels._words import UsageError, nearest
 from genkernels.models import model_class
@@ -12,7 +13,7 @@ from genkernels.models import model_class
 if TYPE_CHECKING:
     from genkernels.models import Model, Preset
 
-__all__ = ["build", "chosen_preset", "model_class", "model_kwargs"]
+__all__ = ["build", "chosen_preset", "keyed", "model_class", "model_kwargs"]
 
 
 def chosen_preset(kind: type, bundle, preset: str | None) -> Preset | None:
@@ -60,14 +61,10 @@ def model_kwargs(
     if reversible:
         _needs(allowed, "reversible", name, "--reversible")
         arguments["reversible"] = True
-    for text in settings:
-        key, equals, value = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise UsageError(f"--set takes KEY=VALUE, got {text!r}")
+    for key, value in keyed(settings):
         if allowed is not None and key not in allowed:
             raise UsageError(f"{name} has no argument {key!r}{nearest(key, allowed)}")
-        arguments[key] = _value(value)
+        arguments[key] = value
         if key in facts and arguments[key] != facts[key]:
             raise UsageError(f"--set {key}: it follows from the data {bundle.name}, {facts[key]}, got {arguments[key]}")
         if key == "num_classes" and (arguments[key] or None) != (bundle.form.num_classes if classes else None):
@@ -84,6 +81,15 @@ def build(kind: type, name: str, arguments: dict) -> Model:
         raise UsageError(sentence if sentence.lower().startswith(name) else f"{name}: {sentence}") from error
     except Exception as error:  # torch itself: a negative width, more memory than there is
         raise UsageError(f"{name} cannot be built from {arguments}: {str(error).splitlines()[0]}") from error
+
+
+def keyed(settings: list[str]) -> Iterator[tuple[str, Any]]:
+    """``KEY=VALUE`` strings as names and Python values."""
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes KEY=VALUE, got {text!r}")
+        yield key.strip().replace("-", "_"), _value(value)
 
 
 def _parameters(kind: type) -> list[str] | None:

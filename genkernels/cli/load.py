@@ -1,11 +1,12 @@
-"""What `sample` and `eval` share: a run's model on its device, a forced backend, and an early look at where results
-go."""
+"""What `sample` and `eval` share: a run's model on its device, the model's own options, and data that must fit it."""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 
-from genkernels._words import UsageError
+from genkernels._words import UsageError, nearest
 
 
 def load(arguments):
@@ -24,25 +25,47 @@ def load(arguments):
     return model.to("cuda" if gpu and arguments.accelerator != "cpu" else "cpu"), config, state
 
 
-def classes_of(config: dict) -> int | None:
-    """How many classes the run's model is conditioned on; None where it is not."""
-    return config["data"].get("num_classes") if config["train"].get("class_conditional") else None
+def options(settings: list[str], function: Callable, name: str, reserved: tuple[str, ...]) -> dict:
+    """``KEY=VALUE`` strings as keyword arguments of a model's method.
+
+    Args:
+        settings: the strings.
+        function: the method, bound to the model.
+        name: the model's, for people.
+        reserved: arguments that have an option, or a meaning, of their own.
+
+    Raises:
+        UsageError: one is not an argument of the method.
+    """
+    from genkernels.cli.build import keyed
+
+    parameters = inspect.signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    allowed = [key for key, p in parameters.items() if key not in reserved and p.kind is not p.VAR_KEYWORD]
+    values = dict(keyed(settings))
+    for key in values:
+        if key in reserved:
+            raise UsageError(f"--set {key}: it cannot be set, the command itself says what it is")
+        if key not in allowed and not anything:
+            hint = nearest(key, allowed) or "; it takes none"
+            raise UsageError(f"{name}'s {function.__name__} has no option {key!r}{hint}")
+    return values
 
 
-def check_fits(bundle, config: dict) -> None:
-    """The data must have the shape, the levels and, where the model is class-conditional, labels like those that it was
+def check_fits(bundle, model, config: dict) -> None:
+    """The data must have the shape, the grey levels and, where the model has classes, labels like those that it was
     trained on."""
-    data = config["data"]
-    ours, theirs = _form(data.get("shape"), data.get("levels")), _form(list(bundle.shape), bundle.levels)
+    data, form = config["data"], bundle.form
+    ours, theirs = _words(data.get("shape"), data.get("grey_levels")), _words(list(form.shape), form.grey_levels)
     if ours != theirs:
         raise UsageError(f"the data must be as those of the run, {ours}, got {bundle.name} with {theirs}")
-    if (classes := classes_of(config)) is not None and not 1 <= (bundle.num_classes or 0) <= classes:
-        got = f"{bundle.num_classes} classes" if bundle.num_classes else "no labels"
+    if model.num_classes and not 1 <= (form.num_classes or 0) <= model.num_classes:
+        got = f"{form.num_classes} classes" if form.num_classes else "no labels"
         raise UsageError(
-            f"the model is class-conditional, the data must have at most {classes} classes: got {bundle.name} "
-            f"with {got}"
+            f"the model is class-conditional, the data must have at most {model.num_classes} classes: "
+            f"got {bundle.name} with {got}"
         )
 
 
-def _form(shape, levels) -> str:
-    return f"points of shape {shape}" if levels is None else f"images of shape {shape} with {levels} levels"
+def _words(shape, levels) -> str:
+    return f"points of shape {shape}" if levels is None else f"images of shape {shape} with {levels} grey levels"

@@ -8,6 +8,9 @@ from pathlib import Path
 from genkernels._files import refuse_unwritable
 from genkernels._words import UsageError
 
+#: Arguments of a model's `sample` that are options of their own.
+RESERVED = ("x", "n", "temperature", "generator", "y")
+
 
 def run(arguments) -> int:
     for flag, value in (("--n", arguments.n), ("--batch-size", arguments.batch_size)):
@@ -17,101 +20,65 @@ def run(arguments) -> int:
         raise UsageError(f"--temperature must be 0 or positive, got {arguments.temperature}")
     if not -(2**63) <= arguments.seed < 2**63:
         raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
-    from genkernels.cli.load import classes_of, load
-    from genkernels.training.loop import forced_backend
+    from genkernels.backends import current_backend, use_backend
+    from genkernels.cli.load import load, options
 
     out = Path(arguments.out).expanduser() if arguments.out else None
     if out is not None:
         if out.suffix.lower() not in (".png", ".npz"):
             raise UsageError(f"--out must end in .png or .npz, got {str(out)!r}")
         refuse_unwritable(out)
-    with forced_backend(arguments.backend):
+    with use_backend(arguments.backend or current_backend()):
         model, config, state = load(arguments)
-        points = config["data"].get("levels") is None
+        if arguments.inpaint and arguments.settings:
+            raise UsageError("--set cannot be given with --inpaint")
+        chosen = options(arguments.settings, model.sample, config["model"]["name"], reserved=RESERVED)
+        points = config["data"].get("grey_levels") is None
         n = arguments.n or (2000 if points else 16 if arguments.inpaint else 64)
         if out is None:
             label = "" if arguments.label is None else f"-label{arguments.label}"
             label += f"-{arguments.inpaint}" if arguments.inpaint else ""
+            label += "".join(f"-{key}{value}" for key, value in chosen.items() if str(value).isalnum())
             name = f"n{n}-t{arguments.temperature:g}-seed{arguments.seed}{label}.png"
             out = Path(arguments.run).expanduser() / "samples" / name
             refuse_unwritable(out)
-        from genkernels.pictures import draw, save_png, why_not
+        from genkernels.pictures import draw, save, why_not
         from genkernels.training.sampling import sample, unusable
 
         if out.suffix.lower() == ".png" and (missing := why_not(points)):
             raise UsageError(f"writing a PNG: {missing}")
         if arguments.inpaint:
-            return _inpaint(arguments, model, config, state, n, out)
+            from genkernels.cli.inpaint import complete
+
+            return complete(arguments, model, config, state, n, out)
         images = sample(
             model,
             n,
             temperature=arguments.temperature,
             seed=arguments.seed,
             label=arguments.label,
-            num_classes=classes_of(config),
             batch_size=arguments.batch_size,
+            options=chosen,
         )
     if broken := unusable(images):
         print(
             f"genkernels: {broken} of {n} samples are not finite: train longer, or lower --temperature", file=sys.stderr
         )
     if out.suffix.lower() == ".npz":
-        _save_npz(out, images, config)
+        save_npz(out, images, config)
     else:
-        save_png(out, draw(images))
+        save(out, draw(images))
     print(f"{out}: {n:,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
     return 0
 
 
-def _inpaint(arguments, model, config: dict, state: dict, n: int, out: Path) -> int:
-    """Completes held-out images; a sheet shows each as it was, what is kept of it, and what was made of that."""
-    import torch
-
-    from genkernels import data
-    from genkernels.cli.load import check_fits, classes_of
-    from genkernels.pictures import save_png, tile
-    from genkernels.training.sampling import inpaint, known_region
-
-    if arguments.label is not None:
-        raise UsageError("--label cannot be given with --inpaint: held-out images have their own classes")
-    bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
-    if bundle.levels is None:
-        raise UsageError(f"--inpaint completes images: the data {bundle.name} are points")
-    check_fits(bundle, config)  # the user's own data may have changed since
-    known = known_region(arguments.inpaint, bundle.shape)
-    x, y = bundle.take("test", n)
-    drawn = inpaint(
-        model,
-        x,
-        known,
-        y=y if classes_of(config) else None,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-    )
-    top = bundle.levels - 1
-    if out.suffix.lower() == ".npz":
-        _save_npz(out, drawn / top, config, known=known.numpy(), original=x.numpy())
-    else:
-        kept = torch.where(known, x / top, 0.5)
-        triples = torch.stack([x / top, kept, drawn / top], 1).flatten(0, 1)
-        if triples.shape[1] not in (1, 3):
-            triples = triples.flatten(0, 1).unsqueeze(1)
-        save_png(out, tile(triples, columns=3 * max(1, round((len(x) / 3) ** 0.5))))
-    print(
-        f"{out}: {len(x):,} held-out images (each: whole, kept, completed) with the {arguments.inpaint} kept, "
-        f"temperature {arguments.temperature:g}, weights of step {state['step']}"
-    )
-    return 0
-
-
-def _save_npz(path: Path, images, config: dict, **more) -> None:
+def save_npz(path: Path, images, config: dict, **more) -> None:
     """Writes ``x`` (and ``levels``) as ``--data npz:`` reads them: level indices for images, float32 for points."""
     import numpy as np
 
     from genkernels._files import replacing
 
-    levels = config["data"].get("levels")
+    levels = config["data"].get("grey_levels")
     arrays = {"x": images.float().numpy()}
     if levels is not None:
         arrays = {

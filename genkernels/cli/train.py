@@ -7,19 +7,21 @@ import shlex
 import sys
 from pathlib import Path
 
+from genkernels._config import TrainConfig
 from genkernels._words import UsageError
-from genkernels.training.config import TrainConfig
 
 DEFAULT_STEPS = 2000
 
 
 def run(arguments) -> int:
+    from genkernels.backends import current_backend, use_backend
     from genkernels.training.checkpoint import list_checkpoints
-    from genkernels.training.loop import fit, forced_backend, is_main_process
+    from genkernels.training.checks import is_main_process
+    from genkernels.training.loop import fit
 
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(arguments, f.name)}
-    with forced_backend(given.get("backend")):  # a name that is wrong is told before anything is loaded
-        pass
+    with use_backend(given.get("backend") or current_backend()):
+        pass  # a name that is wrong is told before anything is loaded
     directory, config, data, bundle, model = (_continued if arguments.resume else _begun)(arguments, given)
     main = is_main_process()
     resume = f"genkernels train --out {shlex.quote(str(directory))} --resume"
@@ -47,22 +49,22 @@ def run(arguments) -> int:
             file=sys.stderr,
         )
         return 128 + result.signal
-    _report(result, directory)
+    _report(result, directory, "images" if bundle.form.is_image else "points")
     return 0
 
 
-def _report(result, directory) -> None:
-    from genkernels.training.progress import duration, rate_text
+def _report(result, directory, noun: str) -> None:
+    from genkernels.training.bar import duration, rate_text
+    from genkernels.training.judge import text_of
 
-    noun = "points" if result.metric == "nats" else "images"
     speed = f", {rate_text(result.examples_per_second, noun)} (median step)" if result.examples_per_second else ""
     print(
         f"{result.steps:,} steps{speed}, {duration(result.seconds)} in all, {result.device}, backend {result.backend}"
     )
-    if result.held_out:
-        best = f"; best {result.best[1]:.4f} at step {result.best[0]:,}" if result.best else ""
-        held = result.held_out
-        print(f"held out: {held.value:.4f} ± {held.standard_error:.4f} {held.unit} over {held.examples:,} {noun}{best}")
+    for i, held in enumerate(result.held_out.values()):
+        best = f"; best {result.best[1]:.4f} at step {result.best[0]:,}" if result.best and not i else ""
+        called = f"{held.name} " if len(result.held_out) > 1 else ""
+        print(f"held out: {called}{text_of(held)} over {held.examples:,} {noun}{best}")
     print(f"{directory}: metrics.json, losses.csv, best.ckpt, samples/, checkpoints/")
 
 
@@ -71,15 +73,13 @@ def _begun(arguments, given: dict):
     from genkernels import data
     from genkernels._seeds import derive_seed, fixed_seed
     from genkernels.cli.build import build, model_class, model_kwargs
-    from genkernels.training.loop import is_main_process
+    from genkernels.training.checks import is_main_process
     from genkernels.training.rundir import RunDirectory
 
     if arguments.model is None or arguments.data is None:
         raise UsageError("train needs a model and data, e.g. genkernels train glow --data digits")
     kind, name, spec = model_class(arguments.model), arguments.model, arguments.data
-    if not {"max_steps", "epochs"} & set(given):
-        given["max_steps"] = DEFAULT_STEPS
-    config = TrainConfig(**given)
+    TrainConfig(**given)  # what is wrong is told before data are loaded
     directory = RunDirectory(_folder(arguments))
     if is_main_process():  # under DDP the other processes run this command too, after the first has made the folder
         directory.check(overwrite=arguments.overwrite)
@@ -92,11 +92,25 @@ def _begun(arguments, given: dict):
         preset=arguments.preset,
         settings=arguments.settings,
         reversible=arguments.reversible,
-        classes=config.class_conditional,
+        classes=arguments.classes,
     )
+    config = _with_preset(kind, bundle, arguments.preset, given)
     with fixed_seed(derive_seed(config.seed, "weights")):
         model = build(kind, name, keywords)
     return directory, config, {"spec": spec, "root": root}, bundle, model
+
+
+def _with_preset(kind: type, bundle, preset: str | None, given: dict) -> TrainConfig:
+    """The training settings of the model's preset, under what the user typed."""
+    from genkernels.cli.build import chosen_preset
+
+    chosen = chosen_preset(kind, bundle, preset)
+    settings = dict(chosen.training) if chosen else {}
+    length = {"max_steps", "epochs"}
+    if length & set(given):
+        settings = {key: value for key, value in settings.items() if key not in length}
+    settings |= given
+    return TrainConfig(**settings if length & set(settings) else {**settings, "max_steps": DEFAULT_STEPS})
 
 
 def _continued(arguments, given: dict):
@@ -108,6 +122,7 @@ def _continued(arguments, given: dict):
         (arguments.preset, "--preset"),
         (arguments.settings, "--set"),
         (arguments.reversible, "--reversible"),
+        (arguments.classes, "--class-conditional"),
     ):
         if value:
             raise UsageError(f"{flag} cannot be given with --resume: the model stays as the run began it")
@@ -131,7 +146,9 @@ def _folder(arguments) -> str:
 
 
 def _merged(old: dict, given: dict) -> TrainConfig:
-    """The run's settings, with what the command line says in their place."""
+    """The run's settings, those of an earlier version that are none any more left out, with what the command line says
+    in their place."""
+    old = {field.name: old[field.name] for field in dataclasses.fields(TrainConfig) if field.name in old}
     if "max_steps" in given or "epochs" in given:
         old = {**old, "max_steps": None, "epochs": None}
     return TrainConfig.from_dict({**old, **given})

@@ -15,9 +15,6 @@ from genkernels.pictures.sheets import sheet
 
 __all__ = ["curves", "draw", "save", "scatter", "sheet", "why_not"]
 
-#: The names that `genkernels.training` and the command line call them by.
-tile, save_png = sheet, save
-
 
 def draw(samples: Tensor, real: Tensor | None = None) -> np.ndarray:
     """Draws whatever a model gives: images as a `sheet`, points as a `scatter` plot.

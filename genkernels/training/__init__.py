@@ -1,39 +1,72 @@
 """Training: `fit` a model, `evaluate` it, `sample` from it, and rebuild it from a run's folder.
 
+A model says what it minimises and who is trained (`genkernels.models.Model`); `fit` adds what makes a run safe to stop,
+to watch and to repeat. A model needs none of it. In a plain loop::
+
+    import torch
+    from genkernels import models
+
+    model = models.NICE(shape=(2,), hidden=8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step, x in enumerate(torch.randn(20, 64, 2)):
+        terms = model.losses("model", x, torch.zeros(64, dtype=torch.int64), step)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+and in a Lightning module of one's own::
+
+    import lightning.pytorch as pl
+    import torch
+    from genkernels import models
+
+    class Density(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = models.NICE(shape=(2,), hidden=8)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            terms = self.model.losses("model", x, y, self.global_step)
+            self.log_dict(terms)
+            return terms["loss"]
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.model.parameters(), lr=1e-3)
+
+    pairs = torch.utils.data.TensorDataset(torch.randn(640, 2), torch.zeros(640, dtype=torch.int64))
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(Density(), torch.utils.data.DataLoader(pairs, batch_size=64))
+
+A model with several players, a GAN, moves one optimiser after the other: ``model.players()`` names them, and
+``model.losses(player, x, y, step)["loss"]`` is what each of them minimises.
+
 Lightning is imported when `fit` is called, not before: it takes seconds.
 """
 
+from genkernels._config import TrainConfig
 from genkernels._words import UsageError
-from genkernels.pictures import draw, save_png, scatter, tile
-from genkernels.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from genkernels.training.config import TrainConfig
-from genkernels.training.ema import EMA
-from genkernels.training.errors import TrainingError
-from genkernels.training.evaluate import HeldOut, evaluate
+from genkernels.training.average import Average
+from genkernels.training.checkpoint import CheckpointError, TrainingError, read_checkpoint, write_checkpoint
+from genkernels.training.judge import evaluate
 from genkernels.training.loop import fit
 from genkernels.training.results import Result
 from genkernels.training.rundir import RunDirectory, load_model
-from genkernels.training.sampling import inpaint, known_region, sample
+from genkernels.training.sampling import sample
 
 __all__ = [
-    "EMA",
+    "Average",
     "CheckpointError",
-    "HeldOut",
     "Result",
     "RunDirectory",
     "TrainConfig",
     "TrainingError",
     "UsageError",
-    "draw",
     "evaluate",
     "fit",
-    "inpaint",
-    "known_region",
     "load_model",
     "read_checkpoint",
     "sample",
-    "save_png",
-    "scatter",
-    "tile",
     "write_checkpoint",
 ]

@@ -2,9 +2,11 @@
 
 A checkpoint is an ordinary ``torch.save`` file whose zip comment carries the SHA-256 of all bytes before it, so
 ``torch.load(path, weights_only=True)`` reads it anywhere, while `read_checkpoint` refuses one that was cut short or
-altered. It is written beside
-its final name, flushed to the disk and only then renamed: a process killed at any moment leaves the earlier checkpoints
-and at most a ``.tmp`` file, which the next run removes.
+altered. It is written beside its final name, flushed to the disk and only then renamed: a process killed at any moment
+leaves the earlier checkpoints and at most a ``.tmp`` file, which the next run removes.
+
+Format 2 holds ``step``, ``model`` (all weights as trained), ``average`` and ``optimizers`` (both by player),
+``precision``, ``evaluations``, ``best`` and ``stale``. Format 1, of models with one player, is still read.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from genkernels._files import replacing
 from genkernels._words import UsageError
 
-FORMAT = 1
+FORMAT = 2
 _MARK = b"genkernels sha256 "
 _TRAILER = len(_MARK) + 64
 _END_OF_ZIP = b"PK\x05\x06"
@@ -30,6 +32,10 @@ _NAME = re.compile(r"step-(\d{8,})\.ckpt")
 
 class CheckpointError(UsageError):
     """A checkpoint is missing, cut short, altered, or of another format."""
+
+
+class TrainingError(RuntimeError):
+    """Training began and could not go on."""
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -52,11 +58,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Reads the file once and compares its checksum.
-
-    Raises:
-        CheckpointError: it is missing, cut short or altered.
-    """
+    """Reads the file once and compares its checksum; a CheckpointError where it is missing, cut short or altered."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END) - _TRAILER
@@ -88,9 +90,18 @@ def read_checkpoint(path: Path, map_location="cpu") -> dict:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
         got = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"checkpoint {path} must be of format {FORMAT}, got {got}; another version wrote it")
+        raise CheckpointError(f"checkpoint {path} must be of format 1 or {FORMAT}, got {got}; another version wrote it")
+    return _of_one_player(state) if state["format"] == 1 else state
+
+
+def _of_one_player(state: dict) -> dict:
+    """Format 1 as format 2: what there was of one optimiser and one average belongs to the player ``model``."""
+    average, optimizer = state.pop("ema", None), state.pop("optimizer", None)
+    state["average"] = {"model": {"updates": average["updates"], "weights": average["average"]}} if average else {}
+    if optimizer is not None:
+        state["optimizers"] = {"model": optimizer}
     return state
 
 
@@ -133,10 +144,7 @@ def keep_newest(folder: Path, count: int) -> None:
 def _digest(file: BinaryIO, size: int) -> str:
     file.seek(0)
     digest = hashlib.sha256()
-    while size:
-        block = file.read(min(size, 1 << 20))
-        if not block:
-            break
+    while block := file.read(min(size, 1 << 20)):
         digest.update(block)
         size -= len(block)
     return digest.hexdigest()

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
+from genkernels._config import TrainConfig
 from genkernels._machine import cpu_text, versions
-from genkernels.training.config import TrainConfig
-from genkernels.training.evaluate import HeldOut
-from genkernels.training.record import LossFile
-from genkernels.training.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from genkernels.data import DataBundle
+    from genkernels.models import Estimate, Model
 
 
 @dataclass
@@ -25,49 +22,57 @@ class Result:
     """What came of a run.
 
     Attributes:
-        steps: optimiser steps that the model has seen, those before a resume included.
-        metric: ``bits_per_dim`` (images) or ``nats`` (points); lower is better.
-        losses: the training loss of every step, in the metric's unit.
-        held_out: on all held-out examples after the last step, by the averaged weights where an average is kept; None
-            if interrupted.
-        best: ``[step, value]`` of the best evaluation during the run (on `TrainConfig.eval_examples`), or None.
-        evaluations: every ``[step, value]`` during the run.
+        steps: that the model has seen, those before a resume included.
+        history: each term's value in every step, by the names of ``losses.csv``; None where its player did not move.
+        held_out: estimates by name on all held-out examples after the last step, by the averaged weights where an
+            average is kept; empty if interrupted.
+        best: ``[step, value]`` of the best evaluation during the run (on `TrainConfig.eval_examples`), by the first of
+            the estimates, or None.
+        evaluations: every ``[step, value, ...]`` during the run, a value for each estimate.
         examples_per_second: from the median step, warm-up left out, over all devices.
-        seconds: wall time of this call.
         device, backend, precision: what it ran on.
         out: the run's folder, or None.
+        model: the trained model, with the averaged weights where an average is kept (the trained ones if interrupted).
         checkpoint: the newest one, or None.
         signal: the number of the signal that interrupted the run, or None.
         stopped_early: whether `TrainConfig.patience` ended it.
+        seconds: wall time of this call.
         notes: sentences about damaged checkpoints that were passed over.
-        model: the trained model, with the averaged weights where an average is kept (the trained ones if interrupted).
     """
 
     steps: int
-    metric: str
-    losses: list[float]
-    held_out: HeldOut | None
+    history: dict[str, list[float | None]]
+    held_out: dict[str, Estimate]
     best: list | None
     evaluations: list[list]
     examples_per_second: float | None
-    seconds: float
     device: str
     backend: str
     precision: str
-    out: Path | None = None
+    out: Path | None
+    model: Model
     checkpoint: Path | None = None
     signal: int | None = None
     stopped_early: bool = False
+    seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
-    model: nn.Module | None = None
 
     @property
     def interrupted(self) -> bool:
         return self.signal is not None
 
+    @property
+    def losses(self) -> list[float]:
+        """The first player's loss in every step in which it moved."""
+        names = (name for name in self.history if name.rpartition("/")[2] == "loss")
+        return [value for value in self.history.get(next(names, ""), []) if value is not None]
+
 
 def metrics(result: Result, description: dict, bundle: DataBundle, config: TrainConfig) -> dict:
-    unit = "bits_per_dim" if result.metric == "bits_per_dim" else "nats"
+    """The contents of ``metrics.json``; ``train`` holds the mean of each term's last 50 values."""
+    names = list(result.held_out)
+    history = {name: [v for v in values if v is not None] for name, values in result.history.items()}
+    cpu = not result.device.startswith("cuda")
     return {
         "model": description["name"] or description["class"],
         "parameters": description["parameters"],
@@ -76,15 +81,17 @@ def metrics(result: Result, description: dict, bundle: DataBundle, config: Train
         "stopped_early": result.stopped_early,
         "seconds": result.seconds,
         "images_per_second": result.examples_per_second,
-        "metric": unit,
-        "held_out": result.held_out.to_dict() if result.held_out else None,
-        "best": {"step": result.best[0], unit: result.best[1]} if result.best else None,
-        "train_loss": statistics.fmean(result.losses[-50:]) if result.losses else None,
-        "evaluations": [{"step": step, unit: value} for step, value in result.evaluations],
+        "metric": names[0],
+        "held_out": {name: estimate.to_dict() for name, estimate in result.held_out.items()},
+        "best": {"step": result.best[0], names[0]: result.best[1]} if result.best else None,
+        "evaluations": [
+            {"step": step, **dict(zip(names, values, strict=False))} for step, *values in result.evaluations
+        ],
+        "train": {name: statistics.fmean(values[-50:]) for name, values in history.items() if values},
         "losses": "losses.csv",
         "checkpoint": result.checkpoint.name if result.checkpoint else None,
         "device": result.device,
-        "device_name": _device_name(result.device),
+        "device_name": cpu_text() if cpu else torch.cuda.get_device_name(torch.device(result.device)),
         "backend": result.backend,
         "precision": result.precision,
         "config": config.to_dict(),
@@ -92,16 +99,3 @@ def metrics(result: Result, description: dict, bundle: DataBundle, config: Train
         "versions": versions(),
         "notes": result.notes,
     }
-
-
-def recorded(run: RunDirectory, images: int) -> tuple[list[float], float | None]:
-    """Losses and speed of a run that already has all its steps, from ``losses.csv``."""
-    rows = LossFile.read(run.losses)
-    seconds = [s for row in rows if (s := float(row["seconds"])) > 0]
-    return [float(row["loss"]) for row in rows], images / statistics.median(seconds) if seconds else None
-
-
-def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    return cpu_text()

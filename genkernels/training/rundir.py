@@ -4,9 +4,9 @@
 
     RUN/config.json                        the model, the data and the training settings
     RUN/checkpoints/step-00001000.ckpt     the two newest periodic checkpoints, all that a resume needs
-    RUN/best.ckpt                          the weights with the best held-out likelihood
-    RUN/samples/step-00001000.png          a sheet of samples
-    RUN/losses.csv                         one row a step
+    RUN/best.ckpt                          the weights with the best held-out value
+    RUN/samples/step-00001000.png          a sheet of samples, and others that the model has: -NAME.png
+    RUN/losses.csv                         one row a step, a column for each term
     RUN/metrics.json                       the results, at the end
     RUN/tensorboard/                       event files
 """
@@ -17,14 +17,16 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from genkernels._files import refuse_unwritable, remove_leftovers, write_json
+from genkernels._files import lock, refuse_unwritable, remove_leftovers, write_json
 from genkernels._machine import versions
 from genkernels._words import UsageError, near_names, nearest
 from genkernels.models._registry import hparams_of_format_1
 from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest
+
+if TYPE_CHECKING:
+    from genkernels.models import Model
 
 _FILES = ("config.json", "best.ckpt", "losses.csv", "metrics.json")
 _FOLDERS = ("checkpoints", "samples", "tensorboard")
@@ -35,17 +37,12 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path).expanduser()
-        self.config, self.best = self.path / "config.json", self.path / "best.ckpt"
-        self.losses, self.metrics = self.path / "losses.csv", self.path / "metrics.json"
+        self.config, self.best, self.losses, self.metrics = (self.path / name for name in _FILES)
         self.checkpoints, self.samples, self.tensorboard = (self.path / name for name in _FOLDERS)
         self._lock: int | None = None
 
     def __str__(self) -> str:
         return str(self.path)
-
-    def exists(self) -> bool:
-        """Whether a run was begun here."""
-        return self.config.is_file()
 
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> None:
         """Makes the folder ready to be written and locks it, or says in one sentence why not; nothing is touched then.
@@ -62,67 +59,42 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"the run folder {self} cannot be written: {error.strerror or error}") from None
-        self._acquire()
-        if overwrite:
-            self._remove_run()
+        try:
+            self._lock = lock(self.path)
+        except BlockingIOError:
+            raise UsageError(f"the run in {self} is being trained by another process") from None
+        # The configuration goes last: killed half-way, the folder is still recognised as a run.
+        for path in [self.path / name for name in (*_FOLDERS, *reversed(_FILES))] if overwrite else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         for folder in (self.path, self.checkpoints, self.samples):
             folder.mkdir(exist_ok=True)
             remove_leftovers(folder)
 
     def check(self, *, resume: bool = False, overwrite: bool = False) -> None:
         """The part of `prepare` that touches nothing."""
+        begun = self.config.is_file()
         if resume and overwrite:
             raise UsageError("give --resume or --overwrite, not both")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"the run folder {self} must be a folder, it is a file")
-        if resume:
-            if not self.exists():
-                raise UsageError(f"there is no run to resume in {self}: it has no config.json")
-        elif self.exists():
-            if not overwrite:
-                raise UsageError(
-                    f"{self} already holds a run: continue it with --resume or replace it with --overwrite"
-                )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        if resume and not begun:
+            raise UsageError(f"there is no run to resume in {self}: it has no config.json")
+        if begun and not resume and not overwrite:
+            raise UsageError(f"{self} already holds a run: continue it with --resume or replace it with --overwrite")
+        if not begun and self.path.is_dir() and any(self.path.iterdir()):
             raise UsageError(f"{self} is not empty and holds no run (no config.json): choose another folder with --out")
-        refuse_unwritable(self.path / "config.json", f"the run folder {self}")
-
-    def _acquire(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this platform
-            return
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise UsageError(f"the run in {self} is being trained by another process") from None
-        except OSError:  # a file system without locks
-            os.close(handle)
-            return
-        self._lock = handle
+        refuse_unwritable(self.config, f"the run folder {self}")
 
     def release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)  # the kernel does the same when the process dies
             self._lock = None
 
-    def _remove_run(self) -> None:
-        # The configuration goes last: killed half-way, the folder is still recognised as a run.
-        for name in (*_FOLDERS, *reversed(_FILES)):
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
     def read_config(self) -> dict:
-        """The contents of ``config.json``.
-
-        Raises:
-            UsageError: there is none, or it is damaged.
-        """
+        """The contents of ``config.json``; a UsageError where there is none, or where it is damaged."""
         if not self.path.is_dir():
             raise UsageError(f"there is no run in {self}: no such folder{_near_folder(self.path)}")
         try:
@@ -134,6 +106,8 @@ class RunDirectory:
         parts = ("model", "data", "train")
         if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in parts):
             raise UsageError(f"{self.config} is damaged: it must have the parts model, data and train")
+        if "levels" in config["data"]:  # of format 1
+            config["data"]["grey_levels"] = config["data"].pop("levels")
         model = config["model"]
         model["hparams"] = hparams_of_format_1(model.get("name"), model.get("hparams", {}))
         return config
@@ -141,33 +115,8 @@ class RunDirectory:
     def write_config(self, *, model: dict, data: dict, train: dict) -> None:
         write_json(self.config, {"format": 1, "model": model, "data": data, "train": train, "versions": versions()})
 
-    def read_weights(self, which: str = "best") -> tuple[dict, list[str]]:
-        """A checkpoint for evaluation or sampling; falls back to another sound one.
 
-        Args:
-            which: ``best`` (by held-out likelihood) or ``last``.
-
-        Returns:
-            ``(state, notes)``: one sentence a checkpoint that was passed over.
-
-        Raises:
-            UsageError: no checkpoint is sound.
-        """
-        notes = []
-        if which == "best":
-            try:
-                return read_checkpoint(self.best), notes
-            except CheckpointError as error:
-                if self.best.exists():
-                    notes.append(f"{error}; using the newest one in {self.checkpoints} instead")
-        try:
-            _, state, more = read_newest(self.checkpoints)
-        except CheckpointError as error:
-            raise CheckpointError("; ".join([*notes, str(error)])) from None
-        return state, notes + more
-
-
-def describe_model(model: nn.Module) -> dict:
+def describe_model(model: Model) -> dict:
     """What ``config.json`` says about a model; ``name`` is None where it is not one of ``genkernels.models``."""
     from genkernels.models import MODELS
 
@@ -177,13 +126,13 @@ def describe_model(model: nn.Module) -> dict:
     return {"name": name, "class": type(model).__name__, "hparams": hparams, "parameters": parameters}
 
 
-def load_model(path: str | os.PathLike, which: str = "best") -> tuple[nn.Module, dict, dict, list[str]]:
+def load_model(path: str | os.PathLike, which: str = "best") -> tuple[Model, dict, dict, list[str]]:
     """Rebuilds a run's model with its averaged weights (the trained ones where no average was kept), in evaluation
     mode.
 
     Args:
         path: the run's folder.
-        which: ``best`` or ``last``.
+        which: ``best`` (by held-out examples) or ``last``.
 
     Returns:
         ``(model, config, state, notes)``: the model on the CPU, ``config.json``, the checkpoint, and a sentence for
@@ -195,12 +144,24 @@ def load_model(path: str | os.PathLike, which: str = "best") -> tuple[nn.Module,
     run = RunDirectory(path)
     config = run.read_config()
     model = build_model(config["model"], run.path)
-    state, notes = run.read_weights(which)
+    state, notes = None, []
+    if which == "best":
+        try:
+            state = read_checkpoint(run.best)
+        except CheckpointError as error:
+            if run.best.exists():
+                notes = [f"{error}; using the newest one in {run.checkpoints} instead"]
+    if state is None:
+        try:
+            _, state, more = read_newest(run.checkpoints)
+        except CheckpointError as error:
+            raise CheckpointError("; ".join([*notes, str(error)])) from None
+        notes += more
     load_weights(model, state, averaged=True)
     return model.eval(), config, state, notes
 
 
-def build_model(description: dict, source: Path) -> nn.Module:
+def build_model(description: dict, source: Path) -> Model:
     """The model that a ``config.json`` describes, with fresh weights."""
     from genkernels.models import MODELS, build
 
@@ -216,20 +177,18 @@ def build_model(description: dict, source: Path) -> nn.Module:
         raise UsageError(f"the model of {source} cannot be rebuilt: {error}") from None
 
 
-def load_weights(model: nn.Module, state: dict, *, averaged: bool) -> None:
-    """Puts a checkpoint's weights into a model.
-
-    Raises:
-        CheckpointError: they are another model's.
-    """
-    weights = state["model"]
-    if averaged and state.get("ema") and state["ema"]["updates"]:
-        weights = {**weights, **state["ema"]["average"]}
+def load_weights(model: Model, state: dict, *, averaged: bool) -> None:
+    """Puts a checkpoint's weights into a model; a CheckpointError where they are another model's."""
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state["model"])
+        for name, average in state.get("average", {}).items() if averaged else ():
+            if average["updates"]:
+                model.players()[name].module.load_state_dict(average["weights"])
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise CheckpointError(f"the checkpoint must hold this model's weights: {' '.join(lines[1:3])}") from None
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint must hold this model's players, it has {error}") from None
 
 
 def _near_folder(path: Path) -> str:

@@ -1,38 +1,42 @@
-"""Samples as a function of (weights, count, temperature, seed), whatever the global generators hold."""
+"""Samples as a function of (weights, count, temperature, seed), whatever the global generators hold; and sheets."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from genkernels._seeds import fixed_seed
+from genkernels._seeds import derive_seed
 from genkernels._words import UsageError
-from genkernels.training.evaluate import no_autocast
+from genkernels.pictures import draw, save, why_not
+from genkernels.training.average import applied
+from genkernels.training.judge import device_of, evaluating
+
+if TYPE_CHECKING:
+    from genkernels.models import Model
 
 
 def sample(
-    model: nn.Module,
+    model: Model,
     n: int,
     *,
     temperature: float = 1.0,
     seed: int = 0,
     label: int | None = None,
-    num_classes: int | None = None,
     batch_size: int = 256,
+    options: dict[str, Any] | None = None,
 ) -> Tensor:
     """Draws n samples in evaluation mode and fp32, in batches of fixed size, so that memory does not grow with n.
 
     Args:
-        model: has ``sample(n, temperature, generator, y)``.
-        n: how many.
-        temperature: of the prior.
-        seed: of the draws.
-        label: the class of every sample; None takes each class in turn where the model is class-conditional.
-        num_classes: how many classes the model was trained with; None where it is not class-conditional.
+        model: has ``sample(n, temperature, generator, y)``. n: how many.
+        temperature: of the prior. seed: of the draws.
+        label: the class of every sample; None takes each class in turn where the model has classes.
         batch_size: samples at once.
+        options: further keyword arguments of ``model.sample``.
 
     Returns:
         ``[n, C, H, W]`` in [0, 1] or ``[n, D]``, on the CPU.
@@ -40,98 +44,63 @@ def sample(
     Raises:
         UsageError: a label for a model without classes, or out of range.
     """
-    if label is not None and num_classes is None:
+    classes, labels, parts = model.num_classes, None, []
+    if label is not None and not classes:
         raise UsageError("the model has no classes to choose from: it was not trained with --class-conditional")
-    if label is not None and not 0 <= label < num_classes:
-        raise UsageError(f"label must be in 0 to {num_classes - 1}, got {label}")
-    with _drawing(model, seed) as (device, generator):
-        labels = None
-        if num_classes is not None:
-            labels = (
-                torch.arange(n, device=device) % num_classes
-                if label is None
-                else torch.full((n,), label, device=device)
-            )
-        parts = []
+    if label is not None and not 0 <= label < classes:
+        raise UsageError(f"label must be in 0 to {classes - 1}, got {label}")
+    with drawing(model, seed) as (device, generator):
+        if classes:
+            labels = torch.arange(n, device=device) % classes
+            labels = labels if label is None else labels.fill_(label)
         for first in range(0, n, batch_size):
             count = min(batch_size, n - first)
-            given = {} if labels is None else {"y": labels[first : first + count]}
+            given = {**(options or {}), **({} if labels is None else {"y": labels[first : first + count]})}
             parts.append(model.sample(count, temperature=temperature, generator=generator, **given).cpu())
     return torch.cat(parts)
 
 
-#: What `known_region` knows: the part of an image that is kept.
-REGIONS = ("top-half", "top-quarter", "left-half")
-
-
-def known_region(region: str, shape: tuple[int, int, int]) -> Tensor:
-    """``[H, W]`` bool, True where `region` of an image ``(C, H, W)`` is kept.
-
-    Raises:
-        UsageError: the region is unknown, or all of so small an image.
-    """
-    _, height, width = shape
-    if region not in REGIONS:
-        raise UsageError(f"region must be one of {', '.join(REGIONS)}, got {region!r}")
-    rows = {"top-half": height // 2, "top-quarter": height // 4}.get(region, height)
-    columns = width // 2 if region == "left-half" else width
-    known = torch.zeros(height, width, dtype=torch.bool)
-    known[:rows, :columns] = True
-    if not known.any():
-        raise UsageError(f"region {region} of an image of {height}x{width} pixels is empty")
-    return known
-
-
-def inpaint(
-    model: nn.Module,
-    x: Tensor,
-    known: Tensor,
-    *,
-    y: Tensor | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> Tensor:
-    """Draws what is unknown of images, in evaluation mode and fp32; known values stay bit for bit.
-
-    Args:
-        model: has ``inpaint(x, known, temperature, generator, y)``: a model of the PixelCNN family.
-        x: ``[N, C, H, W]`` uint8. known: bool, broadcastable to it. y: ``[N]`` classes, for a class-conditional model.
-        temperature, seed, batch_size: as for `sample`.
-
-    Returns:
-        As `x`, on the CPU.
-
-    Raises:
-        UsageError: the model cannot do it.
-    """
-    if not hasattr(model, "inpaint"):
-        raise UsageError(
-            f"{type(model).__name__} cannot in-paint: only the PixelCNN family draws some pixels given others"
-        )
-    with _drawing(model, seed) as (device, generator):
-        parts = []
-        for first in range(0, len(x), batch_size):
-            part = slice(first, first + batch_size)
-            given = {} if y is None else {"y": y[part].to(device)}
-            drawn = model.inpaint(x[part].to(device), known, temperature=temperature, generator=generator, **given)
-            parts.append(drawn.cpu())
-    return torch.cat(parts)
-
-
 @contextlib.contextmanager
-def _drawing(model: nn.Module, seed: int) -> Iterator[tuple[torch.device, torch.Generator]]:
-    """Evaluation mode, no graph, no autocast and a generator on the model's device; leaves the model as it was."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), fixed_seed(seed), no_autocast(device):
-            yield device, torch.Generator(device).manual_seed(seed)
-    finally:
-        model.train(was_training)
+def drawing(model: Model, seed: int) -> Iterator[tuple[torch.device, torch.Generator]]:
+    """`evaluating`, with a generator on the model's device."""
+    device = device_of(model)
+    with evaluating(model, seed):
+        yield device, torch.Generator(device).manual_seed(seed)
 
 
 def unusable(samples: Tensor) -> int:
     """How many samples hold a NaN or an infinity: the inverse of a flow that has hardly been trained can overflow."""
     return int((~samples.isfinite().flatten(1).all(1)).sum())
+
+
+class Sheets:
+    """Draws samples of a run's averaged weights, and whatever other pictures the model has, where they are due."""
+
+    def __init__(self, session) -> None:
+        self.session = session
+        self._missing = why_not(points=not session.bundle.form.is_image) if session.run else None
+        if self._missing:
+            session.report.note(f"no sample sheets: {self._missing}")
+
+    def draw(self, due) -> None:
+        s = self.session
+        if not (due.draw or s.judge.stopped_early) or due.interrupted:
+            return
+        if s.run and s.fabric.is_global_zero and not self._missing:
+            with applied(s.averages):
+                self._draw(due.step)
+        s.fabric.barrier()
+
+    def _draw(self, step: int) -> None:
+        s, seed, count = self.session, derive_seed(self.session.config.seed, "sheet"), self.session.config.samples
+        samples = sample(s.model, count, temperature=s.config.temperature, seed=seed)
+        if broken := unusable(samples):
+            s.report.note(f"step {step}: {broken} of {len(samples)} samples are not finite")
+        x, y = s.bundle.take("test", count)
+        with drawing(s.model, seed) as (device, generator):
+            pictures = s.model.pictures(x.to(device), y.to(device), generator)
+        sheets = {"samples": draw(samples, None if s.bundle.form.is_image else x)}
+        sheets |= {name: draw(picture) for name, picture in pictures.items()}
+        for name, pixels in sheets.items():
+            save(s.run.samples / f"step-{step:08d}{'' if name == 'samples' else f'-{name}'}.png", pixels)
+            s.report.picture(step, name, pixels)

@@ -67,7 +67,7 @@ def run_folder(tmp_path_factory):
         ("train nice --data digits --precision bf16", "did you mean bf16-mixed"),
         ("train nice --data digits --max-steps 0", "max_steps must be an integer of at least 1, got 0"),
         ("train nice --data digits --max-steps many", "argument --max-steps: invalid int value: 'many'"),
-        ("train nice --data digits --max-steps 5 --epochs 2", "not allowed with argument"),
+        ("train nice --data digits --max-steps 5 --epochs 2", "give max_steps or epochs, not both: got max_steps=5"),
         ("train nice --data digits --lr nan", "lr must be positive, got nan"),
         ("train nice --data digits --max-step 5", "unknown argument '--max-step'; did you mean --max-steps"),
         ("train nice --data digits --resume --overwrite --out x", "--resume or --overwrite, not both"),
@@ -178,7 +178,7 @@ def test_wishes_that_a_run_cannot_meet(refused, run_folder, tmp_path):
     assert "is not a folder" in refused("sample", run_folder, "--out", run_folder / "config.json" / "a.png")
     assert "must be a file, it is a folder" in refused("eval", run_folder, "--json", tmp_path)
     words = (
-        "the data must be as those of the run, images of shape [1, 8, 8] with 17 levels, got moons with "
+        "the data must be as those of the run, images of shape [1, 8, 8] with 17 grey levels, got moons with "
         "points of shape [2]"
     )
     assert words in refused("eval", run_folder, "--data", "moons")

@@ -49,15 +49,16 @@ def test_train_sample_evaluate(model, spec, extra, capsys):
     assert metrics["hparams"]["hidden"] == 8 and (run / "samples" / "step-00000004.png").stat().st_size > 500
 
     assert main(["eval", str(run), "--accelerator", "cpu", "--json", "e.json", "--checkpoint", "last"]) == 0
-    assert json.loads(Path("e.json").read_text())["value"] == metrics["held_out"]["value"], "to the last digit"
-    assert f"{model} on {spec}: {metrics['held_out']['value']:.4f} ± " in capsys.readouterr().out
+    assert json.loads(Path("e.json").read_text())["estimates"] == metrics["held_out"], "to the last digit"
+    value = metrics["held_out"][metrics["metric"]]["value"]
+    assert f"{model} on {spec}: {value:.4f} ± " in capsys.readouterr().out
 
     conditional = "--class-conditional" in extra
     argv = ["sample", str(run), "--n", "5", "--temperature", "0.7", "--accelerator", "cpu"]
     assert main([*argv, "--out", "a.npz", *(["--label", "1"] if conditional else [])]) == 0
     assert main([*argv, "--out", "a.png"]) == 0 and Path("a.png").read_bytes()[:4] == b"\x89PNG"
     arrays = np.load("a.npz")
-    shape = data.load(spec).shape
+    shape = data.load(spec).form.shape
     assert arrays["x"].shape == (5, *shape) and np.isfinite(arrays["x"]).all()
     if spec == "digits":
         assert arrays["x"].dtype == np.uint8 and arrays["x"].max() <= 16 and arrays["levels"] == 17
@@ -69,7 +70,9 @@ def test_samples_are_data_again():
     assert main(["train", "nice", "--data", "digits", *SMALL]) == 0
     assert main(["sample", "runs/nice-digits", "--n", "40", "--out", "s.npz", "--accelerator", "cpu"]) == 0
     bundle = data.load("npz:s.npz")
-    assert bundle.shape == (1, 8, 8) and bundle.levels == 17 and len(bundle.train) + len(bundle.test) == 40
+    assert (
+        bundle.form.shape == (1, 8, 8) and bundle.form.grey_levels == 17 and len(bundle.train) + len(bundle.test) == 40
+    )
     os.makedirs("deep")
     os.chdir("deep")
     assert main(["train", "nice", "--data", "npz:../s.npz", *SMALL, "--out", "r"]) == 0
@@ -232,7 +235,7 @@ def test_two_processes_train_one_model_and_stop_together():
     done = len(losses("pair"))
     assert main(["train", "--out", "pair", "--resume", "--max-steps", str(done), "--devices", "1", "--quiet"]) == 0
     held = json.loads(Path("pair/metrics.json").read_text())["held_out"]
-    assert held["examples"] == 360
+    assert held["bits_per_dim"]["examples"] == 360
     first = [float(x) for x in losses("pair")]
     assert np.mean(first[-10:]) < np.mean(first[:10])
     # 32 examples on each of two devices are the 64 of one: the weights begin alike and only the noise differs
@@ -258,13 +261,13 @@ def test_masked_models_train_by_name(model, spec, settings):
     options += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     assert main(["train", model, "--data", spec, *options, "--samples", "2", "--out", "run"]) == 0
     metrics = json.loads(Path("run/metrics.json").read_text())
-    assert metrics["held_out"]["metric"] == "bits_per_dim" and 0 < metrics["held_out"]["value"] < 20
-    assert metrics["held_out"]["examples"] == len(data.load(spec).test)
+    assert metrics["metric"] == "bits_per_dim" and 0 < metrics["held_out"]["bits_per_dim"]["value"] < 20
+    assert metrics["held_out"]["bits_per_dim"]["examples"] == len(data.load(spec).test)
     assert (metrics["hparams"].get("head") == "logistic_mixture") == (spec == "photos32")
     assert main(["sample", "run", "--n", "2", "--out", "s.npz", "--accelerator", "cpu"]) == 0
     bundle = data.load(spec)
     drawn = np.load("s.npz")
-    assert drawn["x"].shape == (2, *bundle.shape) and drawn["levels"] == bundle.levels
+    assert drawn["x"].shape == (2, *bundle.form.shape) and drawn["levels"] == bundle.form.grey_levels
 
 
 def test_a_pixel_model_trains_samples_evaluates_and_completes_images(capsys):

@@ -1,11 +1,23 @@
 import pytest
 import tiny
+import toys
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    """Makes the stand-in one of the package's models, so that runs name it and rebuild it."""
+def register(monkeypatch):
+    """Makes a class one of the package's models, so that runs name it and rebuild it."""
     from genkernels import models
 
-    monkeypatch.setitem(models.MODELS, "tiny", tiny.Tiny)
+    return lambda name, kind: monkeypatch.setitem(models.MODELS, name, kind)
+
+
+@pytest.fixture
+def registered(register):
+    register("tiny", tiny.Tiny)
     return tiny.Tiny
+
+
+@pytest.fixture
+def toys_registered(register):
+    register("toygan", toys.ToyGAN)
+    register("toyvae", toys.ToyVAE)

@@ -15,9 +15,11 @@ def state():
     return {
         "step": 3,
         "model": {"w": torch.arange(6.0).view(2, 3), "flag": torch.tensor(True)},
-        "ema": None,
+        "average": {},
         "best": [2, 1.5],
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
+        "optimizers": {
+            "model": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
+        },
     }
 
 
@@ -25,9 +27,9 @@ def test_a_checkpoint_comes_back_and_is_an_ordinary_torch_file(tmp_path, state):
     path = tmp_path / "a.ckpt"
     write_checkpoint(path, state)
     for back in (read_checkpoint(path), torch.load(path, weights_only=True)):
-        assert back["step"] == 3 and back["best"] == [2, 1.5] and back["ema"] is None
+        assert back["step"] == 3 and back["best"] == [2, 1.5] and back["average"] == {} and back["format"] == 2
         assert torch.equal(back["model"]["w"], state["model"]["w"]) and back["model"]["flag"].item() is True
-        assert back["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.99)
+        assert back["optimizers"]["model"]["param_groups"][0]["betas"] == (0.9, 0.99)
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
@@ -66,8 +68,26 @@ def test_missing_foreign_and_unreadable_files_are_refused_in_a_sentence(tmp_path
     with pytest.raises(CheckpointError, match="not written by genkernels"):
         read_checkpoint(tmp_path / "plain.ckpt")
     write_checkpoint(tmp_path / "old.ckpt", {**state, "format": 0})
-    with pytest.raises(CheckpointError, match="format 1, got 0"):
+    with pytest.raises(CheckpointError, match="format 1 or 2, got 0"):
         read_checkpoint(tmp_path / "old.ckpt")
+
+
+def test_what_there_was_of_one_player_is_read_as_of_a_player_called_model(tmp_path):
+    weights = {"w": torch.ones(2)}
+    old = {
+        "format": 1,
+        "step": 7,
+        "model": weights,
+        "ema": {"updates": 7, "average": weights},
+        "optimizer": {"state": {}},
+    }
+    write_checkpoint(tmp_path / "old.ckpt", old)
+    write_checkpoint(tmp_path / "best.ckpt", {"format": 1, "step": 7, "model": weights, "ema": None})
+    now, best = read_checkpoint(tmp_path / "old.ckpt"), read_checkpoint(tmp_path / "best.ckpt")
+    assert now["average"]["model"]["updates"] == 7 and torch.equal(
+        now["average"]["model"]["weights"]["w"], weights["w"]
+    )
+    assert now["optimizers"] == {"model": {"state": {}}} and best["average"] == {} and "optimizers" not in best
 
 
 class Runs:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import Pairs, Tiny, images, model_for, points
 
-from genkernels import current_backend, models
+from genkernels import current_backend
 from genkernels._seeds import derive_seed, seed_everything
 from genkernels.training import RunDirectory, TrainConfig, TrainingError, UsageError, evaluate, fit, load_model
 from genkernels.training import checkpoint as ckpt
@@ -76,8 +76,11 @@ def test_a_run_leaves_its_files_and_its_results(tmp_path, registered):
     }
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["steps"] == 12 and metrics["metric"] == "bits_per_dim" and metrics["backend"] == current_backend()
-    assert metrics["held_out"]["examples"] == 13 and metrics["held_out"]["value"] == result.held_out.value
-    assert metrics["best"] == {"step": 12, "bits_per_dim": result.held_out.value}
+    held, value = metrics["held_out"]["bits_per_dim"], result.held_out["bits_per_dim"].value
+    assert held["examples"] == 13 and held["value"] == value and held["unit"] == "bits/dim"
+    assert metrics["best"] == {"step": 12, "bits_per_dim": value}
+    assert metrics["evaluations"][-1] == {"step": 12, "bits_per_dim": value}
+    assert metrics["train"] == {"loss": pytest.approx(sum(result.losses) / 12)}
     assert metrics["images_per_second"] == result.examples_per_second > 0
     assert [e["step"] for e in metrics["evaluations"]] == [4, 8, 12]
     assert metrics["config"]["batch_size"] == 8 and metrics["versions"]["torch"] == torch.__version__
@@ -88,7 +91,7 @@ def test_a_run_leaves_its_files_and_its_results(tmp_path, registered):
     assert read["model"]["name"] == "tiny" and state["step"] == 12 and notes == [] and not model.training
     assert same(weights(model), weights(result.model))
     assert not same(weights(model), state["model"]), "the trained weights are kept beside the averaged ones"
-    assert evaluate(model, bundle.test, levels=5, batch_size=8, seed=0) == result.held_out
+    assert evaluate(model, bundle.test, batch_size=8, seed=0) == result.held_out
 
 
 def test_curves_and_pictures_are_logged_and_a_resume_does_not_double_them(tmp_path, registered):
@@ -101,7 +104,7 @@ def test_curves_and_pictures_are_logged_and_a_resume_does_not_double_them(tmp_pa
         ckpt.step_path(tmp_path / "run" / "checkpoints", step).unlink(missing_ok=True)
     fit(model_for(bundle), bundle, config(eval_every=4), out=tmp_path / "run", resume=True, quiet=True)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("train/bits_per_dim")] == list(range(1, 13))
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
     assert [e.step for e in events.Scalars("held_out/bits_per_dim")] == [4, 8, 12]
     assert events.Tags()["images"] == ["samples"] and {"train/lr", "train/examples_per_second"} <= set(
         events.Tags()["scalars"]
@@ -111,9 +114,8 @@ def test_curves_and_pictures_are_logged_and_a_resume_does_not_double_them(tmp_pa
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = fit(model_for(points()), points(), config(), quiet=True)
-    assert (
-        list(tmp_path.iterdir()) == [] and result.out is None and result.metric == "nats" and len(result.losses) == 12
-    )
+    assert list(tmp_path.iterdir()) == [] and result.out is None and list(result.held_out) == ["nats"]
+    assert len(result.losses) == 12 and list(result.history) == ["loss"]
 
 
 def test_it_says_nothing_but_its_own(tmp_path, capfd, caplog):
@@ -126,8 +128,8 @@ def test_it_says_nothing_but_its_own(tmp_path, capfd, caplog):
     assert logging.getLogger("lightning.pytorch").level == logging.INFO, "put back"
     lines = err.splitlines()
     assert lines[0] == "Tiny, 440 parameters, on tiny: noise; cpu, step 0 of 12"
-    assert lines[1].startswith("  8% 1/12  ") and "images/s" in lines[1] and "bits/dim" in lines[1]
-    assert any(line.startswith("step 6: held out ") and line.endswith("(best)") for line in lines)
+    assert lines[1].startswith("  8% 1/12  ") and "images/s  loss " in lines[1]
+    assert any(line.startswith("step 6: held out ") and line.endswith(" bits/dim  (best)") for line in lines)
     assert all(line.split()[0] in ("8%", "100%", "step") for line in lines[1:]), err
 
 
@@ -168,18 +170,19 @@ class Interrupted(Tiny):
 
 def interrupted_for(bundle, number=signal.SIGINT):
     torch.manual_seed(0)
-    model = Interrupted(image_shape=bundle.shape, data_levels=bundle.levels)
+    model = Interrupted(shape=bundle.form.shape, grey_levels=bundle.form.grey_levels)
     model.number = number
     return model
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 7), (signal.SIGTERM, 7), (signal.SIGINT, 8)])
-def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path, capfd, registered, monkeypatch, number, at):
+def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path, capfd, register, monkeypatch, number, at):
     bundle = images()
     settings = config(eval_every=4, ema=0.9, schedule="cosine")
+    register("tiny", Tiny)
     whole = fit(model_for(bundle), bundle, settings, out=tmp_path / "whole", quiet=True)
     out = tmp_path / "cut"
-    monkeypatch.setitem(models.MODELS, "tiny", Interrupted)
+    register("tiny", Interrupted)
     monkeypatch.setattr(Interrupted, "at", at)
     first = fit(interrupted_for(bundle, number), bundle, settings, out=out)
     assert first.interrupted and first.signal == number and first.steps == at
@@ -190,8 +193,8 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path, capfd, register
     assert second.losses == whole.losses == losses_of(out)
     assert same(weights(second.model), weights(whole.model)) and second.evaluations == whole.evaluations
     kept = [ckpt.read_checkpoint(ckpt.step_path(run / "checkpoints", 12)) for run in (tmp_path / "whole", out)]
-    assert same(kept[0]["model"], kept[1]["model"]) and same(kept[0]["ema"]["average"], kept[1]["ema"]["average"])
-    states = [[value["exp_avg_sq"] for value in k["optimizer"]["state"].values()] for k in kept]
+    assert same(kept[0]["model"], kept[1]["model"]) and same(*(k["average"]["model"]["weights"] for k in kept))
+    states = [[value["exp_avg_sq"] for value in k["optimizers"]["model"]["state"].values()] for k in kept]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
@@ -206,7 +209,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        fit(Twice(image_shape=(1, 4, 4), data_levels=5), images(), config(), out=tmp_path / "run", quiet=True)
+        fit(Twice(shape=(1, 4, 4), grey_levels=5), images(), config(), out=tmp_path / "run", quiet=True)
     assert signal.getsignal(signal.SIGINT) is handler
     assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints") == [], "no half-finished step was saved"
 
@@ -246,7 +249,9 @@ def test_killed_before_the_first_checkpoint_or_before_the_results(tmp_path, regi
     (out / "metrics.json").unlink()
     finished = fit(model_for(bundle), bundle, config(), out=out, resume=True, quiet=True)
     assert finished.losses == whole.losses and finished.held_out == whole.held_out and finished.examples_per_second > 0
-    assert json.loads((out / "metrics.json").read_text())["held_out"]["value"] == whole.held_out.value
+    assert json.loads((out / "metrics.json").read_text())["held_out"] == {
+        name: estimate.to_dict() for name, estimate in whole.held_out.items()
+    }
     for path in ckpt.list_checkpoints(out / "checkpoints"):
         path.unlink()
     again = fit(model_for(bundle), bundle, config(), out=out, resume=True)
@@ -351,13 +356,13 @@ class NanGradient(Tiny):
     ("clip", "words"), [(1.0, "the gradient norm became nan in step 0"), (0.0, "loss became nan in step 1")]
 )
 def test_a_gradient_that_is_nan_is_caught_with_and_without_clipping(clip, words):
-    model = NanGradient(image_shape=(1, 4, 4), data_levels=5)
+    model = NanGradient(shape=(1, 4, 4), grey_levels=5)
     with pytest.raises(TrainingError, match=words):
         fit(model, images(), config(clip=clip), quiet=True)
 
 
 def test_broken_weights_are_never_saved(tmp_path):
-    model = NanGradient(image_shape=(1, 4, 4), data_levels=5)
+    model = NanGradient(shape=(1, 4, 4), grey_levels=5)
     with pytest.raises(TrainingError, match="the weights are no longer finite after step 1"):
         fit(model, images(), config(clip=0.0, checkpoint_every=1), out=tmp_path / "run", quiet=True)
     assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints") == []
@@ -369,7 +374,7 @@ def test_data_with_nan_is_refused_before_training_and_named_by_the_guard(tmp_pat
     with pytest.raises(UsageError, match="every value must be finite, train example 17 holds NaN"):
         fit(model_for(bundle), bundle, config(), out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr("genkernels.training.loop._check_data", lambda bundle: None)
+    monkeypatch.setattr("genkernels.training.loop.check_data", lambda bundle: None)
     with pytest.raises(TrainingError, match=r"in step \d+ \(training example 17 holds a value that is not finite\)"):
         fit(model_for(bundle), bundle, config(), quiet=True)
 
@@ -384,7 +389,7 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint_named(tmp_path, monkeyp
     save = torch.save
 
     def full(value, file):
-        if value.get("step") == 8 and "optimizer" in value:
+        if value.get("step") == 8 and "optimizers" in value:
             raise OSError(28, "No space left on device")
         save(value, file)
 
@@ -403,18 +408,19 @@ def test_memory_that_runs_out_is_told_in_a_sentence():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with pytest.raises(TrainingError, match="memory ran out in step 0: choose a smaller --batch-size"):
-        fit(Greedy(features=2), points(), config(), quiet=True)
+        fit(Greedy(shape=(2,)), points(), config(), quiet=True)
 
 
 def test_some_held_out_images_judge_the_run_and_all_of_them_the_result(tmp_path, registered):
     bundle = images(held_out=40)
     settings = config(eval_every=4, eval_examples=7, lr=0.05)
     result = fit(model_for(bundle), bundle, settings, out=tmp_path / "run", quiet=True)
-    assert result.held_out.examples == 40
+    assert result.held_out["bits_per_dim"].examples == 40
     model = load_model(tmp_path / "run", "last")[0]
     some = torch.utils.data.Subset(bundle.test, [0, 5, 11, 17, 22, 28, 34])
-    assert evaluate(model, some, levels=5, batch_size=8).value == result.evaluations[-1][1] != result.held_out.value
-    assert evaluate(model, bundle.test, levels=5, batch_size=8) == result.held_out
+    judged = evaluate(model, some, batch_size=8)["bits_per_dim"].value
+    assert judged == result.evaluations[-1][1] != result.held_out["bits_per_dim"].value
+    assert evaluate(model, bundle.test, batch_size=8) == result.held_out
 
 
 def test_samples_that_overflow_are_counted(tmp_path, capfd):
@@ -424,7 +430,7 @@ def test_samples_that_overflow_are_counted(tmp_path, capfd):
             x[1] = math.nan
             return x
 
-    fit(Wild(image_shape=(1, 4, 4), data_levels=5), images(), config(max_steps=2), out=tmp_path / "run")
+    fit(Wild(shape=(1, 4, 4), grey_levels=5), images(), config(max_steps=2), out=tmp_path / "run")
     assert "step 2: 1 of 4 samples are not finite" in capfd.readouterr().err
 
 
@@ -437,7 +443,7 @@ def test_early_stopping_keeps_the_best(tmp_path, registered):
     assert result.best[1] == min(values) and result.steps == result.best[0] + 8
     model, _, state, _ = load_model(tmp_path / "run")
     assert state["step"] == result.best[0]
-    assert evaluate(model, bundle.test, levels=5, batch_size=6).value == result.best[1]
+    assert evaluate(model, bundle.test, batch_size=6)["bits_per_dim"].value == result.best[1]
     assert load_model(tmp_path / "run", "last")[2]["step"] == result.steps
 
 
@@ -452,11 +458,11 @@ def test_early_stopping_remembers_across_a_resume(tmp_path, registered):
     assert load_model(tmp_path / "run")[2]["step"] == whole.best[0]
 
 
-def test_labels_reach_the_model_only_where_asked_for():
+def test_labels_reach_a_model_that_has_classes():
     bundle = images()
     model = model_for(bundle, num_classes=3)
     before = model.classes.weight.clone()
-    fit(model, bundle, config(class_conditional=True, ema=0.0), quiet=True)
+    fit(model, bundle, config(ema=0.0), quiet=True)
     assert not torch.equal(before, model.classes.weight)
 
 
@@ -470,7 +476,7 @@ def test_mixed_precision_trains_and_evaluates_in_fp32(monkeypatch):
 
     bundle = images()
     torch.manual_seed(0)
-    result = fit(Watched(image_shape=(1, 4, 4), data_levels=5), bundle, config(precision="bf16-mixed"), quiet=True)
+    result = fit(Watched(shape=(1, 4, 4), grey_levels=5), bundle, config(precision="bf16-mixed"), quiet=True)
     assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
     assert {dtype for training, dtype in seen if not training} == {torch.float32}
     assert all(math.isfinite(loss) for loss in result.losses) and next(result.model.parameters()).dtype == torch.float32
@@ -484,10 +490,10 @@ def test_the_backend_is_forced_for_the_run_alone():
             seen.append(current_backend())
             return super().loss(x, y)
 
-    result = fit(Watched(features=2), points(), config(max_steps=2, backend="reference"), quiet=True)
+    result = fit(Watched(shape=(2,)), points(), config(max_steps=2, backend="reference"), quiet=True)
     assert seen == ["reference"] * 2 and result.backend == "reference" and current_backend() == "auto"
     with pytest.raises(UsageError, match="did you mean reference"):
-        fit(Watched(features=2), points(), config(backend="referenc"), quiet=True)
+        fit(Watched(shape=(2,)), points(), config(backend="referenc"), quiet=True)
 
 
 def test_wishes_this_machine_cannot_meet():
@@ -520,7 +526,7 @@ def test_a_damaged_configuration_is_refused(tmp_path, text):
 def test_batches_larger_than_the_data(tmp_path):
     bundle = images(n=3, held_out=1)
     result = fit(model_for(bundle), bundle, config(batch_size=8, max_steps=3), quiet=True)
-    assert result.held_out.examples == 1 and len(result.losses) == 3
+    assert result.held_out["bits_per_dim"].examples == 1 and len(result.losses) == 3
 
 
 @pytest.mark.parametrize(

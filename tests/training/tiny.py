@@ -9,26 +9,24 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from genkernels.data import DataBundle, Form
+from genkernels.models import LikelihoodModel
 
 
-class Tiny(nn.Module):
+class Tiny(LikelihoodModel):
     """An affine Gaussian with dequantisation noise, a data-dependent start and a buffer: all that a resume must bring
     back."""
 
-    presets = {"small": {"width": 4}}
-
-    def __init__(self, *, image_shape=None, features=None, data_levels=None, num_classes=None, width=8, poison_at=None):
-        super().__init__()
-        self.hparams = {
-            "image_shape": image_shape,
-            "features": features,
-            "data_levels": data_levels,
-            "num_classes": num_classes,
-            "width": width,
-            "poison_at": poison_at,
-        }
-        self.shape = tuple(image_shape) if image_shape else (features,)
-        self.levels, self.poison_at, self.calls = data_levels, poison_at, 0
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, ...],
+        grey_levels: int | None = None,
+        num_classes: int | None = None,
+        width: int = 8,
+        poison_at: int | None = None,
+    ):
+        super().__init__(shape, grey_levels, num_classes)
+        self.poison_at, self.calls = poison_at, 0
         size = math.prod(self.shape)
         self.net = nn.Sequential(nn.Linear(size, width), nn.Tanh(), nn.Linear(width, 2 * size))
         self.shift = nn.Parameter(torch.zeros(size))
@@ -38,8 +36,8 @@ class Tiny(nn.Module):
 
     def log_prob(self, x, y=None):
         x = x.to(self.shift.dtype)
-        if self.levels:
-            x = (x + torch.rand_like(x)) / self.levels
+        if self.grey_levels:
+            x = (x + torch.rand_like(x)) / self.grey_levels
         x = x.flatten(1)
         if self.training:
             with torch.no_grad():
@@ -50,22 +48,22 @@ class Tiny(nn.Module):
         scale, shift = self.net(torch.zeros_like(x)).chunk(2, 1)
         z = (x - centre - shift) * scale.exp()
         value = (-0.5 * z * z - 0.5 * math.log(2 * math.pi) + scale).sum(1)
-        return value - (x.shape[1] * math.log(self.levels) if self.levels else 0)
+        return value - (x.shape[1] * math.log(self.grey_levels) if self.grey_levels else 0)
 
     def bits_per_dim(self, x, y=None):
         return -self.log_prob(x, y) / (math.prod(self.shape) * math.log(2))
 
     def loss(self, x, y=None):
         self.calls += 1
-        value = (self.bits_per_dim(x, y) if self.levels else -self.log_prob(x, y)).mean()
+        value = (self.bits_per_dim(x, y) if self.grey_levels else -self.log_prob(x, y)).mean()
         return value * math.nan if self.calls == self.poison_at else value
 
     def sample(self, n, temperature=1.0, generator=None, y=None):
         z = temperature * torch.randn(n, math.prod(self.shape), generator=generator, device=self.shift.device)
         scale, shift = self.net(torch.zeros_like(z)).chunk(2, 1)
         x = z * (-scale).exp() + self.shift + shift + (0 if y is None else self.classes(y))
-        if self.levels:
-            x = (x * self.levels).floor().clamp(0, self.levels - 1) / (self.levels - 1)
+        if self.grey_levels:
+            x = (x * self.grey_levels).floor().clamp(0, self.grey_levels - 1) / (self.grey_levels - 1)
         return x.view(n, *self.shape)
 
 
@@ -94,6 +92,4 @@ def points(n=50, held_out=13) -> DataBundle:
 
 def model_for(bundle, seed=0, **extra) -> Tiny:
     torch.manual_seed(seed)
-    if bundle.levels is None:
-        return Tiny(features=bundle.shape[0], **extra)
-    return Tiny(image_shape=bundle.shape, data_levels=bundle.levels, **extra)
+    return Tiny(shape=bundle.form.shape, grey_levels=bundle.form.grey_levels, **extra)

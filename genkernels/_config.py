@@ -12,42 +12,30 @@ ACCELERATORS = ("auto", "cpu", "gpu")
 STRATEGIES = ("auto", "ddp")
 SCHEDULES = ("constant", "cosine")
 
-#: What a resumed run may be told anew. The rest (seed, batch size, ...) fixes which examples and which noise a step
-#: sees.
+#: What a resumed run may be told anew. The rest (seed, batch size, …) fixes which examples and noise a step sees.
 CHANGEABLE = frozenset(
-    {
-        "max_steps",
-        "epochs",
-        "lr",
-        "warmup",
-        "schedule",
-        "clip",
-        "precision",
-        "accelerator",
-        "devices",
-        "strategy",
-        "workers",
-    }
-    | {"log_every", "eval_every", "sample_every", "checkpoint_every", "patience", "backend", "samples", "temperature"}
-    | {"eval_batch_size", "eval_examples"}
+    "max_steps epochs lr warmup schedule clip precision accelerator devices strategy workers log_every eval_every "
+    "sample_every checkpoint_every patience samples temperature eval_examples eval_batch_size backend".split()
 )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Adam with the papers' step size (NICE, RealNVP and Glow all use 1e-3), EMA of the weights, clipped
-    gradients.
+    """How to train. Adam with the papers' step size (NICE, RealNVP and Glow all use 1e-3), averaged weights, clipped
+    gradients. Each field is an option of ``genkernels train``, with the words below as its help.
 
     Attributes:
-        max_steps: optimiser steps in all, counted from step 0 also after a resume.
+        max_steps: steps in all, counted from step 0 also after a resume (None: 2,000 on the command line, where
+            `epochs` is not given either).
         epochs: passes over the data, in place of `max_steps`.
         batch_size: examples a step *on each device*.
-        lr: Adam's step size; it rises linearly over the first `warmup` steps and then follows `schedule`.
+        lr: Adam's step size, times each player's own factor; it rises linearly over the first `warmup` steps and then
+            follows `schedule`.
         warmup: steps of linear warm-up (None: a tenth of the run, 100 at most; deep flows diverge without).
         schedule: ``constant``, or ``cosine`` down to 0 at the last step.
         betas: Adam's moments.
         weight_decay: decoupled (AdamW); 0 is plain Adam.
-        clip: largest gradient norm; 0 does not clip.
+        clip: largest gradient norm of each player; 0 does not clip.
         ema: decay of the averaged weights that evaluation and samples use; 0 keeps none.
         precision: ``32``, ``bf16-mixed`` or ``16-mixed`` (automatic mixed precision). Evaluation and sampling are
             always fp32.
@@ -65,11 +53,10 @@ class TrainConfig:
         patience: stop after this many evaluations without a new best; 0 never stops early.
         samples: pictures on a sample sheet, or points of a plot (None: 64 pictures, 2,000 points).
         temperature: of the samples.
-        eval_examples: held-out images that an evaluation during the run looks at, evenly spread (None: 512, or all
-            points; 0: all). They choose the best weights; the result at the end is over all.
+        eval_examples: held-out images that an evaluation during the run looks at, evenly spread; they choose the best
+            weights, the result at the end is over all (None: 512, or all points; 0: all).
         eval_batch_size: examples at once in evaluation (None: `batch_size`).
         backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None leaves the choice in force alone.
-        class_conditional: gives the labels to the model.
     """
 
     max_steps: int | None = None
@@ -98,7 +85,6 @@ class TrainConfig:
     eval_examples: int | None = None
     eval_batch_size: int | None = None
     backend: str | None = None
-    class_conditional: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list back
@@ -134,7 +120,7 @@ class TrainConfig:
         """Rebuilds a configuration.
 
         Raises:
-            UsageError: a key is unknown, or a value is not allowed.
+            UsageError: a setting is unknown, or a value is not allowed.
         """
         known = [f.name for f in fields(cls)]
         for key in values:

@@ -1,0 +1,117 @@
+"""How a run shows itself while it goes on: drawn over and over on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+
+def bar_on(stream: TextIO, total: int, start: int = 0, *, quiet: bool = False) -> Bar:
+    """Rich's bar on a terminal where rich is installed; else plain lines."""
+    if not quiet and getattr(stream, "isatty", lambda: False)():
+        try:
+            return RichBar(total, start, stream)
+        except ImportError:
+            pass
+    return Bar(total, start, stream, quiet=quiet)
+
+
+class Bar:
+    """A line now and then.
+
+    Args:
+        total: steps of the run. start: steps already done.
+        stream: where to. every: seconds between two lines. quiet: writes nothing.
+    """
+
+    def __init__(self, total: int, start: int, stream: TextIO, every: float = 10.0, quiet: bool = False) -> None:
+        self.total, self.start, self.done, self.stream, self.quiet = total, start, start, stream, quiet
+        self._every, self._began, self._drawn = every, time.monotonic(), -float("inf")
+
+    def update(self, done: int, parts: Callable[[], list[str]]) -> None:
+        """Shows that `done` steps are finished, with ``parts()`` beside it; not where it was shown just now."""
+        self.done, now = done, time.monotonic()
+        if self.quiet or (now - self._drawn < self._every and done < self.total):
+            return
+        self._drawn = now
+        seconds = (now - self._began) / max(1, done - self.start) * (self.total - done)
+        self._draw(parts(), f"{duration(seconds)} left")
+
+    def _draw(self, parts: list[str], left: str) -> None:
+        head = f"{self.done / max(1, self.total):4.0%} {self.done}/{self.total}"
+        self.note("  ".join([head, *parts, *([left] if self.done < self.total else [])]))
+
+    def note(self, text: str) -> None:
+        """Prints a line that stays."""
+        if not self.quiet:
+            self.stream.write(f"{text}\n")
+            self.stream.flush()
+
+    def close(self) -> None:
+        """Leaves the cursor on a line of its own."""
+
+
+class RichBar(Bar):
+    """A bar with the time passed and the time left; below it all that is shown, on as many lines as it takes."""
+
+    def __init__(self, total: int, start: int, stream: TextIO) -> None:
+        from rich import progress
+        from rich.console import Console
+        from rich.text import Text
+
+        super().__init__(total, start, stream, every=0.1)
+        self._parts: list[str] = []
+        bar, console = self, Console(file=stream, highlight=False)
+
+        class Display(progress.Progress):
+            def get_renderables(self):
+                yield self.make_tasks_table(self.tasks)
+                yield from map(Text, lines_of(bar._parts, console.width))
+
+        times = progress.TimeElapsedColumn(), progress.TextColumn("{task.fields[left]}")
+        counts = progress.TaskProgressColumn(), progress.MofNCompleteColumn()
+        # no thread of its own: processes that load data are forked while it would hold a lock
+        self._display = Display(
+            progress.BarColumn(None), *counts, *times, console=console, auto_refresh=False, expand=True
+        )
+        self._task = self._display.add_task("", total=total, completed=start, left="")
+
+    def _draw(self, parts: list[str], left: str) -> None:
+        self._parts = parts
+        self._display.start()
+        self._display.update(self._task, completed=self.done, left=left, refresh=True)
+
+    def note(self, text: str) -> None:
+        self._display.console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._display.stop()
+
+
+def lines_of(parts: list[str], width: int) -> list[str]:
+    """Parts side by side, as many a line as fit: none is torn apart."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """``1:23:45``, ``3:07``: hours only where there are any."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def rate_text(per_second: float | None, noun: str = "images") -> str:
+    """``1,234 images/s``."""
+    return "" if per_second is None else f"{per_second:,.{0 if per_second >= 100 else 1}f} {noun}/s"
+
+
+def number(value: float) -> str:
+    """Three decimals, or as many digits as a very large or very small number takes."""
+    return f"{value:.3f}" if value == 0 or 1e-2 <= abs(value) < 1e5 else f"{value:.3g}"

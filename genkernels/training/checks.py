@@ -1,0 +1,89 @@
+"""What is looked at before a run begins, and what is said where one breaks off."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from genkernels._config import TrainConfig
+from genkernels._words import UsageError
+from genkernels.training.order import fetch
+
+if TYPE_CHECKING:
+    from genkernels.data import DataBundle
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """That it says what training asks it."""
+    needed = ("players", "losses", "evaluate", "sample", "pictures")
+    if missing := [name for name in needed if not callable(getattr(model, name, None))]:
+        raise UsageError(
+            f"the model must be a genkernels.models.Model: {type(model).__name__} has no {' and no '.join(missing)}"
+        )
+
+
+def check_data(bundle: DataBundle) -> None:
+    """That there are some, and no NaN among them."""
+    for part, dataset in (("train", bundle.train), ("test", bundle.test)):
+        if not len(dataset):
+            raise UsageError(f"data {bundle.name}: the {part} part must hold at least 1 example, got 0")
+        if not fetch(dataset, [0])[0].is_floating_point():
+            continue
+        # A second or two for 100,000 points; what lies beyond is left to the guard that watches the losses.
+        for first in range(0, min(len(dataset), 100_000), 1024):
+            x = fetch(dataset, list(range(first, min(first + 1024, len(dataset)))))[0]
+            fine = x.isfinite().flatten(1).all(1)
+            if not fine.all():
+                example = first + int((~fine).nonzero()[0])
+                raise UsageError(
+                    f"data {bundle.name}: every value must be finite, {part} example {example} holds NaN or infinity"
+                )
+
+
+def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:
+    """Fills in what was left open and checks it against this machine."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    accelerator = config.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
+    if accelerator == "gpu" and not gpus:
+        raise UsageError("accelerator gpu needs an NVIDIA GPU and a CUDA build of torch: this torch sees no GPU")
+    if accelerator == "gpu" and config.devices > gpus:
+        raise UsageError(f"devices must be at most the {gpus} GPU(s) of this machine, got {config.devices}")
+    if accelerator == "cpu" and config.precision == "16-mixed":
+        raise UsageError("precision 16-mixed needs a GPU: on the CPU choose 32 or bf16-mixed")
+    world_size = config.devices * int(os.environ.get("NNODES", "1") or 1)
+    tenth = max(1, config.total_steps(examples, world_size) // 10)
+    evaluate_every = tenth if config.eval_every is None else config.eval_every
+    look = 1 if accelerator == "cpu" and config.devices == 1 else 20
+    return config.changed(
+        accelerator=accelerator,
+        strategy="ddp" if config.devices > 1 and config.strategy == "auto" else config.strategy,
+        eval_every=evaluate_every,
+        sample_every=evaluate_every if config.sample_every is None else config.sample_every,
+        log_every=config.log_every or look,
+        eval_examples=(512 if is_image else 0) if config.eval_examples is None else config.eval_examples,
+        samples=config.samples or (64 if is_image else 2000),
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0: under DDP Fabric starts the others by running the same command again."""
+    ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name, "0") or 0) == 0 for name in ranks)
+
+
+def explained(error: Exception, step: int, run) -> str | None:
+    """A sentence for what can go wrong through no fault of the program; None for everything else."""
+    from genkernels.data import DataError
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return f"memory ran out in step {step}: choose a smaller --batch-size, or --reversible where the model has it"
+    if isinstance(error, DataError):  # from a loader process it comes with that process's traceback in front
+        return f"the data could not be read in step {step}: {lines[-1].split('DataError: ')[-1]}"
+    if isinstance(error, OSError) and run:
+        return f"the run folder {run} could not be written in step {step}: {error.strerror or lines[0]}"
+    return None
