@@ -63,10 +63,10 @@ class AffineCoupling(nn.Module):
         }
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling(x, self._params(self._seen(x), context), **self.options)
+        return ops.affine_coupling(x, self.params(self._seen(x), context), **self.options)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling_inverse(z, self._params(self._seen(z), context), **self.options)
+        return ops.affine_coupling_inverse(z, self.params(self._seen(z), context), **self.options)
 
     @torch.no_grad()
     def reverse_backward(
@@ -89,7 +89,7 @@ class AffineCoupling(nn.Module):
             if context is not None:
                 context = context.detach().requires_grad_(context.is_floating_point())
                 leaves += [context] if context.requires_grad else []
-            params = self._params(seen, context)
+            params = self.params(seen, context)
         x, grad_x, grad_params = ops.affine_coupling_reverse(grad_z, grad_ldj, z, params.detach(), **self.options)
         if not params.requires_grad:  # a net that ignores all its inputs
             return x, grad_x, None, [None] * len(wanted)
@@ -102,7 +102,8 @@ class AffineCoupling(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
 
-    def _params(self, seen: Tensor, context: Tensor | None) -> Tensor:
+    def params(self, seen: Tensor, context: Tensor | None) -> Tensor:
+        """What the network makes of the half that it sees."""
         return self.net(seen) if context is None else self.net(seen, context)
 
     def _seen(self, x: Tensor) -> Tensor:
@@ -114,12 +115,16 @@ class AffineCoupling(nn.Module):
                 )
             # filled, not multiplied: a NaN in the transformed pixels stays out
             return x.masked_fill(transformed_pixels(*x.shape[2:], self.options["flip"], x.device), 0)
+        self.check(x)
+        return self._passing(x)
+
+    def check(self, x: Tensor) -> None:
+        """That x can be split into halves of its channels."""
         if x.dim() < 2 or x.shape[1] % 2:
             raise ValueError(
                 "AffineCoupling: x must be [N, C, ...] with an even number of channels for the channel split, "
                 f"got {list(x.shape)}"
             )
-        return self._passing(x)
 
     def _passing(self, x: Tensor) -> Tensor:
         """The half that passes, as a view (checkerboard: all of x)."""
