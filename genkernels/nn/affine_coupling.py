@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -114,7 +117,7 @@ class AffineCoupling(nn.Module):
                     f"AffineCoupling: x must be [N, C, H, W] for the checkerboard split, got {list(x.shape)}"
                 )
             # filled, not multiplied: a NaN in the transformed pixels stays out
-            return x.masked_fill(transformed_pixels(*x.shape[2:], self.options["flip"], x.device), 0)
+            return x.masked_fill(_transformed(x, self.options["flip"]), 0)
         self.check(x)
         return self._passing(x)
 
@@ -132,3 +135,17 @@ class AffineCoupling(nn.Module):
             return x
         half = x.shape[1] // 2
         return x.narrow(1, half if self.options["flip"] else 0, half)
+
+
+def _transformed(x: Tensor, flip: bool) -> Tensor:
+    """`transformed_pixels` of x, on a CPU made once for each size: there the making costs more than the use."""
+    height, width = x.shape[2:]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return transformed_pixels(height, width, flip, x.device)
+    return torch.from_numpy(_checkerboard(height, width, flip))
+
+
+@functools.lru_cache(maxsize=64)
+def _checkerboard(height: int, width: int, flip: bool) -> np.ndarray:
+    """An array: a cached tensor might be a fake one."""
+    return transformed_pixels(height, width, flip, torch.device("cpu")).numpy().copy()

