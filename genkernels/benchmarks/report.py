@@ -19,12 +19,12 @@ ONE_PASS = "one pass"
 _PICTURES = (".png", ".svg", ".pdf")
 _HEAD = (
     "  "
-    f"{'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}"
+    f"{'provider':<14}{'median ms':>11}{'20 – 80 % ms':>19}{'× reference':>13}{'× compiled':>12}"
     f"{'of peak':>9}{'peak MiB':>11}"
 )
 _HEAD_WITH_PASS = (
     "  "
-    f"{'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}"
+    f"{'provider':<14}{'median ms':>11}{'20 – 80 % ms':>19}{'× reference':>13}{'× compiled':>12}"
     f"{'× one pass':>12}{'of peak':>8}{'peak MiB':>9}"
 )
 _LEGEND = (
@@ -52,8 +52,8 @@ def lines(results) -> Iterator[tuple[str, str]]:
         best = min((seconds for name, seconds in times.items() if name != ONE_PASS), default=None)
         for row in rows:
             if row.gate == "fail":
-                text = textwrap.wrap(f"FAIL {row.fault}; no speed is shown", WIDTH - 15)
-                yield "fail", f"  {row.provider:<11}  {text[0]}"
+                text = textwrap.wrap(f"FAIL {row.fault}; no speed is shown", WIDTH - 20)
+                yield "fail", f"  {row.provider:<14}  {text[0]}"
                 yield from (("fail", " " * 20 + part) for part in text[1:])
             else:
                 yield ("best" if row.median_s == best else "row"), _line(row, times)
@@ -85,7 +85,7 @@ def _line(row, times: dict[str, float]) -> str:
     peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
     common = (
         "  "
-        f"{row.provider:<11}{milliseconds(row.median_s):>11}{spread:>21}{ratio('reference'):>13}{ratio('compiled'):>12}"
+        f"{row.provider:<14}{milliseconds(row.median_s):>11}{spread:>19}{ratio('reference'):>13}{ratio('compiled'):>12}"
     )
     if ONE_PASS in times:
         return f"{common}{ratio(ONE_PASS):>12}{share:>8}{peak:>9}"
