@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
@@ -127,6 +128,50 @@ def show(results, file: IO[str] | None = None) -> None:
     console = Console(file=file, highlight=False)
     for style, text in lines(results):
         console.print(Text(text, style=styles.get(style, "")), soft_wrap=True)
+
+
+# --- whole training steps, for the documentation ---------------------------------------------------------------------
+
+_STEPS = {"reference": "eager", "compiled": "compiled", "fused": "fused", "fused compiled": "fused compiled"}
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def training_step_table(results_json: dict | str | os.PathLike) -> str:
+    """The rows of ``genkernels bench training_step --json`` as a Markdown table, one model, preset and precision a line.
+
+    Milliseconds a step (medians); × eager and × compiled are those of the faster of the two fused providers.
+
+    Args:
+        results_json: what the file holds, or its path.
+    """
+    if not isinstance(results_json, dict):
+        results_json = json.loads(Path(results_json).read_text())
+    lines: dict[tuple, dict[str, dict]] = {}
+    for row in results_json["rows"]:
+        _, model, preset = row["case"].split("/")
+        lines.setdefault((model, preset, row["dtype"]), {})[row["provider"]] = row
+    peers = sorted({name for by_provider in lines.values() for name in by_provider} - set(_STEPS))
+    heads = ["model", "preset", "precision", "batch", *(f"{name} ms" for name in [*_STEPS.values(), *peers])]
+    heads += ["× eager", "× compiled"]
+    table = [_markdown(heads), _markdown(["---"] * 3 + ["---:"] * (len(heads) - 3))]
+    for (model, preset, dtype), by_provider in lines.items():
+        times = {name: row["median_s"] for name, row in by_provider.items() if row["median_s"]}
+        best = min((times[name] for name in ("fused", "fused compiled") if name in times), default=None)
+        cells = [_cell(by_provider.get(name)) for name in [*_STEPS, *peers]]
+        ratios = [f"{times[name] / best:.2f}" if best and name in times else "–" for name in ("reference", "compiled")]
+        batch = str(next(iter(by_provider.values()))["shape"][0])
+        table.append(_markdown([model, preset, _PRECISIONS.get(dtype, dtype), batch, *cells, *ratios]))
+    return "\n".join(table) + "\n"
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return "–"
+    return milliseconds(row["median_s"]) if row["gate"] == "pass" and row["median_s"] else "fails the gate"
+
+
+def _markdown(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -112,6 +112,8 @@ def measure(
     seconds = min(0.4, 2 * effort.seconds)
     ceilings.measure(dtypes, seconds)
     results, left_out, found = Results({}), {}, {}
+    whole_steps = bool(cases) and isinstance(cases[0], StepCase)
+    budget = training_step.Budget(limit, len(cases), chosen) if limit and whole_steps else None
     order = sorted(range(len(cases)), key=lambda index: index % 3) if limit else range(len(cases))
     try:
         for count, index in enumerate(order):
@@ -119,7 +121,14 @@ def measure(
                 break
             case = cases[index]
             _progress(f"[{count + 1}/{len(cases)}] {case.title}")
-            found[index], skipped = run_case(case, chosen, device, effort)
+            if budget:
+                began_case = time.monotonic()
+                offered = budget.chosen(began_case - began)
+                found[index], skipped = run_case(case, offered, device, effort)
+                budget.done(time.monotonic() - began_case)
+                skipped += [(p.name, f"left out, the {limit:g} s being short") for p in chosen if p not in offered]
+            else:
+                found[index], skipped = run_case(case, chosen, device, effort)
             for provider, reason in skipped:
                 left_out.setdefault(provider, {}).setdefault(reason, []).append(case.name)
     finally:

@@ -1,8 +1,8 @@
 """``genkernels bench training_step [MODEL …]``: whole training steps of whole models.
 
 A step is what training does: the loss, its backward pass, the gradients clipped to norm 1, Adam. Models stand at their
-presets, on synthetic data of the presets' form (grey levels, or points), dropout off so that every provider can be held
-against the same numbers. ``bfloat16`` rows are bf16-mixed as in training: weights and data fp32, the loss under autocast.
+presets, on synthetic data of the presets' form (grey levels, or points), dropout off so that all providers can be held
+against the same numbers. ``bfloat16`` rows are training's bf16-mixed: fp32 weights and data, the loss under autocast.
 
 The providers:
 
@@ -29,6 +29,7 @@ import functools
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -99,7 +100,7 @@ def cases(quick: bool = False) -> list[StepCase]:
     if quick:
         first = {m: p for m, p in reversed(every) if p != "photos32"}
         return [StepCase(m, first[m], torch.float32, QUICK_GATE_STEPS) for m in presets if m in first]
-    return [StepCase(m, p, dtype) for m, p in every for dtype in DTYPES]
+    return [StepCase(m, p, dtype) for dtype in DTYPES for m, p in every]
 
 
 def find(names: Iterable[str], quick: bool = False) -> list[StepCase]:
@@ -172,7 +173,7 @@ def batches_of(case: StepCase, model: Model, device: torch.device) -> list[Tenso
             ring = torch.cat([angle.cos(), angle.sin()], dim=1).repeat(1, -(-model.dim // 2))[:, : model.dim]
             drawn.append(ring + 0.1 * torch.randn(count, model.dim, generator=rng))
             continue
-        levels = model.dequantize.levels if hasattr(model, "dequantize") else grey_levels(model)
+        levels = grey_levels(model)
         channels, height, width = model.shape
         coarse = torch.rand(count, channels, max(height // 4, 2), max(width // 4, 2), generator=rng)
         smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
@@ -267,6 +268,7 @@ class StepProvider:
     backend: str
     compiled: bool
     ours: bool
+    seconds: float = 0.0  # that it took to compile and to pass the gate, in all cases together
 
     def open(self, problem: StepProblem) -> StepSession:
         device = problem.batches[0].device
@@ -295,6 +297,7 @@ class StepSession:
 
     def check(self) -> str:
         problem = self.problem
+        began = time.monotonic()
         try:
             with use_backend(self.provider.backend), torch.random.fork_rng():
                 losses = self.trainer.run(problem.batches)
@@ -302,6 +305,8 @@ class StepSession:
             if self.provider.ours:
                 raise
             raise Unavailable(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from None
+        finally:
+            self.provider.seconds += time.monotonic() - began
         return fault_of(losses, problem.truth, problem.own_error)
 
     def warm_up(self) -> float:
@@ -329,3 +334,35 @@ def local() -> list[StepProvider]:
         StepProvider("fused", "auto", compiled=False, ours=True),
         StepProvider("fused compiled", "auto", compiled=True, ours=True),
     ]
+
+
+class Budget:
+    """Which providers a case is given, so that within a limit every case has its rows.
+
+    Compiling a model takes longer than all else. A case is compiled while what is left of the limit also holds the
+    eager providers of all cases to come, by what the cases so far took.
+    """
+
+    def __init__(self, limit: float, cases: int, offered: Sequence):
+        self.limit, self.left, self.offered = limit, cases, offered
+        self._eager: list[float] = []
+        self._compiling: list[float] = []
+        self._before = 0.0
+
+    def chosen(self, elapsed: float) -> list:
+        """The providers of the next case, `elapsed` seconds after the start."""
+        self._before = self._compiled_seconds()
+        eager = self.left * max(self._eager, default=0.0) / 2  # half of the longest is above the mean
+        fits = self.limit - elapsed >= eager + max(self._compiling, default=0.0)
+        return [p for p in self.offered if fits or not getattr(p, "compiled", False)]
+
+    def done(self, seconds: float) -> None:
+        """The case took so long in all."""
+        compiling = self._compiled_seconds() - self._before
+        self.left -= 1
+        self._eager.append(seconds - compiling)
+        if compiling:
+            self._compiling.append(compiling)
+
+    def _compiled_seconds(self) -> float:
+        return sum(p.seconds for p in self.offered if getattr(p, "compiled", False))
