@@ -137,9 +137,10 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def training_step_table(results_json: dict | str | os.PathLike) -> str:
-    """The rows of ``genkernels bench training_step --json`` as a Markdown table, one model, preset and precision a line.
+    """What ``genkernels bench training_step --json`` wrote as a Markdown table, a line for each model, preset, dtype.
 
-    Milliseconds a step (medians); × eager and × compiled are those of the faster of the two fused providers.
+    Milliseconds a step (medians). × eager: how many times as fast as eager PyTorch the fused step is; × compiled: how
+    many times as fast as compiled PyTorch it is inside ``torch.compile``.
 
     Args:
         results_json: what the file holds, or its path.
@@ -156,9 +157,11 @@ def training_step_table(results_json: dict | str | os.PathLike) -> str:
     table = [_markdown(heads), _markdown(["---"] * 3 + ["---:"] * (len(heads) - 3))]
     for (model, preset, dtype), by_provider in lines.items():
         times = {name: row["median_s"] for name, row in by_provider.items() if row["median_s"]}
-        best = min((times[name] for name in ("fused", "fused compiled") if name in times), default=None)
         cells = [_cell(by_provider.get(name)) for name in [*_STEPS, *peers]]
-        ratios = [f"{times[name] / best:.2f}" if best and name in times else "–" for name in ("reference", "compiled")]
+        ratios = [
+            f"{times[base] / times[ours]:.2f}" if base in times and ours in times else "–"
+            for base, ours in (("reference", "fused"), ("compiled", "fused compiled"))
+        ]
         batch = str(next(iter(by_provider.values()))["shape"][0])
         table.append(_markdown([model, preset, _PRECISIONS.get(dtype, dtype), batch, *cells, *ratios]))
     return "\n".join(table) + "\n"

@@ -42,11 +42,12 @@ from torch import Tensor, nn
 
 from genkernels._words import UsageError, near_names
 from genkernels.backends import use_backend, why_missing
+from genkernels.benchmarks.cases import WHOLE_STEPS
 from genkernels.benchmarks.measure import Inputs, Work
 from genkernels.benchmarks.providers import Unavailable, first_line
 from genkernels.models import MODELS, Model
 
-NAME = "training_step"
+NAME = WHOLE_STEPS
 PRESETS = ("digits", "points", "photos32")
 GATE_STEPS, QUICK_GATE_STEPS = 30, 3
 TOLERANCE = 1e-4
@@ -352,7 +353,7 @@ class Budget:
     def chosen(self, elapsed: float) -> list:
         """The providers of the next case, `elapsed` seconds after the start."""
         self._before = self._compiled_seconds()
-        eager = self.left * max(self._eager, default=0.0) / 2  # half of the longest is above the mean
+        eager = self.left * sum(self._eager) / max(len(self._eager), 1)
         fits = self.limit - elapsed >= eager + max(self._compiling, default=0.0)
         return [p for p in self.offered if fits or not getattr(p, "compiled", False)]
 
