@@ -1,4 +1,4 @@
-"""The memory layout in which a network of plain convolutions runs."""
+"""What a processor likes best: the memory layout of plain convolutions, and where bf16 products are its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from genkernels.backends import current_backend
+
+#: Whether bf16 products run on matrix units (AMX): at every size they outdo a kernel that has to widen to fp32.
+BF16_UNITS = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def convolution_layout(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from genkernels import ops
 from genkernels.backends import current_backend
 from genkernels.nn._buffers import renew
+from genkernels.nn._layout import BF16_UNITS
 from genkernels.ops._operator import whole
 from genkernels.reference.made import degree_mask, masked_weight
 
@@ -18,8 +19,6 @@ from genkernels.reference.made import degree_mask, masked_weight
 #: out. Measured on one core, forward and backward at batch 64: 64×64 70 µs against 116 µs, 128×128 125 against 152,
 #: 256×256 326 against 323, 512×512 1,303 against 830.
 DENSE_WEIGHTS = 256 * 256
-#: Whether bf16 products run on matrix units (AMX): at every size they outdo a kernel that has to widen to fp32.
-_BF16_UNITS = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 class MaskedLinear(nn.Linear):
@@ -120,7 +119,7 @@ class MaskedLinear(nn.Linear):
         if dtype is None or x.dim() < 1 or x.shape[-1] != self.in_features:
             return None  # unusual, or wrong: the operator says so in a sentence
         if dtype == torch.bfloat16:
-            return dtype if _BF16_UNITS else None
+            return dtype if BF16_UNITS else None
         return dtype if dtype != torch.float16 and self.weight.numel() <= DENSE_WEIGHTS else None
 
 
