@@ -70,7 +70,7 @@ def operator_page(operator) -> str:
         "triton": f"genkernels/triton/{operator.name}.py",
         "cuda": f"csrc/cuda/{operator.name}.cu",
     }
-    rows = [(name, operator.backends.get(name) or f"`{file}`") for name, file in floors.items()]
+    rows = [(name, operator.kernels.get(name) or f"`{file}`") for name, file in floors.items()]
     parts.append("## Backends\n\n" + table(rows, ("backend", "where")))
     parts.append(
         "## Composability\n\n"

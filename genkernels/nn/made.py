@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from genkernels import ops
 from genkernels.nn._buffers import renew
-from genkernels.ops._operator import whole
+from genkernels.ops import checks
 from genkernels.ops.made import METHODS, SCALE_MAPS
 from genkernels.reference.affine_coupling import log_scale
 from genkernels.reference.made import degree_mask, masked_weight, plan
@@ -56,8 +56,8 @@ class MaskedLinear(nn.Linear):
         device=None,
         dtype=None,
     ):
-        whole("MaskedLinear", "in_features", in_features, 1)
-        whole("MaskedLinear", "out_features", out_features, 1)
+        checks.integer("MaskedLinear", "in_features", in_features, 1)
+        checks.integer("MaskedLinear", "out_features", out_features, 1)
         into = _degrees("in_degrees", in_degrees, in_features)
         out = _degrees("out_degrees", out_degrees, out_features)
         seen = degree_mask(into, out, strict).any(1)
@@ -149,7 +149,7 @@ class MADE(nn.Module):
             ("params_per_feature", params_per_feature, 1),
             ("context_features", context_features, 0),
         ):
-            whole("MADE", name, value, least)
+            checks.integer("MADE", name, value, least)
         sizes = tuple(hidden_features)
         if not all(isinstance(h, int) and not isinstance(h, bool) for h in sizes):
             raise ValueError(f"MADE: hidden_features must be one integer or several, got {list(sizes)}")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-ACTIVATIONS = ("none", "relu", "gate")
+from genkernels._options import Activation
+
+ACTIVATIONS = Activation.words()
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Stage:
 
     def tensors(self) -> list[Tensor]:
         """Weights, then the bias, then the condition, those that there are."""
-        found = [weight for _, weight in self.inputs]
-        return found + [t for t in (self.bias, self.condition) if t is not None]
+        weights = [weight for _, weight in self.inputs]
+        return weights + [t for t in (self.bias, self.condition) if t is not None]
 
     def width(self, channels: Sequence[int]) -> int:
         """Channels before the activation, where `channels` are those of the planes so far."""
@@ -57,11 +59,11 @@ class Stage:
 
 def plane_channels(stages: Sequence[Stage], channels: int) -> list[int]:
     """Channels of every plane, plane 0 first."""
-    found = [channels]
+    of_planes = [channels]
     for stage in stages:
-        width = stage.width(found)
-        found.append(width // 2 if stage.activation == "gate" else width)
-    return found
+        width = stage.width(of_planes)
+        of_planes.append(width // 2 if stage.activation == "gate" else width)
+    return of_planes
 
 
 def network_output(stages: Sequence[Stage], image: Tensor) -> Tensor:
@@ -96,11 +98,11 @@ def flatten(stages: Sequence[Stage], channels: int) -> tuple[list[Tensor], list[
     vertical, whether there is a bias, dimensions of the condition (0 for none), the count of added planes and they, the
     count of inputs and their planes.
     """
-    found = plane_channels(stages, channels)
+    of_planes = plane_channels(stages, channels)
     tensors: list[Tensor] = []
     plan = [len(stages)]
     for k, stage in enumerate(stages):
-        plan += [stage.width(found[: k + 1]), ACTIVATIONS.index(stage.activation)]
+        plan += [stage.width(of_planes[: k + 1]), ACTIVATIONS.index(stage.activation)]
         plan += [-1 if stage.residual is None else stage.residual, int(stage.vertical), int(stage.bias is not None)]
         plan += [0 if stage.condition is None else stage.condition.dim(), len(stage.added), *stage.added]
         plan += [len(stage.inputs), *(index for index, _ in stage.inputs)]
@@ -110,19 +112,19 @@ def flatten(stages: Sequence[Stage], channels: int) -> tuple[list[Tensor], list[
 
 def unflatten(tensors: Sequence[Tensor], plan: Sequence[int]) -> list[Stage]:
     """The inverse of `flatten`."""
-    numbers, left = iter(plan), iter(tensors)
+    numbers, tensors = iter(plan), iter(tensors)
     stages = []
     for _ in range(next(numbers)):
         next(numbers)
         activation, residual, vertical, has_bias, condition = (next(numbers) for _ in range(5))
         added = tuple(next(numbers) for _ in range(next(numbers)))
-        inputs = tuple([(next(numbers), next(left)) for _ in range(next(numbers))])
+        inputs = tuple([(next(numbers), next(tensors)) for _ in range(next(numbers))])
         stages.append(
             Stage(
                 inputs=inputs,
                 added=added,
-                bias=next(left) if has_bias else None,
-                condition=next(left) if condition else None,
+                bias=next(tensors) if has_bias else None,
+                condition=next(tensors) if condition else None,
                 activation=ACTIVATIONS[activation],
                 residual=None if residual < 0 else residual,
                 vertical=bool(vertical),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkernels import reference
+from genkernels.reference import affine_coupling as reference
 from genkernels.reference.affine_coupling import transformed_pixels
 
 MAPS = {"exp": 0, "sigmoid": 1, "tanh": 2, "additive": 3}

@@ -9,7 +9,7 @@ import emulation
 import pytest
 import torch
 
-from genkernels import reference
+from genkernels.reference import made as reference
 from genkernels.reference.made import plan
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -76,10 +76,10 @@ def test_inverse_and_its_gradient(kernels, poisoned_memory, net, scale_map, dtyp
 def test_dead_weights_never_act(kernels, poisoned_memory):
     z, context, weights, biases, order, counts, residual = network(6, (9, 11), False, False, 3, torch.float32)
     expected = kernels.made_inverse(z, context, weights, biases, order, counts, residual, 0)
-    degrees = reference.made.degrees_of(order, counts, (9, 11))
+    degrees = reference.degrees_of(order, counts, (9, 11))
     outs = [*degrees[1:], degrees[0].repeat(2)]
     dirty = [
-        w.masked_fill(~reference.made.degree_mask(i, o, k == 2), float("nan"))
+        w.masked_fill(~reference.degree_mask(i, o, k == 2), float("nan"))
         for k, (w, i, o) in enumerate(zip(weights, degrees, outs, strict=True))
     ]
     for a, b in zip(kernels.made_inverse(z, context, dirty, biases, order, counts, residual, 0), expected, strict=True):

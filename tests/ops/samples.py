@@ -2,7 +2,8 @@
 
 import torch
 
-from genkernels import ops, reference
+from genkernels import ops
+from genkernels.reference import made as reference
 
 
 def affine_coupling(device="cpu", dtype=torch.float64):
@@ -44,7 +45,7 @@ def made(device="cpu", dtype=torch.float64):
     """The inverse through a small network with a context."""
     generator = torch.Generator().manual_seed(1)
     degrees = [torch.tensor(d, device=device) for d in ([2, 1, 3], [0, 1, 1, 2], [0, 1, 2, 2])]
-    order, counts = reference.made.plan(degrees)
+    order, counts = reference.plan(degrees)
     shapes = [(2, 3), (2, 4), (4, 3), (4,), (4, 4), (4,), (6, 4), (6,)]
     tensors = (torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes)
 

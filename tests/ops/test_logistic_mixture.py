@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import genkernels as gk
-from genkernels import backends, ops, reference
+from genkernels import backends, ops
+from genkernels.reference import logistic_mixture as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WORK = {torch.float64: torch.float64}
@@ -30,7 +31,7 @@ SHAPES = [
 
 @pytest.fixture
 def backend(backend):
-    if reason := ops.OPERATORS["logistic_mixture"].backends.get(backend):
+    if reason := ops.OPERATORS["logistic_mixture"].kernels.get(backend):
         pytest.skip(f"{backend}: {reason}")
     return backend
 

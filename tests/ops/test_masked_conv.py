@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import genkernels as gk
-from genkernels import backends, ops, reference
+from genkernels import backends, ops
+from genkernels.reference import masked_conv as reference
 from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, causal_mask, keeps_pre
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -22,7 +23,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def backend(backend):
-    if reason := ops.OPERATORS["masked_conv"].backends.get(backend):
+    if reason := ops.OPERATORS["masked_conv"].kernels.get(backend):
         pytest.skip(f"{backend}: {reason}")
     return backend
 

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from genkernels import reference
+from genkernels.reference import affine_coupling as reference
 from genkernels.triton import affine_coupling as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from genkernels import reference
 from genkernels.ops.autoregressive_sampling import HEADS, state_size
+from genkernels.reference import autoregressive_sampling as reference
 from genkernels.reference._stages import flatten
 from genkernels.triton import autoregressive_sampling as kernels
 from tests.ops.causal_networks import Maker, any_network, assert_same_draws, cast, plain, two_stacks, uniform

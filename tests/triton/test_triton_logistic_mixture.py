@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from genkernels import reference
+from genkernels.reference import logistic_mixture as reference
 from genkernels.triton import logistic_mixture as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

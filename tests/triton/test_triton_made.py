@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from genkernels import reference
+from genkernels.reference import made as reference
 from genkernels.reference.made import plan
 from genkernels.triton import made as kernels
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genkernels import reference
+from genkernels.reference import masked_conv as reference
 from genkernels.triton import masked_conv as kernels
 from tests.ops.test_masked_conv import PROBLEMS, Problem, cotangents, everything, wide
 
