@@ -14,8 +14,10 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-RELU = tl.constexpr(1)
-GATE = tl.constexpr(2)
+from genkernels._options import Activation
+
+RELU = tl.constexpr(Activation.RELU.value)
+GATE = tl.constexpr(Activation.GATE.value)
 VECTOR = tl.constexpr(4)  # numbers that are loaded at once
 
 

@@ -34,9 +34,8 @@ import torch
 import triton
 import triton.language as tl
 
+from genkernels._options import Head
 from genkernels.triton import KernelSpec, _draw, _math, _stages
-
-MIXTURE = 1  # the head's number
 
 SIZES = (
     "n",
@@ -76,9 +75,8 @@ def _activated(b_a, b_b, activation, GATED: tl.constexpr):
     b_a = tl.where(b_a < tl.where(activation == _stages.RELU, 0.0, float("-inf")), 0.0, b_a)  # NaN stays
     if GATED:
         b_tanh, _ = _math.tanh(b_a)
-        b_e = _math.exp(-tl.abs(b_b))
-        b_near = _math.reciprocal_of_sum(1.0, b_e)
-        b_a = tl.where(activation == _stages.GATE, b_tanh * tl.where(b_b < 0, b_e * b_near, b_near), b_a)
+        b_sigmoid, _, _ = _math.sigmoid(b_b)
+        b_a = tl.where(activation == _stages.GATE, b_tanh * b_sigmoid, b_a)
     return b_a
 
 
@@ -532,7 +530,7 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
     n, channels, height, columns = image.shape
     if image.numel() == 0 or begin >= end:
         return
-    mixture = head == MIXTURE
+    mixture = head == Head.LOGISTIC_MIXTURE
     net = _stages.Network(tensors, plan, channels, 1 if mixture else channels, noise, begin, end)
     mixtures = net.planes[-1].channels // (3 if channels == 1 else 10) if mixture else 0
     if state.shape != (n, net.state_size):

@@ -38,12 +38,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genkernels._options import Activation, MaskType, Region
 from genkernels.triton import KernelSpec, _math
 
-RASTER, VERTICAL, HORIZONTAL = range(3)
-NONE = tl.constexpr(0)
-RELU = tl.constexpr(1)
-GATE = tl.constexpr(2)
+RASTER, VERTICAL, HORIZONTAL = Region
+NONE = tl.constexpr(Activation.NONE.value)
+RELU = tl.constexpr(Activation.RELU.value)
+GATE = tl.constexpr(Activation.GATE.value)
 
 # Triton's interpreter multiplies the bit patterns of bf16: there operands are widened, and products are the same.
 WIDENED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -65,15 +66,9 @@ SIZES = (
 
 
 @triton.jit
-def _wide(b_x):
-    """The type that is computed in."""
-    return b_x if b_x.dtype == tl.float64 else b_x.to(tl.float32)
-
-
-@triton.jit
 def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
     if WIDENED:
-        return b_acc + tl.dot(_wide(b_a), _wide(b_b), input_precision="ieee", out_dtype=b_acc.dtype)
+        return b_acc + tl.dot(_math.wide(b_a), _math.wide(b_b), input_precision="ieee", out_dtype=b_acc.dtype)
     else:
         return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
 
@@ -82,10 +77,8 @@ def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 def _gate_parts(b_a, b_b):
     """tanh(a), 1 - tanh(a)^2, sigmoid(b), 1 - sigmoid(b)."""
     b_tanh, b_slope = _math.tanh(b_a)
-    b_e = _math.exp(-tl.abs(b_b))
-    b_near = _math.reciprocal_of_sum(1.0, b_e)
-    b_far = b_e * b_near
-    return b_tanh, b_slope, tl.where(b_b < 0, b_far, b_near), tl.where(b_b < 0, b_near, b_far)
+    b_sigmoid, b_rest, _ = _math.sigmoid(b_b)
+    return b_tanh, b_slope, b_sigmoid, b_rest
 
 
 @triton.jit
@@ -261,7 +254,7 @@ def _conv_kernel(
         b_y = b_tanh * b_sigmoid
     o_y = (b_n * (left.to(tl.int64) * size) + b_hw)[None, :] + (o_o * size)[:, None]
     if p_residual is not None:
-        b_y += _wide(tl.load(p_residual + o_y, m))
+        b_y += _math.wide(tl.load(p_residual + o_y, m))
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), m)
 
 
@@ -269,10 +262,10 @@ def _conv_kernel(
 def _shifted(b_acc, p_bias, p_condition, p_pre, o_o, o_full, o_n, m_o, m, FLAT_CONDITION: tl.constexpr):
     """Bias and condition added; kept where the backward wants it."""
     if p_bias is not None:
-        b_acc += _wide(tl.load(p_bias + o_o, m_o, other=0.0))[:, None]
+        b_acc += _math.wide(tl.load(p_bias + o_o, m_o, other=0.0))[:, None]
     if p_condition is not None:
         o_c = o_n[None, :] + o_o[:, None] if FLAT_CONDITION else o_full
-        b_acc += _wide(tl.load(p_condition + o_c, m, other=0.0))
+        b_acc += _math.wide(tl.load(p_condition + o_c, m, other=0.0))
     if p_pre is not None:
         tl.store(p_pre + o_full, b_acc.to(p_pre.dtype.element_ty), m)
     return b_acc
@@ -394,19 +387,19 @@ def _slope_kernel(
         b_g = tl.zeros([BLOCK], ACC)
         b_g2 = tl.zeros([BLOCK], ACC)
         if p_grad is not None:
-            b_g = _wide(tl.load(p_grad + plane * size + o, m, other=0.0))
+            b_g = _math.wide(tl.load(p_grad + plane * size + o, m, other=0.0))
             if ACTIVATION == RELU:
-                b_g = tl.where(_wide(tl.load(p_state + first * size + o, m, other=0.0)) <= 0, 0.0, b_g)
+                b_g = tl.where(_math.wide(tl.load(p_state + first * size + o, m, other=0.0)) <= 0, 0.0, b_g)
             elif ACTIVATION == GATE:
-                b_a = _wide(tl.load(p_state + first * size + o, m, other=0.0))
-                b_b = _wide(tl.load(p_state + second * size + o, m, other=0.0))
+                b_a = _math.wide(tl.load(p_state + first * size + o, m, other=0.0))
+                b_b = _math.wide(tl.load(p_state + second * size + o, m, other=0.0))
                 b_tanh, b_slope, b_sigmoid, b_rest = _gate_parts(b_a, b_b)
                 b_g2 = b_g * b_tanh * (b_sigmoid * b_rest)
                 b_g = b_g * b_sigmoid * b_slope
         if p_grad_pre is not None:
-            b_g += _wide(tl.load(p_grad_pre + first * size + o, m, other=0.0))
+            b_g += _math.wide(tl.load(p_grad_pre + first * size + o, m, other=0.0))
             if ACTIVATION == GATE:
-                b_g2 += _wide(tl.load(p_grad_pre + second * size + o, m, other=0.0))
+                b_g2 += _math.wide(tl.load(p_grad_pre + second * size + o, m, other=0.0))
         if p_g is not None:
             tl.store(p_g + first * size + o, b_g.to(p_g.dtype.element_ty), m)
             if ACTIVATION == GATE:
@@ -444,7 +437,7 @@ class _Taps(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _taps_of(height: int, width: int, mask_type: int, data_channels: int, region: int, activation: int) -> _Taps:
-    above, middle, strict = height // 2 * width, width // 2, mask_type == 0
+    above, middle, strict = height // 2 * width, width // 2, mask_type == MaskType.A
     first = above if region == HORIZONTAL else 0
     groups = 1
     if region == VERTICAL:

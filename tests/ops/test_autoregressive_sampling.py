@@ -482,7 +482,7 @@ def test_bad_types_are_named():
         (one(), {"image": IMAGE, "known": KNOWN.long()}, "known must be bool"),
         (one(), {"image": IMAGE.float(), "known": KNOWN}, "image must hold integers"),
         (one(bias=torch.zeros(3, dtype=F64)), {}, "stage 0: all tensors of the stages must have one dtype"),
-        (one(torch.zeros(3, 1, 3, 3, dtype=torch.int32)), {}, "stage 0: weights, bias and condition must be float64"),
+        (one(torch.zeros(3, 1, 3, 3, dtype=torch.int32)), {}, "stage 0: weight of plane 0 must be float64"),
         ([torch.nn.Identity()], {}, "stages must be a sequence of Stage, got Identity"),
     ]:
         with pytest.raises(TypeError, match=f"^autoregressive_sampling: .*{sentence}"):

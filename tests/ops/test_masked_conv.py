@@ -443,7 +443,7 @@ GOOD = {"x": (2, 3, 4, 5), "weight": (6, 3, 3, 3), "bias": (6,), "condition": (2
         ({"mask_type": "C"}, ValueError, "mask_type must be one of A, B, got 'C'"),
         ({"region": "row"}, ValueError, "region must be one of raster, vertical, horizontal, got 'row'"),
         ({"activation": "tanh"}, ValueError, "activation must be one of none, relu, gate, got 'tanh'"),
-        ({"data_channels": 0}, ValueError, "data_channels must be a whole number from 1 on, got 0"),
+        ({"data_channels": 0}, ValueError, "data_channels must be an integer of at least 1, got 0"),
         ({"data_channels": 2}, ValueError, "data_channels must divide the input channels, got 2 and 3 input channels"),
         (
             {"data_channels": 4},
@@ -490,7 +490,7 @@ GOOD = {"x": (2, 3, 4, 5), "weight": (6, 3, 3, 3), "bias": (6,), "condition": (2
         (
             {"weight": torch.zeros(6, 3, 3, 3, dtype=torch.double)},
             TypeError,
-            "weight must have x's dtype, got x torch.float32 and weight torch.float64",
+            "weight must have the dtype of x, torch.float32, got torch.float64",
         ),
         ({"bias": [0.0]}, TypeError, "bias must be a torch.Tensor, got list"),
         (

@@ -84,16 +84,3 @@ def test_repeats_give_the_same_bits(device):
     z, *rest = network(5, (9, 8), False, False, 6, torch.float32, device)
     for a, b in zip(*(kernels.made_inverse(z, *rest, 2) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_masked_products(device, strict):
-    into, out = torch.randint(0, 5, (7,), device=device), torch.randint(0, 5, (9,), device=device)
-    x, weight, bias, grad = (torch.randn(s, device=device, dtype=torch.float64) for s in ((4, 7), (9, 7), (9,), (4, 9)))
-    for name, arguments in (
-        ("masked_linear", (x, weight, bias)),
-        ("masked_linear_grad_input", (grad, weight)),
-        ("masked_linear_grad_weight", (grad, x)),
-    ):
-        ours, theirs = (getattr(m, name)(*arguments, into, out, strict) for m in (kernels, reference))
-        torch.testing.assert_close(ours, theirs)
