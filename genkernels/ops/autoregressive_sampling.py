@@ -122,9 +122,9 @@ def state_size(stages: Sequence[Stage], channels: int, width: int) -> int:
     """
     size = 0
     for plane, count in enumerate(plane_channels(stages, channels)):
-        kernels = [weight.shape[2:] for stage in stages for index, weight in stage.inputs if index == plane]
-        rows = 1 + max([0, *(kh // 2 for kh, _ in kernels)])
-        border = max([0, *(kw // 2 for _, kw in kernels)])
+        read = [weight.shape[2:] for stage in stages for index, weight in stage.inputs if index == plane]
+        rows = 1 + max([0, *(kh // 2 for kh, _ in read)])
+        border = max([0, *(kw // 2 for _, kw in read)])
         size += -(-rows * (width + 2 * border) * count // 16) * 16
     return size
 

@@ -98,11 +98,11 @@ def flatten(stages: Sequence[Stage], channels: int) -> tuple[list[Tensor], list[
     vertical, whether there is a bias, dimensions of the condition (0 for none), the count of added planes and they, the
     count of inputs and their planes.
     """
-    of_planes = plane_channels(stages, channels)
+    found = plane_channels(stages, channels)
     tensors: list[Tensor] = []
     plan = [len(stages)]
     for k, stage in enumerate(stages):
-        plan += [stage.width(of_planes[: k + 1]), ACTIVATIONS.index(stage.activation)]
+        plan += [stage.width(found[: k + 1]), ACTIVATIONS.index(stage.activation)]
         plan += [-1 if stage.residual is None else stage.residual, int(stage.vertical), int(stage.bias is not None)]
         plan += [0 if stage.condition is None else stage.condition.dim(), len(stage.added), *stage.added]
         plan += [len(stage.inputs), *(index for index, _ in stage.inputs)]
@@ -112,19 +112,19 @@ def flatten(stages: Sequence[Stage], channels: int) -> tuple[list[Tensor], list[
 
 def unflatten(tensors: Sequence[Tensor], plan: Sequence[int]) -> list[Stage]:
     """The inverse of `flatten`."""
-    numbers, tensors = iter(plan), iter(tensors)
+    numbers, left = iter(plan), iter(tensors)
     stages = []
     for _ in range(next(numbers)):
         next(numbers)
         activation, residual, vertical, has_bias, condition = (next(numbers) for _ in range(5))
         added = tuple(next(numbers) for _ in range(next(numbers)))
-        inputs = tuple([(next(numbers), next(tensors)) for _ in range(next(numbers))])
+        inputs = tuple([(next(numbers), next(left)) for _ in range(next(numbers))])
         stages.append(
             Stage(
                 inputs=inputs,
                 added=added,
-                bias=next(tensors) if has_bias else None,
-                condition=next(tensors) if condition else None,
+                bias=next(left) if has_bias else None,
+                condition=next(left) if condition else None,
                 activation=ACTIVATIONS[activation],
                 residual=None if residual < 0 else residual,
                 vertical=bool(vertical),
