@@ -32,7 +32,7 @@ Arithmetic in fp32 (fp64 for fp64), rounded once at the store. `_math` says why 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,8 @@ import triton.language as tl
 from torch import Tensor
 
 from genkernels._options import Layout, ScaleMap, Split
-from genkernels.triton import KernelSpec, _math, _scale_map
+from genkernels.triton import _math, _scale_map
+from genkernels.triton._recording import SampleCalls, meta
 
 CHANNEL = tl.constexpr(Split.CHANNEL.value)
 CHECKERBOARD = tl.constexpr(Split.CHECKERBOARD.value)
@@ -361,11 +362,15 @@ def affine_coupling(
             enable_fp_fusion=True,
         )
         if two_stages:
-            tile = _sum_tile(blocks)
-            _sum_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-                sums, ldj, rows, blocks, **tile, num_warps=4, enable_fp_fusion=True
-            )
+            _sum(sums, ldj)
     return output, ldj
+
+
+def _sum(sums: Tensor, ldj: Tensor) -> None:
+    """ldj [N] from the tiles' sums [N, blocks]."""
+    rows, blocks = sums.shape
+    tile = _sum_tile(blocks)
+    _sum_kernel[(triton.cdiv(rows, tile["ROWS"]),)](sums, ldj, rows, blocks, **tile, num_warps=4, enable_fp_fusion=True)
 
 
 def affine_coupling_backward(
@@ -426,61 +431,34 @@ def _backward(grad_output, grad_ldj, saved, params, rebuilt, codes, of):
 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
-_TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-_MAPS = ("exp", "sigmoid", "tanh", "additive")
-_LARGE, _WHOLE, _SMALL, _ODD = (8, 12, 64, 64), (512, 12, 16, 16), (4096, 2), (64, 6, 7, 7)
 
-
-def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile, one of each kind as to registers and accesses: `flip` only moves constants."""
+def sample_calls() -> SampleCalls:
+    """One of each kind as to registers and accesses: `flip` only moves constants."""
     f64, f32, b16 = torch.float64, torch.float32, torch.bfloat16
-    channel, board = CHANNEL.value, CHECKERBOARD.value
-    cases = [(_LARGE, f32, f32, code, split, 0) for code in range(4) for split in (channel, board)]
-    cases += [(_LARGE, b16, b16, code, split, 0) for code in (1, 2) for split in (channel, board)]
-    cases += [(_LARGE, f32, f32, ScaleMap.TANH.value, split, INTERLEAVED.value) for split in (channel, board)]
-    cases += [(_LARGE, f64, f64, ScaleMap.TANH.value, split, 0) for split in (channel, board)]
-    cases += [(_LARGE, f32, b16, ScaleMap.TANH.value, channel, 0)]
-    cases += [(_WHOLE, f32, f32, code, channel, 0) for code in (1, 2)]
-    cases += [(_WHOLE, b16, b16, ScaleMap.TANH.value, board, 0)]
-    cases += [(_ODD, f32, f32, ScaleMap.TANH.value, board, INTERLEAVED.value)]
-    cases += [(_SMALL, f32, f32, ScaleMap.EXP.value, channel, 0)]
-    specs = [spec for case in cases for spec in _specs_of(*case)]
-    for dtype in ("*fp32", "*fp64"):
-        for blocks in (3, 2048):
-            tile = _sum_tile(blocks)
-            signature = {"p_partial": dtype, "p_ldj": dtype, "n_rows": "i32", "blocks": "i32"} | _constexpr(tile)
-            options = {"num_warps": 4, "enable_fp_fusion": True}
-            specs.append(KernelSpec(f"blocks {blocks} {dtype[1:]}", _sum_kernel, signature, tile, options))
-    return specs
-
-
-def _constexpr(names) -> dict[str, str]:
-    return dict.fromkeys(names, "constexpr")
-
-
-def _specs_of(shape, dtype, params_dtype, scale_map, split, layout) -> list[KernelSpec]:
-    plan = _plan(shape, dtype.itemsize, params_dtype.itemsize, scale_map, split, layout, False)
-    x, p = _TYPES[dtype], _TYPES[params_dtype]
-    ldj = "*fp64" if dtype == torch.float64 else "*fp32"
-    sizes = dict.fromkeys(SIZES, "i32")
-    options = {"num_warps": plan.warps, "enable_fp_fusion": True}
-    label = " ".join(
-        ("x".join(map(str, shape)), x[1:], p[1:], _MAPS[scale_map])
-        + (("channel", "checkerboard")[split], ("halves", "interleaved")[layout])
-    )
-    specs = []
-    for inverse in (False, True):
-        constants = plan.constants | {"IS_INVERSE": inverse}
-        signature = {"p_x": x, "p_params": p, "p_y": x, "p_ldj": ldj} | sizes | _constexpr(constants)
-        specs.append(
-            KernelSpec(f"{label} {'inverse' if inverse else 'forward'}", _couple_kernel, signature, constants, options)
-        )
-    for of, name in ((FORWARD, "forward"), (INVERSE, "inverse"), (REVERSE, "reverse")):
-        constants = plan.constants | {"OF": of.value}
-        x_out = x if of == REVERSE else "constexpr"
-        signature = {"p_g": x, "p_g_ldj": ldj, "p_x": x, "p_params": p, "p_x_out": x_out, "p_g_x": x, "p_g_params": p}
-        signature |= sizes | _constexpr(constants)
-        if of != REVERSE:
-            constants["p_x_out"] = None
-        specs.append(KernelSpec(f"{label} of {name}", _backward_kernel, signature, constants, options))
-    return specs
+    large, whole, small, odd = (8, 12, 64, 64), (512, 12, 16, 16), (4096, 2), (64, 6, 7, 7)
+    maps, splits, layouts = ScaleMap.words(), Split.words(), Layout.words()
+    cases = [(large, f32, f32, code, split, 0) for code in range(4) for split in (0, 1)]
+    cases += [(large, b16, b16, code, split, 0) for code in (1, 2) for split in (0, 1)]
+    cases += [(large, f32, f32, 2, split, 1) for split in (0, 1)]
+    cases += [(large, f64, f64, 2, split, 0) for split in (0, 1)]
+    cases += [(large, f32, b16, 2, 0, 0), (whole, f32, f32, 1, 0, 0), (whole, f32, f32, 2, 0, 0)]
+    cases += [(whole, b16, b16, 2, 1, 0), (odd, f32, f32, 2, 1, 1), (small, f32, f32, 0, 0, 0)]
+    sums = [(dtype, blocks) for dtype in (f32, f64) for blocks in (3, 2048)]
+    calls = [
+        (f"blocks {n} {t}".replace("torch.float", "fp"), partial(_sum, meta(8, n, dtype=t), meta(8, dtype=t)))
+        for t, n in sums
+    ]
+    for shape, dtype, params_dtype, scale_map, split, layout in cases:
+        rows = shape[1] if split == CHECKERBOARD.value else shape[1] // 2
+        rows *= 1 if scale_map == ScaleMap.ADDITIVE else 2
+        x, params = meta(*shape, dtype=dtype), meta(shape[0], rows, *shape[2:], dtype=params_dtype)
+        g_ldj = meta(shape[0], dtype=torch.promote_types(dtype, f32))
+        codes = (scale_map, split, layout, False)
+        kinds = [{f64: "fp64", f32: "fp32", b16: "bf16"}[t] for t in (dtype, params_dtype)]
+        label = " ".join(("x".join(map(str, shape)), *kinds, maps[scale_map], splits[split], layouts[layout]))
+        for inverse, name in ((False, "forward"), (True, "inverse")):
+            calls.append((f"{label} {name}", partial(affine_coupling, x, params, *codes, inverse)))
+            backward = partial(affine_coupling_backward, x, g_ldj, x, params, *codes, inverse)
+            calls.append((f"{label} of {name}", backward))
+        calls.append((f"{label} of reverse", partial(affine_coupling_reverse, x, g_ldj, x, params, *codes)))
+    return calls

@@ -30,12 +30,15 @@ Sums run in a fixed order: bitwise the same from run to run. Offsets are 64-bit.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
 from genkernels._options import Head
-from genkernels.triton import KernelSpec, _draw, _math, _stages
+from genkernels.triton import _draw, _math, _stages
+from genkernels.triton._recording import SampleCalls, meta
 
 SIZES = (
     "n",
@@ -582,43 +585,39 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
 
-def kernel_specs() -> list[KernelSpec]:
-    """What the launcher compiles: each head, gated and plain, few and many samples a program, in-painting, temperature
-    0."""
+def sample_calls() -> SampleCalls:
+    """Each head, gated and plain, few and many samples a program, in-painting, temperature 0: two stages over 4×4
+    pixels."""
     cases = [
-        # label, type, C, levels, K, gated, block, rows, known, cold
+        # label, type, C, levels, K, gated, channels of a hidden block, samples a program, in-painted, cold
         ("digits", "fp32", 1, 17, 0, False, 64, 1, False, False),
         ("digits gated", "fp32", 1, 17, 0, True, 64, 1, False, False),
-        ("in-painted", "fp32", 1, 256, 0, True, 256, 1, True, True),
-        ("rgb", "fp32", 3, 256, 0, False, 256, 2, True, False),
-        ("rgb gated", "fp32", 3, 256, 0, True, 256, 4, False, False),
+        ("in-painted", "fp32", 1, 256, 0, True, 64, 1, True, True),
+        ("rgb", "fp32", 3, 256, 0, False, 64, 2, True, False),
+        ("rgb gated", "fp32", 3, 256, 0, True, 64, 4, False, False),
         ("mixture grey", "fp32", 1, 256, 5, False, 64, 4, False, False),
-        ("mixture", "fp32", 3, 256, 10, True, 100, 1, True, False),
+        ("mixture", "fp32", 3, 256, 10, True, 64, 1, True, False),
         ("one component", "fp32", 3, 256, 1, False, 64, 1, False, False),
         ("small", "fp32", 1, 2, 0, True, 4, 1, False, False),
-        ("many levels", "fp32", 1, 65536, 0, False, 65536, 1, False, False),
+        ("many levels", "fp32", 1, 65536, 0, False, 64, 1, False, False),
         ("wide", "fp64", 1, 17, 0, True, 64, 1, False, False),
-        ("wide mixture", "fp64", 3, 256, 10, False, 100, 4, True, False),
+        ("wide mixture", "fp64", 3, 256, 10, False, 64, 4, True, False),
     ]
-    specs = []
+    calls = []
     for label, kind, channels, levels, mixtures, gated, block, rows, known, cold in cases:
-        tile, options = _tile(block, gated, rows, kind == "fp64")
-        constants = {"C": channels, "LEVELS": levels, "K": mixtures, "COLD": cold, "GATED": gated, **tile}
-        constants["CHUNK"] = min(1024, triton.next_power_of_2(mixtures or levels))
-        signature = {"p_image": "*i64"} | dict.fromkeys(("p_state", "p_sums", "p_noise"), f"*{kind}")
-        signature |= {"p_known": "*u8" if known else "constexpr"}
-        signature |= dict.fromkeys(("p_weights", "p_biases", "p_condition"), f"*{kind}")
-        signature |= {"p_stages": "*i64", "p_parts": "*i64"} | dict.fromkeys(SIZES[:-2], "i32")
-        signature |= {"temperature": "fp32", "temperature_low": "fp32"} | dict.fromkeys(constants, "constexpr")
-        if not known:
-            constants["p_known"] = None
-        specs.append(
-            KernelSpec(
-                f"{label} {kind} rows {rows}",
-                _draw_rows_kernel,
-                signature,
-                constants,
-                options | {"enable_fp_fusion": True},
-            )
-        )
-    return specs
+        tensor = partial(meta, dtype=torch.float64 if kind == "fp64" else torch.float32)
+        n = 4 * rows  # `_rows_of` counts four multiprocessors where there is no GPU
+        groups = 1 if mixtures else channels
+        made, out = groups * block, mixtures * (3 if channels == 1 else 10) or channels * levels
+        hidden = 2 * made if gated else made
+        # each stage: outputs, activation, residual, vertical, bias, condition, planes added, planes read
+        plan = [2, hidden, _stages.GATE.value if gated else 0, -1, 0, 1, 0, 0, 1, 0, out, 0, -1, 0, 1, 0, 0, 1, 1]
+        tensors = [tensor(hidden, channels, 3, 3), tensor(hidden), tensor(out, made, 1, 1), tensor(out)]
+        noise = tensor(n, channels + bool(mixtures), 4, 4)
+        state = tensor(n, _stages.Network(tensors, plan, channels, groups, noise, 0, 4).state_size)
+        image = meta(n, channels, 4, 4, dtype=torch.int64)
+        given = image.bool() if known else None
+        head, temperature = int(bool(mixtures)), 0.0 if cold else 1.0
+        arguments = (image, state, noise, given, tensors, plan, head, levels, temperature, 0, 4)
+        calls.append((f"{label} {kind} rows {rows}", partial(autoregressive_sampling, *arguments)))
+    return calls

@@ -24,13 +24,15 @@ order: no atomics. Arithmetic in fp32 (fp64 for fp64), rounded once at the store
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels.triton import KernelSpec, _draw, _math
+from genkernels.triton import _draw, _math
+from genkernels.triton._recording import SampleCalls, meta
 
 # the least e^-|near| that counts where the mean lies within the bin: no 0/0 at any width, and its cube is a normal
 # number
@@ -392,34 +394,23 @@ def logistic_mixture_sample(params: Tensor, noise: Tensor, levels: int, temperat
 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
-_TYPES = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
 
-
-def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile: each kernel for either number of channels, every kind of storage, few and many
-    components."""
-    cases = [(3, 10, kind) for kind in _TYPES] + [(1, 5, kind) for kind in _TYPES]
-    cases += [(3, 1, "fp32"), (1, 32, "fp32"), (3, 100, "fp32")]
-    specs = []
-    for channels, mixtures, kind in cases:
-        constants = _constants(mixtures * (3 if channels == 1 else 10), channels, 256)
-        tile, warps = _tile_of(mixtures)
-        label = f"C{channels} K{mixtures} {kind}"
-        p, wide = f"*{kind}", f"*{_TYPES[kind]}"
-        sizes = {"pixels": "i32", "blocks": "i32"}
-        fixed = dict.fromkeys([*constants, *tile], "constexpr")
-        options = {"num_warps": warps, "enable_fp_fusion": True}
-        pointers = {"p_params": p, "p_x": wide}
-        specs.append(
-            KernelSpec(
-                label, _nll_kernel, {**pointers, "p_nll": wide, **sizes, **fixed}, {**constants, **tile}, options
-            )
-        )
-        signature = {"p_grad": wide, **pointers, "p_out": p, **sizes, **fixed}
-        specs.append(KernelSpec(label, _backward_kernel, signature, {**constants, **tile}, options))
-        heat = {"temperature": "fp32", "temperature_low": "fp32"}
-        constants |= {"COLD": False, "BLOCK": _SAMPLE_BLOCK}
-        signature = {"p_params": p, "p_noise": wide, "p_index": "*i64", **sizes, **heat}
-        signature |= dict.fromkeys(constants, "constexpr")
-        specs.append(KernelSpec(label, _sample_kernel, signature, constants, options | {"num_warps": 4}))
-    return specs
+def sample_calls() -> SampleCalls:
+    """Either number of channels, every kind of storage, few and many components."""
+    f32, kinds = (
+        torch.float32,
+        {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"},
+    )
+    cases = [(3, 10, dtype) for dtype in kinds] + [(1, 5, dtype) for dtype in kinds]
+    cases += [(3, 1, f32), (1, 32, f32), (3, 100, f32)]
+    calls = []
+    for channels, mixtures, dtype in cases:
+        work = torch.promote_types(dtype, f32)
+        params = meta(2, mixtures * (3 if channels == 1 else 10), 32, 32, dtype=dtype)
+        x, grad = meta(2, channels, 32, 32, dtype=work), meta(2, dtype=work)
+        noise = meta(2, 1 + channels, 32, 32, dtype=work)
+        label = f"C{channels} K{mixtures} {kinds[dtype]}"
+        calls.append((label, partial(logistic_mixture_nll, params, x, 256)))
+        calls.append((label, partial(logistic_mixture_nll_backward, grad, params, x, 256)))
+        calls.append((label, partial(logistic_mixture_sample, params, noise, 256, 1.0)))
+    return calls

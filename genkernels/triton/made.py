@@ -28,13 +28,16 @@ run in a fixed order: bitwise the same from run to run. Offsets are 64-bit.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels.triton import KernelSpec, _math, _scale_map
+from genkernels.triton import _math, _scale_map
+from genkernels.triton._recording import SampleCalls, meta
 
 SIZES = ("n", "features", "hidden", "layers")  # not worth a compilation for each value
 
@@ -390,58 +393,19 @@ def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
 
-def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile: each scale map and type, with and without context and residual blocks."""
-    specs = []
-    for kind, scale_map, flag in (("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)):
-        tensor, tile = f"*{kind}", {"ROWS": ROWS, "DEPTH": DEPTH, "UNITS": UNITS}
-        sizes = dict.fromkeys(("n", "features", "hidden", "layers"), "i32")
-        names = (
-            "p_z",
-            "p_x",
-            "p_ldj",
-            "p_weights",
-            "p_biases",
-            "p_out_weight",
-            "p_out_bias",
-            "p_context",
-            "p_values",
-            "p_units",
-        )
-        for solves in (True, False):
-            absent = {} if flag else {"p_context": None}
-            absent |= {} if solves else {"p_z": None, "p_ldj": None}
-            constants = {"MAP": scale_map, "RESIDUAL": flag, "SOLVES": solves, **tile}
-            signature = {name: "constexpr" if name in absent else tensor for name in names}
-            signature |= {"p_counts": "*i64", **sizes, **dict.fromkeys(constants, "constexpr")}
-            label = f"{kind} map {scale_map} residual {flag} solves {solves}"
-            specs.append(KernelSpec(label, _extend_kernel, signature, constants | absent, _options(kind == "fp64")))
-        names = (
-            "p_grad_x",
-            "p_grad_ldj",
-            "p_x",
-            "p_params",
-            "p_solution",
-            "p_cotangents",
-            "p_weights",
-            "p_out_weight",
-            "p_values",
-            "p_signals",
-        )
-        constants = {"MAP": scale_map, "RESIDUAL": flag, **tile}
-        signature = {
-            **dict.fromkeys(names, tensor),
-            "p_counts": "*i64",
-            **sizes,
-            **dict.fromkeys(constants, "constexpr"),
-        }
-        specs.append(
-            KernelSpec(
-                f"{kind} map {scale_map} residual {flag}",
-                _transposed_kernel,
-                signature,
-                constants,
-                _options(kind == "fp64"),
-            )
-        )
-    return specs
+def sample_calls() -> SampleCalls:
+    """Each scale map and type, with and without context and residual blocks."""
+    n, features, hidden = 8, 6, (8, 8, 8)
+    calls = []
+    for dtype, scale_map, flag in (("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)):
+        tensor = partial(meta, dtype=torch.float64 if dtype == "fp64" else torch.float32)
+        sizes = (features, *hidden, 2 * features)
+        weights = [tensor(out, into) for into, out in zip(sizes, sizes[1:], strict=False)]
+        biases = [tensor(out) for out in sizes[1:]]
+        order, counts = meta(features, dtype=torch.int64), meta(len(hidden), features + 1, dtype=torch.int64)
+        z, context = tensor(n, features), tensor(n, hidden[0]) if flag else None
+        net = (context, weights, biases, order, counts, flag, scale_map)
+        label = f"{dtype} map {scale_map} residual {flag}"
+        calls.append((f"{label} inverse", partial(made_inverse, z, *net)))
+        calls.append((f"{label} backward", partial(made_inverse_backward, z, tensor(n), z, *net)))
+    return calls

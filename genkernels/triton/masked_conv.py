@@ -30,7 +30,7 @@ TF32 where ``torch.backends.cudnn.conv.fp32_precision`` allows it, else exact.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 from genkernels._options import Activation, MaskType, Region
-from genkernels.triton import KernelSpec, _math
+from genkernels.triton import _math
+from genkernels.triton._recording import SampleCalls, meta
 
 RASTER, VERTICAL, HORIZONTAL = Region
 NONE = tl.constexpr(Activation.NONE.value)
@@ -677,86 +678,38 @@ def _weight_gradient(g: Tensor, x: Tensor, grad_weight: Tensor, taps: _Taps) -> 
 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
-_TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
-
-def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile, one of each kind as to registers and accesses."""
+def sample_calls() -> SampleCalls:
+    """One of each kind as to registers and accesses."""
     f64, f32, b16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
     raster = (1, 1, RASTER)
-    cases = [("3x3", (64, 64, 3, 3), raster, act, dtype) for dtype in (f32, b16) for act in (0, 1)]
+    cases = [("3x3", (64, 64, 3, 3), raster, activation, dtype) for dtype in (f32, b16) for activation in (0, 1)]
     cases += [("gated", (128, 64, 3, 3), raster, 2, dtype) for dtype in (f32, b16, f16)]
     cases += [("7x7A", (64, 1, 7, 7), (0, 1, RASTER), 0, dtype) for dtype in (f32, b16)]
     cases += [("rgb", (66, 66, 3, 3), (1, 3, RASTER), 1, dtype) for dtype in (f32, b16)]
     cases += [("3x3", (64, 64, 3, 3), raster, 0, f64), ("gated", (128, 64, 3, 3), raster, 2, f64)]
-    return [spec for case in cases for spec in _specs_of(*case)]
+    kinds = {f64: "fp64", f32: "fp32", b16: "bf16", f16: "fp16"}
+    calls = []
+    for name, shape, codes, activation, dtype in cases:
+        tensor, (outputs, inputs, *_) = partial(meta, dtype=dtype), shape
+        gate = activation == GATE.value
+        x, weight, pre = tensor(8, inputs, 32, 32), tensor(*shape), tensor(8, outputs, 32, 32)
+        y = tensor(8, outputs // 2, 32, 32) if gate else pre
+        forward = (x, weight, tensor(outputs), tensor(8, outputs), y, *codes, activation, gate)
+        state = pre if activation else None
+        backward = (y, None, state, x, weight, *codes, activation, 4, True, True, True, True)
+        for precision in ("ieee", "tf32") if dtype == f32 else ("ieee",):
+            label = f"{name} {kinds[dtype]} {('none', 'relu', 'gate')[activation]} {precision}"
+            calls.append((f"{label} forward", partial(_at_precision, precision, masked_conv, *forward)))
+            calls.append((f"{label} backward", partial(_at_precision, precision, masked_conv_backward, *backward)))
+    return calls
 
 
-def _specs_of(name, shape, options, activation, dtype) -> list[KernelSpec]:
-    outputs, inputs, kh, kw = shape
-    taps = _taps_of(kh, kw, *options, activation)
-    kind, sums = _TYPES[dtype], "*fp64" if dtype == torch.float64 else "*fp32"
-    base = f"{name} {kind[1:]} {('none', 'relu', 'gate')[activation]}"
-    specs = []
-
-    def add(label, kernel, pointers, sizes, constants, warps=4, stages=2):
-        absent = {key: None for key, value in pointers.items() if value is None}
-        signature = {key: value or "constexpr" for key, value in pointers.items()} | dict.fromkeys(sizes, "i32")
-        signature |= dict.fromkeys(constants, "constexpr")
-        chosen = {"num_warps": warps, "num_stages": stages, **_OPTIONS}
-        specs.append(KernelSpec(f"{base} {label}".strip(), kernel, signature, constants | absent, chosen))
-
-    sizes = ("pixels", "inputs", "outputs", "height", "width")
-    shape_of_taps = {"FIRST": taps.first, "TAPS": taps.taps, "KH": kh, "KW": kw}
-    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-        for mirrored in (False, True):
-            act = 0 if mirrored else activation
-            i, o = (outputs, inputs) if mirrored else (inputs, outputs)
-            tiles = _conv_tiles(dtype.itemsize, i, o // 2 if act == 2 else o, act == 2)
-            rest = None if mirrored else kind
-            pointers = {
-                "p_x": kind,
-                "p_w": kind,
-                "p_bias": rest,
-                "p_condition": rest,
-                "p_residual": rest,
-                "p_y": kind,
-                "p_pre": kind if act == 2 else None,
-            }
-            constants = (
-                shape_of_taps
-                | {
-                    "MIRRORED": mirrored,
-                    "ACTIVATION": act,
-                    "FLAT_CONDITION": True,
-                    "FLAT": _flat(i),
-                    "PRECISION": precision,
-                }
-                | tiles.constants()
-            )
-            label = f"{precision} {'mirrored' if mirrored else 'forward'}"
-            add(label, _conv_kernel, pointers, sizes, constants, tiles.warps, tiles.stages)
-        tiles = _weight_tiles(dtype.itemsize, inputs, outputs)
-        constants = shape_of_taps | {"FLAT": _flat(inputs), "PRECISION": precision} | tiles.constants()
-        pointers = {"p_g": kind, "p_x": kind, "p_partial": sums}
-        add(precision, _weight_kernel, pointers, (*sizes, "steps", "blocks"), constants, tiles.warps, tiles.stages)
-    blocked = taps.constants() | {"BLOCK": _BLOCK}
-    for swapped in (False, True):
-        constants = blocked | {"SWAPPED": swapped}
-        add(
-            "swapped" if swapped else "",
-            _pack_kernel,
-            {"p_weight": kind, "p_packed": kind},
-            ("inputs", "outputs", "count"),
-            constants,
-        )
-    add("", _unpack_kernel, {"p_partial": sums, "p_weight": kind}, ("inputs", "outputs", "splits", "count"), blocked)
-    pointers = {
-        "p_grad": kind,
-        "p_grad_pre": None,
-        "p_state": kind if activation else None,
-        "p_g": kind,
-        "p_sums": sums,
-    }
-    add("", _slope_kernel, pointers, ("outputs", "count"), {"ACTIVATION": activation, "BLOCK": 1024})
-    return specs
+def _at_precision(precision: str, call, *arguments):
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = precision
+    try:
+        return call(*arguments)
+    finally:
+        conv.fp32_precision = before
