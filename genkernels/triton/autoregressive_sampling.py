@@ -36,7 +36,8 @@ import torch
 import triton
 import triton.language as tl
 
-from genkernels._options import Head
+from genkernels._options import Activation, Head
+from genkernels._plan import PLANES, InputRecord, PlaneRecord, StageRecord, state_size
 from genkernels.triton import _draw, _math, _stages
 from genkernels.triton._recording import SampleCalls, meta
 
@@ -534,7 +535,7 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
     if image.numel() == 0 or begin >= end:
         return
     mixture = head == Head.LOGISTIC_MIXTURE
-    net = _stages.Network(tensors, plan, channels, 1 if mixture else channels, noise, begin, end)
+    net = _stages.Network(tensors, plan, 1 if mixture else channels, noise, begin, end)
     mixtures = net.planes[-1].channels // (3 if channels == 1 else 10) if mixture else 0
     if state.shape != (n, net.state_size):
         raise ValueError(f"autoregressive_sampling: state must be {[n, net.state_size]}, got {list(state.shape)}")
@@ -564,7 +565,7 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
             begin,
             end,
             len(net.stages),
-            *net.planes[0].ring(),
+            *net.image_ring,
             net.state_size,
             net.sums_size,
             net.condition_size,
@@ -583,6 +584,23 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
 
 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
+
+
+def _two_stages(channels: int, hidden: int, made: int, out: int, gated: bool) -> list[int]:
+    """The plan of a 3×3 stage and a 1×1 stage, each with a bias, over images of 4 columns."""
+    planes, state = [], 0
+    for count, rows, border in ((channels, 2, 1), (made, 1, 0), (out, 1, 0)):
+        planes.append(PlaneRecord(count, 0, rows, border, state, (4 + 2 * border) * count))
+        state += -(-rows * planes[-1].pitch // 16) * 16
+    inputs = [InputRecord(0, 0, 3, 3), InputRecord(1, 2, 1, 1)]
+    begin = PLANES + sum(map(len, planes)) + 2 * len(StageRecord._fields)
+    middle, end = begin + len(inputs[0]), begin + len(inputs[0]) + len(inputs[1])
+    activation = Activation.GATE.value if gated else Activation.NONE.value
+    stages = [
+        StageRecord(hidden, made, activation, -1, 0, 1, -1, 0, begin, begin, middle),
+        StageRecord(out, out, Activation.NONE.value, -1, 0, 3, -1, 0, middle, middle, end),
+    ]
+    return [len(stages), state, *(word for record in (*planes, *stages, *inputs) for word in record)]
 
 
 def sample_calls() -> SampleCalls:
@@ -610,11 +628,10 @@ def sample_calls() -> SampleCalls:
         groups = 1 if mixtures else channels
         made, out = groups * block, mixtures * (3 if channels == 1 else 10) or channels * levels
         hidden = 2 * made if gated else made
-        # each stage: outputs, activation, residual, vertical, bias, condition, planes added, planes read
-        plan = [2, hidden, _stages.GATE.value if gated else 0, -1, 0, 1, 0, 0, 1, 0, out, 0, -1, 0, 1, 0, 0, 1, 1]
+        plan = _two_stages(channels, hidden, made, out, gated)
         tensors = [tensor(hidden, channels, 3, 3), tensor(hidden), tensor(out, made, 1, 1), tensor(out)]
         noise = tensor(n, channels + bool(mixtures), 4, 4)
-        state = tensor(n, _stages.Network(tensors, plan, channels, groups, noise, 0, 4).state_size)
+        state = tensor(n, state_size(plan))
         image = meta(n, channels, 4, 4, dtype=torch.int64)
         given = image.bool() if known else None
         head, temperature = int(bool(mixtures)), 0.0 if cold else 1.0

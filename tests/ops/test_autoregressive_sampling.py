@@ -454,7 +454,7 @@ def test_no_access_outside_the_inputs(device, after):
 @compiled
 def test_a_wrong_state_or_plan_is_refused(functions, implementation, device):
     stages, noise = cast(plain(), F32, device), uniform(1, 1, 2, 2, dtype=F32).to(device)
-    tensors, plan = flatten(stages, 1)
+    tensors, plan = flatten(stages, 1, 2)
     image = torch.zeros(1, 1, 2, 2, dtype=torch.int64, device=device)
     rest = (noise, None, tensors, plan, 0, 5, 1.0, 0, 2)
     with pytest.raises((RuntimeError, ValueError), match="autoregressive_sampling: state must be"):
