@@ -70,7 +70,10 @@ def operator_page(operator) -> str:
         "triton": f"genkernels/triton/{operator.name}.py",
         "cuda": f"csrc/cuda/{operator.name}.cu",
     }
-    rows = [(name, operator.kernels.get(name) or f"`{file}`") for name, file in floors.items()]
+    rows = [("reference", f"`{floors.pop('reference')}`")]
+    for name, file in floors.items():
+        rest = operator.left_to_reference(name)
+        rows.append((name, operator.kernels[name] or f"`{file}`" + (f"; {rest}" if rest else "")))
     parts.append("## Backends\n\n" + table(rows, ("backend", "where")))
     parts.append(
         "## Composability\n\n"

@@ -61,9 +61,9 @@ class Operator:
     #: The public types that the functions take, for the documentation.
     types: tuple[type, ...] = field(default=(), kw_only=True)
     composability: dict[str, str] = field(default_factory=lambda: dict(DIFFERENTIABLE), kw_only=True)
-    #: Names the backend to take, "reference" among them, from the torch operator's arguments; "" for the first that
-    #: can run. What it names is taken where it can run. The measurement behind it is committed.
-    prefers: Callable[..., str] | None = field(default=None, kw_only=True)
+    #: The backend to take where it can run, "reference" among them, or what names one from the torch operator's
+    #: arguments; "" for the first of `KERNELS` that can run. The measurement behind it is committed.
+    prefers: str | Callable[..., str] = field(default="", kw_only=True)
     #: Filled by `define`, by name.
     torch_ops: dict[str, TorchOp] = field(default_factory=dict, init=False)
 
@@ -86,7 +86,7 @@ class Operator:
         *,
         gradient: Gradient,
         kernels: dict[str, str] | None = None,
-        prefers: Callable[..., str] | None = None,
+        prefers: str | Callable[..., str] = "",
     ) -> TorchOp:
         """Defines one torch operator; `schema` is as for ``torch.library.Library.define``, without default values.
 
@@ -111,8 +111,19 @@ class Operator:
         return op
 
     def backend_on(self, device: str) -> str:
-        """The backend that runs on a kind of device, whatever the arguments; raises as `TorchOp.backend_for` does."""
-        return _choose(self, device, self.kernels)
+        """The backend that runs on a kind of device, but for what `prefers` says of some arguments; raises as
+        `TorchOp.backend_for` does."""
+        return _choose(self, device, self.kernels, self.prefers if isinstance(self.prefers, str) else "")
+
+    def left_to_reference(self, backend: str) -> str:
+        """Which torch operators have no kernel of a backend that the others have, and why; empty where all have."""
+        if self.kernels[backend]:
+            return ""
+        by_reason: dict[str, list[str]] = {}
+        for op in self.torch_ops.values():
+            if reason := op.kernels[backend]:
+                by_reason.setdefault(reason, []).append(op.name)
+        return "; ".join(f"{', '.join(names)} by the reference: {reason}" for reason, names in by_reason.items())
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -136,7 +147,7 @@ class TorchOp:
     reference: Callable
     gradient: Gradient
     kernels: dict[str, str]
-    prefers: Callable[..., str] | None
+    prefers: str | Callable[..., str]
     run: Any = None  #: the torch operator itself
     tensors: list[int] = field(default_factory=list)  #: the places of its tensors among its arguments
 
@@ -149,15 +160,8 @@ class TorchOp:
         Raises:
             BackendUnavailable: a backend is forced that cannot run here or on this device; says which condition failed.
         """
-        device = _device_of(arguments)
-        chosen = _choose(self.operator, device, self.kernels)
-        if self.prefers is None or chosen == "reference" or backends.current_backend() != "auto":
-            return chosen
-        preferred = self.prefers(*arguments)
-        can = preferred == "reference" or (
-            preferred in KERNELS[device] and self.has(preferred) and not backends.why_missing(preferred)
-        )
-        return preferred if can else chosen
+        preferred = self.prefers if isinstance(self.prefers, str) else self.prefers(*arguments)
+        return _choose(self.operator, _device_of(arguments), self.kernels, preferred)
 
     def runs_reference(self, *arguments) -> bool:
         """Whether a public function should take the plain PyTorch path, where autograd and every transform are torch's
@@ -184,13 +188,13 @@ class TorchOp:
         return self.reference(*arguments)
 
 
-def _choose(operator: Operator, device: str, kernels: dict[str, str]) -> str:
+def _choose(operator: Operator, device: str, kernels: dict[str, str], preferred: str) -> str:
     forced = backends.current_backend()
-    if forced == "reference":
+    if forced == "reference" or (forced == "auto" and preferred == "reference"):
         return "reference"
     on_device = KERNELS.get(device, ())
     if forced == "auto":
-        for backend in on_device:
+        for backend in (preferred, *on_device) if preferred in on_device else on_device:
             if kernels[backend] == "" and not backends.why_missing(backend):
                 return backend
         return "reference"
