@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -69,25 +70,40 @@ def test_it_takes_seven_files_and_a_line():
     assert len(listed) == 7 and set(FILES) == set(listed) - {"csrc/cuda/scale.cu"}
 
 
+def passed(copy, *arguments, **environment) -> list[str]:
+    """The tests that passed, by name; none may fail or be skipped."""
+    report = copy / "report.xml"
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        *arguments,
+        at=copy,
+        **environment,
+    )
+    cases = ElementTree.parse(report).getroot().findall(".//testcase")
+    assert not [case.get("name") for case in cases if len(case) and case[0].tag != "system-out"]
+    return [case.get("name") for case in cases]
+
+
 def test_it_passes_its_own_tests_and_the_conformance_test(copy):
-    command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "scale or each_file_of_a_floor")
     (copy / "docs/scale.md").touch()  # build_docs writes it, below
-    shown = run(*command, "tests/ops/test_scale.py", "tests/ops/test_operators.py", at=copy)
-    passed = re.findall(r"(\S+) PASSED", shown)
-    assert "SKIPPED" not in shown and "xfail" not in shown
-    for feature in FEATURES:
-        assert any(f"test_composability_cell[scale-{feature.split()[0]}" in name for name in passed), feature
-    for name in ("test_has_all_that_an_operator_needs[scale]", "test_each_file_of_a_floor_belongs_to_an_operator"):
-        assert any(name in test for test in passed), name
+    keep = "test_scale or scale] or [scale or each_file_of_a_floor"
+    names = passed(copy, "-k", keep, "tests/ops/test_scale.py", "tests/ops/test_operators.py")
+    assert {f"test_composability_cell[scale-{feature}]" for feature in FEATURES} <= set(names)
+    assert "test_has_all_that_an_operator_needs[scale]" in names
+    assert "test_each_file_of_a_floor_belongs_to_an_operator_of_that_name" in names
     for implementation in ("reference", "cpu"):
-        assert sum(f"[{implementation}" in name and "test_scale" in name for name in passed) > 20, implementation
+        assert sum(f"[{implementation}" in name for name in names) > 20, implementation
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_its_triton_kernel_runs_in_the_interpreter(copy):
-    command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/ops/test_scale.py")
-    shown = run(*command, at=copy, TRITON_INTERPRET="1")
-    assert len(re.findall(r"\[triton interpreted\S* PASSED|\[triton interpreted[^\n]* PASSED", shown)) > 20
+    names = passed(copy, "tests/ops/test_scale.py", TRITON_INTERPRET="1")
+    assert sum("[triton interpreted" in name for name in names) > 20
 
 
 def test_info_benchmarks_and_pages_find_it_by_its_name(copy):

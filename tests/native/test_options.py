@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from native_build import ROOT, binding
-
 from genkernels import _options
+from tests.native.native_build import ROOT, binding
 
 
 def in_cpp(name: str) -> str:
