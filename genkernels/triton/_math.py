@@ -41,7 +41,7 @@ SQRT_HALF_BITS_64 = tl.constexpr(0x3FE6A09E667F3BCD)
 
 
 @triton.jit
-def wide(b_x):
+def widened(b_x):
     """The number in the type that is computed in."""
     return b_x if b_x.dtype == tl.float64 else b_x.to(tl.float32)
 

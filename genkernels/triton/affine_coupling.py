@@ -148,12 +148,12 @@ def _couple_kernel(
     ROUGH: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
     # every load before the first store, which the compiler would not move a load across
     b_x_raw = tl.load(p_x + o_moved, m)
-    b_t = _math.wide(tl.load(p_params + o_shift, m))
-    b_s = b_t if MAP == _scale_map.ADDITIVE else _math.wide(tl.load(p_params + o_scale, m))
+    b_t = _math.widened(tl.load(p_params + o_shift, m))
+    b_s = b_t if MAP == _scale_map.ADDITIVE else _math.widened(tl.load(p_params + o_scale, m))
     if SPLIT == CHANNEL:
         tl.store(p_y + o_copied, tl.load(p_x + o_copied, m), m)
 
-    b_x = _math.wide(b_x_raw)
+    b_x = _math.widened(b_x_raw)
     if MAP == _scale_map.ADDITIVE:
         b_y = b_x - b_t if IS_INVERSE else b_x + b_t
     else:
@@ -223,13 +223,13 @@ def _backward_kernel(
     ROUGH: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
     # every load before the first store, which the compiler would not move a load across
     b_x_raw = tl.load(p_x + o_moved, m)
-    b_x = _math.wide(b_x_raw)
+    b_x = _math.widened(b_x_raw)
     b_g_raw = tl.load(p_g + o_moved, m) if p_g is not None else tl.zeros_like(b_x_raw)
-    b_g = _math.wide(b_g_raw)
+    b_g = _math.widened(b_g_raw)
     if MAP != _scale_map.ADDITIVE:
-        b_s = _math.wide(tl.load(p_params + o_scale, m))
+        b_s = _math.widened(tl.load(p_params + o_scale, m))
     if OF != FORWARD:
-        b_x -= _math.wide(tl.load(p_params + o_shift, m))  # z - t, which is x times σ
+        b_x -= _math.widened(tl.load(p_params + o_shift, m))  # z - t, which is x times σ
     if SPLIT == CHANNEL:
         b_g_copied = tl.load(p_g + o_copied, m) if p_g is not None else b_g_raw
         if OF == REVERSE:

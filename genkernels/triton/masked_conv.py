@@ -69,7 +69,7 @@ SIZES = (
 @triton.jit
 def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
     if WIDENED:
-        return b_acc + tl.dot(_math.wide(b_a), _math.wide(b_b), input_precision="ieee", out_dtype=b_acc.dtype)
+        return b_acc + tl.dot(_math.widened(b_a), _math.widened(b_b), input_precision="ieee", out_dtype=b_acc.dtype)
     else:
         return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
 
@@ -255,7 +255,7 @@ def _conv_kernel(
         b_y = b_tanh * b_sigmoid
     o_y = (b_n * (left.to(tl.int64) * size) + b_hw)[None, :] + (o_o * size)[:, None]
     if p_residual is not None:
-        b_y += _math.wide(tl.load(p_residual + o_y, m))
+        b_y += _math.widened(tl.load(p_residual + o_y, m))
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), m)
 
 
@@ -263,10 +263,10 @@ def _conv_kernel(
 def _shifted(b_acc, p_bias, p_condition, p_pre, o_o, o_full, o_n, m_o, m, FLAT_CONDITION: tl.constexpr):
     """Bias and condition added; kept where the backward wants it."""
     if p_bias is not None:
-        b_acc += _math.wide(tl.load(p_bias + o_o, m_o, other=0.0))[:, None]
+        b_acc += _math.widened(tl.load(p_bias + o_o, m_o, other=0.0))[:, None]
     if p_condition is not None:
         o_c = o_n[None, :] + o_o[:, None] if FLAT_CONDITION else o_full
-        b_acc += _math.wide(tl.load(p_condition + o_c, m, other=0.0))
+        b_acc += _math.widened(tl.load(p_condition + o_c, m, other=0.0))
     if p_pre is not None:
         tl.store(p_pre + o_full, b_acc.to(p_pre.dtype.element_ty), m)
     return b_acc
@@ -388,19 +388,19 @@ def _slope_kernel(
         b_g = tl.zeros([BLOCK], ACC)
         b_g2 = tl.zeros([BLOCK], ACC)
         if p_grad is not None:
-            b_g = _math.wide(tl.load(p_grad + plane * size + o, m, other=0.0))
+            b_g = _math.widened(tl.load(p_grad + plane * size + o, m, other=0.0))
             if ACTIVATION == RELU:
-                b_g = tl.where(_math.wide(tl.load(p_state + first * size + o, m, other=0.0)) <= 0, 0.0, b_g)
+                b_g = tl.where(_math.widened(tl.load(p_state + first * size + o, m, other=0.0)) <= 0, 0.0, b_g)
             elif ACTIVATION == GATE:
-                b_a = _math.wide(tl.load(p_state + first * size + o, m, other=0.0))
-                b_b = _math.wide(tl.load(p_state + second * size + o, m, other=0.0))
+                b_a = _math.widened(tl.load(p_state + first * size + o, m, other=0.0))
+                b_b = _math.widened(tl.load(p_state + second * size + o, m, other=0.0))
                 b_tanh, b_slope, b_sigmoid, b_rest = _gate_parts(b_a, b_b)
                 b_g2 = b_g * b_tanh * (b_sigmoid * b_rest)
                 b_g = b_g * b_sigmoid * b_slope
         if p_grad_pre is not None:
-            b_g += _math.wide(tl.load(p_grad_pre + first * size + o, m, other=0.0))
+            b_g += _math.widened(tl.load(p_grad_pre + first * size + o, m, other=0.0))
             if ACTIVATION == GATE:
-                b_g2 += _math.wide(tl.load(p_grad_pre + second * size + o, m, other=0.0))
+                b_g2 += _math.widened(tl.load(p_grad_pre + second * size + o, m, other=0.0))
         if p_g is not None:
             tl.store(p_g + first * size + o, b_g.to(p_g.dtype.element_ty), m)
             if ACTIVATION == GATE:
