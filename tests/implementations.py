@@ -25,7 +25,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from genkernels import backends, ops, reference
+from genkernels import backends, ops
 from tests.cuda import emulation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -37,11 +37,14 @@ class Implementation(NamedTuple):
     name: str
     device: str
     backend: str  #: what `genkernels.use_backend` is told
+    operator: str = ""
 
     @property
     def functions(self):
         """The torch operators by name, as attributes: of the reference, or of the registered operator."""
-        return reference if self.backend == "reference" else torch.ops.genkernels
+        if self.backend == "reference":
+            return importlib.import_module(f"genkernels.reference.{self.operator}")
+        return torch.ops.genkernels
 
     @property
     def compiles(self) -> bool:
@@ -103,7 +106,7 @@ def of(operator: str, torch_op: str | None = None) -> list[Implementation]:
     found = [i for i in IMPLEMENTATIONS if not why_absent(i.name) and any(_has(i.name, operator, n) for n in names)]
     if any(i.name in ("triton", "cuda") for i in found):  # where there are kernels, the definition is run on the CPU
         found = [i for i in found if i.name != "reference on a GPU"]
-    return found
+    return [i._replace(operator=operator) for i in found]
 
 
 def _has(name: str, operator: str, torch_op: str) -> bool:
@@ -130,8 +133,9 @@ def _launchers(operator: str) -> dict:
 
 
 @contextmanager
-def in_force(implementation: Implementation, operator: str) -> Iterator[None]:
-    """Makes the operator run by `implementation`, through its public functions and as ``torch.ops.genkernels``."""
+def in_force(implementation: Implementation) -> Iterator[None]:
+    """Makes its operator run by `implementation`, through its public functions and as ``torch.ops.genkernels``."""
+    operator = implementation.operator
     with ExitStack() as stack:
         if implementation.name == "triton interpreted":
             stack.enter_context(_stand_ins(_launchers(operator)))
