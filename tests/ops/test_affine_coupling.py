@@ -553,6 +553,7 @@ def test_any_shape_stride_offset_and_dtype(
 # --- the same bits --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.threads
 @pytest.mark.implementations(when=lambda i, dtype, **_: not i.is_slow or dtype == F32)
 @compiled
 @pytest.mark.every_build

@@ -362,6 +362,7 @@ def test_an_error_in_progress_ends_the_call(device):
         )
 
 
+@pytest.mark.threads
 def test_repeats_are_bitwise_the_same_for_any_number_of_threads(device, implementation):
     slow = implementation.is_slow
     stages = cast(two_stacks(seed=1, layers=1) if slow else plain(width=40, seed=6), F32, device)

@@ -356,6 +356,7 @@ def test_any_stride_gives_the_same_and_inputs_are_left_alone(implementation, dev
     assert torch.equal(ops.logistic_mixture_nll(off_address(params, 5), x), ops.logistic_mixture_nll(params, x))
 
 
+@pytest.mark.threads
 @compiled
 def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(implementation, device):
     size = (11, 13) if implementation.is_slow else (33, 32)

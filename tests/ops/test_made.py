@@ -348,6 +348,7 @@ def test_small_batches(implementation, device, batch):
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
+@pytest.mark.threads
 @inverse
 @compiled
 @pytest.mark.every_build

@@ -316,6 +316,7 @@ def test_a_gradient_without_its_pre_activation_is_refused(implementation, device
         output.sum().backward()
 
 
+@pytest.mark.threads
 @pytest.mark.implementations(when=gated)
 @compiled
 @pytest.mark.every_build
