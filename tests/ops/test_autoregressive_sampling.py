@@ -362,6 +362,7 @@ def test_an_error_in_progress_ends_the_call(device):
         )
 
 
+@compiled
 @pytest.mark.threads
 def test_repeats_are_bitwise_the_same_for_any_number_of_threads(device, implementation):
     slow = implementation.is_slow

@@ -210,7 +210,9 @@ def run_inverse(z, weights, biases, order, counts, options, scale_map="exp", met
     found = {"x": x.detach(), "ldj": ldj.detach()}
     if grads is not None:
         pairs = [(o, g) for o, g in zip((x, ldj), grads, strict=True) if g is not None]
-        got = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs])
+        # of one feature the log-determinant does not depend on z, as torch sees the reference
+        alone = {"allow_unused": True, "materialize_grads": True} if len(pairs) == 1 else {}
+        got = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs], **alone)
         for name, grad in zip(leaves, got, strict=True):
             found[f"grad {name}"] = grad
     return found
