@@ -43,7 +43,7 @@ class Implementation(NamedTuple):
     def functions(self):
         """The torch operators by name, as attributes: of the reference, or of the registered operator."""
         if self.backend == "reference":
-            return importlib.import_module(f"genkernels.reference.{self.operator}")
+            return reference_of(self.operator)
         return torch.ops.genkernels
 
     @property
@@ -67,6 +67,11 @@ class Implementation(NamedTuple):
             return [cases[turn % len(cases)]]
         chosen = {"triton interpreted": interpreted, "cuda emulated": others.get("emulated"), "cpu": others.get("cpu")}
         return cases if chosen.get(self.name) is None else chosen[self.name]
+
+
+def reference_of(operator: str):
+    """The module of the definition, which has the torch operators by name."""
+    return importlib.import_module(f"genkernels.reference.{operator}")
 
 
 IMPLEMENTATIONS = (

@@ -106,8 +106,9 @@ import pathlib
 real = pathlib.Path.exists
 pathlib.Path.exists = lambda self: not self.name.startswith("libgenkernels") and real(self)
 import torch
+from importlib import import_module
 from genkernels import backends, ops
-from genkernels.reference import affine_coupling as reference
+reference = import_module("genkernels.reference.affine_coupling")
 assert backends.why_missing("cpu")
 torch.ops.load_library({str(library)!r})
 x, params = torch.randn(3, 6, 7, 5), torch.randn(3, 6, 7, 5)

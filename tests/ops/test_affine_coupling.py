@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 import genkernels as gk
 from genkernels import backends, ops
 from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
-from genkernels.reference import affine_coupling as reference
 from tests.checks import beside_forbidden_memory, bits, off_address, strided
+from tests.implementations import reference_of
 from tests.ops.coupling import BF16, DTYPES, F16, F32, F64, OPTIONS, Case, Inputs, cases, check_values, draw, run_all
 
+reference = reference_of("affine_coupling")
 inf, nan = float("inf"), float("nan")
 
 #: Shapes that meet every path: one element a sample, wide and odd runs, rows that no run fits, whole and odd tiles,

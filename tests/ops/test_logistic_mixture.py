@@ -9,9 +9,10 @@ import torch
 
 import genkernels as gk
 from genkernels import ops
-from genkernels.reference import logistic_mixture as reference
 from tests.checks import assert_as_accurate, off_address
+from tests.implementations import reference_of
 
+reference = reference_of("logistic_mixture")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WORK = {torch.float64: torch.float64}
 # (N, spatial, channels, components, levels): whole and odd tiles, several a sample, one pixel, no spatial dimension,

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import genkernels as gk
 from genkernels import ops
-from genkernels.reference import masked_conv as reference
 from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, causal_mask, keeps_pre
 from tests.checks import assert_as_accurate, strided
+from tests.implementations import reference_of
 
+reference = reference_of("masked_conv")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
