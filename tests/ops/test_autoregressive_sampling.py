@@ -161,6 +161,7 @@ def test_residual_and_large_kernels(device, interpreted):
     check(device, plain(first=9, residual=True, seed=3), uniform(2, 1, 5, 4, seed=3), F32, levels=5)
 
 
+@pytest.mark.every_build
 @pytest.mark.implementations(when=lambda i, batch, **_: not i.is_slow or batch == 1)
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("batch", [1, 7])
@@ -193,6 +194,7 @@ def test_conditional(device, slow, maps):
     assert not torch.equal(ours, naive(without, noise, levels=5))
 
 
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_channel_groups(device, slow, dtype):
     if slow:
@@ -212,6 +214,7 @@ def test_channel_groups(device, slow, dtype):
     check(device, plain(channels=2, width=8, levels=2, seed=8), uniform(1, 2, 6, 6, seed=9), dtype, levels=2)
 
 
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("channels,out", [(1, 9), (3, 40)])
 def test_logistic_mixture(device, slow, dtype, channels, out):
