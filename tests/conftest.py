@@ -10,6 +10,9 @@ LEFT_OUT: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.is_relative_to(config.rootpath / "tests" / "benchmarks") or item.path.stem == "test_gpu_check":
+            item.add_marker("threads")  # they time what they run
     if not torch.cuda.is_available():
         leave_out(config, items, lambda item: item.get_closest_marker("gpu"), "no CUDA device is available")
     if shard := os.environ.get("GENKERNELS_TEST_SHARD"):

@@ -21,7 +21,6 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -38,14 +37,14 @@ class Implementation(NamedTuple):
     name: str
     device: str
     backend: str  #: what `genkernels.use_backend` is told
+    operator: str = ""
 
     @property
     def functions(self):
         """The torch operators by name, as attributes: of the reference, or of the registered operator."""
-        if self.backend != "reference":
-            return torch.ops.genkernels
-        every = (op for operator in ops.OPERATORS.values() for op in operator.torch_ops.values())
-        return SimpleNamespace(**{op.name: op.reference for op in every})
+        if self.backend == "reference":
+            return reference_of(self.operator)
+        return torch.ops.genkernels
 
     @property
     def compiles(self) -> bool:
@@ -68,6 +67,11 @@ class Implementation(NamedTuple):
             return [cases[turn % len(cases)]]
         chosen = {"triton interpreted": interpreted, "cuda emulated": others.get("emulated"), "cpu": others.get("cpu")}
         return cases if chosen.get(self.name) is None else chosen[self.name]
+
+
+def reference_of(operator: str):
+    """The module of the definition, which has the torch operators by name."""
+    return importlib.import_module(f"genkernels.reference.{operator}")
 
 
 IMPLEMENTATIONS = (
@@ -107,7 +111,7 @@ def of(operator: str, torch_op: str | None = None) -> list[Implementation]:
     found = [i for i in IMPLEMENTATIONS if not why_absent(i.name) and any(_has(i.name, operator, n) for n in names)]
     if any(i.name in ("triton", "cuda") for i in found):  # where there are kernels, the definition is run on the CPU
         found = [i for i in found if i.name != "reference on a GPU"]
-    return found
+    return [i._replace(operator=operator) for i in found]
 
 
 def _has(name: str, operator: str, torch_op: str) -> bool:
@@ -134,8 +138,9 @@ def _launchers(operator: str) -> dict:
 
 
 @contextmanager
-def in_force(implementation: Implementation, operator: str) -> Iterator[None]:
-    """Makes the operator run by `implementation`, through its public functions and as ``torch.ops.genkernels``."""
+def in_force(implementation: Implementation) -> Iterator[None]:
+    """Makes its operator run by `implementation`, through its public functions and as ``torch.ops.genkernels``."""
+    operator = implementation.operator
     with ExitStack() as stack:
         if implementation.name == "triton interpreted":
             stack.enter_context(_stand_ins(_launchers(operator)))

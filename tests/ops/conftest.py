@@ -2,7 +2,8 @@
 
 ``@pytest.mark.implementations`` narrows that: ``reference=False`` leaves the definition itself out, ``torch_op="…"``
 asks for those that have a kernel of that name, ``slow=False`` leaves out those where a call takes a second, ``only``
-names those that a claim is about.
+names those that a claim is about, ``when`` is asked, with the implementation and the other parameters by name, whether
+to take a case at all: of many cases of the same paths, where a call is slow.
 """
 
 import pytest
@@ -14,7 +15,7 @@ from tests.conftest import leave_out
 def pytest_generate_tests(metafunc):
     if "implementation" not in metafunc.fixturenames:
         return
-    asked = {"reference": True, "torch_op": None, "slow": True, "only": None}
+    asked = {"reference": True, "torch_op": None, "slow": True, "only": None, "when": None}
     for marker in metafunc.definition.iter_markers("implementations"):
         asked |= marker.kwargs
     found = implementations.of(operator_of(metafunc.module), asked["torch_op"])
@@ -28,9 +29,18 @@ def pytest_collection_modifyitems(config, items):
     def runs_nowhere(item):
         return "implementation" in item.fixturenames and item.callspec.params["implementation"] is None
 
+    def is_one_too_many(item):
+        if "implementation" not in item.fixturenames:
+            return False
+        implementation, others = item.callspec.params["implementation"], item.callspec.params.items()
+        given = {name: value for name, value in others if name != "implementation"}
+        asked = [m.kwargs["when"] for m in item.iter_markers("implementations") if "when" in m.kwargs]
+        return not all(when(implementation, **given) for when in asked)
+
     mine = [item for item in items if item.path.is_relative_to(config.rootpath / "tests" / "ops")]
     theirs = [item for item in items if item not in set(mine)]
     leave_out(config, mine, runs_nowhere, "no implementation that they are for runs here")
+    leave_out(config, mine, is_one_too_many, "further cases of paths that others meet, where a call is slow")
     if implementations.INTERPRETED:
         others = "they concern no implementation, and have run without TRITON_INTERPRET"
         leave_out(config, mine, lambda item: "implementation" not in item.fixturenames, others)
@@ -44,7 +54,7 @@ def operator_of(module) -> str:
 @pytest.fixture
 def implementation(request):
     """The one that the operator runs by, through its public functions too, while the test lasts."""
-    with implementations.in_force(request.param, operator_of(request.module)):
+    with implementations.in_force(request.param):
         yield request.param
 
 

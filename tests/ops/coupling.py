@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
-from genkernels.reference import affine_coupling as reference
 from genkernels.reference.affine_coupling import transformed_pixels
 from tests.checks import assert_as_accurate, off_address
+from tests.implementations import reference_of
 
+reference = reference_of("affine_coupling")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (F32, F16)]
 OPTIONS = list(itertools.product(SCALE_MAPS, SPLITS, LAYOUTS, (False, True)))

@@ -128,27 +128,27 @@ def test_draws_follow_the_network(device):
 # --- cached against naive -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.implementations(when=lambda i, shape, **_: not i.is_slow or shape < 4)
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("shape", range(7))
 def test_plain(device, slow, dtype, shape):
     """Odd sizes, W ≠ H, images smaller than the 7×7 kernel, batches of 1, 16 and odd."""
     shapes = [(1, 9, 7), (16, 5, 6), (3, 4, 11), (2, 2, 3), (1, 1, 1), (5, 1, 8), (2, 8, 1)]
     few = [(1, 4, 5), (3, 3, 2), (1, 1, 1), (2, 1, 6)]
-    if slow and shape >= len(few):
-        return
     batch, height, width = (few if slow else shapes)[shape]
     check(device, plain(seed=1), uniform(batch, 1, height, width, seed=2), dtype, levels=5)
 
 
+WIDTHS = {"triton interpreted": (1, 33, 70), "cuda emulated": (1, 33, 64, 600)}
+
+
+@pytest.mark.implementations(when=lambda i, width: width in WIDTHS.get(i.name, (1, 7, 16, 17, 33, 64, 72)))
 @pytest.mark.parametrize("width", [1, 7, 16, 17, 33, 64, 70, 72, 600])
-def test_widths(device, slow, interpreted, width):
+def test_widths(device, slow, width):
     """Of vectors that a processor has, and beside them; not a multiple of what is loaded at once, more than a tile; 600
     channels take two turns of the 512 threads of a block."""
     if slow:
-        if width in ((1, 33, 70) if interpreted else (1, 33, 64, 600)):
-            check(device, plain(width=width, layers=1, seed=2), uniform(1, 1, 2, 3, seed=2), F32, levels=5)
-        return
-    if width == 600:
+        check(device, plain(width=width, layers=1, seed=2), uniform(1, 1, 2, 3, seed=2), F32, levels=5)
         return
     for dtype in (F32, F64):
         check(device, plain(width=width, levels=3, seed=2), uniform(3, 1, 4, 5, seed=width), dtype, levels=3)
@@ -161,12 +161,13 @@ def test_residual_and_large_kernels(device, interpreted):
     check(device, plain(first=9, residual=True, seed=3), uniform(2, 1, 5, 4, seed=3), F32, levels=5)
 
 
+@pytest.mark.every_build
+@pytest.mark.implementations(when=lambda i, batch, **_: not i.is_slow or batch == 1)
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("batch", [1, 7])
 def test_two_stacks(device, slow, dtype, batch):
     size = (2, 1, 4, 3) if slow else (batch, 1, 6, 5)
-    if not slow or batch == 1:
-        check(device, two_stacks(seed=1, layers=2 if slow else 3), uniform(*size, seed=4), dtype, levels=5)
+    check(device, two_stacks(seed=1, layers=2 if slow else 3), uniform(*size, seed=4), dtype, levels=5)
 
 
 @pytest.mark.implementations(only=("triton", "triton interpreted"))
@@ -193,6 +194,7 @@ def test_conditional(device, slow, maps):
     assert not torch.equal(ours, naive(without, noise, levels=5))
 
 
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_channel_groups(device, slow, dtype):
     if slow:
@@ -212,6 +214,7 @@ def test_channel_groups(device, slow, dtype):
     check(device, plain(channels=2, width=8, levels=2, seed=8), uniform(1, 2, 6, 6, seed=9), dtype, levels=2)
 
 
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("channels,out", [(1, 9), (3, 40)])
 def test_logistic_mixture(device, slow, dtype, channels, out):
@@ -245,11 +248,13 @@ def test_temperature_0_takes_the_first_of_the_largest(device):
     assert (sample(stages, uniform(2, 1, 2, 2, dtype=F32).to(device), levels=4, temperature=0) == 1).all()
 
 
+SEEDS = {"triton interpreted": (4, 8, 10), "cuda emulated": (0, 3, 5)}
+
+
+@pytest.mark.implementations(when=lambda i, seed, **_: seed in SEEDS.get(i.name, range(12)))
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(12))
 def test_any_network(device, implementation, seed, groups):
-    if seed not in implementation.some(range(12), seed, interpreted=(4, 8, 10), emulated=(0, 3, 5)):
-        return
     stages, (batch, *size) = any_network(seed, groups, channels=groups, out=3 * groups)
     if not implementation.is_slow:
         check(device, stages, uniform(batch, groups, *size, seed=seed), F64, levels=3)
@@ -277,11 +282,10 @@ def test_many_levels(device, slow, interpreted):
 # --- in-painting --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.implementations(when=lambda i, which, **_: not i.is_slow or which == "some channels")
 @pytest.mark.parametrize("which", ["pixels", "columns", "some channels", "all", "none"])
 @pytest.mark.parametrize("head", ["categorical", "logistic_mixture"])
 def test_in_painting(device, slow, which, head):
-    if slow and which != "some channels":
-        return
     channels, levels = 3, 4
     categorical = head == "categorical"
     stages = plain(channels, levels, width=9, seed=3, out=None if categorical else 10, groups=3 if categorical else 1)
@@ -361,6 +365,8 @@ def test_an_error_in_progress_ends_the_call(device):
         )
 
 
+@compiled
+@pytest.mark.threads
 def test_repeats_are_bitwise_the_same_for_any_number_of_threads(device, implementation):
     slow = implementation.is_slow
     stages = cast(two_stacks(seed=1, layers=1) if slow else plain(width=40, seed=6), F32, device)

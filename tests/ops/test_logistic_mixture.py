@@ -9,9 +9,10 @@ import torch
 
 import genkernels as gk
 from genkernels import ops
-from genkernels.reference import logistic_mixture as reference
 from tests.checks import assert_as_accurate, off_address
+from tests.implementations import reference_of
 
+reference = reference_of("logistic_mixture")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WORK = {torch.float64: torch.float64}
 # (N, spatial, channels, components, levels): whole and odd tiles, several a sample, one pixel, no spatial dimension,
@@ -176,13 +177,12 @@ def test_the_bins_of_three_channels_add_up_to_one(implementation, device, dtype)
 # --- kernels against the definition -------------------------------------------------------------------------------
 
 
+@pytest.mark.implementations(when=lambda i, shape, **_: not i.is_slow or shape not in LARGE)
 @pytest.mark.every_build
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_the_definition(implementation, functions, device, poisoned_memory, shape, dtype):
-    if implementation.is_slow and shape in LARGE:
-        pytest.skip("the interpreter takes smaller ones")
     levels = shape[-1]
     # in fp64 neither side is the exact one, and a posterior's relative error is the absolute one of its log, some 100
     # nats; the interpreter cuts bf16 off where a GPU rounds to nearest
@@ -357,6 +357,7 @@ def test_any_stride_gives_the_same_and_inputs_are_left_alone(implementation, dev
     assert torch.equal(ops.logistic_mixture_nll(off_address(params, 5), x), ops.logistic_mixture_nll(params, x))
 
 
+@pytest.mark.threads
 @compiled
 def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(implementation, device):
     size = (11, 13) if implementation.is_slow else (33, 32)

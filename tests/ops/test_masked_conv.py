@@ -13,11 +13,29 @@ from hypothesis import strategies as st
 
 import genkernels as gk
 from genkernels import ops
-from genkernels.reference import masked_conv as reference
 from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, causal_mask, keeps_pre
 from tests.checks import assert_as_accurate, strided
+from tests.implementations import reference_of
 
+reference = reference_of("masked_conv")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def few(implementation, problem, dtype=torch.float32):
+    """Triton's interpreter takes fp64 and fp16 on every third problem."""
+    if not implementation.is_slow:
+        return True
+    return problem != HUGE and (dtype in (torch.float32, torch.bfloat16) or PROBLEMS.index(problem) % 3 == 0)
+
+
+def third(implementation, problem):
+    return not implementation.is_slow or PROBLEMS.index(problem) % 3 == 0
+
+
+def gated(implementation, problem, **_):
+    """With each kind of condition."""
+    return not implementation.is_slow or problem in PROBLEMS[4:6]
+
 
 compiled = pytest.mark.implementations(reference=False)
 quick = pytest.mark.implementations(slow=False)
@@ -111,7 +129,7 @@ PROBLEMS = [
     Problem(1, 40, 70, 5, 6, (3, 3)),  # several blocks of channels in and out
     Problem(1, 4, 80, 3, 3, (3, 3), activation="gate", condition=2),  # and with the gate
 ]
-HUGE = PROBLEMS[16]  # for the interpreter
+HUGE = PROBLEMS[16]  # too much for the interpreter
 IDS = [f"{i}-{p.mask_type}-{p.region}-{p.activation}" for i, p in enumerate(PROBLEMS)]
 
 
@@ -142,15 +160,12 @@ def cotangents(problem, tensors):
     return [torch.randn(shape, dtype=torch.float64).to(x.device, x.dtype) for shape in shapes]
 
 
+@pytest.mark.implementations(when=few)
 @compiled
 @pytest.mark.every_build
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_agrees_with_the_definition(implementation, functions, device, poisoned_memory, problem, dtype):
-    if implementation.is_slow and (
-        problem == HUGE or (dtype in (torch.float64, torch.float16) and PROBLEMS.index(problem) % 3)
-    ):
-        return  # the interpreter takes fp64 and fp16 on every third
     torch.manual_seed(3)
     tensors = problem.tensors(dtype, device)
     given = cotangents(problem, tensors)
@@ -205,11 +220,10 @@ def test_jacobian_is_exactly_what_may_be_seen(implementation, device, mask_type,
         assert torch.equal(jacobian.cpu() != 0, may_see(problem)), (height, width, kernel)
 
 
+@pytest.mark.implementations(when=third)
 @pytest.mark.every_build
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_dead_taps_get_no_gradient_and_have_no_say(implementation, device, poisoned_memory, problem):
-    if implementation.is_slow and PROBLEMS.index(problem) % 3:
-        return  # the interpreter takes every third
     x, weight, *rest = problem.tensors(torch.float32, device)
     dead = ~problem.mask.to(device)
     spoiled = weight.masked_fill(dead, float("nan")).requires_grad_()
@@ -303,6 +317,8 @@ def test_a_gradient_without_its_pre_activation_is_refused(implementation, device
         output.sum().backward()
 
 
+@pytest.mark.threads
+@pytest.mark.implementations(when=gated)
 @compiled
 @pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -310,8 +326,6 @@ def test_a_gradient_without_its_pre_activation_is_refused(implementation, device
 def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(implementation, device, problem, dtype):
     if by_torch(implementation, dtype):
         pytest.skip("torch's gradient of the weight depends on the number of threads")
-    if implementation.is_slow and problem not in PROBLEMS[4:6]:
-        return  # gated, with each kind of condition
     tensors = problem.tensors(dtype, device)
     given = cotangents(problem, tensors)
     threads = torch.get_num_threads()
@@ -326,6 +340,7 @@ def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(implemen
         assert all(torch.equal(run[name], value) for name, value in runs[0].items())
 
 
+@pytest.mark.implementations(when=gated)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_an_empty_batch(implementation, device, problem):
     tensors = [t if t is None else t.requires_grad_() for t in problem._replace(batch=0).tensors(device=device)]
