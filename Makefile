@@ -1,6 +1,6 @@
 # Everything starts from a bare machine with Python >= 3.10, g++ and make:
 #   make demo        trains Glow on real digits, fused and reference path, and shows what it cost and gave
-#   make test        the whole test suite
+#   make test        the whole test suite, in three runs: in parallel; what needs the cores for itself; Triton's interpreter
 #   make bench       the speed table (benchmarks/results holds committed ones)
 #   make gpu-check   on a machine with an NVIDIA GPU, with that machine's own Python packages (PYTHON=…, RESULTS=…, PARTS=…)
 PYTHON ?= python3
@@ -19,8 +19,9 @@ demo: $(VENV)/train
 	$(RUN) tools/demo.py
 
 test: $(VENV)/test
-	$(RUN) -m pytest tests
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --dist loadgroup -m "not threads"
+	$(RUN) -m pytest tests -m threads
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/ops tests/triton -n auto
 
 bench: $(VENV)/train
 	$(VENV)/bin/genkernels bench $(BENCH)

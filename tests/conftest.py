@@ -1,17 +1,47 @@
 import os
+import warnings
+from collections import Counter
 
 import pytest
 import torch
 
+#: Tests that are left out here, by the reason: told once, at the end, instead of a skip each.
+LEFT_OUT: Counter[str] = Counter()
+
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.is_relative_to(config.rootpath / "tests" / "benchmarks") or item.path.stem == "test_gpu_check":
+            item.add_marker("threads")  # they time what they run
+    if not torch.cuda.is_available():
+        leave_out(config, items, lambda item: item.get_closest_marker("gpu"), "no CUDA device is available")
+    if shard := os.environ.get("GENKERNELS_TEST_SHARD"):
+        share_out(config, items, *map(int, shard.split("/")))
+
+
+def leave_out(config, items, unwanted, reason):
+    """Takes the unwanted items out, to be counted in the summary under `reason`."""
+    gone = [item for item in items if unwanted(item)]
+    if gone:
+        items[:] = [item for item in items if item not in set(gone)]
+        config.hook.pytest_deselected(items=gone)
+        LEFT_OUT[reason] += len(gone)
+
+
+def share_out(config, items, k, n):
     """``GENKERNELS_TEST_SHARD=k/n``: the k-th of n processes takes every n-th test. What takes long on a GPU is to
     compile, on one core."""
-    if shard := os.environ.get("GENKERNELS_TEST_SHARD"):
-        k, n = map(int, shard.split("/"))
-        mine = items[k - 1 :: n]
-        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n != k - 1])
-        items[:] = mine
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n != k - 1])
+    items[:] = items[k - 1 :: n]
+
+
+def pytest_terminal_summary(terminalreporter):
+    from tests import implementations
+
+    for line in implementations.summary():
+        terminalreporter.write_line(line)
+    for reason, count in LEFT_OUT.items():
+        terminalreporter.write_line(f"left out: {count} tests, {reason}")
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +64,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh tensors start as NaN, those that C++ asks torch for too: an element that a kernel leaves out shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

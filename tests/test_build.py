@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
+pytestmark = pytest.mark.xdist_group("build")  # one worker takes them all, and builds once
+
+
+@pytest.fixture(scope="session")
 def setup():
     spec = importlib.util.spec_from_file_location("genkernels_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
@@ -18,30 +21,41 @@ def setup():
     return module
 
 
-@pytest.fixture
-def build(setup, tmp_path, monkeypatch):
-    def run(wish):
-        monkeypatch.setenv("GENKERNELS_BUILD", wish)
+def build_in(setup, folder, wish):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENKERNELS_BUILD", wish)
         command = setup.BuildLibraries(setup.BinaryDistribution({"name": "genkernels"}))
-        command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+        command.build_lib, command.build_temp = str(folder / "lib"), str(folder / "temp")
         command.ensure_finalized()
         command.run()
-        return sorted(p.name for p in (tmp_path / "lib").rglob("*.so"))
+    return sorted((folder / "lib").rglob("*.so"))
 
-    return run
+
+@pytest.fixture
+def build(setup, tmp_path):
+    return lambda wish: [path.name for path in build_in(setup, tmp_path, wish)]
+
+
+@pytest.fixture(scope="session")
+def built(setup, tmp_path_factory):
+    """The libraries that GENKERNELS_BUILD=cpu makes on this processor, and the one that it makes on any other."""
+    folder = tmp_path_factory.mktemp("build")
+    here = build_in(setup, folder / "here", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "cpu_variants", lambda: {"generic": []})
+        return here, build_in(setup, folder / "elsewhere", "cpu")
 
 
 def test_nothing_is_built_when_nothing_is_wished(build):
     assert build("none") == []
 
 
-def test_the_cpu_library_is_built_for_every_processor_it_may_meet(build, setup):
-    assert build("cpu") == sorted(f"libgenkernels_cpu_{variant}.so" for variant in setup.cpu_variants())
+def test_the_cpu_library_is_built_for_every_processor_it_may_meet(built, setup):
+    assert [path.name for path in built[0]] == sorted(f"libgenkernels_cpu_{v}.so" for v in setup.cpu_variants())
 
 
-def test_other_processors_get_the_generic_build(build, setup, monkeypatch):
-    monkeypatch.setattr(setup, "cpu_variants", lambda: {"generic": []})
-    assert build("cpu") == ["libgenkernels_cpu_generic.so"]
+def test_other_processors_get_the_generic_build(built):
+    assert [path.name for path in built[1]] == ["libgenkernels_cpu_generic.so"]
 
 
 @pytest.mark.parametrize(
@@ -83,18 +97,18 @@ def test_architectures(setup):
         setup.architecture_flags("hopper")
 
 
-def test_the_generic_build_computes_the_same(build, setup, tmp_path, monkeypatch):
+def test_the_generic_build_computes_the_same(built):
     """The build for processors other than x86-64, held against the reference on this one."""
-    monkeypatch.setattr(setup, "cpu_variants", lambda: {"generic": []})
-    build("cpu")
-    library = next((tmp_path / "lib").rglob("*.so"))
+    (library,) = built[1]
     # this processor's own library is kept out of sight, so that the generic one is the only one registered
     code = f"""
 import pathlib
 real = pathlib.Path.exists
 pathlib.Path.exists = lambda self: not self.name.startswith("libgenkernels") and real(self)
 import torch
-from genkernels import backends, ops, reference
+from importlib import import_module
+from genkernels import backends, ops
+reference = import_module("genkernels.reference.affine_coupling")
 assert backends.why_missing("cpu")
 torch.ops.load_library({str(library)!r})
 x, params = torch.randn(3, 6, 7, 5), torch.randn(3, 6, 7, 5)

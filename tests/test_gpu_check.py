@@ -61,30 +61,38 @@ def test_a_job_that_fails_hides_no_other(tool, tmp_path):
 def test_every_operator_is_tested_and_measured(tool):
     from genkernels.benchmarks.cases import operators
 
-    jobs = tool.test_jobs("python")
-    wanted = {
-        str(p.relative_to(ROOT)) for folder in ("ops", "triton") for p in (ROOT / "tests" / folder).glob("test_*")
-    }
-    assert wanted <= {argument for job in jobs for argument in job.command}
-    assert all((ROOT / a).exists() for job in jobs for a in job.command if a.startswith("tests/"))
+    tests = [f"tests/ops/test_made.py::test_a[triton-{i}]" for i in range(300)] + ["tests/nn/test_made.py::test_b"]
+    jobs = tool.test_jobs("python", tests)
+    told = {argument for job in jobs for argument in job.command}
+    kernels = {p for folder in ("ops", "triton", "cuda") for p in (ROOT / "tests" / folder).glob("test_*.py")}
+    gpu = set((ROOT / "tests").glob("*/test_*gpu.py"))
+    assert gpu and {str(p.relative_to(ROOT)) for p in kernels | gpu} | {"tests/nn", "tests/models"} <= told
+    assert all((ROOT / a.removeprefix("--ignore=")).exists() for a in told if "tests/" in a)
     assert len({job.name for job in jobs}) == len(jobs)
-    assert set(tool.SHARDS) <= {job.name.rsplit("-", 1)[0] for job in jobs}
-    assert set(tool.BENCH_S) == set(operators())
+    shards = [job.extra["GENKERNELS_TEST_SHARD"] for job in jobs if job.name.startswith("ops-made-")]
+    assert len(shards) > 1 and shards == [f"{k}/{len(shards)}" for k in range(1, len(shards) + 1)]
+    limits = tool.bench_limits(sys.executable, True)
+    assert set(limits) == set(operators()) and min(limits.values()) > tool.START_S + 2
+    assert sum(limits.values()) <= tool.SHARE_S["bench"] + len(limits)
     assert tool.SHARE_S["build"] + tool.SHARE_S["test"] < tool.BUDGET_S < 9 * 60
 
 
+def test_what_runs_here_is_found(tool):
+    found = tool.collected(sys.executable)
+    assert len(found) > 1000 and all((ROOT / test.split("::")[0]).exists() for test in found)
+    assert {"ops", "nn", "models", "triton"} <= {test.split("/")[1] for test in found}
+
+
 def test_shards_take_each_test_once():
-    from tests.conftest import pytest_collection_modifyitems
+    from tests.conftest import share_out
 
     class Config:
         class hook:
             pytest_deselected = staticmethod(lambda items: None)
 
     taken = []
-    with pytest.MonkeyPatch.context() as patch:
-        for k in (1, 2, 3):
-            patch.setenv("GENKERNELS_TEST_SHARD", f"{k}/3")
-            items = list(range(10))
-            pytest_collection_modifyitems(Config, items)
-            taken += items
+    for k in (1, 2, 3):
+        items = list(range(10))
+        share_out(Config, items, k, 3)
+        taken += items
     assert sorted(taken) == list(range(10)) and len(taken) == 10

@@ -86,7 +86,7 @@ def operator_page(operator) -> str:
         "triton": f"genkernels/triton/{operator.name}.py",
         "cuda": f"csrc/cuda/{operator.name}.cu",
     }
-    kernels = operator.kernels if hasattr(operator, "kernels") else operator.backends
+    kernels = operator.kernels
     rows = [(name, inline(kernels.get(name, "")) or f"[`{file}`](../{file})") for name, file in floors.items()]
     parts += ["## Backends", table(rows, ("backend", "where")), *exceptions(operator, kernels)]
     composability = "What runs under each of torch's features: the kernel, the plain PyTorch reference, or an error."

@@ -131,9 +131,9 @@ def check_loads(library: Path) -> str:
     none."""
     script = (
         "import sys, torch, genkernels.ops\n"
-        "from genkernels.ops._operator import OPERATORS\n"
+        "from genkernels.ops import OPERATORS\n"
         "torch.ops.load_library(sys.argv[1])\n"
-        "names = [n for op in OPERATORS.values() if op.backends['cuda'] == '' for n in op.torch_ops]\n"
+        "names = [n for o in OPERATORS.values() for n, op in o.torch_ops.items() if op.has('cuda')]\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "print(*[n if has(f'genkernels_cuda::{n}', 'CUDA') else n + '!' for n in names])\n"
     )

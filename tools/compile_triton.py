@@ -3,15 +3,14 @@
 
     python tools/compile_triton.py [--targets 80 90 100] [--only TEXT] [--jobs N]
 
-Walks `kernel_specs()` of each module of `genkernels.triton`, compiles each configuration for each compute capability
-and reads registers, spilled bytes and shared memory off the machine code. Exits with 1 if anything fails to compile or
-spills a register. Compiled kernels land in Triton's cache, so a second run is quick.
+Records what the sample calls of each module of `genkernels.triton` launch, compiles each configuration for each compute
+capability and reads registers, spilled bytes and shared memory off the machine code. Exits with 1 if anything fails to
+compile or spills a register. Compiled kernels land in Triton's cache, so a second run is quick.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 import subprocess
@@ -39,13 +38,9 @@ class Result(NamedTuple):
 
 def load_specs(only: str) -> list:
     from genkernels.triton import kernel_modules
+    from genkernels.triton._recording import kernel_specs
 
-    specs = []
-    for module in kernel_modules():
-        found = importlib.import_module(module).kernel_specs()
-        if not found:
-            raise SystemExit(f"{module}.kernel_specs() lists no kernel")
-        specs += found
+    specs = [spec for module in kernel_modules() for spec in kernel_specs(module)]
     return [spec for spec in specs if only in f"{spec.kernel.__name__} {spec.label}"]
 
 

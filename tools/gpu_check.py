@@ -29,22 +29,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("build", "test", "sanitize", "bench")
 BUDGET_S = 530  # all parts together
-SHARE_S = {"build": 150, "test": 190, "sanitize": 75, "bench": 60}  # one process
-#: Seconds that each operator's benchmark may take, start and end of its process included.
-BENCH_S = {"affine_coupling": 48, "masked_conv": 48, "made": 32, "autoregressive_sampling": 40, "logistic_mixture": 32}
-#: Groups of tests that are shared out among several processes.
-SHARDS = {
-    "cuda": 4,
-    "ops-affine_coupling": 3,
-    "ops-autoregressive_sampling": 4,
-    "ops-logistic_mixture": 2,
-    "ops-made": 2,
-    "ops-masked_conv": 4,
-    "triton-affine_coupling": 3,
-    "triton-autoregressive_sampling": 3,
-    "triton-logistic_mixture": 2,
-    "triton-masked_conv": 3,
-}
+SHARE_S = {"build": 150, "test": 190, "sanitize": 75, "bench": 200}  # each
+START_S = 20  # of a benchmark's process, start and end
+#: What a test costs beside one that compiles for Triton: seconds on one core, or next to nothing.
+COMPILES, RUNS = 1.0, 0.1
 #: Between the signal that lets a process report what it has and the one that ends it.
 GRACE_S = 10
 
@@ -139,38 +127,61 @@ def gpu() -> str | None:
     return done.stdout.strip() or None
 
 
-def test_jobs(python: str) -> list[Job]:
-    """One job a file of an operator or of Triton, several where Triton has much to compile, one a folder of the rest;
-    the longest first."""
-    groups = {"cuda": "tests/cuda/test_affine_coupling_gpu.py"}
-    for folder in ("ops", "triton"):
-        for file in (ROOT / "tests" / folder).glob("test_*.py"):
-            name = file.stem.removeprefix("test_").removeprefix("triton_")
-            groups[f"{folder}-{name}"] = str(file.relative_to(ROOT))
-    groups |= {"models-gpu": "tests/models/test_models_gpu.py", "training": "tests/training/test_train_gpu.py"}
-    groups |= {"models": "tests/models", "nn": "tests/nn"}
+def collected(python: str) -> list[str]:
+    """The tests that run here, by their full names. Asked while the library is built: its tests may be missing, which
+    cost little."""
+    folders = [f"tests/{folder}" for folder in ("cuda", "models", "nn", "ops", "training", "triton")]
+    command = [python, "-m", "pytest", *folders, "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
+
+
+def groups_of(tests: list[str]) -> dict[str, tuple[list[str], float]]:
+    """Groups of tests, by name: what pytest is told, and their cost. A group a file of what runs kernels, for the rest
+    a group a folder."""
+    kernels = [p for folder in ("ops", "triton", "cuda") for p in (ROOT / "tests" / folder).glob("test_*.py")]
+    files = [*kernels, *(ROOT / "tests").glob("*/test_*gpu.py")]
+    paths = {f"{p.parent.name}-{p.stem.removeprefix('test_')}": [str(p.relative_to(ROOT))] for p in files}
+    alone = {path for (path,) in paths.values()}
+    for folder in ("models", "nn"):
+        ignored = [f"--ignore={path}" for path in sorted(alone) if path.startswith(f"tests/{folder}/")]
+        paths[folder] = [f"tests/{folder}", *ignored]
+    costs = dict.fromkeys(paths, RUNS)
+    names = {path: name for name, (path, *_) in paths.items()}
+    for test in tests:
+        file = test.split("::", 1)[0]
+        name = names.get(file) or file.split("/")[1]
+        if name in costs:
+            costs[name] += COMPILES if "[triton" in test or file.startswith("tests/triton/") else RUNS
+    return {name: (path, costs[name]) for name, path in paths.items()}
+
+
+def test_jobs(python: str, tests: list[str]) -> list[Job]:
+    """Two processes a core in all, shared out by what the groups cost, each group in one or more; the longest first."""
+    groups = groups_of(tests)
+    share = sum(cost for _, cost in groups.values()) / (2 * (os.cpu_count() or 1))
+    shards = {name: max(1, round(cost / share)) for name, (_, cost) in groups.items()}
     jobs = []
-    for name, path in sorted(groups.items(), key=lambda item: -SHARDS.get(item[0], 1)):
-        shards = SHARDS.get(name, 1)
+    for name, (path, _) in sorted(groups.items(), key=lambda item: -item[1][1] / shards[item[0]]):
         # -vv, against the -q of pyproject.toml: the log's last line names the test that hung
-        command = [
-            python,
-            "-m",
-            "pytest",
-            path,
-            "-vv",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "faulthandler_timeout=120",
-        ]
-        if name == "models":
-            command += ["--ignore", groups["models-gpu"]]
-        for k in range(1, shards + 1):
-            extra = {"GENKERNELS_TEST_SHARD": f"{k}/{shards}"} if shards > 1 else {}
-            jobs.append(Job("test", name if shards == 1 else f"{name}-{k}", command, extra))
+        options = ["-vv", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=120"]
+        command = [python, "-m", "pytest", *path, *options]
+        for k in range(1, shards[name] + 1):
+            extra = {"GENKERNELS_TEST_SHARD": f"{k}/{shards[name]}"} if shards[name] > 1 else {}
+            jobs.append(Job("test", name if shards[name] == 1 else f"{name}-{k}", command, extra))
     return jobs
+
+
+def bench_limits(python: str, device: bool) -> dict[str, int]:
+    """Seconds for each operator's benchmark, start and end of its process included: the same for each case."""
+    code = (
+        "import json; from genkernels.benchmarks import cases; "
+        f"print(json.dumps({{n: len(cases.find([n], device='cuda', quick={not device})) for n in cases.operators()}}))"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    counts = json.loads(done.stdout.splitlines()[-1])
+    measuring = SHARE_S["bench"] - START_S * len(counts)
+    return {name: START_S + round(measuring * count / sum(counts.values())) for name, count in counts.items()}
 
 
 def sanitize_jobs(python: str) -> list[Job]:
@@ -192,27 +203,28 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     check = Check(arguments.results.resolve())
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # processes begun by one that ignores it would ignore it too
+    # processes begun by one that ignores it would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     device = gpu()
     print(f"GPU: {device or 'none: what needs one is left out'}", flush=True)
     python = sys.executable
-    if "build" in arguments.parts:
-        wanted = {"GENKERNELS_BUILD": "cuda"}
-        if device:
-            major, minor = device.split()[-2:]
-            wanted["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}" + ("a" if major == "9" else "")
-        check.run(Job("build", "library", [python, "setup.py", "build_ext", "--inplace"], wanted))
-    check.run(Job("build", "info", [python, "-m", "genkernels", "info", "--ops"]))
-    if "test" in arguments.parts:
-        check.run(*test_jobs(python))
+    with ThreadPoolExecutor(1) as aside:
+        tests = aside.submit(collected, python) if "test" in arguments.parts else None
+        if "build" in arguments.parts:
+            wanted = {"GENKERNELS_BUILD": "cuda"}
+            if device:
+                major, minor = device.split()[-2:]
+                wanted["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}" + ("a" if major == "9" else "")
+            check.run(Job("build", "library", [python, "setup.py", "build_ext", "--inplace"], wanted))
+        check.run(Job("build", "info", [python, "-m", "genkernels", "info", "--ops"]))
+    if tests:
+        check.run(*test_jobs(python, tests.result()))
     if "sanitize" in arguments.parts and device:
         check.run(*sanitize_jobs(python))
     if "bench" in arguments.parts:
-        for name, limit in BENCH_S.items():
+        for name, limit in bench_limits(python, bool(device)).items():
             files = ["--json", str(check.results / f"{name}.json"), "--plot", str(check.results / f"{name}.png")]
-            options = ["--limit", str(limit - 20)] if device else ["--quick"]
+            options = ["--limit", str(limit - START_S)] if device else ["--quick"]
             bench = [python, "-m", "genkernels", "bench", name, *files, *options]
             check.run(Job("bench", name, bench, limit=limit + GRACE_S))
     (check.results / "summary.json").write_text(json.dumps({"gpu": device, "rows": check.rows}, indent=1))

@@ -51,10 +51,10 @@ def others() -> int:
     runs = 0
     for name, sample in SAMPLES.items():
         operator = gk.ops.OPERATORS[name]
-        if operator.backends.get(gk.current_backend()):
+        if operator.kernels.get(gk.current_backend()):
             continue
         function, tensors = sample("cuda", torch.float32)
-        if set(operator.torch_ops.values()) & {"differentiable"}:
+        if operator.composability["backward"] != "raises":
             tensors = [t.detach().requires_grad_() for t in tensors]
             sum((o * o).sum() for o in function(*tensors)).backward()
         else:

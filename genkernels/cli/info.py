@@ -38,14 +38,13 @@ def _operators() -> None:
     rows = []
     for operator in OPERATORS.values():
         for name in backends.NAMES[1:]:
-            reason = (
-                ""
-                if name == "reference"
-                else operator.backends.get(name, "no kernel") or backends.why_missing(name) or ""
-            )
+            reason = "" if name == "reference" else operator.kernels[name] or backends.why_missing(name) or ""
             chosen = [d for d in devices if _chosen(operator, d) == name]
             runs = f"on {' and '.join(d.upper() for d in chosen)}" if chosen else "no" if reason else "on request"
-            rows.append([operator.name if name == "reference" else "", name, runs, reason])
+            note = "" if name == "reference" else operator.left_to_reference(name)
+            rows.append(
+                [operator.name if name == "reference" else "", name, runs, "; ".join(filter(None, (reason, note)))]
+            )
     print(table(["operator", "backend", "runs", "why not"], rows))
     print()
     marks = [[operator.name, *(operator.composability.get(f, "") for f in FEATURES)] for operator in OPERATORS.values()]
@@ -53,13 +52,10 @@ def _operators() -> None:
 
 
 def _chosen(operator, device: str) -> str:
-    import torch
-
     from genkernels import backends
-    from genkernels.ops._operator import backend_for
 
     try:
-        return backend_for(operator, torch.empty(0, device=device))
+        return operator.backend_on(device)
     except backends.BackendUnavailable:
         return ""
 

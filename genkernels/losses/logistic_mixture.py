@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from genkernels import ops
-from genkernels.ops._operator import transforms_active
 
 
 def discretized_logistic_mixture_nll(params: Tensor, x: Tensor, levels: int = 256) -> Tensor:
@@ -31,7 +30,7 @@ def discretized_logistic_mixture_nll(params: Tensor, x: Tensor, levels: int = 25
     Source: Salimans et al., "PixelCNN++", 2017.
     """
     nll = ops.logistic_mixture_nll(params, x, levels=levels)
-    if x.device.type == "cpu" and x.numel() and not (torch.compiler.is_compiling() or transforms_active()):
+    if x.device.type == "cpu" and x.numel() and not (torch.compiler.is_compiling() or ops.transforms_active()):
         low, high = (float(bound) for bound in x.detach().aminmax())
         if low < -1 or high > 1:  # both false for NaN, which gives a loss of NaN
             raise ValueError(

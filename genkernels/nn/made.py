@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from genkernels.nn._buffers import renew
 from genkernels.nn.masked_linear import MaskedLinear
-from genkernels.ops._operator import whole
+from genkernels.ops import checks
 from genkernels.reference.made import plan
 
 
@@ -70,7 +70,7 @@ class MADE(nn.Module):
             ("params_per_feature", params_per_feature, 1),
             ("context_features", context_features, 0),
         ):
-            whole("MADE", name, value, least)
+            checks.integer("MADE", name, value, least)
         sizes = tuple(hidden_features)
         if not all(isinstance(h, int) and not isinstance(h, bool) for h in sizes):
             raise ValueError(f"MADE: hidden_features must be one integer or several, got {list(sizes)}")

@@ -10,7 +10,7 @@ from genkernels import ops
 from genkernels.backends import current_backend
 from genkernels.nn._buffers import renew
 from genkernels.nn._layout import BF16_UNITS, convolution_layout
-from genkernels.ops._operator import whole
+from genkernels.ops import checks
 from genkernels.ops.masked_conv import check_options
 from genkernels.reference.masked_conv import causal_mask
 
@@ -67,11 +67,11 @@ class MaskedConv2d(nn.Conv2d):
         dtype=None,
     ):
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-            whole("MaskedConv2d", name, value, 1)
+            checks.integer("MaskedConv2d", name, value, 1)
         pair = tuple(kernel_size) if isinstance(kernel_size, list | tuple) else (kernel_size,) * 2
         if len(pair) != 2:
             raise ValueError(f"MaskedConv2d: kernel_size must be one number or (kh, kw), got {kernel_size!r}")
-        height, width = (whole("MaskedConv2d", "kernel_size", side, 1) for side in pair)
+        height, width = (checks.integer("MaskedConv2d", "kernel_size", side, 1) for side in pair)
         for name, value in (("stride", stride), ("dilation", dilation)):
             if value not in (1, (1, 1)):
                 raise ValueError(f"MaskedConv2d: {name} must be 1, for every pixel has an output, got {value}")

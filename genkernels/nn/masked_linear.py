@@ -12,7 +12,7 @@ from genkernels import ops
 from genkernels.backends import current_backend
 from genkernels.nn._buffers import renew
 from genkernels.nn._layout import BF16_UNITS
-from genkernels.ops._operator import whole
+from genkernels.ops import checks
 from genkernels.reference.made import degree_mask, masked_weight
 
 #: Up to so many weights one dense product, the dead ones set to 0, is faster on a CPU than the kernel that leaves them
@@ -62,8 +62,8 @@ class MaskedLinear(nn.Linear):
         device=None,
         dtype=None,
     ):
-        whole("MaskedLinear", "in_features", in_features, 1)
-        whole("MaskedLinear", "out_features", out_features, 1)
+        checks.integer("MaskedLinear", "in_features", in_features, 1)
+        checks.integer("MaskedLinear", "out_features", out_features, 1)
         into = _degrees("in_degrees", in_degrees, in_features)
         out = _degrees("out_degrees", out_degrees, out_features)
         seen = degree_mask(into, out, strict).any(1)

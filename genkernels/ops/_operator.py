@@ -1,34 +1,38 @@
-"""What every operator shares: its registration with torch, its choice of backend and its record.
+"""What every operator shares: its registration with torch, its gradients, its choice of backend and its record.
 
-An operator's file declares an `Operator`, then calls `define` once for each torch operator that it needs (the forward
-one, its backward, …). `define` gives the schema in Python, so that names never depend on what was built, and hooks up
+An operator's file makes one `Operator`, which enters itself into `OPERATORS`, then calls `define` once for each torch
+operator that it needs (the forward one, its backward, …). `define` asks for all of them at once, so that none can be
+forgotten: the schema, in Python, so that names never depend on what was built; the reference; the fake; the gradient.
+It hooks up
 
 - ``CompositeExplicitAutograd``: the reference, wherever no kernel exists;
 - ``CPU``: the C++ library registers itself under the same name when it is loaded;
-- ``CUDA``: a launcher that picks Triton or CUDA C++ (`genkernels_cuda::<name>`) by `Operator.prefers_cuda` or as
-  forced;
+- ``CUDA``: a launcher that picks Triton or CUDA C++ (`genkernels_cuda::<name>`);
+- ``Autograd``: a `Formula`, `THROUGH_REFERENCE` or `Refused` (`genkernels.ops._gradients`);
 - the fake (shape, strides, dtype, device) that ``torch.compile`` needs.
 
-Gradients: `differentiate` registers a first-order formula that runs a kernel; `differentiate_reference` makes any
-operator, above all a backward one, differentiable through the autograd of its reference, so that every higher order is
-exact. Without it torch gives zeros at second order with no more than a warning.
+Which backend runs is asked in two places, by public functions (`TorchOp.runs_reference`) and by the launcher on a GPU,
+and answered in one, `TorchOp.backend_for`, from the same thing: all arguments of the torch operator.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from genkernels import backends
+from genkernels.ops._gradients import Gradient, with_gradient
 
 LIBRARY = torch.library.Library("genkernels", "DEF")
 CUDA_LIBRARY = torch.library.Library("genkernels_cuda", "DEF")
+
+#: Backends with kernels, by the device of the tensors; the first that can run is taken unless `prefers` says otherwise.
+KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 #: What each row of the composability table says about; each cell is "kernel", "reference" or "raises".
 FEATURES = ("backward", "double backward", "forward mode", "vmap", "compile", "autocast", "deterministic")
@@ -45,30 +49,171 @@ DIFFERENTIABLE = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Operator:
     """One hot path, by the one name that it carries on every floor."""
 
     name: str
     #: The public functions of `genkernels.ops`.
     functions: tuple[Callable, ...] = ()
-    #: The public types that they take, for the documentation.
-    types: tuple[type, ...] = ()
-    #: Backends that have a kernel, mapped to "" or to the reason why there is none ("would win nothing: …").
-    backends: dict[str, str] = field(default_factory=dict)
-    composability: dict[str, str] = field(default_factory=dict)
-    #: torch operators, by name: "differentiable", or the sentence that says why a gradient is not wanted.
-    torch_ops: dict[str, str] = field(default_factory=dict)
-    #: Picks CUDA C++ over Triton where both run, from the tensor arguments; the measurement is committed.
-    prefers_cuda: Callable[..., bool] = lambda *tensors: False
+    #: For each backend "" where it has a kernel, else the reason why there is none ("would win nothing: …").
+    kernels: dict[str, str] = field(kw_only=True)
+    #: The public types that the functions take, for the documentation.
+    types: tuple[type, ...] = field(default=(), kw_only=True)
+    composability: dict[str, str] = field(default_factory=lambda: dict(DIFFERENTIABLE), kw_only=True)
+    #: The backend to take where it can run, "reference" among them, or what names one from the torch operator's
+    #: arguments; "" for the first of `KERNELS` that can run. The measurement behind it is committed.
+    prefers: str | Callable[..., str] = field(default="", kw_only=True)
+    #: Filled by `define`, by name.
+    torch_ops: dict[str, TorchOp] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        _check_backends(self.name, self.kernels)
+        if set(self.kernels) != set(backends.NAMES[2:]):
+            raise ValueError(
+                f"{self.name}: kernels must say for each of {', '.join(backends.NAMES[2:])} that there is one, or why "
+                f"not, got {', '.join(self.kernels) or 'none'}"
+            )
+        if self.name in OPERATORS:
+            raise ValueError(f"{self.name}: there is an operator of this name already")
+        OPERATORS[self.name] = self
+
+    def define(
+        self,
+        schema: str,
+        reference: Callable,
+        fake: Callable,
+        *,
+        gradient: Gradient,
+        kernels: dict[str, str] | None = None,
+        prefers: str | Callable[..., str] = "",
+    ) -> TorchOp:
+        """Defines one torch operator; `schema` is as for ``torch.library.Library.define``, without default values.
+
+        `kernels` and `prefers` replace the operator's where this one differs. A forced backend that the operator has
+        and this one lacks leaves this one to its reference.
+        """
+        _check_backends(self.name, kernels or {})
+        name = schema.split("(", 1)[0]
+        op = TorchOp(self, name, reference, gradient, self.kernels | (kernels or {}), prefers or self.prefers)
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        op.run = getattr(torch.ops.genkernels, name).default
+        types = [str(argument.type) for argument in op.run._schema.arguments]
+        op.tensors = [i for i, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]")]
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"genkernels::{name}", fake, lib=LIBRARY)
+        if op.has("cuda"):
+            CUDA_LIBRARY.define(schema)
+        if op.has("cuda") or op.has("triton"):
+            LIBRARY.impl(name, op.launch, "CUDA")
+        LIBRARY.impl(name, with_gradient(name, op.run, reference, gradient), "Autograd")
+        self.torch_ops[name] = op
+        return op
+
+    def backend_on(self, device: str) -> str:
+        """The backend that runs on a kind of device, but for what `prefers` says of some arguments; raises as
+        `TorchOp.backend_for` does."""
+        return _choose(self, device, self.kernels, self.prefers if isinstance(self.prefers, str) else "")
+
+    def left_to_reference(self, backend: str) -> str:
+        """Which torch operators have no kernel of a backend that the others have, and why; empty where all have."""
+        if self.kernels[backend]:
+            return ""
+        by_reason: dict[str, list[str]] = {}
+        for op in self.torch_ops.values():
+            if reason := op.kernels[backend]:
+                by_reason.setdefault(reason, []).append(op.name)
+        return "; ".join(f"{', '.join(names)} by the reference: {reason}" for reason, names in by_reason.items())
 
 
 OPERATORS: dict[str, Operator] = {}
 
 
-def register(operator: Operator) -> Operator:
-    OPERATORS[operator.name] = operator
-    return operator
+def _check_backends(name: str, kernels: dict[str, str]) -> None:
+    for backend in kernels:
+        if backend not in backends.NAMES[2:]:
+            raise ValueError(f"{name}: kernels must be of {', '.join(backends.NAMES[2:])}, got {backend!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------- backends
+
+
+@dataclass(eq=False)
+class TorchOp:
+    """One operator as torch knows it: ``torch.ops.genkernels.<name>``."""
+
+    operator: Operator
+    name: str
+    reference: Callable
+    gradient: Gradient
+    kernels: dict[str, str]
+    prefers: str | Callable[..., str]
+    run: Any = None  #: the torch operator itself
+    tensors: list[int] = field(default_factory=list)  #: the places of its tensors among its arguments
+
+    def has(self, backend: str) -> bool:
+        return self.kernels.get(backend) == ""
+
+    def backend_for(self, *arguments) -> str:
+        """The backend that runs these arguments: the forced one, else the preferred, else the first that can.
+
+        Raises:
+            BackendUnavailable: a backend is forced that cannot run here or on this device; says which condition failed.
+        """
+        preferred = self.prefers if isinstance(self.prefers, str) else self.prefers(*arguments)
+        return _choose(self.operator, _device_of(arguments), self.kernels, preferred)
+
+    def runs_reference(self, *arguments) -> bool:
+        """Whether a public function should take the plain PyTorch path, where autograd and every transform are torch's
+        own."""
+        return self.backend_for(*arguments) == "reference" or transforms_active()
+
+    def __call__(self, *arguments):
+        """The reference or the kernel, which wants its tensors dense."""
+        if self.runs_reference(*arguments):
+            return self.reference(*arguments)
+        dense = list(arguments)
+        for i in self.tensors:
+            if dense[i] is not None:
+                dense[i] = dense[i].contiguous()
+        return self.run(*dense)
+
+    def launch(self, *arguments):
+        """What torch calls for tensors on a GPU, from a public function or from the backward pass."""
+        chosen = self.backend_for(*arguments)
+        if chosen == "cuda":
+            return getattr(torch.ops.genkernels_cuda, self.name)(*arguments)
+        if chosen == "triton":
+            return getattr(importlib.import_module(f"genkernels.triton.{self.operator.name}"), self.name)(*arguments)
+        return self.reference(*arguments)
+
+
+def _choose(operator: Operator, device: str, kernels: dict[str, str], preferred: str) -> str:
+    forced = backends.current_backend()
+    if forced == "reference" or (forced == "auto" and preferred == "reference"):
+        return "reference"
+    on_device = KERNELS.get(device, ())
+    if forced == "auto":
+        for backend in (preferred, *on_device) if preferred in on_device else on_device:
+            if kernels[backend] == "" and not backends.why_missing(backend):
+                return backend
+        return "reference"
+    if reason := backends.why_missing(forced) or operator.kernels[forced]:
+        raise backends.BackendUnavailable(f"{operator.name}: backend {forced!r} cannot run: {reason}")
+    if forced not in on_device:
+        wanted = "CPU" if forced == "cpu" else "CUDA"
+        raise backends.BackendUnavailable(f"{operator.name}: backend {forced!r} needs {wanted} tensors, got {device}")
+    return forced if kernels[forced] == "" else "reference"
+
+
+def _device_of(arguments: Sequence) -> str:
+    """The kind of device of the first tensor."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument.device.type
+        if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
+            return argument[0].device.type
+    return "cpu"
 
 
 def transforms_active() -> bool:
@@ -80,208 +225,3 @@ def transforms_active() -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch._C._are_functorch_transforms_active()
-
-
-def autocasting(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device; asked of the meta device, which has none, torch raises."""
-    device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def backend_for(operator: Operator, tensor: Tensor) -> str:
-    """The backend that runs `operator` on `tensor`'s device: the forced one, else the fastest there is.
-
-    Raises:
-        BackendUnavailable: a backend is forced that cannot run here or on this device; says which condition failed.
-    """
-    forced = backends.current_backend()
-    if forced == "reference":
-        return "reference"
-    device = tensor.device.type
-    if forced == "auto":
-        if device == "cpu" and _usable(operator, "cpu"):
-            return "cpu"
-        if device == "cuda":
-            return _auto_cuda(operator, tensor)
-        return "reference"
-    if reason := backends.why_missing(forced) or operator.backends.get(forced, "it has no such kernel"):
-        raise backends.BackendUnavailable(f"{operator.name}: backend {forced!r} cannot run: {reason}")
-    wanted = "cpu" if forced == "cpu" else "cuda"
-    if device != wanted:
-        raise backends.BackendUnavailable(
-            f"{operator.name}: backend {forced!r} needs {wanted.upper()} tensors, got {tensor.device}"
-        )
-    return forced
-
-
-def _has_kernel(operator: Operator, backend: str) -> bool:
-    """A backend that is not named, or named with a reason for its absence, has none."""
-    return operator.backends.get(backend) == ""
-
-
-def _usable(operator: Operator, backend: str) -> bool:
-    return _has_kernel(operator, backend) and not backends.why_missing(backend)
-
-
-def _auto_cuda(operator: Operator, *tensors: Tensor) -> str:
-    have = [name for name in ("triton", "cuda") if _usable(operator, name)]
-    if len(have) == 2:
-        return "cuda" if operator.prefers_cuda(*tensors) else "triton"
-    return have[0] if have else "reference"
-
-
-def runs_reference(operator: Operator, tensor: Tensor) -> bool:
-    """Whether a public function should take the plain PyTorch path, where autograd and every transform are torch's
-    own."""
-    return backend_for(operator, tensor) == "reference" or transforms_active()
-
-
-def define(
-    operator: Operator, schema: str, *, reference: Callable, fake: Callable, not_differentiable: str = ""
-) -> None:
-    """Defines one torch operator of `operator`; `schema` is as for ``torch.library.Library.define``."""
-    name = schema.split("(", 1)[0]
-    operator.torch_ops[name] = not_differentiable or "differentiable"
-    tags = (torch.Tag.pt2_compliant_tag,)
-    LIBRARY.define(schema, tags=tags)
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"genkernels::{name}", fake, lib=LIBRARY)
-    if _has_kernel(operator, "cuda"):
-        CUDA_LIBRARY.define(schema)
-    if _has_kernel(operator, "cuda") or _has_kernel(operator, "triton"):
-        LIBRARY.impl(name, functools.partial(_launch_on_gpu, operator, name, reference), "CUDA")
-
-
-def _launch_on_gpu(operator: Operator, name: str, reference: Callable, *arguments):
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    chosen = backends.current_backend()
-    if chosen not in ("triton", "cuda"):
-        # a forced "reference" or "cpu" was turned down, or obeyed, above; a backward pass may still run after its block
-        # ended
-        chosen = _auto_cuda(operator, *tensors)
-    if chosen == "cuda":
-        return getattr(torch.ops.genkernels_cuda, name)(*arguments)
-    if chosen == "triton":
-        return getattr(importlib.import_module(f"genkernels.triton.{operator.name}"), name)(*arguments)
-    return reference(*arguments)
-
-
-def differentiate(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Registers the first-order gradient of `genkernels::name`.
-
-    ``torch.library.register_autograd`` reads the schema anew in every call, which costs as much as a small layer (some
-    30 µs). It is left to operators with lists of tensors and with defaults, which it fills in; the others get the same
-    `autograd.Function` without that.
-    """
-    run = getattr(torch.ops.genkernels, name).default
-    if any(a.has_default_value() or "List" in str(a.type) for a in run._schema.arguments):
-        torch.library.register_autograd(f"genkernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-        return
-
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = run(*arguments)
-        setup_context(ctx, arguments, output)
-        return output
-
-    # `backward` runs with autograd in reach: reading saved tensors may run a checkpoint's forward pass again
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"{name}_gradient", (torch.autograd.Function,), members)
-
-    def call(*arguments):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return function.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(*arguments)
-
-    LIBRARY.impl(name, call, "Autograd")
-
-
-def differentiate_reference(name: str, reference: Callable) -> None:
-    """Makes `genkernels::name` differentiable through the autograd of its reference, to any order."""
-
-    def setup_context(ctx, inputs, output):
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx, *grad_outputs):
-        saved = iter(ctx.saved_tensors)
-        inputs = [
-            next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
-        ]
-        wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
-        higher = torch.is_grad_enabled()
-        with torch.enable_grad():
-            if not higher:
-                for i in wanted:
-                    inputs[i] = inputs[i].detach().requires_grad_()
-            outputs = reference(*inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
-            grads: list[Tensor | None] = [None] * len(inputs)
-            if pairs and wanted:
-                found = torch.autograd.grad(
-                    [o for o, _ in pairs],
-                    [inputs[i] for i in wanted],
-                    [g for _, g in pairs],
-                    create_graph=higher,
-                    allow_unused=True,
-                )
-                for i, grad in zip(wanted, found, strict=True):
-                    grads[i] = grad
-        return tuple(grads)
-
-    differentiate(name, setup_context, backward)
-
-
-def refuse_gradient(name: str, sentence: str) -> None:
-    """Makes differentiating through `genkernels::name` raise `sentence` instead of giving zeros."""
-
-    def setup_context(ctx, inputs, output):
-        pass
-
-    def backward(ctx, *grad_outputs):
-        raise RuntimeError(sentence)
-
-    differentiate(name, setup_context, backward)
-
-
-def refuse_gradient_in_place(name: str, sentence: str) -> None:
-    """The same for an operator that writes into its arguments, which `differentiate` does not take: `sentence` is
-    raised at the call."""
-    run = getattr(torch.ops.genkernels, name)
-
-    def call(*arguments):
-        tensors = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeError(sentence)
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(*arguments)
-
-    LIBRARY.impl(name, call, "Autograd")
-
-
-def temperature_of(operator: str, value: float) -> float:
-    """A temperature as every backend can hold it: below fp32's normal numbers it counts as 0, above 2^127 as that."""
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{operator}: temperature must be a finite number, 0 or more, got {value!r}")
-    return 0.0 if value < 2.0**-126 else float(min(value, 2.0**127))
-
-
-def whole(who: str, argument: str, value: int, least: int) -> int:
-    """`value`, or the sentence that it must be an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{who}: {argument} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{who}: {argument} must be at least {least}, got {value}")
-    return value
-
-
-def choose(operator: str, argument: str, value: str, options: Sequence[str]) -> int:
-    """The integer code of a string option, or the sentence that lists what it may be."""
-    try:
-        return options.index(value)
-    except ValueError:
-        raise ValueError(f"{operator}: {argument} must be one of {', '.join(options)}, got {value!r}") from None

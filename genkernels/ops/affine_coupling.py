@@ -6,27 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkernels import reference
-from genkernels.ops._operator import (
-    DIFFERENTIABLE,
-    Operator,
-    autocasting,
-    choose,
-    define,
-    differentiate,
-    differentiate_reference,
-    refuse_gradient,
-    register,
-    runs_reference,
-)
+from genkernels._options import Layout, ScaleMap, Split
+from genkernels.ops import _autocast as autocast
+from genkernels.ops import _checks as checks
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, Refused
+from genkernels.ops._operator import Operator
+from genkernels.reference import affine_coupling as reference
 
 NAME = "affine_coupling"
-SCALE_MAPS = ("exp", "sigmoid", "tanh", "additive")
-SPLITS = ("channel", "checkerboard")
-LAYOUTS = ("halves", "interleaved")
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HALVES = (torch.bfloat16, torch.float16)
+SCALE_MAPS, SPLITS, LAYOUTS = ScaleMap.words(), Split.words(), Layout.words()
 
 
 def affine_coupling(
@@ -133,55 +121,56 @@ def affine_coupling_reverse(
         ``(x, grad_x, grad_params)``. They carry no graph: differentiating them raises.
     """
     codes = _check(z, params, scale_map, split, layout)
-    z, params = _autocast(z, params)
-    _check_gradients(z, grad_z, grad_ldj)
-    tensors = (_dense(grad_z), _dense(grad_ldj), z.contiguous(), params.contiguous())
-    if runs_reference(OPERATOR, z):
+    z, params = _one_pair(z, params)
+    for label, grad, expected, meaning in (
+        ("grad_z", grad_z, z.shape, "[N, C, ...]"),
+        ("grad_ldj", grad_ldj, z.shape[:1], "[N]"),
+    ):
+        if grad is not None:
+            checks.shape(NAME, label, grad, expected, meaning)
+    arguments = (_dense(grad_z), _dense(grad_ldj), z.contiguous(), params.contiguous(), *codes, flip)
+    if REVERSE.runs_reference(*arguments):
         with torch.no_grad():
-            return reference.affine_coupling_reverse(*tensors, *codes, flip)
-    return torch.ops.genkernels.affine_coupling_reverse(*tensors, *codes, flip)
+            return reference.affine_coupling_reverse(*arguments)
+    return REVERSE.run(*arguments)
 
 
 def _couple(x, params, scale_map, split, layout, flip, inverse):
     codes = _check(x, params, scale_map, split, layout)
-    x, params = _autocast(x, params)
-    if runs_reference(OPERATOR, x):
-        return reference.affine_coupling(x, params, *codes, flip, inverse)
-    return torch.ops.genkernels.affine_coupling(x.contiguous(), params.contiguous(), *codes, flip, inverse)
+    return COUPLING(*_one_pair(x, params), *codes, flip, inverse)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _autocast(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast any mixture of floats is fine: the wider one wins, except that fp32 beside half params is
-    native."""
-    if x.dtype != params.dtype and not _pairs(x.dtype, params.dtype):
-        wide = torch.promote_types(x.dtype, params.dtype)
-        return x.to(wide), params.to(wide)
-    return x, params
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _one_pair(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """Dtypes that kernels take; under autocast any mixture of floats came through the checks, and the wider one
+    wins."""
+    if _pairs(x.dtype, params.dtype):
+        return x, params
+    dtype = autocast.widest(x, params)
+    return x.to(dtype), params.to(dtype)
 
 
 def _pairs(x: torch.dtype, params: torch.dtype) -> bool:
-    return x == params or (x == torch.float32 and params in _HALVES)
+    return x == params or (x == torch.float32 and params in checks.HALVES)
 
 
 def _check(x: Tensor, params: Tensor, scale_map: str, split: str, layout: str) -> tuple[int, int, int]:
     """Every condition on shapes, dtypes, devices and options; the option codes."""
     codes = (
-        choose(NAME, "scale_map", scale_map, SCALE_MAPS),
-        choose(NAME, "split", split, SPLITS),
-        choose(NAME, "layout", layout, LAYOUTS),
+        checks.option(NAME, "scale_map", scale_map, SCALE_MAPS),
+        checks.option(NAME, "split", split, SPLITS),
+        checks.option(NAME, "layout", layout, LAYOUTS),
     )
-    for label, tensor in (("x", x), ("params", params)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{NAME}: {label} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{NAME}: {label} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-    if x.device != params.device:
-        raise ValueError(f"{NAME}: x and params must be on one device, got {x.device} and {params.device}")
-    if not _pairs(x.dtype, params.dtype) and not autocasting(x):
+    checks.tensor(NAME, "x", x)
+    checks.tensor(NAME, "params", params)
+    checks.same_device(NAME, {"x": x, "params": params})
+    if not _pairs(x.dtype, params.dtype) and not autocast.active(x):
         raise TypeError(
             f"{NAME}: params must have x's dtype, or be bfloat16 or float16 beside a float32 x, "
             f"got x {x.dtype} and params {params.dtype}"
@@ -198,30 +187,18 @@ def _check(x: Tensor, params: Tensor, scale_map: str, split: str, layout: str) -
             raise ValueError(f"{NAME}: x must have an even number of channels for the channel split, got {shape}")
         moved = shape[1] // 2
     count, formula = (moved, "C") if scale_map == "additive" else (2 * moved, "2*C")
-    expected = [shape[0], count, *shape[2:]]
-    if list(params.shape) != expected:
-        raise ValueError(
-            f"{NAME}: params must be [N, {formula}, ...] = {expected}, C = {moved} being the transformed channels, "
-            f"got {list(params.shape)}"
-        )
+    expected, where = [shape[0], count, *shape[2:]], f", C = {moved} being the transformed channels"
+    checks.shape(NAME, "params", params, expected, f"[N, {formula}, ...]", where)
     return codes
 
 
-def _check_gradients(z: Tensor, grad_z: Tensor | None, grad_ldj: Tensor | None) -> None:
-    if grad_z is not None and grad_z.shape != z.shape:
-        raise ValueError(f"{NAME}: grad_z must have z's shape {list(z.shape)}, got {list(grad_z.shape)}")
-    if grad_ldj is not None and list(grad_ldj.shape) != [z.shape[0]]:
-        raise ValueError(f"{NAME}: grad_ldj must be [N] = [{z.shape[0]}], got {list(grad_ldj.shape)}")
-
-
-def _work_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+# ---------------------------------------------------------------------------------------------------- fakes, gradients
 
 
 def _fake(input, params, *attributes):
     return (
         torch.empty_like(input, memory_format=torch.contiguous_format),
-        input.new_empty((input.shape[0],), dtype=_work_dtype(input)),
+        input.new_empty((input.shape[0],), dtype=autocast.work_dtype(input)),
     )
 
 
@@ -245,46 +222,39 @@ def _backward(ctx, grad_output, grad_ldj):
     if grad_output is None and grad_ldj is None:
         return None, None, *nothing
     input, params = ctx.saved_tensors
-    grads = torch.ops.genkernels.affine_coupling_backward(
-        _dense(grad_output), _dense(grad_ldj), input, params, *ctx.attributes
-    )
+    grads = BACKWARD.run(_dense(grad_output), _dense(grad_ldj), input, params, *ctx.attributes)
     return *grads, *nothing
 
 
-OPERATOR = register(
-    Operator(
-        name=NAME,
-        functions=(affine_coupling, affine_coupling_inverse, affine_coupling_reverse),
-        backends={"cpu": "", "triton": "", "cuda": ""},
-        composability=DIFFERENTIABLE,
-    )
+# --------------------------------------------------------------------------------------------------------- registration
+
+OPERATOR = Operator(
+    NAME,
+    functions=(affine_coupling, affine_coupling_inverse, affine_coupling_reverse),
+    kernels={"cpu": "", "triton": "", "cuda": ""},
 )
 
 _OPTIONS = "int scale_map, int split, int layout, bool flip"
-define(
-    OPERATOR,
+COUPLING = OPERATOR.define(
     f"affine_coupling(Tensor input, Tensor params, {_OPTIONS}, bool inverse) -> (Tensor, Tensor)",
-    reference=reference.affine_coupling,
-    fake=_fake,
+    reference.affine_coupling,
+    _fake,
+    gradient=Formula(_setup_context, _backward),
 )
-define(
-    OPERATOR,
+BACKWARD = OPERATOR.define(
     "affine_coupling_backward(Tensor? grad_output, Tensor? grad_ldj, Tensor input, Tensor params, "
     f"{_OPTIONS}, bool inverse) -> (Tensor, Tensor)",
-    reference=reference.affine_coupling_backward,
-    fake=_fake_backward,
+    reference.affine_coupling_backward,
+    _fake_backward,
+    gradient=THROUGH_REFERENCE,
 )
-_NO_GRADIENT = (
-    "affine_coupling_reverse: the gradients of a reversible flow cannot be differentiated again; use reversible=False"
-)
-define(
-    OPERATOR,
+REVERSE = OPERATOR.define(
     "affine_coupling_reverse(Tensor? grad_output, Tensor? grad_ldj, Tensor output, Tensor params, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    reference=reference.affine_coupling_reverse,
-    fake=_fake_reverse,
-    not_differentiable=_NO_GRADIENT,
+    reference.affine_coupling_reverse,
+    _fake_reverse,
+    gradient=Refused(
+        "affine_coupling_reverse: the gradients of a reversible flow cannot be differentiated again; "
+        "use reversible=False"
+    ),
 )
-differentiate("affine_coupling", _setup_context, _backward)
-differentiate_reference("affine_coupling_backward", reference.affine_coupling_backward)
-refuse_gradient("affine_coupling_reverse", _NO_GRADIENT)

@@ -6,22 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkernels import reference
-from genkernels.ops._operator import (
-    DIFFERENTIABLE,
-    Operator,
-    define,
-    differentiate,
-    differentiate_reference,
-    refuse_gradient,
-    register,
-    runs_reference,
-    temperature_of,
-)
+from genkernels.ops import _checks as checks
+from genkernels.ops._autocast import work_dtype
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, Refused
+from genkernels.ops._operator import Operator
+from genkernels.reference import logistic_mixture as reference
 
 NAME = "logistic_mixture"
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def logistic_mixture_nll(params: Tensor, x: Tensor, *, levels: int = 256) -> Tensor:
@@ -61,10 +52,10 @@ def logistic_mixture_nll(params: Tensor, x: Tensor, *, levels: int = 256) -> Ten
     Source: Salimans et al., "PixelCNN++", 2017.
     """
     _check(params, x, "x", 0, levels)
-    x = x.to(_work_dtype(params))
-    if x.requires_grad or runs_reference(OPERATOR, params):
+    x = x.to(work_dtype(params))
+    if x.requires_grad:
         return reference.logistic_mixture_nll(params, x, levels)
-    return torch.ops.genkernels.logistic_mixture_nll(params.contiguous(), x.contiguous(), levels)
+    return NLL(params, x, levels)
 
 
 def logistic_mixture_sample(params: Tensor, noise: Tensor, *, levels: int = 256, temperature: float = 1.0) -> Tensor:
@@ -91,45 +82,31 @@ def logistic_mixture_sample(params: Tensor, noise: Tensor, *, levels: int = 256,
     Raises: as for `logistic_mixture_nll`. Source: the same.
     """
     _check(params, noise, "noise", 1, levels)
-    temperature = temperature_of(NAME, temperature)
-    noise = noise.to(_work_dtype(params))
-    if runs_reference(OPERATOR, params):
-        with torch.no_grad():
-            return reference.logistic_mixture_sample(params, noise, levels, temperature)
-    return torch.ops.genkernels.logistic_mixture_sample(params.contiguous(), noise.contiguous(), levels, temperature)
-
-
-def _work_dtype(params: Tensor) -> torch.dtype:
-    return torch.promote_types(params.dtype, torch.float32)
+    return SAMPLE(params, noise.to(work_dtype(params)), levels, checks.temperature(NAME, temperature))
 
 
 def _check(params: Tensor, pixels: Tensor, label: str, extra: int, levels: int) -> None:
     """Every condition on shapes, dtypes, devices and levels; `pixels` has `extra` planes beside the channels."""
-    for name, tensor in (("params", params), (label, pixels)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{NAME}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{NAME}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-    if params.device != pixels.device:
-        raise ValueError(f"{NAME}: params and {label} must be on one device, got {params.device} and {pixels.device}")
-    if not isinstance(levels, int) or isinstance(levels, bool) or not 2 <= levels <= 65536:
-        raise ValueError(f"{NAME}: levels must be an integer from 2 to 65536, got {levels!r}")
+    checks.tensor(NAME, "params", params)
+    checks.tensor(NAME, label, pixels)
+    checks.same_device(NAME, {"params": params, label: pixels})
+    checks.integer(NAME, "levels", levels, 2, 65536)
     shape, plus = list(pixels.shape), "1 + C" if extra else "C"
     if pixels.dim() < 2 or shape[1] - extra not in (1, 3):
         raise ValueError(f"{NAME}: {label} must be [N, {plus}, ...] with C = 1 or 3, got {shape}")
     channels = shape[1] - extra
     group = 3 if channels == 1 else 10
-    found = list(params.shape)
-    fits = len(found) == len(shape) and found[0] == shape[0] and found[2:] == shape[2:]
-    if not fits or found[1] < group or found[1] % group:
+    has = list(params.shape)
+    fits = len(has) == len(shape) and has[0] == shape[0] and has[2:] == shape[2:]
+    if not fits or has[1] < group or has[1] % group:
         expected = ", ".join(str(n) for n in (shape[0], f"{group}*K", *shape[2:]))
         raise ValueError(
-            f"{NAME}: params must be [{expected}], K being the number of components (C = {channels}), got {found}"
+            f"{NAME}: params must be [{expected}], K being the number of components (C = {channels}), got {has}"
         )
 
 
 def _fake(params, x, levels):
-    return params.new_empty((params.shape[0],), dtype=_work_dtype(params))
+    return params.new_empty((params.shape[0],), dtype=work_dtype(params))
 
 
 def _fake_backward(grad, params, x, levels):
@@ -152,44 +129,34 @@ def _backward(ctx, grad):
     if grad is None:
         return None, None, None
     params, x = ctx.saved_tensors
-    return torch.ops.genkernels.logistic_mixture_nll_backward(grad.contiguous(), params, x, ctx.levels), None, None
+    return BACKWARD.run(grad.contiguous(), params, x, ctx.levels), None, None
 
 
-OPERATOR = register(
-    Operator(
-        name=NAME,
-        functions=(logistic_mixture_nll, logistic_mixture_sample),
-        backends={
-            "cpu": "",
-            "triton": "",
-            "cuda": "would win nothing: every component is read once and nothing is shared between pixels, so "
-            "that one pass in Triton "
-            "already moves the fewest bytes",
-        },
-        composability=DIFFERENTIABLE,
-    )
+OPERATOR = Operator(
+    NAME,
+    functions=(logistic_mixture_nll, logistic_mixture_sample),
+    kernels={
+        "cpu": "",
+        "triton": "",
+        "cuda": "would win nothing: every component is read once and nothing is shared between pixels, so that one "
+        "pass in Triton already moves the fewest bytes",
+    },
 )
-
-define(
-    OPERATOR,
+NLL = OPERATOR.define(
     "logistic_mixture_nll(Tensor params, Tensor x, int levels) -> Tensor",
-    reference=reference.logistic_mixture_nll,
-    fake=_fake,
+    reference.logistic_mixture_nll,
+    _fake,
+    gradient=Formula(_setup_context, _backward),
 )
-define(
-    OPERATOR,
+BACKWARD = OPERATOR.define(
     "logistic_mixture_nll_backward(Tensor grad, Tensor params, Tensor x, int levels) -> Tensor",
-    reference=reference.logistic_mixture_nll_backward,
-    fake=_fake_backward,
+    reference.logistic_mixture_nll_backward,
+    _fake_backward,
+    gradient=THROUGH_REFERENCE,
 )
-_NO_GRADIENT = "logistic_mixture_sample: a draw of integers cannot be differentiated"
-define(
-    OPERATOR,
+SAMPLE = OPERATOR.define(
     "logistic_mixture_sample(Tensor params, Tensor noise, int levels, float temperature) -> Tensor",
-    reference=reference.logistic_mixture_sample,
-    fake=_fake_sample,
-    not_differentiable=_NO_GRADIENT,
+    reference.logistic_mixture_sample,
+    _fake_sample,
+    gradient=Refused("logistic_mixture_sample: a draw of integers cannot be differentiated"),
 )
-differentiate("logistic_mixture_nll", _setup_context, _backward)
-differentiate_reference("logistic_mixture_nll_backward", reference.logistic_mixture_nll_backward)
-refuse_gradient("logistic_mixture_sample", _NO_GRADIENT)

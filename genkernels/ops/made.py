@@ -5,30 +5,19 @@ The maths is in `genkernels.reference.made`, the checks are in `genkernels.ops._
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from genkernels import reference
+from genkernels.ops import _autocast as autocast
 from genkernels.ops import _made_checks as checks
-from genkernels.ops._operator import (
-    DIFFERENTIABLE,
-    Operator,
-    autocasting,
-    define,
-    differentiate,
-    differentiate_reference,
-    register,
-    runs_reference,
-    transforms_active,
-)
-from genkernels.reference.made import made_inverse_jacobi
+from genkernels.ops._autocast import work_dtype
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula
+from genkernels.ops._operator import Operator, transforms_active
+from genkernels.reference import made as reference
 
-NAME = checks.NAME
-SCALE_MAPS = checks.SCALE_MAPS
-METHODS = checks.METHODS
+NAME, SCALE_MAPS, METHODS = checks.NAME, checks.SCALE_MAPS, checks.METHODS
 
 
 def masked_linear(
@@ -59,16 +48,14 @@ def masked_linear(
 
     Source: Germain et al., "MADE: Masked autoencoder for distribution estimation", 2015.
     """
-    x, weight, bias = checks.autocast(x, weight, bias)
-    checks.linear(x, weight, bias, in_degrees, out_degrees)
+    x, weight, bias = checks.linear(x, weight, bias, in_degrees, out_degrees)
     # a small layer takes no longer than a few calls that change nothing: none is made where nothing is to be changed
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if runs_reference(OPERATOR, x):
+    if LINEAR.runs_reference(rows, weight, bias, in_degrees, out_degrees, strict):
         y = reference.masked_linear(rows, weight, bias, in_degrees, out_degrees, strict)
     else:
-        # the CPU kernel computes halves in fp32; on a GPU the product itself does
-        work = checks.work_dtype(x) if x.device.type == "cpu" else x.dtype
-        y = torch.ops.genkernels.masked_linear(
+        work = work_dtype(x)  # the CPU kernel computes halves in fp32
+        y = LINEAR.run(
             _dense(rows, work),
             _dense(weight, work),
             None if bias is None else _dense(bias, work),
@@ -141,22 +128,19 @@ def made_inverse(
     """
     weights, biases = list(weights), list(biases)
     scale = checks.inverse(z, weights, biases, order, counts, context, residual, scale_map, method)
-    dtype = z.dtype
-    work = checks.work_dtype(z, context, *weights, *biases)
-    z, context, *both = (
-        t if t is None else t.to(work).contiguous() for t in (z, context, *weights, *biases)
-    )  # one dtype, dense: what every kernel asks for
-    weights, biases = both[: len(weights)], both[len(weights) :]
+    dtype, work = z.dtype, work_dtype(z, context, *weights, *biases)
+    # one dtype, dense: what every kernel asks for
+    z, weights, biases = _dense(z, work), [_dense(w, work) for w in weights], [_dense(b, work) for b in biases]
+    context = None if context is None else _dense(context, work)
     arguments = (z, context, weights, biases, order.contiguous(), counts.contiguous(), bool(residual), scale)
-    # autocast must not reach the products inside: log-determinants are computed in fp32 at least
-    with torch.autocast(z.device.type, enabled=False) if autocasting(z) else contextlib.nullcontext():
+    with autocast.kept_out(z):
         if transforms_active():
             x, ldj = reference.made_inverse(*arguments)
-        elif method != "blocked" or runs_reference(OPERATOR, z):
+        elif method != "blocked" or INVERSE.runs_reference(*arguments):
             checks.plan_values(order, counts, [w.shape[0] for w in weights[:-1]], residual)
             x, ldj = reference.made_inverse(*arguments) if method == "blocked" else _by_passes(method, arguments)
         else:
-            x, ldj = torch.ops.genkernels.made_inverse(*arguments)
+            x, ldj = INVERSE.run(*arguments)
     return x.to(dtype), ldj
 
 
@@ -174,7 +158,7 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, method, rest, layers, z, context, *both):
-        solve = made_inverse_jacobi if method == "jacobi" else reference.made_inverse
+        solve = reference.made_inverse_jacobi if method == "jacobi" else reference.made_inverse
         x, ldj = solve(z, context, both[:layers], both[layers:], *rest)
         ctx.rest, ctx.layers = rest, layers
         ctx.save_for_backward(x, context, *both)
@@ -196,10 +180,10 @@ def _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, resi
     if grad_x is None and grad_ldj is None:
         return None
     dense = (None if g is None else g.contiguous() for g in (grad_x, grad_ldj))
-    by_z, by_context, *rest = torch.ops.genkernels.made_inverse_backward(
+    by_z, by_context, *by_layers = INVERSE_BACKWARD.run(
         *dense, x, context, weights, biases, order, counts, residual, scale_map
     )
-    return by_z, None if context is None else by_context, rest[0::2], rest[1::2]
+    return by_z, None if context is None else by_context, by_layers[0::2], by_layers[1::2]
 
 
 def _setup_inverse(ctx, inputs, output):
@@ -213,8 +197,7 @@ def _backward_inverse(ctx, grad_x, grad_ldj):
     x, context, order, counts, *both = ctx.saved_tensors
     weights, biases = both[: ctx.layers], both[ctx.layers :]
     grads = _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, ctx.residual, ctx.scale_map)
-    none = [None] * ctx.layers
-    return *(grads or (None, None, none, none)), None, None, None, None
+    return *(grads or (None,) * 4), None, None, None, None
 
 
 def _setup_linear(ctx, inputs, output):
@@ -225,54 +208,12 @@ def _setup_linear(ctx, inputs, output):
 
 def _backward_linear(ctx, grad):
     input, weight, in_degrees, out_degrees = ctx.saved_tensors
-    ops, grad = torch.ops.genkernels, grad.contiguous()
+    grad = grad.contiguous()
     wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     degrees = (in_degrees, out_degrees, ctx.strict)
-    by_input = ops.masked_linear_grad_input(grad, weight, *degrees) if wants_input else None
-    by_weight = ops.masked_linear_grad_weight(grad, input, *degrees) if wants_weight else None
+    by_input = LINEAR_GRAD_INPUT.run(grad, weight, *degrees) if wants_input else None
+    by_weight = LINEAR_GRAD_WEIGHT.run(grad, input, *degrees) if wants_weight else None
     return by_input, by_weight, grad.sum(0) if ctx.has_bias and wants_bias else None, None, None, None
-
-
-def _differentiate_lists(name: str, function: Callable) -> None:
-    """`differentiate_reference` for an operator that takes and gives lists of tensors."""
-
-    def setup_context(ctx, inputs, output):
-        ctx.sizes = [len(v) if isinstance(v, list | tuple) else None for v in inputs]
-        flat = [t for v in inputs for t in (v if isinstance(v, list | tuple) else [v])]
-        ctx.is_tensor = [isinstance(t, Tensor) for t in flat]
-        ctx.others = [None if isinstance(t, Tensor) else t for t in flat]
-        ctx.save_for_backward(*[t for t in flat if isinstance(t, Tensor)])
-        ctx.set_materialize_grads(False)
-
-    def nested(ctx, flat):
-        flat = iter(flat)
-        return [next(flat) if size is None else [next(flat) for _ in range(size)] for size in ctx.sizes]
-
-    def backward(ctx, grad_outputs):
-        saved = iter(ctx.saved_tensors)
-        flat = [next(saved) if is_tensor else o for is_tensor, o in zip(ctx.is_tensor, ctx.others, strict=True)]
-        wanted = [i for i, t in enumerate(flat) if isinstance(t, Tensor) and t.requires_grad]
-        higher = torch.is_grad_enabled()
-        grads: list[Tensor | None] = [None] * len(flat)
-        with torch.enable_grad():
-            if not higher:
-                for i in wanted:
-                    flat[i] = flat[i].detach().requires_grad_()
-            outputs = function(*nested(ctx, flat))
-            pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
-            if pairs and wanted:
-                found = torch.autograd.grad(
-                    [o for o, _ in pairs],
-                    [flat[i] for i in wanted],
-                    [g for _, g in pairs],
-                    create_graph=higher,
-                    allow_unused=True,
-                )
-                for i, grad in zip(wanted, found, strict=True):
-                    grads[i] = grad
-        return tuple(nested(ctx, grads))
-
-    differentiate(name, setup_context, backward)
 
 
 # --------------------------------------------------------------------------------------------------------------- fakes
@@ -303,51 +244,48 @@ def _fake_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order,
 
 # -------------------------------------------------------------------------------------------------------- registration
 
-OPERATOR = register(
-    Operator(
-        name=NAME,
-        functions=(masked_linear, made_inverse),
-        backends={"cpu": "", "triton": "", "cuda": ""},
-        composability=DIFFERENTIABLE,
-    )
+OPERATOR = Operator(NAME, functions=(masked_linear, made_inverse), kernels={"cpu": "", "triton": "", "cuda": ""})
+
+_BY_CUBLAS = (
+    "would win nothing: on a GPU a dense product (cuBLAS) with the masked weight costs less than a product of one's "
+    "own over the live half"
+)
+_LINEAR_KERNELS = {"triton": _BY_CUBLAS, "cuda": _BY_CUBLAS}
+_DEGREES = "Tensor in_degrees, Tensor out_degrees, bool strict"
+LINEAR = OPERATOR.define(
+    f"masked_linear(Tensor input, Tensor weight, Tensor? bias, {_DEGREES}) -> Tensor",
+    reference.masked_linear,
+    _fake_linear,
+    gradient=Formula(_setup_linear, _backward_linear),
+    kernels=_LINEAR_KERNELS,
+)
+LINEAR_GRAD_INPUT = OPERATOR.define(
+    f"masked_linear_grad_input(Tensor grad_output, Tensor weight, {_DEGREES}) -> Tensor",
+    reference.masked_linear_grad_input,
+    _fake_grad_input,
+    gradient=THROUGH_REFERENCE,
+    kernels=_LINEAR_KERNELS,
+)
+LINEAR_GRAD_WEIGHT = OPERATOR.define(
+    f"masked_linear_grad_weight(Tensor grad_output, Tensor input, {_DEGREES}) -> Tensor",
+    reference.masked_linear_grad_weight,
+    _fake_grad_weight,
+    gradient=THROUGH_REFERENCE,
+    kernels=_LINEAR_KERNELS,
 )
 
-_DEGREES = "Tensor in_degrees, Tensor out_degrees, bool strict"
 _NETWORK = (
     "Tensor? context, Tensor[] weights, Tensor[] biases, Tensor order, Tensor counts, bool residual, int scale_map"
 )
-define(
-    OPERATOR,
-    f"masked_linear(Tensor input, Tensor weight, Tensor? bias, {_DEGREES}) -> Tensor",
-    reference=reference.masked_linear,
-    fake=_fake_linear,
-)
-define(
-    OPERATOR,
-    f"masked_linear_grad_input(Tensor grad_output, Tensor weight, {_DEGREES}) -> Tensor",
-    reference=reference.masked_linear_grad_input,
-    fake=_fake_grad_input,
-)
-define(
-    OPERATOR,
-    f"masked_linear_grad_weight(Tensor grad_output, Tensor input, {_DEGREES}) -> Tensor",
-    reference=reference.masked_linear_grad_weight,
-    fake=_fake_grad_weight,
-)
-define(
-    OPERATOR,
+INVERSE = OPERATOR.define(
     f"made_inverse(Tensor z, {_NETWORK}) -> (Tensor, Tensor)",
-    reference=reference.made_inverse,
-    fake=_fake_inverse,
+    reference.made_inverse,
+    _fake_inverse,
+    gradient=Formula(_setup_inverse, _backward_inverse),
 )
-define(
-    OPERATOR,
+INVERSE_BACKWARD = OPERATOR.define(
     f"made_inverse_backward(Tensor? grad_x, Tensor? grad_ldj, Tensor x, {_NETWORK}) -> Tensor[]",
-    reference=reference.made_inverse_backward,
-    fake=_fake_inverse_backward,
+    reference.made_inverse_backward,
+    _fake_inverse_backward,
+    gradient=THROUGH_REFERENCE,
 )
-differentiate("masked_linear", _setup_linear, _backward_linear)
-differentiate_reference("masked_linear_grad_input", reference.masked_linear_grad_input)
-differentiate_reference("masked_linear_grad_weight", reference.masked_linear_grad_weight)
-differentiate("made_inverse", _setup_inverse, _backward_inverse)
-_differentiate_lists("made_inverse_backward", reference.made_inverse_backward)

@@ -6,23 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkernels import reference
-from genkernels.ops._operator import (
-    DIFFERENTIABLE,
-    Operator,
-    autocasting,
-    choose,
-    define,
-    differentiate,
-    differentiate_reference,
-    register,
-    runs_reference,
-)
-from genkernels.reference.masked_conv import ACTIVATIONS, GATE, MASK_TYPES, NONE, REGIONS, keeps_pre
+from genkernels._options import Activation
+from genkernels.ops import _autocast as autocast
+from genkernels.ops import _checks as checks
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula
+from genkernels.ops._operator import Operator
+from genkernels.reference import masked_conv as reference
+from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, keeps_pre
 
 NAME = "masked_conv"
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def masked_conv(
@@ -80,27 +72,20 @@ def masked_conv(
     Source: van den Oord et al., "Pixel recurrent neural networks", 2016; "Conditional image generation with PixelCNN
     decoders", 2016.
     """
-    codes = _check(x, weight, bias, condition, residual, mask_type, data_channels, region, activation)
-    tensors = _autocast(x, weight, bias, condition, residual)
-    if runs_reference(OPERATOR, x):
-        return reference.masked_conv(*tensors, *codes)[0]
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return torch.ops.genkernels.masked_conv(*(_dense(t) for t in tensors), *codes, keep)[0]
+    tensors = {"x": x, "weight": weight, "bias": bias, "condition": condition, "residual": residual}
+    for label, value in tensors.items():
+        if value is not None or label in ("x", "weight"):
+            checks.tensor(NAME, label, value)
+    checks.same_device(NAME, tensors)
+    x, weight, bias, condition, residual = autocast.lowered(x, weight, bias, condition, residual)
+    checks.same_dtype(NAME, {"x": x, "weight": weight, "bias": bias, "condition": condition, "residual": residual})
+    codes = _check_shapes(x, weight, bias, condition, residual, (mask_type, data_channels, region, activation))
+    arguments = (x, weight, bias, condition, residual)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
+    return CONV(*arguments, *codes, keep)[0]
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As torch's autocast treats a convolution: the lower dtype, but fp64 stays where all are fp64."""
-    if not autocasting(tensors[0]):
-        return tensors
-    given = [t for t in tensors if t is not None]
-    if all(t.dtype == torch.float64 for t in given):
-        return tensors
-    lower = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(None if t is None else t.to(lower) for t in tensors)
+# ------------------------------------------------------------------------------------------------------------- checks
 
 
 def check_options(
@@ -108,16 +93,14 @@ def check_options(
 ) -> tuple[int, int, int, int]:
     """The conditions that the layer has too; the option codes. `channels` is (out, in)."""
     codes = (
-        choose(who, "mask_type", mask_type, MASK_TYPES),
-        data_channels,
-        choose(who, "region", region, REGIONS),
-        choose(who, "activation", activation, ACTIVATIONS),
+        checks.option(who, "mask_type", mask_type, MASK_TYPES),
+        checks.integer(who, "data_channels", data_channels, 1),
+        checks.option(who, "region", region, REGIONS),
+        checks.option(who, "activation", activation, ACTIVATIONS),
     )
     height, width = kernel
     if height % 2 == 0 or width % 2 == 0:
         raise ValueError(f"{who}: the kernel's height and width must be odd, got {height}×{width}")
-    if not isinstance(data_channels, int) or data_channels < 1:
-        raise ValueError(f"{who}: data_channels must be a whole number from 1 on, got {data_channels!r}")
     parts, what = (2, "half of the output channels") if activation == "gate" else (1, "the output channels")
     if channels[0] < parts or channels[0] % (parts * data_channels):
         raise ValueError(
@@ -128,8 +111,8 @@ def check_options(
             f"{who}: data_channels must divide the input channels, got {data_channels} and {channels[1]} input channels"
         )
     if mask_type == "A":
-        above, left = height > 1, width > 1 or data_channels > 1
-        if not {"raster": above or left, "vertical": above, "horizontal": left}[region]:
+        above, before = height > 1, width > 1 or data_channels > 1  # in the column, in the row
+        if not {"raster": above or before, "vertical": above, "horizontal": before}[region]:
             raise ValueError(
                 f"{who}: a {region} mask of type A must leave a live tap, got a {height}×{width} kernel with "
                 f"data_channels {data_channels}"
@@ -137,23 +120,8 @@ def check_options(
     return codes
 
 
-def _check(x, weight, bias, condition, residual, mask_type, data_channels, region, activation) -> tuple[int, ...]:
-    """Every condition on shapes, dtypes, devices and options; the option codes."""
-    given = {"x": x, "weight": weight, "bias": bias, "condition": condition, "residual": residual}
-    mixed = None
-    for label, tensor in given.items():
-        if tensor is None and label not in ("x", "weight"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{NAME}: {label} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{NAME}: {label} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{NAME}: x and {label} must be on one device, got {x.device} and {tensor.device}")
-        if tensor.dtype != x.dtype:
-            mixed = label
-    if mixed and not autocasting(x):
-        raise TypeError(f"{NAME}: {mixed} must have x's dtype, got x {x.dtype} and {mixed} {given[mixed].dtype}")
+def _check_shapes(x, weight, bias, condition, residual, options) -> tuple[int, int, int, int]:
+    """Every condition on shapes and options; the option codes."""
     if x.dim() != 4 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{NAME}: x must be [N, Cin, H, W] with H, W ≥ 1, got {list(x.shape)}")
     if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
@@ -161,28 +129,28 @@ def _check(x, weight, bias, condition, residual, mask_type, data_channels, regio
             f"{NAME}: weight must be [Cout, Cin, kh, kw] with Cin = {x.shape[1]}, got {list(weight.shape)}"
         )
     outputs, inputs, *kernel = weight.shape
-    codes = check_options(NAME, mask_type, data_channels, region, activation, (outputs, inputs), tuple(kernel))
+    codes = check_options(NAME, *options, (outputs, inputs), tuple(kernel))
     batch, _, height, width = x.shape
-    if bias is not None and list(bias.shape) != [outputs]:
-        raise ValueError(f"{NAME}: bias must be [Cout] = [{outputs}], got {list(bias.shape)}")
+    if bias is not None:
+        checks.shape(NAME, "bias", bias, [outputs], "[Cout]")
     if condition is not None and list(condition.shape) not in ([batch, outputs], [batch, outputs, height, width]):
         raise ValueError(
             f"{NAME}: condition must be [N, Cout] = [{batch}, {outputs}] or [N, Cout, H, W] = "
             f"[{batch}, {outputs}, {height}, {width}], got {list(condition.shape)}"
         )
-    left = outputs // 2 if activation == "gate" else outputs
-    if residual is not None and list(residual.shape) != [batch, left, height, width]:
-        raise ValueError(
-            f"{NAME}: residual must be [N, Cout', H, W] = [{batch}, {left}, {height}, {width}], got "
-            f"{list(residual.shape)}"
-        )
+    if residual is not None:
+        leaving = outputs // 2 if codes[-1] == Activation.GATE else outputs
+        checks.shape(NAME, "residual", residual, [batch, leaving, height, width], "[N, Cout', H, W]")
     return codes
 
 
+# ---------------------------------------------------------------------------------------------------- fakes, gradients
+
+
 def _fake(x, weight, bias, condition, residual, mask_type, data_channels, region, activation, keep):
-    outputs = weight.shape[0] // 2 if activation == GATE else weight.shape[0]
-    kept = keep and keeps_pre(activation, residual is not None)
-    pre = (x.shape[0], weight.shape[0], *x.shape[2:]) if kept else (0,)
+    outputs = weight.shape[0] // 2 if activation == Activation.GATE else weight.shape[0]
+    wants_pre = keep and keeps_pre(activation, residual is not None)
+    pre = (x.shape[0], weight.shape[0], *x.shape[2:]) if wants_pre else (0,)
     return x.new_empty((x.shape[0], outputs, *x.shape[2:])), x.new_empty(pre)
 
 
@@ -213,9 +181,9 @@ def _setup_context(ctx, inputs, output):
     result, pre = output
     activation = ctx.codes[-1]
     state = None
-    if activation != NONE:
+    if activation != Activation.NONE:
         state = pre if keeps_pre(activation, residual is not None) else result
-    ctx.kept = keep or state is not pre
+    ctx.has_state = keep or state is not pre
     ctx.condition_rank = 0 if condition is None else condition.dim()
     ctx.save_for_backward(x, weight, state)
     ctx.set_materialize_grads(False)
@@ -225,54 +193,49 @@ def _backward(ctx, grad_output, grad_pre):
     options = (None,) * 5
     if grad_output is None and grad_pre is None:
         return None, None, None, None, None, *options
-    if not ctx.kept:
+    if not ctx.has_state:
         raise RuntimeError(f"{NAME}: a gradient needs the pre-activation, which keep=False threw away")
     wanted = list(ctx.needs_input_grad[:4])
     # the condition's gradient is the output's own: an operator may not return its input
-    passes = wanted[3] and ctx.condition_rank == 4 and ctx.codes[-1] == NONE
+    passes = wanted[3] and ctx.condition_rank == 4 and ctx.codes[-1] == Activation.NONE
     asked = [*wanted[:3], wanted[3] and not passes]
     grads: list[Tensor | None] = [None] * 4
     if any(asked):
         x, weight, state = ctx.saved_tensors
-        found = torch.ops.genkernels.masked_conv_backward(
-            _dense(grad_output), _dense(grad_pre), state, x, weight, *ctx.codes, ctx.condition_rank, *asked
-        )
-        grads = [g if wants else None for g, wants in zip(found, asked, strict=True)]
+        dense = (None if g is None else g.contiguous() for g in (grad_output, grad_pre))
+        results = BACKWARD.run(*dense, state, x, weight, *ctx.codes, ctx.condition_rank, *asked)
+        grads = [g if wants else None for g, wants in zip(results, asked, strict=True)]
     if passes:
         grads[3] = grad_output
     return *grads, grad_output if ctx.needs_input_grad[4] else None, *options
 
 
-OPERATOR = register(
-    Operator(
-        name=NAME,
-        functions=(masked_conv,),
-        backends={
-            "cpu": "",
-            "triton": "",
-            "cuda": "the Triton kernel serves GPUs: an implicit matrix product, which Triton compiles to the "
-            "tensor cores' own "
-            "instructions; CUDA C++ would repeat it",
-        },
-        composability=DIFFERENTIABLE,
-    )
+# --------------------------------------------------------------------------------------------------------- registration
+
+OPERATOR = Operator(
+    NAME,
+    functions=(masked_conv,),
+    kernels={
+        "cpu": "",
+        "triton": "",
+        "cuda": "the Triton kernel serves GPUs: an implicit matrix product, which Triton compiles to the tensor cores' "
+        "own instructions; CUDA C++ would repeat it",
+    },
 )
 
 _OPTIONS = "int mask_type, int data_channels, int region, int activation"
-define(
-    OPERATOR,
+CONV = OPERATOR.define(
     f"masked_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, Tensor? residual, {_OPTIONS}, bool keep) "
     "-> (Tensor, Tensor)",
-    reference=reference.masked_conv,
-    fake=_fake,
+    reference.masked_conv,
+    _fake,
+    gradient=Formula(_setup_context, _backward),
 )
-define(
-    OPERATOR,
+BACKWARD = OPERATOR.define(
     f"masked_conv_backward(Tensor? grad_output, Tensor? grad_pre, Tensor? state, Tensor x, Tensor weight, {_OPTIONS}, "
     "int condition_rank, bool want_x, bool want_weight, bool want_bias, bool want_condition) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.masked_conv_backward,
-    fake=_fake_backward,
+    reference.masked_conv_backward,
+    _fake_backward,
+    gradient=THROUGH_REFERENCE,
 )
-differentiate("masked_conv", _setup_context, _backward)
-differentiate_reference("masked_conv_backward", reference.masked_conv_backward)

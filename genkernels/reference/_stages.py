@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from genkernels._options import Activation
 from genkernels._plan import PLANES, InputRecord, PlaneRecord, StageRecord, read
 
-ACTIVATIONS = ("none", "relu", "gate")
+ACTIVATIONS = Activation.words()
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Stage:
 
     def tensors(self) -> list[Tensor]:
         """Weights, then the bias, then the condition, those that there are."""
-        found = [weight for _, weight in self.inputs]
-        return found + [t for t in (self.bias, self.condition) if t is not None]
+        weights = [weight for _, weight in self.inputs]
+        return weights + [t for t in (self.bias, self.condition) if t is not None]
 
     def width(self, channels: Sequence[int]) -> int:
         """Channels before the activation, where `channels` are those of the planes so far."""
@@ -59,11 +60,11 @@ class Stage:
 
 def plane_channels(stages: Sequence[Stage], channels: int) -> list[int]:
     """Channels of every plane, plane 0 first."""
-    found = [channels]
+    of_planes = [channels]
     for stage in stages:
-        width = stage.width(found)
-        found.append(width // 2 if stage.activation == "gate" else width)
-    return found
+        width = stage.width(of_planes)
+        of_planes.append(width // 2 if stage.activation == "gate" else width)
+    return of_planes
 
 
 def network_output(stages: Sequence[Stage], image: Tensor) -> Tensor:

@@ -15,28 +15,11 @@ Half inputs are computed in fp32 and cast once, at the end, as the kernels do it
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class ScaleMap(IntEnum):
-    EXP = 0  #: σ = exp(s)
-    SIGMOID = 1  #: σ = sigmoid(s + 2)
-    TANH = 2  #: σ = exp(tanh(s))
-    ADDITIVE = 3  #: σ = 1, no log-scale among the parameters
-
-
-class Split(IntEnum):
-    CHANNEL = 0
-    CHECKERBOARD = 1
-
-
-class Layout(IntEnum):
-    HALVES = 0
-    INTERLEAVED = 1
+from genkernels._options import Layout, ScaleMap, Split
 
 
 def log_scale(s: Tensor, scale_map: int) -> Tensor:

@@ -19,20 +19,15 @@ price of one pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
+from genkernels._options import Head
 from genkernels.reference import _draw
 from genkernels.reference._stages import Stage, level_values, network_output, unflatten
 
 __all__ = ["Head", "Stage", "autoregressive_sampling", "network_output"]
-
-
-class Head(IntEnum):
-    CATEGORICAL = 0
-    LOGISTIC_MIXTURE = 1
 
 
 def autoregressive_sampling(

@@ -137,5 +137,6 @@ def logistic_mixture_nll_backward(grad: Tensor, params: Tensor, x: Tensor, level
 def logistic_mixture_sample(params: Tensor, noise: Tensor, levels: int = 256, temperature: float = 1.0) -> Tensor:
     """Level indices ``[N, C, *spatial]`` int64 drawn from uniform noise ``[N, 1 + C, *spatial]``: see ``_draw``."""
     work = torch.promote_types(params.dtype, torch.float32)
-    drawn = _draw.logistic_mixture(params.to(work).movedim(1, -1), noise.to(work).movedim(1, -1), levels, temperature)
-    return drawn.movedim(-1, 1).contiguous()
+    params, noise = (t.to(work).movedim(1, -1) for t in (params, noise))
+    with torch.no_grad():
+        return _draw.logistic_mixture(params, noise, levels, temperature).movedim(-1, 1).contiguous()

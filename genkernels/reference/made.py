@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genkernels._options import ScaleMap
 from genkernels.reference.affine_coupling import log_scale, log_scale_slope
 
 # ------------------------------------------------------------------------------------------------------ masked linear
@@ -148,7 +149,7 @@ def made_forward(
     order: Tensor,
     counts: Tensor,
     residual: bool = False,
-    scale_map: int = 0,
+    scale_map: int = ScaleMap.EXP,
 ) -> tuple[Tensor, Tensor]:
     """``(z, ldj)``, in one pass of the network."""
     s, t = _Network(weights, biases, context, order, counts, residual).units(x)[0][-1].chunk(2, dim=1)
@@ -164,7 +165,7 @@ def made_inverse(
     order: Tensor,
     counts: Tensor,
     residual: bool = False,
-    scale_map: int = 0,
+    scale_map: int = ScaleMap.EXP,
 ) -> tuple[Tensor, Tensor]:
     """``(x, ldj)`` of the inverse by D sequential passes, ldj = −Σ log σ."""
     network = _Network(weights, biases, context, order, counts, residual)
@@ -173,9 +174,9 @@ def made_inverse(
     for step in range(1, z.shape[1] + 1):
         s, t = network.units(x)[0][-1].chunk(2, dim=1)
         now = network.degrees[0] == step
-        found = log_scale(s, scale_map)
-        x = torch.where(now, (z - t) * torch.exp(-found), x)
-        ell = torch.where(now, found, ell)
+        of_all = log_scale(s, scale_map)
+        x = torch.where(now, (z - t) * torch.exp(-of_all), x)
+        ell = torch.where(now, of_all, ell)
     return x, -ell.sum(1)
 
 
@@ -189,7 +190,7 @@ def made_inverse_backward(
     order: Tensor,
     counts: Tensor,
     residual: bool = False,
-    scale_map: int = 0,
+    scale_map: int = ScaleMap.EXP,
 ) -> list[Tensor]:
     """Gradients ``[z, context (of its shape even where it is None), weight and bias of each layer]`` from the solution
     x.
@@ -209,8 +210,8 @@ def made_inverse_backward(
 
     solution = torch.zeros_like(x)
     for step in range(x.shape[1], 0, -1):
-        found = (grad_x - signals(solution)[1]) * shrink
-        solution = torch.where(network.degrees[0] == step, found, solution)
+        of_all = (grad_x - signals(solution)[1]) * shrink
+        solution = torch.where(network.degrees[0] == step, of_all, solution)
     by_layer = signals(solution)[0]
     grads = [solution, -by_layer[0]]
     for g, u, mask in zip(by_layer, inputs, network.masks, strict=True):
@@ -227,7 +228,7 @@ def made_inverse_jacobi(
     order: Tensor,
     counts: Tensor,
     residual: bool = False,
-    scale_map: int = 0,
+    scale_map: int = ScaleMap.EXP,
 ) -> tuple[Tensor, Tensor]:
     """`made_inverse` by sweeps that renew all features at once: k sweeps settle the first k, so D are exact.
 
@@ -240,11 +241,11 @@ def made_inverse_jacobi(
     for sweep in range(1, z.shape[1] + 1):
         s, t = network.units(x)[0][-1].chunk(2, dim=1)
         ell = log_scale(s, scale_map)
-        before, found = x, (z - t) * torch.exp(-ell)
+        before, after = x, (z - t) * torch.exp(-ell)
         # an infinity would reach earlier features, 0 times it being NaN: what is settled stays, a guess that overflowed
         # is none
         step = network.degrees[0] - sweep
-        x = torch.where(step < 0, before, torch.where((step == 0) | found.isfinite(), found, 0))
-        if sweep % look == 0 and torch.equal(before, found):
+        x = torch.where(step < 0, before, torch.where((step == 0) | after.isfinite(), after, 0))
+        if sweep % look == 0 and torch.equal(before, after):
             break
     return x, -ell.sum(1)

@@ -39,10 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASK_TYPES = ("A", "B")
-REGIONS = ("raster", "vertical", "horizontal")
-ACTIVATIONS = ("none", "relu", "gate")
-NONE, RELU, GATE = range(3)
+from genkernels._options import Activation, MaskType, Region
+
+MASK_TYPES, REGIONS, ACTIVATIONS = MaskType.words(), Region.words(), Activation.words()
 
 
 def causal_mask(
@@ -86,8 +85,8 @@ def masked_conv(
     residual: Tensor | None,
     mask_type: int,
     data_channels: int = 1,
-    region: int = 0,
-    activation: int = NONE,
+    region: int = Region.RASTER,
+    activation: int = Activation.NONE,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`(output, pre)`: `pre` is the pre-activation where `keep` is set and `keeps_pre` says that the backward wants it,
@@ -97,20 +96,20 @@ def masked_conv(
     if condition is not None:
         pre = pre + (condition[:, :, None, None] if condition.dim() == 2 else condition)
     output = pre
-    if activation == RELU:
+    if activation == Activation.RELU:
         output = torch.relu(pre)
-    elif activation == GATE:
+    elif activation == Activation.GATE:
         a, b = pre.chunk(2, dim=1)
         output = torch.tanh(a) * torch.sigmoid(b)
     if residual is not None:
         output = output + residual
-    kept = keep and keeps_pre(activation, residual is not None)
-    return output.contiguous(), pre.contiguous() if kept else x.new_empty(0)
+    wants_pre = keep and keeps_pre(activation, residual is not None)
+    return output.contiguous(), pre.contiguous() if wants_pre else x.new_empty(0)
 
 
 def keeps_pre(activation: int, has_residual: bool) -> bool:
     """Whether the backward needs the pre-activation: see the head of this module."""
-    return activation == GATE or (activation == RELU and has_residual)
+    return activation == Activation.GATE or (activation == Activation.RELU and has_residual)
 
 
 def masked_conv_backward(
@@ -174,9 +173,9 @@ def pre_gradient(grad_output: Tensor | None, grad_pre: Tensor | None, state: Ten
     """The gradient of the pre-activation; a missing gradient counts as zero."""
     g = grad_pre
     if grad_output is not None:
-        if activation == RELU:
+        if activation == Activation.RELU:
             through = grad_output.masked_fill(state <= 0, 0)
-        elif activation == GATE:
+        elif activation == Activation.GATE:
             a, b = state.chunk(2, dim=1)
             tanh, sigmoid = torch.tanh(a), torch.sigmoid(b)
             slope_b = sigmoid * (1 - sigmoid)
@@ -195,6 +194,6 @@ def _mask_of(weight: Tensor, mask_type: int, data_channels: int, region: int, ac
         MASK_TYPES[mask_type],
         data_channels,
         REGIONS[region],
-        activation == GATE,
+        activation == Activation.GATE,
         weight.device,
     )

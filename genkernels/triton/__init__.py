@@ -1,7 +1,7 @@
 """Triton kernels, one file a hot path; they know nothing above them. Importing this package does not import Triton.
 
-Every ``<op>.py`` here offers its launchers, with the operator's positional arguments, and ``kernel_specs()``: the
-configurations that its launchers choose, which ``tools/compile_triton.py`` compiles ahead of time.
+Every ``<op>.py`` here offers its launchers, with the operator's positional arguments, and ``sample_calls()``: calls of
+them whose kernels ``tools/compile_triton.py`` compiles ahead of time, in the configurations that the launchers choose.
 """
 
 from __future__ import annotations

@@ -41,6 +41,12 @@ SQRT_HALF_BITS_64 = tl.constexpr(0x3FE6A09E667F3BCD)
 
 
 @triton.jit
+def widened(b_x):
+    """The number in the type that is computed in."""
+    return b_x if b_x.dtype == tl.float64 else b_x.to(tl.float32)
+
+
+@triton.jit
 def reciprocal_of_sum(b_a, b_b):
     """1 / (a + b) for a >= b >= 0 and a sum up to 2^100, the rounding of the sum made good.
 
@@ -169,3 +175,12 @@ def tanh(b_s):
     b_q = reciprocal_of_sum(2.0, b_m)  # = (1 - tanh) / 2
     b_tanh = tl.where(b_m < 2.0, b_m * b_q, 1.0 - 2.0 * b_q)
     return tl.where(b_s < 0, -b_tanh, b_tanh), 4.0 * b_q * (1.0 - b_q)
+
+
+@triton.jit
+def sigmoid(b_x):
+    """(sigmoid x, 1 - sigmoid x, log sigmoid x), none of them with cancellation."""
+    b_e = exp(-tl.abs(b_x))
+    b_near = reciprocal_of_sum(1.0, b_e)  # sigmoid(|x|)
+    b_far = b_e * b_near  # sigmoid(-|x|)
+    return tl.where(b_x < 0, b_far, b_near), tl.where(b_x < 0, b_near, b_far), tl.minimum(b_x, 0.0) - log1p(b_e)

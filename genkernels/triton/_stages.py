@@ -13,10 +13,11 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
+from genkernels._options import Activation
 from genkernels._plan import PlaneRecord, StageRecord, read, state_size
 
-RELU = tl.constexpr(1)
-GATE = tl.constexpr(2)
+RELU = tl.constexpr(Activation.RELU.value)
+GATE = tl.constexpr(Activation.GATE.value)
 VECTOR = tl.constexpr(4)  # numbers that are loaded at once
 
 
@@ -134,14 +135,14 @@ class Network:
             stretch = kw * plane.channels * width
             for y in range(kh // 2 + 1):
                 up = kh // 2 - y
-                whole = up > 0 or plane.vertical
-                if stage.vertical and not whole:
+                full_row = up > 0 or plane.vertical
+                if stage.vertical and not full_row:
                     continue  # such weights are 0
                 taps = kw if up or stage.vertical else kw // 2 + 1
-                count = (taps if whole else taps - 1) * plane.channels
-                centre = 0 if whole else plane.channels // self.groups
+                count = (taps if full_row else taps - 1) * plane.channels
+                centre = 0 if full_row else plane.channels // self.groups
                 at = self.weights_size + y * stretch
-                (row if whole else pixel).append(
+                (row if full_row else pixel).append(
                     Part(*_ring(plane, -(kw // 2)), plane.channels, up, count, centre, int(index != 0), at)
                 )
             self.weights.append(self._pad(weight.permute(2, 3, 1, 0)[: kh // 2 + 1], blocks).flatten())
@@ -149,8 +150,8 @@ class Network:
         row_added, pixel_added = [], []
         for index in added:
             plane = self.planes[index]
-            whole = stage.vertical or plane.vertical
-            (row_added if whole else pixel_added).append(Part(*_ring(plane), plane.channels, 0, 0, 0, 0, 0))
+            full_row = stage.vertical or plane.vertical
+            (row_added if full_row else pixel_added).append(Part(*_ring(plane), plane.channels, 0, 0, 0, 0, 0))
         # the first part of each of the four runs, and the end of the last
         runs = (row, row_added, pixel, pixel_added)
         bounds = accumulate(map(len, runs), initial=len(self.parts))
@@ -158,11 +159,11 @@ class Network:
         self.biases.append(noise.new_zeros(width) if stage.bias < 0 else self._pad(tensors[stage.bias], blocks))
         condition, by_row, by_column = -1, 0, 0
         if stage.condition >= 0:
-            condition, given = self.condition_size, tensors[stage.condition]
+            condition, values = self.condition_size, tensors[stage.condition]
             if stage.condition_map:
-                given = given[:, :, begin:end].permute(0, 2, 3, 1)
+                values = values[:, :, begin:end].permute(0, 2, 3, 1)
                 by_row, by_column = self.columns * width, width
-            self.conditions.append(self._pad(given, blocks).flatten(1))
+            self.conditions.append(self._pad(values, blocks).flatten(1))
             self.condition_size += self.conditions[-1].shape[1]
         residual = (-1, 1, 0) if stage.residual < 0 else _ring(self.planes[stage.residual])
         self.stages.append(

@@ -32,7 +32,7 @@ Arithmetic in fp32 (fp64 for fp64), rounded once at the store. `_math` says why 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -40,18 +40,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels.triton import KernelSpec, _math
+from genkernels._options import Layout, ScaleMap, Split
+from genkernels.triton import _math, _scale_map
+from genkernels.triton._recording import SampleCalls, meta
 
-EXP = tl.constexpr(0)
-SIGMOID = tl.constexpr(1)
-TANH = tl.constexpr(2)
-ADDITIVE = tl.constexpr(3)
-
-CHANNEL = tl.constexpr(0)
-CHECKERBOARD = tl.constexpr(1)
-
-HALVES = tl.constexpr(0)
-INTERLEAVED = tl.constexpr(1)
+CHANNEL = tl.constexpr(Split.CHANNEL.value)
+CHECKERBOARD = tl.constexpr(Split.CHECKERBOARD.value)
+HALVES = tl.constexpr(Layout.HALVES.value)
+INTERLEAVED = tl.constexpr(Layout.INTERLEAVED.value)
 
 # What the backward kernel differentiates: the forward from its input, the inverse from its input, the forward from its
 # output.
@@ -63,41 +59,6 @@ SIZES = ("n_rows", "units", "width", "height", "blocks")  # not worth a compilat
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
-
-
-@triton.jit
-def _scale(b_s, MAP: tl.constexpr, ROUGH: tl.constexpr):
-    """(ℓ, σ, 1/σ, ℓ') of the log-scale s; what a kernel leaves unused is never computed.
-
-    ROUGH: σ is multiplied into a 16-bit number, so the hardware's exp will do for it: half the instructions, and good
-    to 2^-17, the argument of a finite result being below 89. ℓ, which goes into the log-determinant, never is rough.
-    """
-    if MAP == EXP:
-        return b_s, _exp(b_s, ROUGH), _exp(-b_s, ROUGH), 1.0
-    elif MAP == SIGMOID:
-        b_u = b_s + 2.0
-        b_e = _math.exp(-tl.abs(b_u))
-        b_near = _math.reciprocal_of_sum(1.0, b_e)  # sigmoid(|u|)
-        b_far = b_e * b_near  # sigmoid(-|u|)
-        b_log = tl.minimum(b_u, 0.0) - _math.log1p(b_e)
-        return b_log, tl.where(b_u < 0, b_far, b_near), 1.0 + _exp(-b_u, ROUGH), tl.where(b_u < 0, b_near, b_far)
-    else:
-        b_log, b_slope = _math.tanh(b_s)
-        if ROUGH:
-            return b_log, tl.exp(b_log), tl.exp(-b_log), b_slope
-        else:
-            return b_log, _math.exp_bounded(b_log), _math.exp_bounded(-b_log), b_slope
-
-
-@triton.jit
-def _exp(b_x, ROUGH: tl.constexpr):
-    return tl.exp(b_x) if ROUGH else _math.exp(b_x)
-
-
-@triton.jit
-def _wide(b_x):
-    """The type that is computed in."""
-    return b_x if b_x.dtype == tl.float64 else b_x.to(tl.float32)
 
 
 @triton.jit
@@ -147,7 +108,7 @@ def _tile(
         o_moved = (o_row * (2 * size) + (0 if FLIP else size))[:, None] + o_inner
         o_copied = (o_row * (2 * size) + (size if FLIP else 0))[:, None] + o_inner
 
-    if MAP == ADDITIVE:
+    if MAP == _scale_map.ADDITIVE:
         o_shift = (o_row * size)[:, None] + o_inner
         o_scale = o_shift
     elif LAYOUT == INTERLEAVED:
@@ -187,16 +148,16 @@ def _couple_kernel(
     ROUGH: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
     # every load before the first store, which the compiler would not move a load across
     b_x_raw = tl.load(p_x + o_moved, m)
-    b_t = _wide(tl.load(p_params + o_shift, m))
-    b_s = b_t if MAP == ADDITIVE else _wide(tl.load(p_params + o_scale, m))
+    b_t = _math.widened(tl.load(p_params + o_shift, m))
+    b_s = b_t if MAP == _scale_map.ADDITIVE else _math.widened(tl.load(p_params + o_scale, m))
     if SPLIT == CHANNEL:
         tl.store(p_y + o_copied, tl.load(p_x + o_copied, m), m)
 
-    b_x = _wide(b_x_raw)
-    if MAP == ADDITIVE:
+    b_x = _math.widened(b_x_raw)
+    if MAP == _scale_map.ADDITIVE:
         b_y = b_x - b_t if IS_INVERSE else b_x + b_t
     else:
-        b_log, b_sigma, b_shrink, _ = _scale(b_s, MAP, ROUGH)
+        b_log, b_sigma, b_shrink, _ = _scale_map.scale(b_s, MAP, ROUGH)
         b_y = (b_x - b_t) * b_shrink if IS_INVERSE else b_x * b_sigma + b_t
         b_log = tl.where(m & m_moved, -b_log if IS_INVERSE else b_log, 0.0)
         b_sum = tl.sum(tl.reshape(b_log, (ROWS, COLS * V)), axis=1)
@@ -208,7 +169,7 @@ def _couple_kernel(
 
     pid = tl.program_id(0)
     o_sample = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if MAP == ADDITIVE:  # nothing to add up: ldj itself, [N], by the first program of a sample
+    if MAP == _scale_map.ADDITIVE:  # nothing to add up: ldj itself, [N], by the first program of a sample
         tl.store(p_ldj + o_sample, tl.zeros_like(o_sample), o_sample < tl.where(pid % blocks == 0, n_rows, 0))
     else:
         o_sum = o_sample * blocks + pid % blocks
@@ -262,24 +223,24 @@ def _backward_kernel(
     ROUGH: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
     # every load before the first store, which the compiler would not move a load across
     b_x_raw = tl.load(p_x + o_moved, m)
-    b_x = _wide(b_x_raw)
+    b_x = _math.widened(b_x_raw)
     b_g_raw = tl.load(p_g + o_moved, m) if p_g is not None else tl.zeros_like(b_x_raw)
-    b_g = _wide(b_g_raw)
-    if MAP != ADDITIVE:
-        b_s = _wide(tl.load(p_params + o_scale, m))
+    b_g = _math.widened(b_g_raw)
+    if MAP != _scale_map.ADDITIVE:
+        b_s = _math.widened(tl.load(p_params + o_scale, m))
     if OF != FORWARD:
-        b_x -= _wide(tl.load(p_params + o_shift, m))  # z - t, which is x times σ
+        b_x -= _math.widened(tl.load(p_params + o_shift, m))  # z - t, which is x times σ
     if SPLIT == CHANNEL:
         b_g_copied = tl.load(p_g + o_copied, m) if p_g is not None else b_g_raw
         if OF == REVERSE:
             tl.store(p_x_out + o_copied, tl.load(p_x + o_copied, m), m)
         tl.store(p_g_x + o_copied, b_g_copied, m)
 
-    if MAP == ADDITIVE:
+    if MAP == _scale_map.ADDITIVE:
         b_g_x = b_g
         b_g_t = -b_g if OF == INVERSE else b_g
     else:
-        _, b_sigma, b_shrink, b_slope = _scale(b_s, MAP, ROUGH)
+        _, b_sigma, b_shrink, b_slope = _scale_map.scale(b_s, MAP, ROUGH)
         b_g_x = b_g * (b_shrink if OF == INVERSE else b_sigma)
         b_g_t = -b_g_x if OF == INVERSE else b_g
         # a gradient that is not there is left out, not multiplied in as 0, which would turn inf to NaN
@@ -298,7 +259,7 @@ def _backward_kernel(
         b_g_t = tl.where(m_moved, b_g_t, 0.0)
     tl.store(p_g_x + o_moved, b_g_x.to(p_g_x.dtype.element_ty), m)
     tl.store(p_g_params + o_shift, b_g_t.to(p_g_params.dtype.element_ty), m)
-    if MAP != ADDITIVE:
+    if MAP != _scale_map.ADDITIVE:
         if SPLIT == CHECKERBOARD:
             b_g_s = tl.where(m_moved, b_g_s, 0.0)
         tl.store(p_g_params + o_scale, b_g_s.to(p_g_params.dtype.element_ty), m)
@@ -326,7 +287,7 @@ def _plan(
     shape: tuple[int, ...], itemsize: int, params_itemsize: int, scale_map: int, split: int, layout: int, flip: bool
 ) -> _Plan:
     rows, channels, *spatial = shape
-    if scale_map == ADDITIVE.value:
+    if scale_map == ScaleMap.ADDITIVE:
         layout = HALVES.value  # the shift alone: one block either way
     if split == CHECKERBOARD.value:
         size = channels * math.prod(spatial)
@@ -386,7 +347,7 @@ def affine_coupling(
         return output, ldj.zero_()
     plan = _plan_of(input, params, scale_map, split, layout, flip)
     blocks = plan.sizes[-1]
-    two_stages = blocks > 1 and scale_map != ADDITIVE.value
+    two_stages = blocks > 1 and scale_map != ScaleMap.ADDITIVE
     with torch.cuda.device_of(input):
         sums = ldj.new_empty(rows, blocks) if two_stages else ldj
         _couple_kernel[plan.grid](
@@ -401,11 +362,15 @@ def affine_coupling(
             enable_fp_fusion=True,
         )
         if two_stages:
-            tile = _sum_tile(blocks)
-            _sum_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-                sums, ldj, rows, blocks, **tile, num_warps=4, enable_fp_fusion=True
-            )
+            _sum(sums, ldj)
     return output, ldj
+
+
+def _sum(sums: Tensor, ldj: Tensor) -> None:
+    """ldj [N] from the tiles' sums [N, blocks]."""
+    rows, blocks = sums.shape
+    tile = _sum_tile(blocks)
+    _sum_kernel[(triton.cdiv(rows, tile["ROWS"]),)](sums, ldj, rows, blocks, **tile, num_warps=4, enable_fp_fusion=True)
 
 
 def affine_coupling_backward(
@@ -466,61 +431,34 @@ def _backward(grad_output, grad_ldj, saved, params, rebuilt, codes, of):
 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
-_TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-_MAPS = ("exp", "sigmoid", "tanh", "additive")
-_LARGE, _WHOLE, _SMALL, _ODD = (8, 12, 64, 64), (512, 12, 16, 16), (4096, 2), (64, 6, 7, 7)
 
-
-def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile, one of each kind as to registers and accesses: `flip` only moves constants."""
+def sample_calls() -> SampleCalls:
+    """One of each kind as to registers and accesses: `flip` only moves constants."""
     f64, f32, b16 = torch.float64, torch.float32, torch.bfloat16
-    channel, board = CHANNEL.value, CHECKERBOARD.value
-    cases = [(_LARGE, f32, f32, code, split, 0) for code in range(4) for split in (channel, board)]
-    cases += [(_LARGE, b16, b16, code, split, 0) for code in (1, 2) for split in (channel, board)]
-    cases += [(_LARGE, f32, f32, TANH.value, split, INTERLEAVED.value) for split in (channel, board)]
-    cases += [(_LARGE, f64, f64, TANH.value, split, 0) for split in (channel, board)]
-    cases += [(_LARGE, f32, b16, TANH.value, channel, 0)]
-    cases += [(_WHOLE, f32, f32, code, channel, 0) for code in (1, 2)]
-    cases += [(_WHOLE, b16, b16, TANH.value, board, 0)]
-    cases += [(_ODD, f32, f32, TANH.value, board, INTERLEAVED.value)]
-    cases += [(_SMALL, f32, f32, EXP.value, channel, 0)]
-    specs = [spec for case in cases for spec in _specs_of(*case)]
-    for dtype in ("*fp32", "*fp64"):
-        for blocks in (3, 2048):
-            tile = _sum_tile(blocks)
-            signature = {"p_partial": dtype, "p_ldj": dtype, "n_rows": "i32", "blocks": "i32"} | _constexpr(tile)
-            options = {"num_warps": 4, "enable_fp_fusion": True}
-            specs.append(KernelSpec(f"blocks {blocks} {dtype[1:]}", _sum_kernel, signature, tile, options))
-    return specs
-
-
-def _constexpr(names) -> dict[str, str]:
-    return dict.fromkeys(names, "constexpr")
-
-
-def _specs_of(shape, dtype, params_dtype, scale_map, split, layout) -> list[KernelSpec]:
-    plan = _plan(shape, dtype.itemsize, params_dtype.itemsize, scale_map, split, layout, False)
-    x, p = _TYPES[dtype], _TYPES[params_dtype]
-    ldj = "*fp64" if dtype == torch.float64 else "*fp32"
-    sizes = dict.fromkeys(SIZES, "i32")
-    options = {"num_warps": plan.warps, "enable_fp_fusion": True}
-    label = " ".join(
-        ("x".join(map(str, shape)), x[1:], p[1:], _MAPS[scale_map])
-        + (("channel", "checkerboard")[split], ("halves", "interleaved")[layout])
-    )
-    specs = []
-    for inverse in (False, True):
-        constants = plan.constants | {"IS_INVERSE": inverse}
-        signature = {"p_x": x, "p_params": p, "p_y": x, "p_ldj": ldj} | sizes | _constexpr(constants)
-        specs.append(
-            KernelSpec(f"{label} {'inverse' if inverse else 'forward'}", _couple_kernel, signature, constants, options)
-        )
-    for of, name in ((FORWARD, "forward"), (INVERSE, "inverse"), (REVERSE, "reverse")):
-        constants = plan.constants | {"OF": of.value}
-        x_out = x if of == REVERSE else "constexpr"
-        signature = {"p_g": x, "p_g_ldj": ldj, "p_x": x, "p_params": p, "p_x_out": x_out, "p_g_x": x, "p_g_params": p}
-        signature |= sizes | _constexpr(constants)
-        if of != REVERSE:
-            constants["p_x_out"] = None
-        specs.append(KernelSpec(f"{label} of {name}", _backward_kernel, signature, constants, options))
-    return specs
+    large, whole, small, odd = (8, 12, 64, 64), (512, 12, 16, 16), (4096, 2), (64, 6, 7, 7)
+    maps, splits, layouts = ScaleMap.words(), Split.words(), Layout.words()
+    cases = [(large, f32, f32, code, split, 0) for code in range(4) for split in (0, 1)]
+    cases += [(large, b16, b16, code, split, 0) for code in (1, 2) for split in (0, 1)]
+    cases += [(large, f32, f32, 2, split, 1) for split in (0, 1)]
+    cases += [(large, f64, f64, 2, split, 0) for split in (0, 1)]
+    cases += [(large, f32, b16, 2, 0, 0), (whole, f32, f32, 1, 0, 0), (whole, f32, f32, 2, 0, 0)]
+    cases += [(whole, b16, b16, 2, 1, 0), (odd, f32, f32, 2, 1, 1), (small, f32, f32, 0, 0, 0)]
+    sums = [(dtype, blocks) for dtype in (f32, f64) for blocks in (3, 2048)]
+    calls = [
+        (f"blocks {n} {t}".replace("torch.float", "fp"), partial(_sum, meta(8, n, dtype=t), meta(8, dtype=t)))
+        for t, n in sums
+    ]
+    for shape, dtype, params_dtype, scale_map, split, layout in cases:
+        rows = shape[1] if split == CHECKERBOARD.value else shape[1] // 2
+        rows *= 1 if scale_map == ScaleMap.ADDITIVE else 2
+        x, params = meta(*shape, dtype=dtype), meta(shape[0], rows, *shape[2:], dtype=params_dtype)
+        g_ldj = meta(shape[0], dtype=torch.promote_types(dtype, f32))
+        codes = (scale_map, split, layout, False)
+        kinds = [{f64: "fp64", f32: "fp32", b16: "bf16"}[t] for t in (dtype, params_dtype)]
+        label = " ".join(("x".join(map(str, shape)), *kinds, maps[scale_map], splits[split], layouts[layout]))
+        for inverse, name in ((False, "forward"), (True, "inverse")):
+            calls.append((f"{label} {name}", partial(affine_coupling, x, params, *codes, inverse)))
+            backward = partial(affine_coupling_backward, x, g_ldj, x, params, *codes, inverse)
+            calls.append((f"{label} of {name}", backward))
+        calls.append((f"{label} of reverse", partial(affine_coupling_reverse, x, g_ldj, x, params, *codes)))
+    return calls

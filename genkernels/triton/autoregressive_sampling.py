@@ -30,13 +30,16 @@ Sums run in a fixed order: bitwise the same from run to run. Offsets are 64-bit.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
-from genkernels.triton import KernelSpec, _draw, _math, _stages
-
-MIXTURE = 1  # the head's number
+from genkernels._options import Activation, Head
+from genkernels._plan import PLANES, InputRecord, PlaneRecord, StageRecord, state_size
+from genkernels.triton import _draw, _math, _stages
+from genkernels.triton._recording import SampleCalls, meta
 
 SIZES = (
     "n",
@@ -76,9 +79,8 @@ def _activated(b_a, b_b, activation, GATED: tl.constexpr):
     b_a = tl.where(b_a < tl.where(activation == _stages.RELU, 0.0, float("-inf")), 0.0, b_a)  # NaN stays
     if GATED:
         b_tanh, _ = _math.tanh(b_a)
-        b_e = _math.exp(-tl.abs(b_b))
-        b_near = _math.reciprocal_of_sum(1.0, b_e)
-        b_a = tl.where(activation == _stages.GATE, b_tanh * tl.where(b_b < 0, b_e * b_near, b_near), b_a)
+        b_sigmoid, _, _ = _math.sigmoid(b_b)
+        b_a = tl.where(activation == _stages.GATE, b_tanh * b_sigmoid, b_a)
     return b_a
 
 
@@ -532,7 +534,7 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
     n, channels, height, columns = image.shape
     if image.numel() == 0 or begin >= end:
         return
-    mixture = head == MIXTURE
+    mixture = head == Head.LOGISTIC_MIXTURE
     net = _stages.Network(tensors, plan, 1 if mixture else channels, noise, begin, end)
     mixtures = net.planes[-1].channels // (3 if channels == 1 else 10) if mixture else 0
     if state.shape != (n, net.state_size):
@@ -584,43 +586,55 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
 
-def kernel_specs() -> list[KernelSpec]:
-    """What the launcher compiles: each head, gated and plain, few and many samples a program, in-painting, temperature
-    0."""
+def _two_stages(channels: int, hidden: int, made: int, out: int, gated: bool) -> list[int]:
+    """The plan of a 3×3 stage and a 1×1 stage, each with a bias, over images of 4 columns."""
+    planes, state = [], 0
+    for count, rows, border in ((channels, 2, 1), (made, 1, 0), (out, 1, 0)):
+        planes.append(PlaneRecord(count, 0, rows, border, state, (4 + 2 * border) * count))
+        state += -(-rows * planes[-1].pitch // 16) * 16
+    inputs = [InputRecord(0, 0, 3, 3), InputRecord(1, 2, 1, 1)]
+    begin = PLANES + sum(map(len, planes)) + 2 * len(StageRecord._fields)
+    middle, end = begin + len(inputs[0]), begin + len(inputs[0]) + len(inputs[1])
+    activation = Activation.GATE.value if gated else Activation.NONE.value
+    stages = [
+        StageRecord(hidden, made, activation, -1, 0, 1, -1, 0, begin, begin, middle),
+        StageRecord(out, out, Activation.NONE.value, -1, 0, 3, -1, 0, middle, middle, end),
+    ]
+    return [len(stages), state, *(word for record in (*planes, *stages, *inputs) for word in record)]
+
+
+def sample_calls() -> SampleCalls:
+    """Each head, gated and plain, few and many samples a program, in-painting, temperature 0: two stages over 4×4
+    pixels."""
     cases = [
-        # label, type, C, levels, K, gated, block, rows, known, cold
+        # label, type, C, levels, K, gated, channels of a hidden block, samples a program, in-painted, cold
         ("digits", "fp32", 1, 17, 0, False, 64, 1, False, False),
         ("digits gated", "fp32", 1, 17, 0, True, 64, 1, False, False),
-        ("in-painted", "fp32", 1, 256, 0, True, 256, 1, True, True),
-        ("rgb", "fp32", 3, 256, 0, False, 256, 2, True, False),
-        ("rgb gated", "fp32", 3, 256, 0, True, 256, 4, False, False),
+        ("in-painted", "fp32", 1, 256, 0, True, 64, 1, True, True),
+        ("rgb", "fp32", 3, 256, 0, False, 64, 2, True, False),
+        ("rgb gated", "fp32", 3, 256, 0, True, 64, 4, False, False),
         ("mixture grey", "fp32", 1, 256, 5, False, 64, 4, False, False),
-        ("mixture", "fp32", 3, 256, 10, True, 100, 1, True, False),
+        ("mixture", "fp32", 3, 256, 10, True, 64, 1, True, False),
         ("one component", "fp32", 3, 256, 1, False, 64, 1, False, False),
         ("small", "fp32", 1, 2, 0, True, 4, 1, False, False),
-        ("many levels", "fp32", 1, 65536, 0, False, 65536, 1, False, False),
+        ("many levels", "fp32", 1, 65536, 0, False, 64, 1, False, False),
         ("wide", "fp64", 1, 17, 0, True, 64, 1, False, False),
-        ("wide mixture", "fp64", 3, 256, 10, False, 100, 4, True, False),
+        ("wide mixture", "fp64", 3, 256, 10, False, 64, 4, True, False),
     ]
-    specs = []
+    calls = []
     for label, kind, channels, levels, mixtures, gated, block, rows, known, cold in cases:
-        tile, options = _tile(block, gated, rows, kind == "fp64")
-        constants = {"C": channels, "LEVELS": levels, "K": mixtures, "COLD": cold, "GATED": gated, **tile}
-        constants["CHUNK"] = min(1024, triton.next_power_of_2(mixtures or levels))
-        signature = {"p_image": "*i64"} | dict.fromkeys(("p_state", "p_sums", "p_noise"), f"*{kind}")
-        signature |= {"p_known": "*u8" if known else "constexpr"}
-        signature |= dict.fromkeys(("p_weights", "p_biases", "p_condition"), f"*{kind}")
-        signature |= {"p_stages": "*i64", "p_parts": "*i64"} | dict.fromkeys(SIZES[:-2], "i32")
-        signature |= {"temperature": "fp32", "temperature_low": "fp32"} | dict.fromkeys(constants, "constexpr")
-        if not known:
-            constants["p_known"] = None
-        specs.append(
-            KernelSpec(
-                f"{label} {kind} rows {rows}",
-                _draw_rows_kernel,
-                signature,
-                constants,
-                options | {"enable_fp_fusion": True},
-            )
-        )
-    return specs
+        tensor = partial(meta, dtype=torch.float64 if kind == "fp64" else torch.float32)
+        n = 4 * rows  # `_rows_of` counts four multiprocessors where there is no GPU
+        groups = 1 if mixtures else channels
+        made, out = groups * block, mixtures * (3 if channels == 1 else 10) or channels * levels
+        hidden = 2 * made if gated else made
+        plan = _two_stages(channels, hidden, made, out, gated)
+        tensors = [tensor(hidden, channels, 3, 3), tensor(hidden), tensor(out, made, 1, 1), tensor(out)]
+        noise = tensor(n, channels + bool(mixtures), 4, 4)
+        state = tensor(n, state_size(plan))
+        image = meta(n, channels, 4, 4, dtype=torch.int64)
+        given = image.bool() if known else None
+        head, temperature = int(bool(mixtures)), 0.0 if cold else 1.0
+        arguments = (image, state, noise, given, tensors, plan, head, levels, temperature, 0, 4)
+        calls.append((f"{label} {kind} rows {rows}", partial(autoregressive_sampling, *arguments)))
+    return calls

@@ -24,13 +24,15 @@ order: no atomics. Arithmetic in fp32 (fp64 for fp64), rounded once at the store
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels.triton import KernelSpec, _draw, _math
+from genkernels.triton import _draw, _math
+from genkernels.triton._recording import SampleCalls, meta
 
 # the least e^-|near| that counts where the mean lies within the bin: no 0/0 at any width, and its cube is a normal
 # number
@@ -41,12 +43,6 @@ SINHC_SERIES = tl.constexpr(tuple(1 / math.factorial(2 * k + 1) for k in range(8
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
-
-
-@triton.jit
-def _wide(b_x):
-    """The type that is computed in."""
-    return b_x if b_x.dtype == tl.float64 else b_x.to(tl.float32)
 
 
 @triton.jit
@@ -156,25 +152,25 @@ def _nll_kernel(
     _, o_x, o, m_pixel, m, size = _tile(pixels, blocks, C, K, KP, BLOCK)
     WIDTH: tl.constexpr = 2 if C == 1 else 3
     row = size * K
-    b_logit = _wide(tl.load(p_params + o, m, other=0.0))
+    b_logit = _math.widened(tl.load(p_params + o, m, other=0.0))
     b_logit = tl.where(m | ~m_pixel, b_logit, -float("inf"))
     b_best = tl.max(b_logit, axis=0)[None, :]
     b_logit -= b_best
     b_level0, b_x0 = _level(tl.load(p_x + o_x, m_pixel, other=0.0), LEVELS)
-    b_mean = _wide(tl.load(p_params + o + row, m, other=0.0))
-    b_s = _wide(tl.load(p_params + o + 2 * row, m, other=0.0))
+    b_mean = _math.widened(tl.load(p_params + o + row, m, other=0.0))
+    b_s = _math.widened(tl.load(p_params + o + 2 * row, m, other=0.0))
     b_linear, b_up, b_down, _, _ = _channel(b_level0, b_mean, b_s, LEVELS)
     if C == 3:
         b_level1, b_x1 = _level(tl.load(p_x + o_x + size, m_pixel, other=0.0), LEVELS)
-        b_tanh, _ = _math.tanh(_wide(tl.load(p_params + o + 3 * row, m, other=0.0)))
-        b_mean = _wide(tl.load(p_params + o + (1 + WIDTH) * row, m, other=0.0)) + b_tanh * b_x0
-        b_s = _wide(tl.load(p_params + o + (2 + WIDTH) * row, m, other=0.0))
+        b_tanh, _ = _math.tanh(_math.widened(tl.load(p_params + o + 3 * row, m, other=0.0)))
+        b_mean = _math.widened(tl.load(p_params + o + (1 + WIDTH) * row, m, other=0.0)) + b_tanh * b_x0
+        b_s = _math.widened(tl.load(p_params + o + (2 + WIDTH) * row, m, other=0.0))
         b_l1, b_up1, b_down1, _, _ = _channel(b_level1, b_mean, b_s, LEVELS)
         b_level2, _ = _level(tl.load(p_x + o_x + 2 * size, m_pixel, other=0.0), LEVELS)
-        b_tanh, _ = _math.tanh(_wide(tl.load(p_params + o + 6 * row, m, other=0.0)))
-        b_tanh2, _ = _math.tanh(_wide(tl.load(p_params + o + 9 * row, m, other=0.0)))
-        b_mean = _wide(tl.load(p_params + o + 7 * row, m, other=0.0)) + b_tanh * b_x0 + b_tanh2 * b_x1
-        b_s = _wide(tl.load(p_params + o + 8 * row, m, other=0.0))
+        b_tanh, _ = _math.tanh(_math.widened(tl.load(p_params + o + 6 * row, m, other=0.0)))
+        b_tanh2, _ = _math.tanh(_math.widened(tl.load(p_params + o + 9 * row, m, other=0.0)))
+        b_mean = _math.widened(tl.load(p_params + o + 7 * row, m, other=0.0)) + b_tanh * b_x0 + b_tanh2 * b_x1
+        b_s = _math.widened(tl.load(p_params + o + 8 * row, m, other=0.0))
         b_l2, b_up2, b_down2, _, _ = _channel(b_level2, b_mean, b_s, LEVELS)
         b_linear += b_l1 + b_l2
         b_up *= b_up1 * b_up2
@@ -207,24 +203,24 @@ def _backward_kernel(
     WIDTH: tl.constexpr = 2 if C == 1 else 3
     row = size * K
     b_g = tl.load(p_grad + sample)
-    b_logit = _wide(tl.load(p_params + o, m, other=0.0))
+    b_logit = _math.widened(tl.load(p_params + o, m, other=0.0))
     b_logit = tl.where(m | ~m_pixel, b_logit, -float("inf"))
     b_logit -= tl.max(b_logit, axis=0)[None, :]
     b_level0, b_x0 = _level(tl.load(p_x + o_x, m_pixel, other=0.0), LEVELS)
-    b_mean = _wide(tl.load(p_params + o + row, m, other=0.0))
-    b_s = _wide(tl.load(p_params + o + 2 * row, m, other=0.0))
+    b_mean = _math.widened(tl.load(p_params + o + row, m, other=0.0))
+    b_s = _math.widened(tl.load(p_params + o + 2 * row, m, other=0.0))
     b_linear, b_up, b_down, b_m0, b_s0 = _channel(b_level0, b_mean, b_s, LEVELS)
     if C == 3:
         b_level1, b_x1 = _level(tl.load(p_x + o_x + size, m_pixel, other=0.0), LEVELS)
-        b_tanh0, b_sech0 = _math.tanh(_wide(tl.load(p_params + o + 3 * row, m, other=0.0)))
-        b_mean = _wide(tl.load(p_params + o + (1 + WIDTH) * row, m, other=0.0)) + b_tanh0 * b_x0
-        b_s = _wide(tl.load(p_params + o + (2 + WIDTH) * row, m, other=0.0))
+        b_tanh0, b_sech0 = _math.tanh(_math.widened(tl.load(p_params + o + 3 * row, m, other=0.0)))
+        b_mean = _math.widened(tl.load(p_params + o + (1 + WIDTH) * row, m, other=0.0)) + b_tanh0 * b_x0
+        b_s = _math.widened(tl.load(p_params + o + (2 + WIDTH) * row, m, other=0.0))
         b_l1, b_up1, b_down1, b_m1, b_s1 = _channel(b_level1, b_mean, b_s, LEVELS)
         b_level2, _ = _level(tl.load(p_x + o_x + 2 * size, m_pixel, other=0.0), LEVELS)
-        b_tanh1, b_sech1 = _math.tanh(_wide(tl.load(p_params + o + 6 * row, m, other=0.0)))
-        b_tanh2, b_sech2 = _math.tanh(_wide(tl.load(p_params + o + 9 * row, m, other=0.0)))
-        b_mean = _wide(tl.load(p_params + o + 7 * row, m, other=0.0)) + b_tanh1 * b_x0 + b_tanh2 * b_x1
-        b_s = _wide(tl.load(p_params + o + 8 * row, m, other=0.0))
+        b_tanh1, b_sech1 = _math.tanh(_math.widened(tl.load(p_params + o + 6 * row, m, other=0.0)))
+        b_tanh2, b_sech2 = _math.tanh(_math.widened(tl.load(p_params + o + 9 * row, m, other=0.0)))
+        b_mean = _math.widened(tl.load(p_params + o + 7 * row, m, other=0.0)) + b_tanh1 * b_x0 + b_tanh2 * b_x1
+        b_s = _math.widened(tl.load(p_params + o + 8 * row, m, other=0.0))
         b_l2, b_up2, b_down2, b_m2, b_s2 = _channel(b_level2, b_mean, b_s, LEVELS)
         b_linear += b_l1 + b_l2
         b_up *= b_up1 * b_up2
@@ -272,11 +268,11 @@ def _sample_kernel(
     o_noise = o_index + (tl.program_id(0) // blocks).to(tl.int64) * size
     b_u = tl.load(p_noise + o_noise, m, other=0.5)
     b_t = tl.zeros_like(b_u) + temperature + temperature_low
-    b_most = _wide(tl.load(p_params + o, m, other=0.0))
+    b_most = _math.widened(tl.load(p_params + o, m, other=0.0))
     b_chosen = tl.zeros((BLOCK,), tl.int64)
     b_ordered = b_most == b_most
     for k in range(1, K):
-        b_logit = _wide(tl.load(p_params + o + k * size, m, other=0.0))
+        b_logit = _math.widened(tl.load(p_params + o + k * size, m, other=0.0))
         b_ordered &= b_logit == b_logit
         b_chosen = tl.where(b_logit > b_most, k, b_chosen)
         b_most = tl.where(b_logit > b_most, b_logit, b_most)
@@ -285,34 +281,34 @@ def _sample_kernel(
     else:
         b_total = tl.zeros((BLOCK,), tl.float64)
         for k in range(0, K):
-            b_logit = _wide(tl.load(p_params + o + k * size, m, other=0.0))
+            b_logit = _math.widened(tl.load(p_params + o + k * size, m, other=0.0))
             b_total += _math.exp((b_logit - b_most) / b_t).to(tl.float64)
         b_total *= b_u.to(tl.float64)
         b_below = tl.zeros((BLOCK,), tl.float64)
         b_chosen = tl.zeros((BLOCK,), tl.int64)
         for k in range(0, K - 1):
-            b_logit = _wide(tl.load(p_params + o + k * size, m, other=0.0))
+            b_logit = _math.widened(tl.load(p_params + o + k * size, m, other=0.0))
             b_below += _math.exp((b_logit - b_most) / b_t).to(tl.float64)
             b_chosen += (b_below <= b_total).to(tl.int64)
     row = size * K
     o += (K + b_chosen) * size
-    b_mean = _wide(tl.load(p_params + o, m, other=0.0))
-    b_s = _wide(tl.load(p_params + o + row, m, other=0.0))
+    b_mean = _math.widened(tl.load(p_params + o, m, other=0.0))
+    b_s = _math.widened(tl.load(p_params + o + row, m, other=0.0))
     b_index, b_x0 = _draw.logistic_level(b_mean, b_s, tl.load(p_noise + o_noise + size, m, other=0.5), b_t, LEVELS)
     tl.store(p_index + o_index, b_index, m)
     if C == 3:
-        b_tanh, _ = _math.tanh(_wide(tl.load(p_params + o + 2 * row, m, other=0.0)))
-        b_mean = _wide(tl.load(p_params + o + 3 * row, m, other=0.0)) + b_tanh * b_x0
-        b_s = _wide(tl.load(p_params + o + 4 * row, m, other=0.0))
+        b_tanh, _ = _math.tanh(_math.widened(tl.load(p_params + o + 2 * row, m, other=0.0)))
+        b_mean = _math.widened(tl.load(p_params + o + 3 * row, m, other=0.0)) + b_tanh * b_x0
+        b_s = _math.widened(tl.load(p_params + o + 4 * row, m, other=0.0))
         b_index, b_x1 = _draw.logistic_level(
             b_mean, b_s, tl.load(p_noise + o_noise + 2 * size, m, other=0.5), b_t, LEVELS
         )
         tl.store(p_index + o_index + size, b_index, m)
-        b_tanh, _ = _math.tanh(_wide(tl.load(p_params + o + 5 * row, m, other=0.0)))
-        b_mean = _wide(tl.load(p_params + o + 6 * row, m, other=0.0)) + b_tanh * b_x0
-        b_tanh, _ = _math.tanh(_wide(tl.load(p_params + o + 8 * row, m, other=0.0)))
+        b_tanh, _ = _math.tanh(_math.widened(tl.load(p_params + o + 5 * row, m, other=0.0)))
+        b_mean = _math.widened(tl.load(p_params + o + 6 * row, m, other=0.0)) + b_tanh * b_x0
+        b_tanh, _ = _math.tanh(_math.widened(tl.load(p_params + o + 8 * row, m, other=0.0)))
         b_mean += b_tanh * b_x1
-        b_s = _wide(tl.load(p_params + o + 7 * row, m, other=0.0))
+        b_s = _math.widened(tl.load(p_params + o + 7 * row, m, other=0.0))
         b_index, _ = _draw.logistic_level(b_mean, b_s, tl.load(p_noise + o_noise + 3 * size, m, other=0.5), b_t, LEVELS)
         tl.store(p_index + o_index + 2 * size, b_index, m)
 
@@ -398,34 +394,23 @@ def logistic_mixture_sample(params: Tensor, noise: Tensor, levels: int, temperat
 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
-_TYPES = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
 
-
-def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile: each kernel for either number of channels, every kind of storage, few and many
-    components."""
-    cases = [(3, 10, kind) for kind in _TYPES] + [(1, 5, kind) for kind in _TYPES]
-    cases += [(3, 1, "fp32"), (1, 32, "fp32"), (3, 100, "fp32")]
-    specs = []
-    for channels, mixtures, kind in cases:
-        constants = _constants(mixtures * (3 if channels == 1 else 10), channels, 256)
-        tile, warps = _tile_of(mixtures)
-        label = f"C{channels} K{mixtures} {kind}"
-        p, wide = f"*{kind}", f"*{_TYPES[kind]}"
-        sizes = {"pixels": "i32", "blocks": "i32"}
-        fixed = dict.fromkeys([*constants, *tile], "constexpr")
-        options = {"num_warps": warps, "enable_fp_fusion": True}
-        pointers = {"p_params": p, "p_x": wide}
-        specs.append(
-            KernelSpec(
-                label, _nll_kernel, {**pointers, "p_nll": wide, **sizes, **fixed}, {**constants, **tile}, options
-            )
-        )
-        signature = {"p_grad": wide, **pointers, "p_out": p, **sizes, **fixed}
-        specs.append(KernelSpec(label, _backward_kernel, signature, {**constants, **tile}, options))
-        heat = {"temperature": "fp32", "temperature_low": "fp32"}
-        constants |= {"COLD": False, "BLOCK": _SAMPLE_BLOCK}
-        signature = {"p_params": p, "p_noise": wide, "p_index": "*i64", **sizes, **heat}
-        signature |= dict.fromkeys(constants, "constexpr")
-        specs.append(KernelSpec(label, _sample_kernel, signature, constants, options | {"num_warps": 4}))
-    return specs
+def sample_calls() -> SampleCalls:
+    """Either number of channels, every kind of storage, few and many components."""
+    f32, kinds = (
+        torch.float32,
+        {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"},
+    )
+    cases = [(3, 10, dtype) for dtype in kinds] + [(1, 5, dtype) for dtype in kinds]
+    cases += [(3, 1, f32), (1, 32, f32), (3, 100, f32)]
+    calls = []
+    for channels, mixtures, dtype in cases:
+        work = torch.promote_types(dtype, f32)
+        params = meta(2, mixtures * (3 if channels == 1 else 10), 32, 32, dtype=dtype)
+        x, grad = meta(2, channels, 32, 32, dtype=work), meta(2, dtype=work)
+        noise = meta(2, 1 + channels, 32, 32, dtype=work)
+        label = f"C{channels} K{mixtures} {kinds[dtype]}"
+        calls.append((label, partial(logistic_mixture_nll, params, x, 256)))
+        calls.append((label, partial(logistic_mixture_nll_backward, grad, params, x, 256)))
+        calls.append((label, partial(logistic_mixture_sample, params, noise, 256, 1.0)))
+    return calls

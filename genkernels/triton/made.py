@@ -1,4 +1,4 @@
-r"""Masked linear layers and the inverse of an autoregressive affine transform on the GPU.
+r"""The inverse of an autoregressive affine transform on the GPU.
 
 .. math:: z_i = x_i\,\sigma(s_i) + t_i,\qquad (s, t)_i = \mathrm{MADE}(x_{<i})
 
@@ -18,8 +18,8 @@ live weights once each, through the second-level cache; the floor is their bytes
 The gradient's transposed solve is the same from the last feature backwards, over transposed weights. It leaves each
 layer's signal, from which the weights' gradients are one product a layer (cuBLAS, in `genkernels.ops`' dtype), masked.
 
-Masked products themselves are dense cuBLAS products with a masked weight: on a GPU the half that is dead costs less
-than a product of one's own would lose.
+Masked products by themselves have no kernel here: on a GPU the half that is dead costs a dense product (cuBLAS) with
+the masked weight less than a product of one's own would lose.
 
 Within a program, units written by some threads are read by others: `tl.debug_barrier` is a barrier of the program's
 threads. Sums
@@ -28,16 +28,16 @@ run in a fixed order: bitwise the same from run to run. Offsets are 64-bit.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels.triton import KernelSpec, _math
-
-EXP = tl.constexpr(0)
-SIGMOID = tl.constexpr(1)
+from genkernels.triton import _math, _scale_map
+from genkernels.triton._recording import SampleCalls, meta
 
 SIZES = ("n", "features", "hidden", "layers")  # not worth a compilation for each value
 
@@ -51,20 +51,6 @@ def _options(wide: bool) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
-
-
-@triton.jit
-def _log_scale(b_s, MAP: tl.constexpr):
-    """(ℓ, ℓ') of the log-scale s."""
-    if MAP == EXP:
-        return b_s, tl.full(b_s.shape, 1.0, b_s.dtype)
-    elif MAP == SIGMOID:
-        b_u = b_s + 2.0
-        b_e = _math.exp(-tl.abs(b_u))
-        b_near = _math.reciprocal_of_sum(1.0, b_e)
-        return tl.minimum(b_u, 0.0) - _math.log1p(b_e), tl.where(b_u < 0, b_near, b_e * b_near)
-    else:
-        return _math.tanh(b_s)
 
 
 @triton.jit
@@ -170,7 +156,7 @@ def _extend_kernel(
                 b_p += tl.load(p_out_bias + o_row, o_unit < 2, other=0.0)[None, :]
                 b_s = tl.sum(tl.where(o_unit[None, :] == 0, b_p, 0.0), axis=1)
                 b_t = tl.sum(tl.where(o_unit[None, :] == 1, b_p, 0.0), axis=1)
-                b_log, _ = _log_scale(b_s, MAP)
+                b_log, _ = _scale_map.log_scale(b_s, MAP)
                 b_z = tl.load(p_z + o_n * features + step, m_n, other=0.0)
                 tl.store(p_x + o_n * features + step, (b_z - b_t) * _math.exp(-b_log), m_n)
                 b_ldj -= b_log
@@ -262,7 +248,7 @@ def _transposed_kernel(
             if p_grad_x is not None:
                 b_rest += tl.load(p_grad_x + o_feature, m_n, other=0.0)
             o_c = o_n * (2 * features) + feature
-            b_log, b_slope = _log_scale(tl.load(p_params + o_c, m_n, other=0.0), MAP)
+            b_log, b_slope = _scale_map.log_scale(tl.load(p_params + o_c, m_n, other=0.0), MAP)
             b_found = b_rest * _math.exp(-b_log)
             b_x = tl.load(p_x + o_feature, m_n, other=0.0)
             tl.store(p_solution + o_feature, b_found, m_n)
@@ -272,24 +258,6 @@ def _transposed_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------- launchers
-
-
-def masked_linear(input, weight, bias, in_degrees, out_degrees, strict):
-    """Contiguous tensors on one GPU: a dense product with the masked weight. The caller has checked them."""
-    return F.linear(input, _masked(weight, in_degrees, out_degrees, strict), bias)
-
-
-def masked_linear_grad_input(grad_output, weight, in_degrees, out_degrees, strict):
-    return grad_output @ _masked(weight, in_degrees, out_degrees, strict)
-
-
-def masked_linear_grad_weight(grad_output, input, in_degrees, out_degrees, strict):
-    return _masked(grad_output.mT @ input, in_degrees, out_degrees, strict)
-
-
-def _masked(weight: Tensor, in_degrees: Tensor, out_degrees: Tensor, strict: bool) -> Tensor:
-    out, into = out_degrees[:, None], in_degrees[None, :]
-    return weight.masked_fill(out <= into if strict else out < into, 0)
 
 
 class _Padded:
@@ -425,58 +393,19 @@ def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
 
-def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile: each scale map and type, with and without context and residual blocks."""
-    specs = []
-    for kind, scale_map, flag in (("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)):
-        tensor, tile = f"*{kind}", {"ROWS": ROWS, "DEPTH": DEPTH, "UNITS": UNITS}
-        sizes = dict.fromkeys(("n", "features", "hidden", "layers"), "i32")
-        names = (
-            "p_z",
-            "p_x",
-            "p_ldj",
-            "p_weights",
-            "p_biases",
-            "p_out_weight",
-            "p_out_bias",
-            "p_context",
-            "p_values",
-            "p_units",
-        )
-        for solves in (True, False):
-            absent = {} if flag else {"p_context": None}
-            absent |= {} if solves else {"p_z": None, "p_ldj": None}
-            constants = {"MAP": scale_map, "RESIDUAL": flag, "SOLVES": solves, **tile}
-            signature = {name: "constexpr" if name in absent else tensor for name in names}
-            signature |= {"p_counts": "*i64", **sizes, **dict.fromkeys(constants, "constexpr")}
-            label = f"{kind} map {scale_map} residual {flag} solves {solves}"
-            specs.append(KernelSpec(label, _extend_kernel, signature, constants | absent, _options(kind == "fp64")))
-        names = (
-            "p_grad_x",
-            "p_grad_ldj",
-            "p_x",
-            "p_params",
-            "p_solution",
-            "p_cotangents",
-            "p_weights",
-            "p_out_weight",
-            "p_values",
-            "p_signals",
-        )
-        constants = {"MAP": scale_map, "RESIDUAL": flag, **tile}
-        signature = {
-            **dict.fromkeys(names, tensor),
-            "p_counts": "*i64",
-            **sizes,
-            **dict.fromkeys(constants, "constexpr"),
-        }
-        specs.append(
-            KernelSpec(
-                f"{kind} map {scale_map} residual {flag}",
-                _transposed_kernel,
-                signature,
-                constants,
-                _options(kind == "fp64"),
-            )
-        )
-    return specs
+def sample_calls() -> SampleCalls:
+    """Each scale map and type, with and without context and residual blocks."""
+    n, features, hidden = 8, 6, (8, 8, 8)
+    calls = []
+    for dtype, scale_map, flag in (("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)):
+        tensor = partial(meta, dtype=torch.float64 if dtype == "fp64" else torch.float32)
+        sizes = (features, *hidden, 2 * features)
+        weights = [tensor(out, into) for into, out in zip(sizes, sizes[1:], strict=False)]
+        biases = [tensor(out) for out in sizes[1:]]
+        order, counts = meta(features, dtype=torch.int64), meta(len(hidden), features + 1, dtype=torch.int64)
+        z, context = tensor(n, features), tensor(n, hidden[0]) if flag else None
+        net = (context, weights, biases, order, counts, flag, scale_map)
+        label = f"{dtype} map {scale_map} residual {flag}"
+        calls.append((f"{label} inverse", partial(made_inverse, z, *net)))
+        calls.append((f"{label} backward", partial(made_inverse_backward, z, tensor(n), z, *net)))
+    return calls

@@ -30,7 +30,7 @@ TF32 where ``torch.backends.cudnn.conv.fp32_precision`` allows it, else exact.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -38,12 +38,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels.triton import KernelSpec, _math
+from genkernels._options import Activation, MaskType, Region
+from genkernels.triton import _math
+from genkernels.triton._recording import SampleCalls, meta
 
-RASTER, VERTICAL, HORIZONTAL = range(3)
-NONE = tl.constexpr(0)
-RELU = tl.constexpr(1)
-GATE = tl.constexpr(2)
+RASTER, VERTICAL, HORIZONTAL = Region
+NONE = tl.constexpr(Activation.NONE.value)
+RELU = tl.constexpr(Activation.RELU.value)
+GATE = tl.constexpr(Activation.GATE.value)
 
 # Triton's interpreter multiplies the bit patterns of bf16: there operands are widened, and products are the same.
 WIDENED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -65,15 +67,9 @@ SIZES = (
 
 
 @triton.jit
-def _wide(b_x):
-    """The type that is computed in."""
-    return b_x if b_x.dtype == tl.float64 else b_x.to(tl.float32)
-
-
-@triton.jit
 def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
     if WIDENED:
-        return b_acc + tl.dot(_wide(b_a), _wide(b_b), input_precision="ieee", out_dtype=b_acc.dtype)
+        return b_acc + tl.dot(_math.widened(b_a), _math.widened(b_b), input_precision="ieee", out_dtype=b_acc.dtype)
     else:
         return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
 
@@ -82,10 +78,8 @@ def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 def _gate_parts(b_a, b_b):
     """tanh(a), 1 - tanh(a)^2, sigmoid(b), 1 - sigmoid(b)."""
     b_tanh, b_slope = _math.tanh(b_a)
-    b_e = _math.exp(-tl.abs(b_b))
-    b_near = _math.reciprocal_of_sum(1.0, b_e)
-    b_far = b_e * b_near
-    return b_tanh, b_slope, tl.where(b_b < 0, b_far, b_near), tl.where(b_b < 0, b_near, b_far)
+    b_sigmoid, b_rest, _ = _math.sigmoid(b_b)
+    return b_tanh, b_slope, b_sigmoid, b_rest
 
 
 @triton.jit
@@ -261,7 +255,7 @@ def _conv_kernel(
         b_y = b_tanh * b_sigmoid
     o_y = (b_n * (left.to(tl.int64) * size) + b_hw)[None, :] + (o_o * size)[:, None]
     if p_residual is not None:
-        b_y += _wide(tl.load(p_residual + o_y, m))
+        b_y += _math.widened(tl.load(p_residual + o_y, m))
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), m)
 
 
@@ -269,10 +263,10 @@ def _conv_kernel(
 def _shifted(b_acc, p_bias, p_condition, p_pre, o_o, o_full, o_n, m_o, m, FLAT_CONDITION: tl.constexpr):
     """Bias and condition added; kept where the backward wants it."""
     if p_bias is not None:
-        b_acc += _wide(tl.load(p_bias + o_o, m_o, other=0.0))[:, None]
+        b_acc += _math.widened(tl.load(p_bias + o_o, m_o, other=0.0))[:, None]
     if p_condition is not None:
         o_c = o_n[None, :] + o_o[:, None] if FLAT_CONDITION else o_full
-        b_acc += _wide(tl.load(p_condition + o_c, m, other=0.0))
+        b_acc += _math.widened(tl.load(p_condition + o_c, m, other=0.0))
     if p_pre is not None:
         tl.store(p_pre + o_full, b_acc.to(p_pre.dtype.element_ty), m)
     return b_acc
@@ -394,19 +388,19 @@ def _slope_kernel(
         b_g = tl.zeros([BLOCK], ACC)
         b_g2 = tl.zeros([BLOCK], ACC)
         if p_grad is not None:
-            b_g = _wide(tl.load(p_grad + plane * size + o, m, other=0.0))
+            b_g = _math.widened(tl.load(p_grad + plane * size + o, m, other=0.0))
             if ACTIVATION == RELU:
-                b_g = tl.where(_wide(tl.load(p_state + first * size + o, m, other=0.0)) <= 0, 0.0, b_g)
+                b_g = tl.where(_math.widened(tl.load(p_state + first * size + o, m, other=0.0)) <= 0, 0.0, b_g)
             elif ACTIVATION == GATE:
-                b_a = _wide(tl.load(p_state + first * size + o, m, other=0.0))
-                b_b = _wide(tl.load(p_state + second * size + o, m, other=0.0))
+                b_a = _math.widened(tl.load(p_state + first * size + o, m, other=0.0))
+                b_b = _math.widened(tl.load(p_state + second * size + o, m, other=0.0))
                 b_tanh, b_slope, b_sigmoid, b_rest = _gate_parts(b_a, b_b)
                 b_g2 = b_g * b_tanh * (b_sigmoid * b_rest)
                 b_g = b_g * b_sigmoid * b_slope
         if p_grad_pre is not None:
-            b_g += _wide(tl.load(p_grad_pre + first * size + o, m, other=0.0))
+            b_g += _math.widened(tl.load(p_grad_pre + first * size + o, m, other=0.0))
             if ACTIVATION == GATE:
-                b_g2 += _wide(tl.load(p_grad_pre + second * size + o, m, other=0.0))
+                b_g2 += _math.widened(tl.load(p_grad_pre + second * size + o, m, other=0.0))
         if p_g is not None:
             tl.store(p_g + first * size + o, b_g.to(p_g.dtype.element_ty), m)
             if ACTIVATION == GATE:
@@ -444,7 +438,7 @@ class _Taps(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _taps_of(height: int, width: int, mask_type: int, data_channels: int, region: int, activation: int) -> _Taps:
-    above, middle, strict = height // 2 * width, width // 2, mask_type == 0
+    above, middle, strict = height // 2 * width, width // 2, mask_type == MaskType.A
     first = above if region == HORIZONTAL else 0
     groups = 1
     if region == VERTICAL:
@@ -684,86 +678,38 @@ def _weight_gradient(g: Tensor, x: Tensor, grad_weight: Tensor, taps: _Taps) -> 
 
 # ------------------------------------------------------------------------------------------ ahead-of-time compilation
 
-_TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
-
-def kernel_specs() -> list[KernelSpec]:
-    """What the launchers compile, one of each kind as to registers and accesses."""
+def sample_calls() -> SampleCalls:
+    """One of each kind as to registers and accesses."""
     f64, f32, b16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
     raster = (1, 1, RASTER)
-    cases = [("3x3", (64, 64, 3, 3), raster, act, dtype) for dtype in (f32, b16) for act in (0, 1)]
+    cases = [("3x3", (64, 64, 3, 3), raster, activation, dtype) for dtype in (f32, b16) for activation in (0, 1)]
     cases += [("gated", (128, 64, 3, 3), raster, 2, dtype) for dtype in (f32, b16, f16)]
     cases += [("7x7A", (64, 1, 7, 7), (0, 1, RASTER), 0, dtype) for dtype in (f32, b16)]
     cases += [("rgb", (66, 66, 3, 3), (1, 3, RASTER), 1, dtype) for dtype in (f32, b16)]
     cases += [("3x3", (64, 64, 3, 3), raster, 0, f64), ("gated", (128, 64, 3, 3), raster, 2, f64)]
-    return [spec for case in cases for spec in _specs_of(*case)]
+    kinds = {f64: "fp64", f32: "fp32", b16: "bf16", f16: "fp16"}
+    calls = []
+    for name, shape, codes, activation, dtype in cases:
+        tensor, (outputs, inputs, *_) = partial(meta, dtype=dtype), shape
+        gate = activation == GATE.value
+        x, weight, pre = tensor(8, inputs, 32, 32), tensor(*shape), tensor(8, outputs, 32, 32)
+        y = tensor(8, outputs // 2, 32, 32) if gate else pre
+        forward = (x, weight, tensor(outputs), tensor(8, outputs), y, *codes, activation, gate)
+        state = pre if activation else None
+        backward = (y, None, state, x, weight, *codes, activation, 4, True, True, True, True)
+        for precision in ("ieee", "tf32") if dtype == f32 else ("ieee",):
+            label = f"{name} {kinds[dtype]} {('none', 'relu', 'gate')[activation]} {precision}"
+            calls.append((f"{label} forward", partial(_at_precision, precision, masked_conv, *forward)))
+            calls.append((f"{label} backward", partial(_at_precision, precision, masked_conv_backward, *backward)))
+    return calls
 
 
-def _specs_of(name, shape, options, activation, dtype) -> list[KernelSpec]:
-    outputs, inputs, kh, kw = shape
-    taps = _taps_of(kh, kw, *options, activation)
-    kind, sums = _TYPES[dtype], "*fp64" if dtype == torch.float64 else "*fp32"
-    base = f"{name} {kind[1:]} {('none', 'relu', 'gate')[activation]}"
-    specs = []
-
-    def add(label, kernel, pointers, sizes, constants, warps=4, stages=2):
-        absent = {key: None for key, value in pointers.items() if value is None}
-        signature = {key: value or "constexpr" for key, value in pointers.items()} | dict.fromkeys(sizes, "i32")
-        signature |= dict.fromkeys(constants, "constexpr")
-        chosen = {"num_warps": warps, "num_stages": stages, **_OPTIONS}
-        specs.append(KernelSpec(f"{base} {label}".strip(), kernel, signature, constants | absent, chosen))
-
-    sizes = ("pixels", "inputs", "outputs", "height", "width")
-    shape_of_taps = {"FIRST": taps.first, "TAPS": taps.taps, "KH": kh, "KW": kw}
-    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-        for mirrored in (False, True):
-            act = 0 if mirrored else activation
-            i, o = (outputs, inputs) if mirrored else (inputs, outputs)
-            tiles = _conv_tiles(dtype.itemsize, i, o // 2 if act == 2 else o, act == 2)
-            rest = None if mirrored else kind
-            pointers = {
-                "p_x": kind,
-                "p_w": kind,
-                "p_bias": rest,
-                "p_condition": rest,
-                "p_residual": rest,
-                "p_y": kind,
-                "p_pre": kind if act == 2 else None,
-            }
-            constants = (
-                shape_of_taps
-                | {
-                    "MIRRORED": mirrored,
-                    "ACTIVATION": act,
-                    "FLAT_CONDITION": True,
-                    "FLAT": _flat(i),
-                    "PRECISION": precision,
-                }
-                | tiles.constants()
-            )
-            label = f"{precision} {'mirrored' if mirrored else 'forward'}"
-            add(label, _conv_kernel, pointers, sizes, constants, tiles.warps, tiles.stages)
-        tiles = _weight_tiles(dtype.itemsize, inputs, outputs)
-        constants = shape_of_taps | {"FLAT": _flat(inputs), "PRECISION": precision} | tiles.constants()
-        pointers = {"p_g": kind, "p_x": kind, "p_partial": sums}
-        add(precision, _weight_kernel, pointers, (*sizes, "steps", "blocks"), constants, tiles.warps, tiles.stages)
-    blocked = taps.constants() | {"BLOCK": _BLOCK}
-    for swapped in (False, True):
-        constants = blocked | {"SWAPPED": swapped}
-        add(
-            "swapped" if swapped else "",
-            _pack_kernel,
-            {"p_weight": kind, "p_packed": kind},
-            ("inputs", "outputs", "count"),
-            constants,
-        )
-    add("", _unpack_kernel, {"p_partial": sums, "p_weight": kind}, ("inputs", "outputs", "splits", "count"), blocked)
-    pointers = {
-        "p_grad": kind,
-        "p_grad_pre": None,
-        "p_state": kind if activation else None,
-        "p_g": kind,
-        "p_sums": sums,
-    }
-    add("", _slope_kernel, pointers, ("outputs", "count"), {"ACTIVATION": activation, "BLOCK": 1024})
-    return specs
+def _at_precision(precision: str, call, *arguments):
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = precision
+    try:
+        return call(*arguments)
+    finally:
+        conv.fp32_precision = before

@@ -144,7 +144,7 @@ def test_info_names_each_backend_and_operator(capsys):
         names = [line.split()[i] for i, line in zip((1, 0, 0, 0), lines[begin : begin + 4], strict=True)]
         assert lines[begin].split()[0] == operator.name and names == list(backends.NAMES[1:])
         for line, name in zip(lines[begin + 1 : begin + 4], names[1:], strict=True):
-            assert line.rstrip().endswith(operator.backends[name])
+            assert line.rstrip().endswith(operator.kernels[name])
     head, *lines = cells.splitlines()
     assert [cell.strip() for cell in head.split("  ") if cell] == ["operator", *ops.FEATURES]
     found = {line.split()[0]: line.split()[1:] for line in lines}

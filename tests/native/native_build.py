@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import os
-import shutil
-import subprocess
 import sysconfig
-import tempfile
 from pathlib import Path
+
+from tests.compiled import compile_once
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -35,34 +33,13 @@ def binding(source: str, variant: str):
     import pybind11
 
     setup = build_flags()
-    compiler = os.environ.get("CXX") or shutil.which("g++")
     flags = [*setup.COMMON_FLAGS, *setup.CPU_FLAGS, *setup.CPU_VARIANTS.get(variant, [])]
-    stamp = hashlib.sha256(repr((flags, sysconfig.get_config_var("EXT_SUFFIX"))).encode())
-    for path in (HERE / f"{source}.cpp", *sorted((ROOT / "csrc" / "common").iterdir())):
-        stamp.update(path.read_bytes())
-    name = f"{source}_{variant}_{stamp.hexdigest()[:12]}"
-    folder = Path(tempfile.gettempdir()) / f"genkernels-tests-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}.tmp")
-        command = [
-            compiler,
-            *flags,
-            "-shared",
-            f"-DMODULE_NAME={name}",
-            "-I",
-            str(ROOT / "csrc"),
-            "-I",
-            pybind11.get_include(),
-            "-I",
-            sysconfig.get_paths()["include"],
-            str(HERE / f"{source}.cpp"),
-            "-o",
-            str(made),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{source}.cpp does not compile:\n{done.stderr}")
-        made.replace(library)
-    return load_module(name, library)
+    include = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    inputs = [HERE / f"{source}.cpp", *(p for p in sorted((ROOT / "csrc" / "common").rglob("*")) if p.is_file())]
+
+    def command(name: str, output: Path) -> list[str]:
+        sources = [f"-DMODULE_NAME={name}", *(f"-I{folder}" for folder in include), str(HERE / f"{source}.cpp")]
+        return [os.environ.get("CXX", "g++"), *flags, "-shared", *sources, "-o", str(output)]
+
+    library = compile_once(f"{source}_{variant}", sysconfig.get_config_var("EXT_SUFFIX"), inputs, command)
+    return load_module(library.name.removesuffix(sysconfig.get_config_var("EXT_SUFFIX")), library)

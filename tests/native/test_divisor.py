@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_build import binding
+
+from tests.native.native_build import binding
 
 LARGEST = 2**63 - 1
 EDGES = sorted({max(1, min(LARGEST, 2**k + o)) for k in range(64) for o in (-1, 0, 1)})

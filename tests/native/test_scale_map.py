@@ -5,10 +5,10 @@ from __future__ import annotations
 import mpmath
 import numpy as np
 import pytest
-from native_build import binding
 from scipy import special
 
 from genkernels import backends
+from tests.native.native_build import binding
 
 np.seterr(all="ignore")
 F32, F64 = np.float32, np.float64

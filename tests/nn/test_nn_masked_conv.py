@@ -132,9 +132,9 @@ def test_repr_names_the_options():
     [
         (("C", 3, 6, 3), {}, "mask_type must be one of A, B, got 'C'"),
         (("A", 3, 6, 4), {}, "the kernel's height and width must be odd, got 4×4"),
-        (("A", 3, 6, 0), {}, "kernel_size must be at least 1, got 0"),
-        (("A", 3, 6, 3.0), {}, "kernel_size must be an integer, got 3.0"),
-        (("A", 3, 6, (3, -3)), {}, "kernel_size must be at least 1, got -3"),
+        (("A", 3, 6, 0), {}, "kernel_size must be an integer of at least 1, got 0"),
+        (("A", 3, 6, 3.0), {}, "kernel_size must be an integer of at least 1, got 3.0"),
+        (("A", 3, 6, (3, -3)), {}, "kernel_size must be an integer of at least 1, got -3"),
         (("A", 3, 6, (3, 3, 3)), {}, "kernel_size must be one number or (kh, kw), got (3, 3, 3)"),
         (("A", 3, 6, (3, 2)), {}, "the kernel's height and width must be odd, got 3×2"),
         (("A", 4, 6, 3, 3), {}, "data_channels must divide the input channels, got 3 and 4 input channels"),
@@ -149,11 +149,11 @@ def test_repr_names_the_options():
         (("A", 3, 6, 3), {"region": "diagonal"}, "region must be one of raster, vertical, horizontal, got 'diagonal'"),
         (("A", 3, 6, 3), {"activation": "elu"}, "activation must be one of none, relu, gate, got 'elu'"),
         (("A", 3, 6, 1), {}, "a raster mask of type A must leave a live tap, got a 1×1 kernel with data_channels 1"),
-        (("A", 3, 6, -1), {}, "kernel_size must be at least 1, got -1"),
-        (("A", 3, 6, 3.0), {}, "kernel_size must be an integer, got 3.0"),
+        (("A", 3, 6, -1), {}, "kernel_size must be an integer of at least 1, got -1"),
+        (("A", 3, 6, 3.0), {}, "kernel_size must be an integer of at least 1, got 3.0"),
         (("A", 3, 6, (3,)), {}, "kernel_size must be one number or (kh, kw), got (3,)"),
-        (("A", 3.0, 6, 3), {}, "in_channels must be an integer, got 3.0"),
-        (("A", 3, "6", 3), {}, "out_channels must be an integer, got '6'"),
+        (("A", 3.0, 6, 3), {}, "in_channels must be an integer of at least 1, got 3.0"),
+        (("A", 3, "6", 3), {}, "out_channels must be an integer of at least 1, got '6'"),
     ],
 )
 def test_refusals_are_one_sentence(arguments, options, sentence):

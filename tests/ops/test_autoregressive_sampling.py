@@ -1,4 +1,4 @@
-"""autoregressive_sampling on every backend that runs here: the very integers of the naive definition, and the
+"""autoregressive_sampling on every implementation that runs here: the very integers of the naive definition, and the
 definition itself by hand."""
 
 import itertools
@@ -10,11 +10,45 @@ import torch
 import genkernels as gk
 from genkernels import backends, ops
 from genkernels.ops import Stage
+from genkernels.ops.autoregressive_sampling import HEADS
+from genkernels.reference._stages import flatten
+from tests.checks import beside_forbidden_memory
 from tests.ops.causal_networks import Maker, any_network, assert_same_draws, cast, mask, plain, two_stacks, uniform
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
+compiled = pytest.mark.implementations(reference=False)
+quick = pytest.mark.implementations(slow=False)
 F32, F64 = torch.float32, torch.float64
 sample = ops.autoregressive_sampling
+
+
+def example(device="cpu", dtype=F64):
+    """A 3×3 type-A stage with a gate, then 1×1 to three levels, over images of 2×3 pixels: `(function of tensors,
+    tensors)`; the function returns a tuple of tensors."""
+    generator = torch.Generator().manual_seed(2)
+    first = torch.randn(8, 1, 3, 3, generator=generator, dtype=F64)
+    first.flatten(2)[:, :, 4:] = 0
+    second = torch.randn(3, 4, 1, 1, generator=generator, dtype=F64)
+    noise = torch.rand(2, 1, 2, 3, generator=generator, dtype=F64)
+
+    def function(noise, first, second):
+        stages = [Stage(((0, first),), activation="gate"), Stage(((1, second),))]
+        return (sample(stages, noise, levels=3),)
+
+    return function, tuple(t.to(device, dtype) for t in (noise, first, second))
+
+
+SAMPLES = {"autoregressive_sampling": example}
+
+
+@pytest.fixture
+def slow(implementation):
+    return implementation.is_slow
+
+
+@pytest.fixture
+def interpreted(implementation):
+    return implementation.name == "triton interpreted"
 
 
 def naive(stages, noise, **options):
@@ -79,6 +113,7 @@ def test_against_loops_over_numbers(device, size):
         assert drawn[n, 0].tolist() == expected
 
 
+@quick
 def test_draws_follow_the_network(device):
     """Every row of 20,000 samples of one pixel: frequencies within 4 standard errors of the softmax."""
     bias = torch.tensor([0.3, -1.0, 1.2, 0.0])
@@ -93,47 +128,80 @@ def test_draws_follow_the_network(device):
 # --- cached against naive -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.implementations(when=lambda i, shape, **_: not i.is_slow or shape < 4)
 @pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize(
-    "shape", [(1, 9, 7), (16, 5, 6), (3, 4, 11), (2, 2, 3), (1, 1, 1), (5, 1, 8), (2, 8, 1)], ids=str
-)
-def test_plain(device, dtype, shape):
+@pytest.mark.parametrize("shape", range(7))
+def test_plain(device, slow, dtype, shape):
     """Odd sizes, W ≠ H, images smaller than the 7×7 kernel, batches of 1, 16 and odd."""
-    batch, height, width = shape
+    shapes = [(1, 9, 7), (16, 5, 6), (3, 4, 11), (2, 2, 3), (1, 1, 1), (5, 1, 8), (2, 8, 1)]
+    few = [(1, 4, 5), (3, 3, 2), (1, 1, 1), (2, 1, 6)]
+    batch, height, width = (few if slow else shapes)[shape]
     check(device, plain(seed=1), uniform(batch, 1, height, width, seed=2), dtype, levels=5)
 
 
-@pytest.mark.parametrize("width", [1, 7, 16, 17, 33, 64, 72])
-def test_widths(device, width):
-    """Of vectors that a processor has, and beside them."""
+WIDTHS = {"triton interpreted": (1, 33, 70), "cuda emulated": (1, 33, 64, 600)}
+
+
+@pytest.mark.implementations(when=lambda i, width: width in WIDTHS.get(i.name, (1, 7, 16, 17, 33, 64, 72)))
+@pytest.mark.parametrize("width", [1, 7, 16, 17, 33, 64, 70, 72, 600])
+def test_widths(device, slow, width):
+    """Of vectors that a processor has, and beside them; not a multiple of what is loaded at once, more than a tile; 600
+    channels take two turns of the 512 threads of a block."""
+    if slow:
+        check(device, plain(width=width, layers=1, seed=2), uniform(1, 1, 2, 3, seed=2), F32, levels=5)
+        return
     for dtype in (F32, F64):
         check(device, plain(width=width, levels=3, seed=2), uniform(3, 1, 4, 5, seed=width), dtype, levels=3)
 
 
-def test_residual_and_large_kernels(device):
+def test_residual_and_large_kernels(device, interpreted):
+    if interpreted:  # more columns than a tile of a row's products has
+        check(device, plain(layers=1, residual=True, first=9, seed=3), uniform(1, 1, 2, 37), F32, levels=5)
+        return
     check(device, plain(first=9, residual=True, seed=3), uniform(2, 1, 5, 4, seed=3), F32, levels=5)
 
 
+@pytest.mark.every_build
+@pytest.mark.implementations(when=lambda i, batch, **_: not i.is_slow or batch == 1)
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("batch", [1, 7])
-def test_two_stacks(device, dtype, batch):
-    check(device, two_stacks(seed=1, layers=3), uniform(batch, 1, 6, 5, seed=4), dtype, levels=5)
+def test_two_stacks(device, slow, dtype, batch):
+    size = (2, 1, 4, 3) if slow else (batch, 1, 6, 5)
+    check(device, two_stacks(seed=1, layers=2 if slow else 3), uniform(*size, seed=4), dtype, levels=5)
+
+
+@pytest.mark.implementations(only=("triton", "triton interpreted"))
+@pytest.mark.parametrize("n", [5, 9])
+def test_several_samples_a_program(device, n):
+    """Two and four by the interpreter, the last program not full."""
+    check(device, plain(seed=1), uniform(n, 1, 3, 4, seed=2), F32, levels=5)
+    check(device, two_stacks(seed=1, layers=1), uniform(n, 1, 3, 3, seed=4), F32, levels=5)
 
 
 @pytest.mark.parametrize("maps", [False, True])
-def test_conditional(device, maps):
+def test_conditional(device, slow, maps):
+    """In blocks of rows too: a block sees its own rows of a map."""
     make = Maker(7)
-    batch, size = 3, (5, 4)
-    stages = two_stacks(seed=2, condition=lambda n: make.draw(batch, n, *(size if maps else ())))
+    batch, size = (2, (3, 4)) if slow else (3, (5, 4))
+    stages = two_stacks(
+        seed=2, layers=1 if slow else 2, condition=lambda n: make.draw(batch, n, *(size if maps else ()))
+    )
     noise = uniform(batch, 1, *size, seed=6)
     for dtype in (F32, F64):
         ours = check(device, stages, noise, dtype, levels=5)
+    check(device, stages, noise, F32, levels=5, rows_per_call=2)
     without = [Stage(s.inputs, s.added, s.bias, None, s.activation, s.residual, s.vertical) for s in stages]
     assert not torch.equal(ours, naive(without, noise, levels=5))
 
 
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_channel_groups(device, dtype):
+def test_channel_groups(device, slow, dtype):
+    if slow:
+        check(device, plain(channels=3, width=9, levels=4, seed=5), uniform(2, 3, 3, 3, seed=7), dtype, levels=4)
+        stacks = two_stacks(channels=3, width=9, levels=4, seed=6, layers=1)
+        check(device, stacks, uniform(1, 3, 2, 3, seed=8), dtype, levels=4)
+        return
     check(device, plain(channels=3, width=9, levels=4, seed=5), uniform(2, 3, 4, 5, seed=7), dtype, levels=4)
     check(
         device,
@@ -146,18 +214,29 @@ def test_channel_groups(device, dtype):
     check(device, plain(channels=2, width=8, levels=2, seed=8), uniform(1, 2, 6, 6, seed=9), dtype, levels=2)
 
 
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("channels,out", [(1, 9), (3, 40)])
-def test_logistic_mixture(device, dtype, channels, out):
+def test_logistic_mixture(device, slow, dtype, channels, out):
+    if slow:
+        stages = plain(channels=channels, out=out, groups=1, seed=9, layers=1)
+        noise = uniform(2, 1 + channels, 3, 3, seed=2)
+        for temperature in (0.0, 0.7, 1.0):
+            options = {"levels": 64, "head": "logistic_mixture", "temperature": temperature}
+            check(device, stages, noise, dtype, **options)
+        return
     stages = two_stacks(channels=channels, seed=channels, out=out, groups=1)
     noise = uniform(3, 1 + channels, 5, 4, seed=channels)
     drawn = check(device, stages, noise, dtype, levels=256, head="logistic_mixture")
     assert len(drawn.unique()) > 20
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.7])
-def test_temperature(device, temperature):
-    check(device, plain(seed=9), uniform(2, 1, 5, 5, seed=1), F32, levels=5, temperature=temperature)
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 0.7, 1.7])
+def test_temperature(device, slow, temperature):
+    size = (2, 1, 3, 3) if slow else (2, 1, 5, 5)
+    check(device, plain(seed=9), uniform(*size, seed=1), F32, levels=5, temperature=temperature)
+    if slow:
+        return
     mixture = plain(channels=3, out=20, groups=1, seed=9)
     options = {"levels": 64, "head": "logistic_mixture", "temperature": temperature}
     check(device, mixture, uniform(2, 4, 4, 5, seed=2), F32, **options)
@@ -169,21 +248,33 @@ def test_temperature_0_takes_the_first_of_the_largest(device):
     assert (sample(stages, uniform(2, 1, 2, 2, dtype=F32).to(device), levels=4, temperature=0) == 1).all()
 
 
+SEEDS = {"triton interpreted": (4, 8, 10), "cuda emulated": (0, 3, 5)}
+
+
+@pytest.mark.implementations(when=lambda i, seed, **_: seed in SEEDS.get(i.name, range(12)))
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(12))
-def test_any_network(device, seed, groups):
+def test_any_network(device, implementation, seed, groups):
     stages, (batch, *size) = any_network(seed, groups, channels=groups, out=3 * groups)
-    check(device, stages, uniform(batch, groups, *size, seed=seed), F64, levels=3)
+    if not implementation.is_slow:
+        check(device, stages, uniform(batch, groups, *size, seed=seed), F64, levels=3)
     check(device, stages, uniform(batch, groups, *size, seed=seed), F32, levels=3)
 
 
+@quick
 @pytest.mark.parametrize("seed", range(4))
 def test_any_network_to_a_mixture(device, seed):
     stages, (batch, *size) = any_network(100 + seed, 1, channels=3, out=20)
     check(device, stages, uniform(batch, 4, *size, seed=seed), F32, levels=32, head="logistic_mixture")
 
 
-def test_many_levels(device):
+def test_many_levels(device, slow, interpreted):
+    if slow:  # more categories than are read at once
+        levels = 2500 if interpreted else 300
+        for temperature in (0.0, 1.0):
+            stages = plain(levels=levels, layers=0 if interpreted else 1, width=4, seed=4)
+            check(device, stages, uniform(1, 1, 2, 3, seed=1), F32, levels=levels, temperature=temperature)
+        return
     drawn = check(device, plain(levels=256, seed=4), uniform(2, 1, 5, 6, seed=4), F32, levels=256)
     assert len(drawn.unique()) > 20
 
@@ -191,19 +282,21 @@ def test_many_levels(device):
 # --- in-painting --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.implementations(when=lambda i, which, **_: not i.is_slow or which == "some channels")
 @pytest.mark.parametrize("which", ["pixels", "columns", "some channels", "all", "none"])
 @pytest.mark.parametrize("head", ["categorical", "logistic_mixture"])
-def test_in_painting(device, which, head):
+def test_in_painting(device, slow, which, head):
     channels, levels = 3, 4
     categorical = head == "categorical"
     stages = plain(channels, levels, width=9, seed=3, out=None if categorical else 10, groups=3 if categorical else 1)
-    noise = uniform(2, 3 if categorical else 4, 5, 4, seed=2)
+    size = (3, 4) if slow else (5, 4)
+    noise = uniform(2, 3 if categorical else 4, *size, seed=2)
     rng = torch.Generator().manual_seed(1)
-    image = torch.randint(0, levels, (2, 3, 5, 4), generator=rng)
+    image = torch.randint(0, levels, (2, 3, *size), generator=rng)
     known = {
-        "pixels": torch.rand(2, 1, 5, 4, generator=rng) < 0.5,
+        "pixels": torch.rand(2, 1, *size, generator=rng) < 0.5,
         "columns": torch.tensor([True, False, False, True]),
-        "some channels": torch.rand(2, 3, 5, 4, generator=rng) < 0.5,
+        "some channels": torch.rand(2, 3, *size, generator=rng) < 0.5,
         "all": torch.tensor(True),
         "none": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
     }[which]
@@ -225,6 +318,7 @@ def test_in_painting(device, which, head):
         assert torch.equal(drawn, naive(cast(stages, F32), noise.float(), levels=levels, head=head))
 
 
+@quick
 def test_known_pixels_shape_what_follows(device):
     stages = cast(plain(seed=1), F32, device)
     noise = uniform(1, 1, 6, 6, seed=1, dtype=F32).to(device)
@@ -245,12 +339,14 @@ def test_known_pixels_shape_what_follows(device):
     [plain(seed=2), two_stacks(seed=2), plain(channels=3, width=9, seed=2)],
     ids=["plain", "stacks", "groups"],
 )
-def test_blocks_of_rows_give_the_same(device, network):
+def test_blocks_of_rows_give_the_same(device, slow, network):
     stages = cast(network, F32, device)
     channels = stages[0].inputs[0][1].shape[1]
-    noise = uniform(3, channels, 9, 4, seed=3, dtype=F32).to(device)
+    size = (1, channels, 9, 2) if slow else (3, channels, 9, 4)
+    noise = uniform(*size, seed=3, dtype=F32).to(device)
     whole = sample(stages, noise, levels=5)
-    for rows in (1, 2, 5, 9, 40):
+    assert_same_draws(whole.cpu(), naive(cast(stages, F32), noise.cpu(), levels=5), stages, noise.cpu(), levels=5)
+    for rows in (2,) if slow else (1, 2, 5, 9, 40):
         calls = []
         assert torch.equal(
             sample(stages, noise, levels=5, rows_per_call=rows, progress=lambda *a, c=calls: c.append(a)), whole
@@ -258,6 +354,7 @@ def test_blocks_of_rows_give_the_same(device, network):
         assert calls == [(min(end, 9), 9) for end in range(rows, 9 + rows, rows)]
 
 
+@quick
 def test_an_error_in_progress_ends_the_call(device):
     def stop(done, total):
         raise KeyboardInterrupt
@@ -268,13 +365,16 @@ def test_an_error_in_progress_ends_the_call(device):
         )
 
 
-def test_repeats_are_bitwise_the_same_for_any_number_of_threads(device):
-    stages = cast(plain(width=40, seed=6), F32, device)
-    noise = uniform(11, 1, 6, 7, seed=6, dtype=F32).to(device)
+@compiled
+@pytest.mark.threads
+def test_repeats_are_bitwise_the_same_for_any_number_of_threads(device, implementation):
+    slow = implementation.is_slow
+    stages = cast(two_stacks(seed=1, layers=1) if slow else plain(width=40, seed=6), F32, device)
+    noise = uniform(*((2, 1, 3, 3) if slow else (11, 1, 6, 7)), seed=6, dtype=F32).to(device)
     threads = torch.get_num_threads()
     try:
         found = []
-        for count in (1, 2, 2, 3):
+        for count in (threads,) * 2 if slow else (1, 2, 2, 3):
             torch.set_num_threads(count)
             found.append(sample(stages, noise, levels=5))
     finally:
@@ -282,8 +382,8 @@ def test_repeats_are_bitwise_the_same_for_any_number_of_threads(device):
     assert all(torch.equal(found[0], f) for f in found[1:])
 
 
-def test_a_sample_does_not_depend_on_its_batch(device):
-    stages = cast(plain(width=40, seed=6), F64, device)
+def test_a_sample_does_not_depend_on_its_batch(device, slow):
+    stages = cast(plain(width=8 if slow else 40, layers=1 if slow else 2, seed=6), F64, device)
     noise = uniform(9, 1, 5, 5, seed=7).to(device)
     together = sample(stages, noise, levels=5)
     for n in (0, 4, 8):
@@ -299,12 +399,14 @@ def test_empty(device, shape):
     assert drawn.shape == shape and drawn.dtype == torch.int64
 
 
+@quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_computed_in_fp32(device, dtype):
     stages, noise = cast(plain(seed=1), dtype, device), uniform(2, 1, 4, 5, dtype=F32).to(device)
     assert torch.equal(sample(stages, noise, levels=5), sample(cast(stages, F32, device), noise, levels=5))
 
 
+@quick
 def test_any_strides(device):
     stages, noise = cast(plain(seed=1), F32, device), uniform(2, 1, 6, 5, dtype=F32).to(device)
     twisted = [
@@ -331,9 +433,41 @@ def test_inputs_are_not_written(device):
     )
 
 
-def test_fresh_memory_is_not_read(device, poisoned_memory):
-    check(device, two_stacks(seed=1), uniform(3, 1, 4, 4), F32, levels=5)
-    check(device, plain(channels=3, width=9, seed=1), uniform(3, 3, 4, 4), F32, levels=5)
+@pytest.mark.implementations(only=("cpu", "triton interpreted", "cuda emulated"))
+@pytest.mark.parametrize("after", [False, True])
+def test_no_access_outside_the_inputs(device, after):
+    """An access outside ends the process."""
+
+    def place(t):
+        return None if t is None else beside_forbidden_memory(t, after)
+
+    stages, noise = cast(two_stacks(seed=1, layers=1), F32), uniform(1, 1, 3, 3, dtype=F32)
+    moved = [
+        Stage(
+            tuple((p, place(w)) for p, w in s.inputs),
+            s.added,
+            place(s.bias),
+            None,
+            s.activation,
+            s.residual,
+            s.vertical,
+        )
+        for s in stages
+    ]
+    assert torch.equal(sample(moved, place(noise), levels=5), sample(stages, noise, levels=5))
+
+
+@compiled
+def test_a_wrong_state_or_plan_is_refused(functions, implementation, device):
+    stages, noise = cast(plain(), F32, device), uniform(1, 1, 2, 2, dtype=F32).to(device)
+    tensors, plan = flatten(stages, 1, 2)
+    image = torch.zeros(1, 1, 2, 2, dtype=torch.int64, device=device)
+    rest = (noise, None, tensors, plan, 0, 5, 1.0, 0, 2)
+    with pytest.raises((RuntimeError, ValueError), match="autoregressive_sampling: state must be"):
+        functions.autoregressive_sampling(image, noise.new_zeros(1, 3), *rest)
+    if "triton" not in implementation.name:  # whose launcher reads it in Python
+        with pytest.raises(RuntimeError, match="autoregressive_sampling: the plan ends early"):
+            functions.autoregressive_sampling(image, noise.new_zeros(1, 3), noise, None, tensors, plan[:-2], *rest[4:])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -345,6 +479,40 @@ def test_nan_weights_draw_as_the_definition(device, temperature):
         assert (drawn == 0).all()
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_parameters_that_are_not_finite_give_level_0(device, head, temperature):
+    """NaN and infinite ones, as the definition has it, whatever is known."""
+    mixture = head == "logistic_mixture"
+    stages = plain(channels=3, levels=4, layers=0, out=10 if mixture else 12, groups=1 if mixture else 3)
+    noise = uniform(2, 4 if mixture else 3, 2, 2, dtype=F32)
+    for bad in (math.nan, math.inf):
+        stages[-1].bias[1] = bad
+        image = torch.randint(0, 4, (2, 3, 2, 2))
+        for known in (None, torch.zeros(1, 3, 1, 1, dtype=torch.bool), torch.rand(2, 3, 2, 2) < 0.5):
+            given = {"levels": 4, "head": head, "temperature": temperature}
+            given |= {} if known is None else {"image": image, "known": known}
+            there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+            ours = sample(cast(stages, F32, device), noise.to(device), **there).cpu()
+            assert torch.equal(ours, naive(cast(stages, F32), noise, **given))
+
+
+def test_a_mean_that_is_not_a_number_passes_on_to_later_channels(device):
+    """Unless the channel is known: then its value does."""
+    stages = plain(channels=3, levels=256, layers=0, out=10, groups=1)
+    stages[-1].bias[1] = math.nan  # of channel 0, the only component
+    noise, image = uniform(1, 4, 2, 2, dtype=F32), torch.full((1, 3, 2, 2), 100)
+    for first in (False, True):
+        known = torch.zeros(1, 3, 2, 2, dtype=torch.bool)
+        known[:, 0] = first
+        given = {"levels": 256, "head": "logistic_mixture"}
+        there = {"image": image.to(device), "known": known.to(device)}
+        ours = sample(cast(stages, F32, device), noise.to(device), **given, **there).cpu()
+        assert torch.equal(ours, naive(cast(stages, F32), noise, **given, image=image, known=known))
+        assert bool(ours[:, 1:].any()) == first
+
+
+@quick
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e39, 1e300])
 def test_temperatures_beyond_fp32(device, temperature, dtype):
@@ -482,7 +650,7 @@ def test_bad_types_are_named():
         (one(), {"image": IMAGE, "known": KNOWN.long()}, "known must be bool"),
         (one(), {"image": IMAGE.float(), "known": KNOWN}, "image must hold integers"),
         (one(bias=torch.zeros(3, dtype=F64)), {}, "stage 0: all tensors of the stages must have one dtype"),
-        (one(torch.zeros(3, 1, 3, 3, dtype=torch.int32)), {}, "stage 0: weights, bias and condition must be float64"),
+        (one(torch.zeros(3, 1, 3, 3, dtype=torch.int32)), {}, "stage 0: weight of plane 0 must be float64"),
         ([torch.nn.Identity()], {}, "stages must be a sequence of Stage, got Identity"),
     ]:
         with pytest.raises(TypeError, match=f"^autoregressive_sampling: .*{sentence}"):

@@ -1,22 +1,22 @@
-"""logistic_mixture on every backend that runs here, against its definition in fp64 and the published formula in 50
-digits."""
+"""logistic_mixture on every implementation that runs here, against its definition in fp64 and the published formula in
+50 digits."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import mpmath
 import pytest
 import torch
 
 import genkernels as gk
-from genkernels import backends, ops, reference
+from genkernels import ops
+from tests.checks import assert_as_accurate, off_address
+from tests.implementations import reference_of
 
+reference = reference_of("logistic_mixture")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WORK = {torch.float64: torch.float64}
 # (N, spatial, channels, components, levels): whole and odd tiles, several a sample, one pixel, no spatial dimension,
-# three dimensions
+# three dimensions, one component, many
 SHAPES = [
     (2, (9, 13), 3, 4, 256),
     (3, (32, 33), 1, 5, 16),
@@ -25,14 +25,26 @@ SHAPES = [
     (5, (1,), 3, 1, 17),
     (2, (3, 5, 7), 3, 2, 1000),
     (2, (64,), 1, 130, 256),
+    (3, (150,), 1, 5, 16),
+    (5, (), 3, 1, 2),
+    (1, (10,), 1, 70, 1000),
+    (2, (3, 4), 3, 10, 17),
 ]
+LARGE = SHAPES[1:4] + SHAPES[6:7]  # of these the interpreter takes smaller ones, of the same paths
+
+compiled = pytest.mark.implementations(reference=False)
+quick = pytest.mark.implementations(slow=False)
 
 
-@pytest.fixture
-def backend(backend):
-    if reason := ops.OPERATORS["logistic_mixture"].backends.get(backend):
-        pytest.skip(f"{backend}: {reason}")
-    return backend
+def sample(device="cpu", dtype=torch.float64):
+    """`(function of tensors, tensors)`; the function returns a tuple of tensors."""
+    generator = torch.Generator().manual_seed(1)
+    params = torch.randn(3, 20, 2, 3, generator=generator, dtype=torch.float64).to(device, dtype)
+    x = (torch.randint(17, (3, 3, 2, 3), generator=generator) / 8.0 - 1).to(device)
+    return lambda p: (ops.logistic_mixture_nll(p, x, levels=17),), (params,)
+
+
+SAMPLES = {"logistic_mixture": sample}
 
 
 def at_level(index, levels, dtype=torch.float32):
@@ -45,26 +57,6 @@ def make(n, spatial, channels, mixtures, levels, dtype=torch.float64, device="cp
     index = torch.randint(-levels, 2 * levels, (n, channels, *spatial)).clamp(0, levels - 1)  # a third at either end
     work = WORK.get(dtype, torch.float32)
     return params.to(device, dtype), at_level(index, levels, work).to(device)
-
-
-def operators(backend):
-    """torch's operators under a backend; the reference is no operator's kernel where the C++ library is loaded."""
-    return reference if backend == "reference" else torch.ops.genkernels
-
-
-def assert_as_accurate(name, ours, same_dtype, exact, scale):
-    """Our error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of
-    `scale`.
-
-    In fp64 neither side is the exact one, and a posterior's relative error is the absolute one of its log, some 100
-    nats: 256 units.
-    """
-    units = 256 if ours.dtype == torch.float64 else 2
-    assert ours.dtype == same_dtype.dtype and ours.shape == same_dtype.shape, name
-    assert not ours.isnan().any(), f"{name}: NaN"
-    error = (ours.double() - exact).abs()
-    allowed = 2 * (same_dtype.double() - exact).abs().amax() + units * torch.finfo(ours.dtype).eps * scale
-    assert (error <= allowed).all(), f"{name}: error {error.max():.3e} beyond {allowed:.3e}"
 
 
 # --- the definition -----------------------------------------------------------------------------------------------
@@ -107,9 +99,10 @@ def published(logits, means, log_scales, coefficients, x, levels, lowest=None, h
     return -mpmath.log(total)
 
 
+@quick
 @pytest.mark.parametrize("levels", [2, 17, 256])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_is_the_published_formula(backend, device, channels, levels):
+def test_is_the_published_formula(implementation, device, channels, levels):
     """With 50 digits beyond those that the difference of two sigmoids near 1 loses."""
     mixtures = 3
     for spread, digits, samples in ((0.3, 150, 12), (1.0, 600, 12), (3.0, 5000, 2)):
@@ -139,9 +132,11 @@ def extreme_params(mixtures, channels, dtype):
     return torch.stack(rows).to(dtype)
 
 
+@pytest.mark.every_build
+@quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [2, 3, 17, 256])
-def test_the_bins_add_up_to_one(backend, device, levels, dtype):
+def test_the_bins_add_up_to_one(implementation, device, levels, dtype):
     """One channel, every level a sample."""
     every = at_level(torch.arange(levels), levels, dtype)
     for mixtures in (1, 4, 10):
@@ -153,8 +148,10 @@ def test_the_bins_add_up_to_one(backend, device, levels, dtype):
         assert (total - 1).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-13)
 
 
+@pytest.mark.every_build
+@quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_bins_of_three_channels_add_up_to_one(backend, device, dtype):
+def test_the_bins_of_three_channels_add_up_to_one(implementation, device, dtype):
     """All triples of few levels; of 256, one channel at a time, the two others certain of an end."""
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     for levels in (2, 5):
@@ -180,28 +177,61 @@ def test_the_bins_of_three_channels_add_up_to_one(backend, device, dtype):
 # --- kernels against the definition -------------------------------------------------------------------------------
 
 
+@pytest.mark.implementations(when=lambda i, shape, **_: not i.is_slow or shape not in LARGE)
+@pytest.mark.every_build
+@compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_the_definition(backend, device, poisoned_memory, shape, dtype):
+def test_agrees_with_the_definition(implementation, functions, device, poisoned_memory, shape, dtype):
     levels = shape[-1]
+    # in fp64 neither side is the exact one, and a posterior's relative error is the absolute one of its log, some 100
+    # nats; the interpreter cuts bf16 off where a GPU rounds to nearest
+    half = 3 if implementation.is_slow else 2
+    beside = {torch.float64: 256, torch.bfloat16: half}.get(dtype, 2)
     for spread in (0.5, 3.0):
         params, x = make(*shape, dtype, device, spread)
         grad = torch.randn(shape[0], dtype=x.dtype, device=device)
-        functions = operators(backend)
+        before = [t.clone() for t in (params, x, grad)]
         exact = reference.logistic_mixture_nll(params.double(), x.double(), levels)
         same = reference.logistic_mixture_nll(params, x, levels)
-        assert_as_accurate("nll", functions.logistic_mixture_nll(params, x, levels), same, exact, exact.abs().max())
+        assert_as_accurate(
+            "nll",
+            functions.logistic_mixture_nll(params, x, levels),
+            same,
+            exact,
+            256 if x.dtype == torch.float64 else 2,
+        )
         exact = reference.logistic_mixture_nll_backward(grad.double(), params.double(), x.double(), levels)
         same = reference.logistic_mixture_nll_backward(grad, params, x, levels)
         ours = functions.logistic_mixture_nll_backward(grad, params, x, levels)
         assert ours.is_contiguous()
         for name, part in {"logits": slice(shape[3]), "rest": slice(shape[3], None)}.items():
-            values = [t[:, part] for t in (ours, same, exact)]
-            assert_as_accurate(f"gradient of {name}", *values, values[2].abs().max())
+            values = [t[:, part].contiguous() for t in (ours, same, exact)]
+            assert_as_accurate(f"gradient of {name}", *values, beside)
+        assert all(torch.equal(a, b) for a, b in zip((params, x, grad), before, strict=True)), "an input was written to"
 
 
+@pytest.mark.implementations(only=("triton", "triton interpreted"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("levels", "trials"), [(2, 6), (17, 1)])
+def test_the_bins_of_few_levels_add_up_to_one_and_gradients_are_finite(functions, device, levels, trials, dtype):
+    """A program a level: the interpreter is slow, the tests below take more trials."""
+    mixtures = 4
+    params = torch.randn(trials, 3 * mixtures, dtype=torch.float64)
+    params[::2, :mixtures] *= 25
+    params[:, mixtures : 2 * mixtures] *= torch.tensor([0.5, 3.0, 1e3]).repeat(4)[:trials, None]
+    params[:, 2 * mixtures :] = torch.rand(trials, mixtures) * 18 - 8
+    params = params.to(device, dtype).repeat_interleave(levels, 0)
+    x = at_level(torch.arange(levels), levels, dtype).to(device).repeat(trials).reshape(-1, 1)
+    nll = functions.logistic_mixture_nll(params, x, levels)
+    total = (-nll.double()).exp().reshape(trials, levels).sum(1)
+    assert (total - 1).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-13)
+    assert functions.logistic_mixture_nll_backward(torch.ones_like(nll), params, x, levels).isfinite().all()
+
+
+@quick
 @pytest.mark.parametrize("channels", [1, 3])
-def test_gradients_to_second_order(backend, device, channels):
+def test_gradients_to_second_order(implementation, device, channels):
     params, x = make(2, (2, 2), channels, 2, 17, device=device)
     params[:, 2:].unflatten(1, (channels, -1, 2))[0, :, 1, 0] = -8.0  # below the clamp
     params.requires_grad_()
@@ -210,8 +240,9 @@ def test_gradients_to_second_order(backend, device, channels):
     assert torch.autograd.gradgradcheck(call, (params,))
 
 
+@quick
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_gradient_by_x_is_the_formulas(backend, device, channels):
+def test_the_gradient_by_x_is_the_formulas(implementation, device, channels):
     """By finite differences of the formula itself, which is smooth in x; never a silent zero."""
     levels, mixtures = 17, 2
     params, x = make(3, (), channels, mixtures, levels, device=device)
@@ -231,9 +262,11 @@ def test_the_gradient_by_x_is_the_formulas(backend, device, channels):
         assert abs(grad[n, c].item() - exact) <= 1e-9 * max(1, abs(exact)), (n, c)
 
 
+@pytest.mark.every_build
+@quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_extreme_parameters_give_finite_losses_and_gradients(backend, device, channels, dtype):
+def test_extreme_parameters_give_finite_losses_and_gradients(implementation, device, channels, dtype):
     for levels in (2, 3, 256):
         params = extreme_params(5, channels, dtype).to(device).requires_grad_()
         x = at_level(torch.randint(levels, (len(params), channels)), levels).to(device)
@@ -246,7 +279,7 @@ def test_extreme_parameters_give_finite_losses_and_gradients(backend, device, ch
             assert grad.isfinite().all()
 
 
-def test_log_scales_below_the_clamp_count_as_it_with_a_gradient_of_zero(backend, device):
+def test_log_scales_below_the_clamp_count_as_it_with_a_gradient_of_zero(implementation, device):
     params, x = make(4, (3,), 1, 2, 256, torch.float32, device)
     rows = params[:, 2:].unflatten(1, (1, 2, 2))
     rows[:, :, 0], rows[:, :, 1, 0], rows[:, :, 1, 1] = x.unsqueeze(2) + 0.01, -9.0, -7.0
@@ -260,26 +293,29 @@ def test_log_scales_below_the_clamp_count_as_it_with_a_gradient_of_zero(backend,
     assert torch.equal(ops.logistic_mixture_nll(raised, x), nll)
 
 
+@pytest.mark.every_build
 @pytest.mark.parametrize("row", range(10))
-def test_a_nan_anywhere_makes_its_sample_nan_and_no_other(backend, device, row):
+def test_a_nan_anywhere_makes_its_sample_nan_and_no_other(implementation, device, row):
     params, x = make(3, (5, 7), 3, 2, 256, torch.float32, device)
     clean = ops.logistic_mixture_nll(params, x)
     params[1, 2 * row + 1, 2, 3] = float("nan")
-    for level in (-1.0, 1.0, 7 / 255):
+    levels = (-1.0, 1.0, 7 / 255)
+    for level in implementation.some(levels, interpreted=levels[row % 3 :][:1]):
         x[1, :, 2, 3] = level
         nll = ops.logistic_mixture_nll(params, x)
         assert nll.isnan().tolist() == [False, True, False]
         assert torch.equal(nll[[0, 2]], clean[[0, 2]])
 
 
-def test_a_nan_in_x_makes_its_sample_nan(backend, device):
+@pytest.mark.every_build
+def test_a_nan_in_x_makes_its_sample_nan(implementation, device):
     for channel in range(3):
         params, x = make(2, (4,), 3, 2, 256, torch.float32, device)
         x[0, channel, 1] = float("nan")
         assert ops.logistic_mixture_nll(params, x).isnan().tolist() == [True, False]
 
 
-def test_x_counts_as_its_nearest_level_and_beyond_the_ends_as_the_end(backend, device):
+def test_x_counts_as_its_nearest_level_and_beyond_the_ends_as_the_end(implementation, device):
     params, x = make(2, (6, 5), 3, 3, 256, torch.float32, device)
     nll = ops.logistic_mixture_nll(params, x)
     assert torch.equal(ops.logistic_mixture_nll(params, x + (torch.rand_like(x) - 0.5) * 0.007), nll)
@@ -293,7 +329,7 @@ def test_x_counts_as_its_nearest_level_and_beyond_the_ends_as_the_end(backend, d
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
-def test_empty_tensors(backend, device, shape):
+def test_empty_tensors(implementation, device, shape):
     n, *spatial = shape
     params, x = make(n, spatial, 3, 2, 256, torch.float32, device)
     params.requires_grad_()
@@ -305,7 +341,7 @@ def test_empty_tensors(backend, device, shape):
     assert ops.logistic_mixture_sample(params, noise).shape == x.shape
 
 
-def test_any_stride_gives_the_same_and_inputs_are_left_alone(backend, device):
+def test_any_stride_gives_the_same_and_inputs_are_left_alone(implementation, device):
     params, x = make(3, (6, 7), 3, 2, 256, torch.float32, device)
     noise = torch.rand(3, 4, 6, 7, device=device)
     odd = lambda t: t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # noqa: E731
@@ -315,22 +351,22 @@ def test_any_stride_gives_the_same_and_inputs_are_left_alone(backend, device):
     assert torch.equal(ops.logistic_mixture_sample(given[0], given[2]), ops.logistic_mixture_sample(params, noise))
     leaf = given[0].detach().requires_grad_()
     ops.logistic_mixture_nll(leaf, given[1]).sum().backward()  # a gradient of stride 0
-    dense = operators(backend).logistic_mixture_nll_backward(torch.ones(3, device=device), params, x, 256)
+    dense = implementation.functions.logistic_mixture_nll_backward(torch.ones(3, device=device), params, x, 256)
     torch.testing.assert_close(leaf.grad, dense, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
-    store = torch.full((params.numel() + 9,), 12345.0, device=device)
-    view = store[5 : 5 + params.numel()].view(params.shape)
-    view.copy_(params)
-    assert torch.equal(ops.logistic_mixture_nll(view, x), ops.logistic_mixture_nll(params, x))
+    assert torch.equal(ops.logistic_mixture_nll(off_address(params, 5), x), ops.logistic_mixture_nll(params, x))
 
 
-def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(compiled_backend, device):
-    params, x = make(3, (33, 32), 3, 7, 256, torch.float32, device)
-    grad, noise = torch.randn(3, device=device), torch.rand(3, 4, 33, 32, device=device)
-    kernels, threads = torch.ops.genkernels, torch.get_num_threads()
+@pytest.mark.threads
+@compiled
+def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(implementation, device):
+    size = (11, 13) if implementation.is_slow else (33, 32)
+    params, x = make(3, size, 3, 7, 256, torch.float32, device)
+    grad, noise = torch.randn(3, device=device), torch.rand(3, 4, *size, device=device)
+    kernels, threads = implementation.functions, torch.get_num_threads()
     runs = []
     try:
-        for count in (1, 2, 2, 5):
+        for count in (1, 2, 2, 5) if implementation.name == "cpu" else (threads,) * 2:
             torch.set_num_threads(count)
             runs.append(
                 (
@@ -345,8 +381,10 @@ def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(compiled
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@compiled
+@quick
 @pytest.mark.parametrize("channels", [1, 3])
-def test_opcheck(compiled_backend, device, channels):
+def test_opcheck(implementation, device, channels):
     params, x = make(2, (3, 2), channels, 2, 17, torch.float32, device)
     leaf, grad = params.clone().requires_grad_(), torch.randn(2, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.genkernels.logistic_mixture_nll.default, (leaf, x, 17))
@@ -358,9 +396,10 @@ def test_opcheck(compiled_backend, device, channels):
 # --- the sampler --------------------------------------------------------------------------------------------------
 
 
+@quick
 @pytest.mark.parametrize("levels", [2, 17, 256])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_draws_follow_the_bins_probabilities(backend, device, channels, levels):
+def test_draws_follow_the_bins_probabilities(implementation, device, channels, levels):
     """Chi-square of 40,000 draws over the first channel and over the last given the others' means, bins merged to 20
     draws or more."""
     count, mixtures = 40_000, 3
@@ -394,22 +433,31 @@ def test_draws_follow_the_bins_probabilities(backend, device, channels, levels):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_the_same_noise_gives_the_same_integers(backend, device, poisoned_memory, temperature, dtype):
+def test_the_same_noise_gives_the_same_integers(implementation, device, poisoned_memory, temperature, dtype):
+    differing = count = 0
     for n, spatial, channels, mixtures, levels in SHAPES:
+        if implementation.is_slow and (n, spatial, channels, mixtures, levels) in LARGE:
+            continue
         params, x = make(n, spatial, channels, mixtures, levels, dtype, device)
         noise = torch.rand(n, 1 + channels, *spatial, dtype=x.dtype, device=device)
         ours = ops.logistic_mixture_sample(params, noise, levels=levels, temperature=temperature)
         with gk.use_backend("reference"):
             theirs = ops.logistic_mixture_sample(params, noise, levels=levels, temperature=temperature)
-        # on a GPU the definition's exponentials and logarithms are CUDA's, which round otherwise: a value beside a
+        assert ours.dtype == torch.int64 and ours.shape == x.shape
+        # where the definition's exponentials and logarithms are CUDA's, which round otherwise, a value beside a
         # boundary may cross it
-        apart = 2 if backend == "triton" and dtype != torch.float64 else 0
-        assert (ours != theirs).sum() <= apart
+        apart = 2 if implementation.name == "triton" and dtype != torch.float64 else 0
+        if not implementation.is_slow:
+            assert (ours != theirs).sum() <= apart
+        differing, count = differing + (ours != theirs).sum().item(), count + ours.numel()
+    if implementation.is_slow:  # one of a thousand
+        assert count > 1000 and differing <= (dtype != torch.float64)
 
 
+@pytest.mark.every_build
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("which", [0, 2])
-def test_a_nan_logit_takes_the_first_component(backend, device, which, temperature):
+def test_a_nan_logit_takes_the_first_component(implementation, device, which, temperature):
     params, x = make(2, (3, 5), 1, 4, 17, torch.float32, device)
     noise = torch.rand(2, 2, 3, 5, device=device)
     params[:, which] = float("nan")
@@ -417,9 +465,11 @@ def test_a_nan_logit_takes_the_first_component(backend, device, which, temperatu
     first = torch.cat([torch.zeros_like(params[:, :1]), params[:, 4::4]], 1)
     alone = ops.logistic_mixture_sample(first, noise, levels=17, temperature=temperature)
     assert torch.equal(ours, alone)
+    with gk.use_backend("reference"):
+        assert torch.equal(ours, ops.logistic_mixture_sample(params, noise, levels=17, temperature=temperature))
 
 
-def test_the_later_channels_follow_the_coefficients(backend, device):
+def test_the_later_channels_follow_the_coefficients(implementation, device):
     """Narrow components: the draw is the mean, shifted by tanh(coefficient) times the earlier channels' drawn
     values."""
     levels, count = 256, 64
@@ -438,7 +488,7 @@ def test_the_later_channels_follow_the_coefficients(backend, device):
 # --- the losses' room ---------------------------------------------------------------------------------------------
 
 
-def test_losses_are_the_operators(backend, device):
+def test_losses_are_the_operators(implementation, device):
     params, x = make(2, (4, 4), 3, 2, 256, torch.float32, device)
     assert torch.equal(gk.losses.discretized_logistic_mixture_nll(params, x), ops.logistic_mixture_nll(params, x))
     grey, x = make(2, (4, 4), 1, 3, 16, torch.float32, device)
@@ -561,16 +611,3 @@ def test_the_torch_operator_refuses_a_gradient_by_x():
     nll = torch.ops.genkernels.logistic_mixture_nll(params, x.requires_grad_(), 256)
     with pytest.raises(RuntimeError, match="has no gradient by x"):
         nll.sum().backward()
-
-
-@pytest.mark.skipif(backends.cpu_variant() != "avx512", reason="the AVX2 build is the one in use already, or none is")
-def test_the_avx2_build_agrees_too():
-    """The same tests on the other build of the library, which this processor would not choose by itself."""
-    tests = ["test_agrees_with_the_definition", "test_the_bins", "test_extreme", "test_a_nan"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", f"cpu and ({' or '.join(tests)})", "-p", "no:cacheprovider"],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

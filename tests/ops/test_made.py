@@ -1,4 +1,4 @@
-"""made on every backend that runs here, against its definition in fp64."""
+"""made on every implementation that runs here, against its definition in fp64."""
 
 import itertools
 
@@ -11,22 +11,43 @@ import genkernels as gk
 from genkernels import ops
 from genkernels.ops.made import METHODS, SCALE_MAPS
 from genkernels.reference.made import degree_mask, degrees_of, made_forward, plan
+from tests.checks import assert_as_accurate, beside_forbidden_memory
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
+compiled = pytest.mark.implementations(reference=False)
+quick = pytest.mark.implementations(slow=False)
+linear = pytest.mark.implementations(torch_op="masked_linear")
+inverse = pytest.mark.implementations(torch_op="made_inverse")
 
-def error_is_small(name, ours, same_dtype, exact, units=16):
-    """At most twice the same-dtype reference's error against fp64, or some units in the last place of the largest
-    number."""
-    assert ours.dtype == same_dtype.dtype and ours.shape == same_dtype.shape, name
-    assert ours.is_contiguous(), name
-    if not exact.numel():
-        return
-    error = (ours.double().cpu() - exact).abs().max()
-    allowed = (
-        2 * (same_dtype.double().cpu() - exact).abs().max() + units * torch.finfo(ours.dtype).eps * exact.abs().max()
-    )
-    assert error <= allowed, f"{name}: error {error:.3e} beyond {allowed:.3e}"
+
+def sample(device="cpu", dtype=F64):
+    """The inverse through a small network with a context: `(function of tensors, tensors)`; the function returns a
+    tuple of tensors."""
+    generator = torch.Generator().manual_seed(1)
+    degrees = [torch.tensor(d, device=device) for d in ([2, 1, 3], [0, 1, 1, 2], [0, 1, 2, 2])]
+    order, counts = plan(degrees)
+    shapes = [(2, 3), (2, 4), (4, 3), (4,), (4, 4), (4,), (6, 4), (6,)]
+    tensors = (torch.randn(s, generator=generator, dtype=F64).to(device, dtype) for s in shapes)
+
+    def function(z, context, w0, b0, w1, b1, w2, b2):
+        layers = (w0, w1, w2), (b0, b1, b2)
+        return ops.made_inverse(z, *layers, order, counts, context=context, scale_map="sigmoid")
+
+    return function, tuple(tensors)
+
+
+def sample_linear(device="cpu", dtype=F64):
+    """The layer of `made`, unsorted degrees, one output that sees nothing."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (3, 4), (5, 4), (5,)
+    tensors = (torch.randn(s, generator=generator, dtype=F64).to(device, dtype) for s in shapes)
+    into, out = torch.tensor([1, 3, 2, 4], device=device), torch.tensor([1, 4, 2, 3, 0], device=device)
+    return lambda x, weight, bias: (ops.masked_linear(x, weight, bias, into, out),), tuple(tensors)
+
+
+SAMPLES = {"made": sample, "masked_linear": sample_linear}
+LOWER_UNDER_AUTOCAST = {"masked_linear"}
 
 
 # ------------------------------------------------------------------------------------------------------- masked linear
@@ -53,12 +74,15 @@ def run_linear(x, weight, bias, into, out, grad, strict):
     return {"y": y.detach(), **dict(zip(("x", "weight", "bias"), torch.autograd.grad(y, leaves, grad), strict=True))}
 
 
+@pytest.mark.implementations(when=lambda i, shape, **_: not i.is_slow or shape[0] < 10)
+@linear
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "into,out", [("sorted", "sorted"), ("any", "halves"), ("sorted", "halves"), ("any", "any"), ("nothing", "sorted")]
 )
-def test_masked_linear(backend, device, poisoned_memory, shape, into, out, dtype):
+def test_masked_linear(implementation, device, poisoned_memory, shape, into, out, dtype):
     for strict in (False, True):
         case = linear_case(shape, into, out, dtype, device)
         ours = run_linear(*case, strict)
@@ -66,12 +90,13 @@ def test_masked_linear(backend, device, poisoned_memory, shape, into, out, dtype
             same = run_linear(*case, strict)
             exact = run_linear(*(t.double().cpu() if t.is_floating_point() else t.cpu() for t in case), strict)
         for name, value in ours.items():
-            error_is_small(f"{name} {strict}", value, same[name], exact[name])
+            assert_as_accurate(f"{name} {strict}", value, same[name], exact[name], 16)
         dead = ~degree_mask(case[3], case[4], strict)
         assert (ours["weight"][dead] == 0).all()
 
 
-def test_dead_weights_are_not_multiplied(backend, device):
+@linear
+def test_dead_weights_are_not_multiplied(implementation, device):
     x, weight, bias, into, out, grad = linear_case((9, 30, 40), "any", "halves", F32, device)
     dead = ~degree_mask(into, out, True)
     clean = run_linear(x, weight, bias, into, out, grad, True)
@@ -80,7 +105,8 @@ def test_dead_weights_are_not_multiplied(backend, device):
         assert torch.equal(value, dirty[name]), name
 
 
-def test_masked_linear_takes_any_strides_and_leading_dimensions(backend, device):
+@linear
+def test_masked_linear_takes_any_strides_and_leading_dimensions(implementation, device):
     x, weight, bias, into, out, _ = linear_case((24, 10, 12), "any", "any", F64, device)
     expected = ops.masked_linear(x, weight, bias, into, out)
     wide = torch.randn(24, 30, dtype=F64, device=device)
@@ -93,7 +119,10 @@ def test_masked_linear_takes_any_strides_and_leading_dimensions(backend, device)
     torch.testing.assert_close(without, with_zeros, **({"rtol": 0, "atol": 0} if device == "cpu" else {}))
 
 
-def test_masked_linear_gradients(compiled_backend, device):
+@linear
+@compiled
+@quick
+def test_masked_linear_gradients(implementation, device):
     x, weight, bias, into, out, _ = linear_case((3, 4, 5), "any", "any", F64, device)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     function = lambda *t: ops.masked_linear(*t, into, out, strict=True)  # noqa: E731
@@ -112,7 +141,8 @@ def test_masked_linear_gradients(compiled_backend, device):
     )
 
 
-def test_masked_linear_under_autocast(backend, device):
+@linear
+def test_masked_linear_under_autocast(implementation, device):
     x, weight, bias, into, out, _ = linear_case((7, 10, 12), "any", "any", F32, device)
     with torch.autocast(device, dtype=BF16):
         y = ops.masked_linear(x, weight, bias, into, out)
@@ -122,11 +152,13 @@ def test_masked_linear_under_autocast(backend, device):
     torch.testing.assert_close(y, ops.masked_linear(*halves, into, out))
 
 
-def test_a_sample_alone_gives_its_bits_in_a_batch(compiled_backend, device):
+@linear
+@compiled
+def test_a_sample_alone_gives_its_bits_in_a_batch(implementation, device):
     x, weight, bias, into, out, _ = linear_case((300, 50, 70), "any", "halves", F32, device)
     whole = ops.masked_linear(x, weight, bias, into, out)
     assert torch.equal(whole, ops.masked_linear(x, weight, bias, into, out))
-    if device == "cpu":  # cuBLAS picks another kernel for another batch
+    if implementation.name == "cpu":  # cuBLAS picks another kernel for another batch
         assert torch.equal(whole[37:38], ops.masked_linear(x[37:38], weight, bias, into, out))
 
 
@@ -178,7 +210,9 @@ def run_inverse(z, weights, biases, order, counts, options, scale_map="exp", met
     found = {"x": x.detach(), "ldj": ldj.detach()}
     if grads is not None:
         pairs = [(o, g) for o, g in zip((x, ldj), grads, strict=True) if g is not None]
-        got = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs])
+        # of one feature the log-determinant does not depend on z, as torch sees the reference
+        alone = {"allow_unused": True, "materialize_grads": True} if len(pairs) == 1 else {}
+        got = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs], **alone)
         for name, grad in zip(leaves, got, strict=True):
             found[f"grad {name}"] = grad
     return found
@@ -206,28 +240,49 @@ NETWORKS = [
     {"features": 33, "hidden": (40,) * 5, "residual": True, "order": "random", "context": True, "batch": 70},
     {"features": 67, "hidden": (30,), "batch": 130, "context": True},
 ]
+#: Of the same paths where a call is slow; two blocks of samples, more units at once than a tile or than warps, deep dot
+#: products.
+SMALL = [
+    {"features": 1, "hidden": (3, 2), "context": True, "batch": 2},
+    {"features": 3, "hidden": (4, 4, 4), "residual": True, "context": True, "order": "random"},
+    {"features": 5, "hidden": (40,) * 5, "residual": True, "order": "random", "batch": 3},
+    {"features": 5, "hidden": (7, 12), "order": "random", "batch": 9},
+    {"features": 6, "hidden": (30,), "context": True, "order": "random", "batch": 1},
+    {"features": 9, "hidden": (37, 70), "context": True, "order": "random", "batch": 1},
+]
 
 
+@pytest.mark.implementations(when=lambda i, size, **_: not i.is_slow or size < len(SMALL))
+@inverse
+@compiled
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 @pytest.mark.parametrize("scale_map", SCALE_MAPS)
-@pytest.mark.parametrize("net", NETWORKS, ids=lambda n: "-".join(map(str, n.values())).replace(" ", ""))
-def test_inverse_and_gradients(compiled_backend, device, poisoned_memory, net, scale_map, dtype):
+@pytest.mark.parametrize("size", range(len(NETWORKS)))
+def test_inverse_and_gradients(implementation, device, poisoned_memory, size, scale_map, dtype):
+    """With the gradients of both outputs, and with that of either alone."""
+    nets = SMALL if implementation.is_slow else NETWORKS
+    net = nets[size]
     if net["features"] > 30 and dtype != F32 and scale_map != "sigmoid":
         return  # the reference takes seconds
     case = network(**net, dtype=dtype, device=device, scale=0.7)
     z = case[0]
     grads = torch.randn_like(z), torch.randn(len(z), dtype=torch.promote_types(dtype, F32), device=device)
-    ours = run_inverse(*case, scale_map, grads=grads)
-    with gk.use_backend("reference"):
-        same = run_inverse(*case, scale_map, grads=grads)
-        exact = run_inverse(*widened(case), scale_map, grads=[g.double().cpu() for g in grads])
-    for name, value in ours.items():
-        # in fp64 both round; a half's floor is that of the fp32 arithmetic inside
-        error_is_small(name, value, same[name], exact[name], units=32 if dtype == F64 else 8)
+    for given_grads in [grads, (grads[0], None), (None, grads[1])][: 3 if net["features"] < 10 else 1]:
+        ours = run_inverse(*case, scale_map, grads=given_grads)
+        with gk.use_backend("reference"):
+            same = run_inverse(*case, scale_map, grads=given_grads)
+            exact_grads = [g if g is None else g.double().cpu() for g in given_grads]
+            exact = run_inverse(*widened(case), scale_map, grads=exact_grads)
+        for name, value in ours.items():
+            # in fp64 both round; a half's floor is that of the fp32 arithmetic inside
+            units = (16 if implementation.is_slow else 32) if dtype == F64 else 8
+            assert_as_accurate(name, value, same[name], exact[name], units)
 
 
+@inverse
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_missing_gradient_is_a_zero(backend, device, missing):
+def test_a_missing_gradient_is_a_zero(implementation, device, missing):
     case = network(9, (14, 14, 14), residual=True, context=True, device=device)
     grads = [torch.randn_like(case[0]), torch.randn(5, dtype=F64, device=device)]
     zero, none = list(grads), list(grads)
@@ -236,9 +291,11 @@ def test_a_missing_gradient_is_a_zero(backend, device, missing):
         torch.testing.assert_close(value, run_inverse(*case, grads=zero)[name], msg=name)
 
 
+@inverse
 @pytest.mark.parametrize("scale_map", SCALE_MAPS)
-def test_it_is_the_inverse(backend, device, scale_map):
-    z, weights, biases, order, counts, options = network(40, (60, 70), context=True, order="random", device=device)
+def test_it_is_the_inverse(implementation, device, scale_map):
+    sizes = (9, (14, 15)) if implementation.is_slow else (40, (60, 70))
+    z, weights, biases, order, counts, options = network(*sizes, context=True, order="random", device=device)
     for method in METHODS:
         x, ldj = ops.made_inverse(z, weights, biases, order, counts, scale_map=scale_map, method=method, **options)
         back, forward_ldj = made_forward(
@@ -248,7 +305,10 @@ def test_it_is_the_inverse(backend, device, scale_map):
         torch.testing.assert_close(forward_ldj, -ldj)
 
 
-def test_gradcheck(compiled_backend, device):
+@inverse
+@compiled
+@quick
+def test_gradcheck(implementation, device):
     z, weights, biases, order, counts, options = network(
         3, (4, 4, 4), batch=2, residual=True, context=True, order="random", device=device
     )
@@ -264,7 +324,10 @@ def test_gradcheck(compiled_backend, device):
         assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_opcheck(compiled_backend, device):
+@inverse
+@compiled
+@quick
+def test_opcheck(implementation, device):
     z, weights, biases, order, counts, options = network(4, (5, 6), batch=2, context=True, device=device)
     arguments = (options["context"], weights, biases, order, counts, False, 1)
     torch.library.opcheck(torch.ops.genkernels.made_inverse.default, (z, *arguments))
@@ -274,8 +337,9 @@ def test_opcheck(compiled_backend, device):
     )
 
 
+@inverse
 @pytest.mark.parametrize("batch", [0, 1])
-def test_small_batches(backend, device, batch):
+def test_small_batches(implementation, device, batch):
     case = network(6, (8, 9), batch=batch, context=True, device=device)
     grads = torch.ones_like(case[0]), torch.ones(batch, dtype=F64, device=device)
     found = run_inverse(*case, grads=grads)
@@ -286,13 +350,18 @@ def test_small_batches(backend, device, batch):
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
-def test_repeats_and_batches_give_the_same_bits(compiled_backend, device):
-    case = network(40, (50, 60), batch=150, dtype=F32, device=device)
-    grads = torch.randn_like(case[0]), torch.randn(150, device=device)
+@pytest.mark.threads
+@inverse
+@compiled
+@pytest.mark.every_build
+def test_repeats_and_batches_give_the_same_bits(implementation, device):
+    features, hidden, batch, one = (5, (9, 8), 6, 4) if implementation.is_slow else (40, (50, 60), 150, 77)
+    case = network(features, hidden, batch=batch, dtype=F32, device=device)
+    grads = torch.randn_like(case[0]), torch.randn(batch, device=device)
     first, again = (run_inverse(*case, grads=grads) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
-    if device == "cpu":
+    if implementation.name == "cpu":
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(1 if threads > 1 else 2)
@@ -301,12 +370,13 @@ def test_repeats_and_batches_give_the_same_bits(compiled_backend, device):
             torch.set_num_threads(threads)
         for name, value in first.items():
             assert torch.equal(value, again[name]), f"{name} by the number of threads"
-    alone = (case[0][77:78], *case[1:])
+    alone = (case[0][one : one + 1], *case[1:])
     for name, value in run_inverse(*alone).items():
-        assert torch.equal(value, first[name][77:78]), name
+        assert torch.equal(value, first[name][one : one + 1]), name
 
 
-def test_inputs_stay_as_they_were_and_strides_do_not_matter(backend, device):
+@inverse
+def test_inputs_stay_as_they_were_and_strides_do_not_matter(implementation, device):
     z, weights, biases, order, counts, options = network(6, (8, 9), device=device)
     copies = [t.clone() for t in (z, *weights, *biases)]
     expected = ops.made_inverse(z, weights, biases, order, counts)
@@ -318,7 +388,8 @@ def test_inputs_stay_as_they_were_and_strides_do_not_matter(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(copies, (z, *weights, *biases), strict=True))
 
 
-def test_dead_weights_and_later_features_never_act(backend, device):
+@inverse
+def test_dead_weights_and_later_features_never_act(implementation, device):
     z, weights, biases, order, counts, options = network(9, (14, 15), order="random", device=device)
     expected = ops.made_inverse(z, weights, biases, order, counts)
     degrees = degrees_of(order, counts, (14, 15))
@@ -337,6 +408,9 @@ def test_dead_weights_and_later_features_never_act(backend, device):
     assert torch.equal(x[others], expected[0][others]) and ldj.isnan().tolist() == [False, False, True, False, False]
 
 
+@inverse
+@compiled
+@quick
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     features=st.integers(1, 36),
@@ -346,7 +420,7 @@ def test_dead_weights_and_later_features_never_act(backend, device):
     order=st.sampled_from(["natural", "reversed", "random"]),
     scale_map=st.sampled_from(SCALE_MAPS),
 )
-def test_any_network(compiled_backend, device, poisoned_memory, features, hidden, batch, context, order, scale_map):
+def test_any_network(implementation, device, poisoned_memory, features, hidden, batch, context, order, scale_map):
     torch.manual_seed(features + 100 * batch)
     case = network(features, tuple(hidden), batch=batch, context=context, order=order, device=device, scale=0.5)
     grads = torch.randn_like(case[0]), torch.randn(batch, dtype=F64, device=device)
@@ -355,6 +429,25 @@ def test_any_network(compiled_backend, device, poisoned_memory, features, hidden
         expected = run_inverse(*case, scale_map, grads=grads)
     for name, value in ours.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@inverse
+@compiled
+@pytest.mark.implementations(only=("cuda", "cuda emulated"))
+def test_more_layers_than_the_kernels_take_are_refused(functions, device):
+    z, *rest, _ = network(2, (2,) * 17, batch=1, dtype=F32, device=device)
+    with pytest.raises(RuntimeError, match="the CUDA kernels take at most 16 hidden layers"):
+        functions.made_inverse(z, None, *rest, False, 0)
+
+
+@inverse
+@pytest.mark.implementations(only=("cuda emulated",))
+def test_a_wrong_plan_reads_nothing_outside(functions):
+    """Counts and order beyond what there is are cut; an access outside ends the process."""
+    z, weights, biases, order, counts, _ = network(4, (5, 6), order="random", batch=3, dtype=F32)
+    beside = [[beside_forbidden_memory(t, True) for t in group] for group in (weights, biases)]
+    for wrong_order, wrong_counts in ((order, counts + 3), (order, counts - 3), (order + 2, counts)):
+        functions.made_inverse(z, None, *beside, wrong_order, wrong_counts, False, 0)
 
 
 def test_the_plan_can_be_undone():

@@ -1,30 +1,62 @@
-"""masked_conv on every backend that runs here, against its definition in fp64 and against what a pixel may see."""
+"""masked_conv on every implementation that runs here, against its definition in fp64 and against what a pixel may
+see."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import genkernels as gk
-from genkernels import backends, ops, reference
+from genkernels import ops
 from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, causal_mask, keeps_pre
+from tests.checks import assert_as_accurate, strided
+from tests.implementations import reference_of
 
+reference = reference_of("masked_conv")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture
-def backend(backend):
-    if reason := ops.OPERATORS["masked_conv"].backends.get(backend):
-        pytest.skip(f"{backend}: {reason}")
-    return backend
+def few(implementation, problem, dtype=torch.float32):
+    """Triton's interpreter takes fp64 and fp16 on every third problem."""
+    if not implementation.is_slow:
+        return True
+    return problem != HUGE and (dtype in (torch.float32, torch.bfloat16) or PROBLEMS.index(problem) % 3 == 0)
+
+
+def third(implementation, problem):
+    return not implementation.is_slow or PROBLEMS.index(problem) % 3 == 0
+
+
+def gated(implementation, problem, **_):
+    """With each kind of condition."""
+    return not implementation.is_slow or problem in PROBLEMS[4:6]
+
+
+compiled = pytest.mark.implementations(reference=False)
+quick = pytest.mark.implementations(slow=False)
+
+
+def sample(device="cpu", dtype=torch.float64):
+    """`(function of tensors, tensors)`, which returns a tuple of tensors: RGB, gated, with a bias, a condition and a
+    residual."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = (2, 3, 4, 5), (6, 3, 3, 3), (6,), (2, 6), (2, 3, 4, 5)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+
+    def call(x, weight, bias, condition, residual):
+        added = {"condition": condition, "residual": residual, "activation": "gate"}
+        return (ops.masked_conv(x, weight, bias, mask_type="B", data_channels=3, **added),)
+
+    return call, tuple(tensors)
+
+
+SAMPLES = {"masked_conv": sample}
+LOWER_UNDER_AUTOCAST = {"masked_conv"}
 
 
 class Problem(NamedTuple):
@@ -93,7 +125,11 @@ PROBLEMS = [
     Problem(1, 70, 66, 17, 16, (3, 3), activation="relu"),
     Problem(2, 9, 16, 7, 5, (1, 1)),
     Problem(1, 23, 72, 41, 33, (1, 1), bias=False),
+    Problem(2, 3, 4, 23, 24, (3, 3)),  # several splits of the pixels
+    Problem(1, 40, 70, 5, 6, (3, 3)),  # several blocks of channels in and out
+    Problem(1, 4, 80, 3, 3, (3, 3), activation="gate", condition=2),  # and with the gate
 ]
+HUGE = PROBLEMS[16]  # too much for the interpreter
 IDS = [f"{i}-{p.mask_type}-{p.region}-{p.activation}" for i, p in enumerate(PROBLEMS)]
 
 
@@ -117,11 +153,6 @@ def wide(*tensors):
     return [None if t is None else t.double() for t in tensors]
 
 
-def operators(backend):
-    """torch's operators under a backend; the reference is no operator's kernel where the C++ library is loaded."""
-    return reference if backend == "reference" else torch.ops.genkernels
-
-
 def cotangents(problem, tensors):
     x = tensors[0]
     outputs = problem.outputs // 2 if problem.activation == "gate" else problem.outputs
@@ -129,28 +160,24 @@ def cotangents(problem, tensors):
     return [torch.randn(shape, dtype=torch.float64).to(x.device, x.dtype) for shape in shapes]
 
 
+@pytest.mark.implementations(when=few)
+@compiled
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-def test_agrees_with_the_definition(backend, device, poisoned_memory, problem, dtype):
-    """The error against fp64 is at most twice that of the same-dtype reference, or two units in the last place of the
-    largest value."""
+def test_agrees_with_the_definition(implementation, functions, device, poisoned_memory, problem, dtype):
     torch.manual_seed(3)
     tensors = problem.tensors(dtype, device)
     given = cotangents(problem, tensors)
     before = [None if t is None else t.clone() for t in tensors]
-    ours = everything(operators(backend), problem, tensors, *given)
+    ours = everything(functions, problem, tensors, *given)
     same = everything(reference, problem, tensors, *given)
     exact = everything(reference, problem, wide(*tensors), *wide(*given))
+    # sums of thousands of terms in fp64 round on both sides, and neither is exact; the interpreter cuts bf16 off where
+    # a GPU rounds to nearest
+    units = {torch.float64: 64, torch.bfloat16: 4 if implementation.is_slow else 2}.get(dtype, 2)
     for name, true in exact.items():
-        a, b = ours[name], same[name]
-        assert (a.dtype, a.shape) == (b.dtype, b.shape) and a.is_contiguous(), name
-        if not a.numel():
-            continue
-        assert not a.isnan().any(), f"{name}: NaN"
-        error, its = (a.double() - true).abs().max(), (b.double() - true).abs().max()
-        # sums of thousands of terms in fp64 round on both sides, and neither is exact
-        units = 64 if dtype == torch.float64 else 2
-        assert error <= 2 * its + units * torch.finfo(dtype).eps * true.abs().max(), (name, float(error), float(its))
+        assert_as_accurate(name, ours[name], same[name], true, units)
     assert all(a is b or torch.equal(a, b) for a, b in zip(tensors, before, strict=True)), "an input was written to"
 
 
@@ -176,11 +203,12 @@ def may_see(problem):
     return seen
 
 
+@quick
 @pytest.mark.parametrize("activation", ["none", "gate"])
 @pytest.mark.parametrize("data_channels", [1, 3])
 @pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
-def test_jacobian_is_exactly_what_may_be_seen(backend, device, mask_type, region, data_channels, activation):
+def test_jacobian_is_exactly_what_may_be_seen(implementation, device, mask_type, region, data_channels, activation):
     """Both ways: no later input is seen, and none that should be is missed."""
     torch.manual_seed(4)
     shapes = [(4, 3, (3, 3)), (3, 5, (3, 3)), (5, 3, (5, 3)), (2, 3, (7, 7)), (1, 1, (3, 3))]
@@ -192,13 +220,19 @@ def test_jacobian_is_exactly_what_may_be_seen(backend, device, mask_type, region
         assert torch.equal(jacobian.cpu() != 0, may_see(problem)), (height, width, kernel)
 
 
+@pytest.mark.implementations(when=third)
+@pytest.mark.every_build
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-def test_dead_taps_get_no_gradient_and_have_no_say(backend, device, problem):
+def test_dead_taps_get_no_gradient_and_have_no_say(implementation, device, poisoned_memory, problem):
     x, weight, *rest = problem.tensors(torch.float32, device)
     dead = ~problem.mask.to(device)
     spoiled = weight.masked_fill(dead, float("nan")).requires_grad_()
     (grad,) = torch.autograd.grad(problem.call(x, spoiled, *rest).square().sum(), spoiled)
     assert torch.equal(problem.call(x, spoiled, *rest), problem.call(x, weight, *rest))
+    given = cotangents(problem, [x])
+    clean = everything(implementation.functions, problem, [x, weight, *rest], *given)
+    dirty = everything(implementation.functions, problem, [x, spoiled.detach(), *rest], *given)
+    assert all(torch.equal(clean[name], value) for name, value in dirty.items())
     assert (grad[dead] == 0).all() and not grad.isnan().any()
     if problem.height > 1 and problem.width > 1:  # each live tap meets a pixel
         reach = [min(k // 2, size - 1) for k, size in zip(problem.kernel, (problem.height, problem.width), strict=True)]
@@ -217,8 +251,9 @@ SMALL = [
 ]
 
 
+@quick
 @pytest.mark.parametrize("problem", SMALL, ids=range(len(SMALL)))
-def test_gradients_to_second_order(backend, device, problem):
+def test_gradients_to_second_order(implementation, device, problem):
     torch.manual_seed(5)
     tensors = [t if t is None else t.requires_grad_() for t in problem.tensors(device=device)]
     given = [t for t in tensors if t is not None]
@@ -231,8 +266,10 @@ def test_gradients_to_second_order(backend, device, problem):
     assert torch.autograd.gradgradcheck(call, given, fast_mode=True)
 
 
+@compiled
+@quick
 @pytest.mark.parametrize("problem", SMALL, ids=range(len(SMALL)))
-def test_opcheck(compiled_backend, device, problem):
+def test_opcheck(implementation, device, problem):
     tensors = [t if t is None else t.requires_grad_() for t in problem.tensors(torch.float32, device)]
     for keep in (True, False):
         test = torch.library.opcheck if keep else forward_opcheck
@@ -260,7 +297,8 @@ def forward_opcheck(op, arguments):
     torch.library.opcheck(op, [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments])
 
 
-def test_only_the_gradients_that_are_wanted_are_computed(backend, device):
+@quick
+def test_only_the_gradients_that_are_wanted_are_computed(implementation, device):
     problem = Problem(2, 4, 8, 5, 5, (3, 3), activation="gate", condition=2, residual=True)
     tensors = problem.tensors(device=device)
     whole = [t.clone().requires_grad_() for t in tensors]
@@ -270,7 +308,8 @@ def test_only_the_gradients_that_are_wanted_are_computed(backend, device):
         torch.testing.assert_close(torch.autograd.grad(problem.call(*one).square().sum(), one[i])[0], true)
 
 
-def test_a_gradient_without_its_pre_activation_is_refused(compiled_backend, device):
+@compiled
+def test_a_gradient_without_its_pre_activation_is_refused(implementation, device):
     problem = Problem(1, 2, 4, 3, 3, (3, 3), activation="gate")
     tensors = [t if t is None else t.requires_grad_() for t in problem.tensors(device=device)]
     output, _ = torch.ops.genkernels.masked_conv(*tensors, *problem.codes, False)
@@ -278,42 +317,38 @@ def test_a_gradient_without_its_pre_activation_is_refused(compiled_backend, devi
         output.sum().backward()
 
 
+@pytest.mark.threads
+@pytest.mark.implementations(when=gated)
+@compiled
+@pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(compiled_backend, device, problem, dtype):
-    if by_torch(device, dtype):
+def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(implementation, device, problem, dtype):
+    if by_torch(implementation, dtype):
         pytest.skip("torch's gradient of the weight depends on the number of threads")
     tensors = problem.tensors(dtype, device)
     given = cotangents(problem, tensors)
     threads = torch.get_num_threads()
     try:
         runs = []
-        for count in (1, 2, 2, 3):
+        for count in (1, 2, 2, 3) if implementation.name == "cpu" else (threads,) * 2:
             torch.set_num_threads(count)
-            runs.append(everything(torch.ops.genkernels, problem, tensors, *given))
+            runs.append(everything(implementation.functions, problem, tensors, *given))
     finally:
         torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(run[name], value) for name, value in runs[0].items())
 
 
+@pytest.mark.implementations(when=gated)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-def test_an_empty_batch(backend, device, problem):
+def test_an_empty_batch(implementation, device, problem):
     tensors = [t if t is None else t.requires_grad_() for t in problem._replace(batch=0).tensors(device=device)]
     y = problem.call(*tensors)
     assert y.shape[0] == 0 and y.shape[2:] == tensors[0].shape[2:]
     given = [t for t in tensors if t is not None]
     for t, grad in zip(given, torch.autograd.grad(y.sum(), given), strict=True):
         assert grad.shape == t.shape and (grad == 0).all()
-
-
-def strided(offset, step, values):
-    """The same values in a storage with gaps: a view with an offset and a step on the last dimension."""
-    *lead, last = values.shape
-    store = torch.full((*lead, offset + last * step), float("nan"), dtype=values.dtype)
-    view = store[..., offset::step][..., :last]
-    view.copy_(values)
-    return view
 
 
 def any_problem(draw):
@@ -336,9 +371,10 @@ def any_problem(draw):
     )
 
 
-@settings(max_examples=80, deadline=None)
+@pytest.mark.implementations(only=("cpu",))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), seed=st.integers(0, 1000))
-def test_any_shape_stride_and_option(data, seed):
+def test_any_shape_stride_and_option(implementation, data, seed):
     draw = data.draw
     problem = any_problem(draw)
     if not problem.mask.any():
@@ -346,7 +382,7 @@ def test_any_shape_stride_and_option(data, seed):
     torch.manual_seed(seed)
     plain = problem.tensors(torch.float32)
     offset, step, last = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.booleans())
-    odd = [None if t is None else strided(offset, step, t).requires_grad_() for t in plain]
+    odd = [None if t is None else strided(t, offset, step).requires_grad_() for t in plain]
     if last:
         odd[0] = plain[0].to(memory_format=torch.channels_last).requires_grad_()
     y = problem.call(*odd)
@@ -363,18 +399,19 @@ def test_any_shape_stride_and_option(data, seed):
         )
 
 
-def by_torch(device, dtype):
+def by_torch(implementation, dtype):
     """Whether the CPU kernel leaves the product to torch's convolution of all taps."""
     cpus = Path("/proc/cpuinfo")
-    return device == "cpu" and dtype == torch.bfloat16 and cpus.exists() and "amx_bf16" in cpus.read_text()
+    return implementation.name == "cpu" and dtype == torch.bfloat16 and cpus.exists() and "amx_bf16" in cpus.read_text()
 
 
-@pytest.mark.skipif(by_torch("cpu", torch.bfloat16), reason="torch's convolution rounds before the condition is added")
-@pytest.mark.skipif(backends.why_missing("cpu") is not None, reason="there is no CPU kernel")
-@settings(max_examples=80, deadline=None)
+@pytest.mark.implementations(only=("cpu",))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), seed=st.integers(0, 1000))
-def test_small_whole_numbers_are_rounded_once_in_bf16(data, seed):
+def test_small_whole_numbers_are_rounded_once_in_bf16(implementation, data, seed):
     """Their products and sums are exact in fp32, in whatever order: the result is the exact one, rounded."""
+    if by_torch(implementation, torch.bfloat16):
+        pytest.skip("torch's convolution rounds before the condition is added")
     problem = any_problem(data.draw)
     if not problem.mask.any():
         return
@@ -389,11 +426,12 @@ def test_small_whole_numbers_are_rounded_once_in_bf16(data, seed):
         assert torch.equal(value, true[name].bfloat16()), name
 
 
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_values_reach_the_pixels_that_see_them_and_no_earlier_one(compiled_backend, device, bad, dtype):
+def test_non_finite_values_reach_the_pixels_that_see_them_and_no_earlier_one(implementation, device, bad, dtype):
     """The reference multiplies dead taps by 0, and 0 · inf is NaN: there the leak of a NaN is the definition's own."""
-    if by_torch(device, dtype):
+    if by_torch(implementation, dtype):
         pytest.skip("torch's convolution multiplies dead taps by 0")
     problem = Problem(1, 3, 3, 5, 6, (3, 3), "B")
     x, weight, bias, *_ = problem.tensors(dtype, device)
@@ -405,12 +443,11 @@ def test_non_finite_values_reach_the_pixels_that_see_them_and_no_earlier_one(com
     assert torch.equal(y[0].flatten(1)[:, : 2 * 6 + 3], clean[0].flatten(1)[:, : 2 * 6 + 3])
 
 
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [6, 7])
-def test_a_non_finite_pixel_shows_in_the_gradients_of_the_taps_that_meet_it_alone(
-    compiled_backend, device, width, dtype
-):
-    if by_torch(device, dtype):
+def test_a_non_finite_pixel_shows_in_the_gradients_of_the_taps_that_meet_it_alone(implementation, device, width, dtype):
+    if by_torch(implementation, dtype):
         pytest.skip("torch's convolution may multiply what lies outside the image")
     problem = Problem(1, 3, 5, 4, width, (3, 3), "B")
     x, weight, bias, *_ = problem.tensors(dtype, device)
@@ -422,7 +459,7 @@ def test_a_non_finite_pixel_shows_in_the_gradients_of_the_taps_that_meet_it_alon
     assert torch.equal(grad.isnan().cpu(), meets)
 
 
-def test_autocast_takes_the_lower_dtype_as_a_convolution_does(backend, device):
+def test_autocast_takes_the_lower_dtype_as_a_convolution_does(implementation, device):
     problem = Problem(1, 2, 4, 3, 3, (3, 3), activation="gate", condition=2, residual=True)
     tensors = [t.requires_grad_() for t in problem.tensors(torch.float32, device)]
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -442,7 +479,7 @@ GOOD = {"x": (2, 3, 4, 5), "weight": (6, 3, 3, 3), "bias": (6,), "condition": (2
         ({"mask_type": "C"}, ValueError, "mask_type must be one of A, B, got 'C'"),
         ({"region": "row"}, ValueError, "region must be one of raster, vertical, horizontal, got 'row'"),
         ({"activation": "tanh"}, ValueError, "activation must be one of none, relu, gate, got 'tanh'"),
-        ({"data_channels": 0}, ValueError, "data_channels must be a whole number from 1 on, got 0"),
+        ({"data_channels": 0}, ValueError, "data_channels must be an integer of at least 1, got 0"),
         ({"data_channels": 2}, ValueError, "data_channels must divide the input channels, got 2 and 3 input channels"),
         (
             {"data_channels": 4},
@@ -489,7 +526,7 @@ GOOD = {"x": (2, 3, 4, 5), "weight": (6, 3, 3, 3), "bias": (6,), "condition": (2
         (
             {"weight": torch.zeros(6, 3, 3, 3, dtype=torch.double)},
             TypeError,
-            "weight must have x's dtype, got x torch.float32 and weight torch.float64",
+            "weight must have the dtype of x, torch.float32, got torch.float64",
         ),
         ({"bias": [0.0]}, TypeError, "bias must be a torch.Tensor, got list"),
         (
@@ -506,17 +543,3 @@ def test_bad_input_gets_one_sentence(changes, error, sentence):
         ops.masked_conv(**given)
     text = str(caught.value)
     assert text.startswith("masked_conv: ") and sentence in text and "\n" not in text
-
-
-@pytest.mark.skipif(backends.cpu_variant() != "avx512", reason="the AVX2 build is the one in use already, or none is")
-def test_the_avx2_build_agrees_too():
-    """The same tests on the other build of the library, which this processor would not choose by itself."""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-    tests = ["test_agrees_with_the_definition", "test_dead_taps", "test_bitwise"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", f"cpu and ({' or '.join(tests)})", "-p", "no:cacheprovider"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import genkernels as gk
 from genkernels import backends, ops
 from genkernels.ops import _operator
+from genkernels.ops._gradients import Refused
 from tests.ops.samples import FURTHER, LOWER_UNDER_AUTOCAST, SAMPLES
 
 ROOT = Path(gk.__file__).parent
@@ -59,18 +60,22 @@ def test_has_all_that_an_operator_needs(name):
             assert part in function.__doc__, f"{function.__name__}: its docstring lacks {part!r}"
     for kind in operator.types:
         assert getattr(ops, kind.__name__) is kind and "Args:" in kind.__doc__
-    assert set(operator.backends) == set(backends.NAMES) - {"auto", "reference"}
+    assert set(operator.kernels) == set(backends.NAMES) - {"auto", "reference"}
     floors = {"cpu": f"csrc/cpu/{name}.cpp", "cuda": f"csrc/cuda/{name}.cu", "triton": f"genkernels/triton/{name}.py"}
-    for backend, missing_because in operator.backends.items():
+    for backend, missing_because in operator.kernels.items():
         assert (REPOSITORY / floors[backend]).exists() == (not missing_because), backend
     reference = importlib.import_module(f"genkernels.reference.{name}")
-    for torch_op, differentiable in operator.torch_ops.items():
+    assert operator.torch_ops
+    for torch_op, op in operator.torch_ops.items():
         qualified = f"genkernels::{torch_op}"
-        assert callable(getattr(reference, torch_op))
+        assert getattr(reference, torch_op) is op.reference
         assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta"), f"{torch_op} has no fake"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Autograd"), f"{torch_op} has no gradient"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeExplicitAutograd")
-        assert differentiable == "differentiable" or "cannot be differentiated" in differentiable
+        if isinstance(op.gradient, Refused):
+            assert "cannot be differentiated" in op.gradient.sentence
+        assert set(op.kernels) == set(operator.kernels)
+        assert all(reason == "" or len(reason.split()) > 3 for reason in op.kernels.values())
 
 
 def composability(example):

@@ -1,54 +1,43 @@
-"""Triton kernels run by Triton's interpreter, or on a GPU where there is one.
+"""The maths that kernels share, run by Triton's interpreter or on a GPU, and what the compiler makes of the kernels.
 
 The interpreter must be chosen before Triton is imported, so it takes a pytest process of its own:
 
-    TRITON_INTERPRET=1 python -m pytest tests/triton
+    TRITON_INTERPRET=1 python -m pytest tests/ops tests/triton
 
-In any other process, on a machine without a GPU, tests that run kernels skip themselves; those that only compile run.
+Tests that run kernels take `device`; they are left out where there is neither the interpreter nor a GPU. Those that
+only compile take `compiler`; they are left out under the interpreter, which replaces the compiler in its whole process.
 """
 
-import os
 import warnings
 
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+from tests.conftest import leave_out
+from tests.implementations import INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def pytest_collection_modifyitems(config, items):
+    mine = [item for item in items if item.path.is_relative_to(config.rootpath / "tests" / "triton")]
+    theirs = [item for item in items if item not in set(mine)]
+    if not INTERPRETED and not torch.cuda.is_available():
+        leave_out(config, mine, lambda item: "device" in item.fixturenames, "they run Triton kernels")
+    if INTERPRETED:
+        leave_out(config, mine, lambda item: "device" not in item.fixturenames, "they compile, or run no kernel")
+    items[:] = theirs + mine
 
 
 @pytest.fixture
 def device():
     """Where kernels run."""
-    if INTERPRETED:
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("kernels run on a GPU, or with TRITON_INTERPRET=1 set before the process starts")
-    return "cuda"
+    return "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.fixture
 def compiler():
-    """For tests that compile: the interpreter replaces the compiler in its whole process."""
-    if INTERPRETED:
-        pytest.skip("nothing is compiled with TRITON_INTERPRET=1")
-
-
-@pytest.fixture
-def poisoned():
-    """Uninitialised memory holds NaN: what a kernel leaves unwritten shows."""
-    filled, deterministic = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deterministic.*")
-        yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    """For tests that compile."""
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,16 @@ import importlib.util
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 
 from genkernels.triton import KernelSpec
+from genkernels.triton._recording import kernel_specs, meta
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -42,11 +45,11 @@ def chosen(specs):
         "_sum_kernel blocks 2048 fp32",
         "_conv_kernel gated bf16 gate ieee forward",
         "_conv_kernel 7x7A bf16 none ieee forward",
-        "_weight_kernel gated bf16 gate ieee",
-        "_weight_kernel 7x7A bf16 none ieee",
-        "_slope_kernel gated bf16 gate",
-        "_pack_kernel rgb bf16 relu swapped",
-        "_unpack_kernel rgb bf16 relu",
+        "_weight_kernel gated bf16 gate ieee backward",
+        "_weight_kernel 7x7A bf16 none ieee backward",
+        "_slope_kernel gated bf16 gate ieee backward",
+        "_pack_kernel rgb bf16 relu ieee backward",
+        "_unpack_kernel rgb bf16 relu ieee backward",
         "_draw_rows_kernel digits gated fp32 rows 1",
         "_draw_rows_kernel mixture fp32 rows 1",
     ]
@@ -140,6 +143,28 @@ def test_the_tool_sees_spills(tool, specs):
     assert tool.resource_usage(tool.compile_spec(spec, 90).asm["cubin"])["STACK"] == 0
     starved = spec._replace(options=spec.options | {"maxnreg": 24})
     assert tool.resource_usage(tool.compile_spec(starved, 90).asm["cubin"])["STACK"] > 0
+
+
+def test_what_a_launcher_gives_a_kernel_is_recorded():
+    """Constants and options as they are given, numbers by their type, a missing tensor as a constant."""
+
+    def launch():
+        grid = (3,)
+        x = meta(8, dtype=torch.bfloat16)
+        _recorded_kernel[grid](x, None, 5, 2**31, WIDE=True, num_warps=2)
+
+    module = types.SimpleNamespace(sample_calls=lambda: [("once", launch), ("again", launch)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "recorded", module)
+        (spec,) = kernel_specs("recorded")
+    assert (spec.label, spec.kernel, spec.options) == ("once", _recorded_kernel, {"num_warps": 2})
+    kinds = {"p_x": "*bf16", "p_y": "constexpr", "n": "i32", "m": "i64", "WIDE": "constexpr"}
+    assert spec.signature == kinds and spec.constants == {"p_y": None, "WIDE": True}
+
+
+@triton.jit(do_not_specialize=("n", "m"))
+def _recorded_kernel(p_x, p_y, n, m, WIDE: tl.constexpr):
+    tl.store(p_x, 0.0)
 
 
 def test_importing_the_package_does_not_import_triton():

@@ -15,7 +15,7 @@ To measure one more operator, add ``cases/<operator>.py`` with one function, and
                 inputs=lambda rng: {"x": torch.randn(shape, generator=rng, device=rng.device),
                                     "s": torch.rand(shape[1], generator=rng, device=rng.device)},
                 op=genkernels.ops.scale,                         # called op(x, s)
-                reference=genkernels.reference.scale,            # called the same way
+                reference=reference.scale,                       # genkernels.reference.scale, called the same way
                 outputs=("y",),
                 bytes=...,
                 flops=...,

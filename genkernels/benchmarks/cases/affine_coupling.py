@@ -12,8 +12,9 @@ import math
 
 import torch
 
-from genkernels import ops, reference
+from genkernels import ops
 from genkernels.benchmarks.cases import Case
+from genkernels.reference import affine_coupling as reference
 from genkernels.reference.affine_coupling import Layout, ScaleMap, Split
 
 #: Flops of one transformed element, (forward, backward), the log-determinant's sum included.

@@ -16,8 +16,9 @@ import math
 
 import torch
 
-from genkernels import ops, reference
+from genkernels import ops
 from genkernels.benchmarks.cases import Case
+from genkernels.reference import logistic_mixture as reference
 
 
 def cases(device: str, quick: bool) -> list[Case]:

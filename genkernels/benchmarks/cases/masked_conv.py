@@ -16,8 +16,9 @@ import math
 
 import torch
 
-from genkernels import ops, reference
+from genkernels import ops
 from genkernels.benchmarks.cases import Case, ready
+from genkernels.reference import masked_conv as reference
 from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, causal_mask
 
 _FORWARD, _BOTH = "forward", "forward+backward"

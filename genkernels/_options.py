@@ -1,0 +1,74 @@
+"""The options of the operators, once: their names for users, and the numbers that schemas, Triton and C++ know them by.
+
+``csrc/common/options.h`` has the same names and values; a test in ``tests/native`` holds the two to each other.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Option(IntEnum):
+    """A choice among named ways; a user says it by its word, the member's name in lower case."""
+
+    @classmethod
+    def words(cls) -> tuple[str, ...]:
+        """The words, each at the place of its number."""
+        return tuple(member.name.lower() for member in cls)
+
+
+class ScaleMap(Option):
+    """`affine_coupling`, `made`: σ as a function of s."""
+
+    EXP = 0  #: σ = exp(s)
+    SIGMOID = 1  #: σ = sigmoid(s + 2)
+    TANH = 2  #: σ = exp(tanh(s))
+    ADDITIVE = 3  #: σ = 1, no log-scale among the parameters
+
+
+class Split(Option):
+    """`affine_coupling`: which elements are transformed."""
+
+    CHANNEL = 0
+    CHECKERBOARD = 1
+
+
+class Layout(Option):
+    """`affine_coupling`: how log-scales and shifts lie in params."""
+
+    HALVES = 0
+    INTERLEAVED = 1
+
+
+class Activation(Option):
+    """`masked_conv`, and the stages of `autoregressive_sampling`."""
+
+    NONE = 0
+    RELU = 1
+    GATE = 2
+
+
+class MaskType(Option):
+    """`masked_conv`: whether a pixel sees itself (B) or not (A)."""
+
+    A = 0
+    B = 1
+
+    @classmethod
+    def words(cls) -> tuple[str, ...]:
+        return tuple(member.name for member in cls)
+
+
+class Region(Option):
+    """`masked_conv`: which pixels one sees."""
+
+    RASTER = 0
+    VERTICAL = 1
+    HORIZONTAL = 2
+
+
+class Head(Option):
+    """`autoregressive_sampling`: what the last plane holds."""
+
+    CATEGORICAL = 0
+    LOGISTIC_MIXTURE = 1

@@ -1,0 +1,71 @@
+"""What tests of kernels share: one rule of accuracy, and places in memory where a wrong access shows."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+from torch import Tensor
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def assert_as_accurate(
+    name, ours: Tensor, same_dtype: Tensor, exact: Tensor, beside=1.0, floor=0.0, size: Tensor | float | None = None
+) -> None:
+    """Our largest error against fp64 is at most twice that of the reference in our dtype.
+
+    On few numbers the reference is exact by luck, and in fp64 neither side is exact: units in the last place of the
+    largest value, or of `size`, which for a sum is the magnitude of what is summed, are allowed `beside` that, or as a
+    `floor` in its stead.
+    """
+    assert (ours.dtype, ours.shape, ours.device) == (same_dtype.dtype, same_dtype.shape, same_dtype.device), name
+    assert ours.is_contiguous(), f"{name}: not contiguous"
+    if not ours.numel():
+        return
+    exact = exact.to(ours.device)
+    error, its = ((t.double() - exact).abs().max().item() for t in (ours, same_dtype))
+    unit = torch.finfo(ours.dtype).eps * float(exact.abs().max() if size is None else size)
+    allowed = max(2 * its + beside * unit, floor * unit)
+    assert error <= allowed, f"{name}: error {error:.3e} beyond {allowed:.3e}"  # NaN is no error that is small enough
+
+
+def bits(t: Tensor) -> Tensor:
+    """The numbers' bit patterns, so that NaN equals NaN and -0 does not equal 0."""
+    return t.cpu().contiguous().view(_BITS[t.element_size()]) if t.is_floating_point() else t.cpu()
+
+
+def off_address(values: Tensor, offset: int) -> Tensor:
+    """A contiguous copy that starts `offset` elements into its storage, NaN around it."""
+    room = values.new_full((values.numel() + 2 * offset,), float("nan"))
+    view = room[offset : offset + values.numel()].view(values.shape)
+    return view.copy_(values)
+
+
+def strided(values: Tensor, offset: int, step: int) -> Tensor:
+    """The same values in a storage with gaps of NaN: a view with an offset and a step on the last dimension."""
+    *lead, last = values.shape
+    store = values.new_full((*lead, offset + last * step), float("nan"))
+    view = store[..., offset::step][..., :last]
+    return view.copy_(values)
+
+
+def beside_forbidden_memory(tensor: Tensor, after: bool) -> Tensor:
+    """A copy of `tensor` that ends (or else begins) where a page begins (ends) that nobody may touch.
+
+    A read or write outside it on that side ends the process. The memory is never given back.
+    """
+    page = mmap.PAGESIZE
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // page) * page
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    room = libc.mmap(None, pages + page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if libc.mprotect(room + pages if after else room, page, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    begin = room + pages - size if after else room + page
+    copy = torch.frombuffer((ctypes.c_char * size).from_address(begin), dtype=tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)

@@ -1,0 +1,27 @@
+// Binds csrc/common/options.h for test_options.py: each option's names and numbers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "common/options.h"
+
+using Numbers = std::map<std::string, int>;
+using namespace genkernels;
+
+#define NUMBER(option, name) {#name, static_cast<int>(option::name)}
+
+PYBIND11_MODULE(MODULE_NAME, m) {
+  const std::map<std::string, Numbers> options{
+      {"ScaleMap",
+       {NUMBER(ScaleMap, kExp), NUMBER(ScaleMap, kSigmoid), NUMBER(ScaleMap, kTanh), NUMBER(ScaleMap, kAdditive)}},
+      {"Split", {NUMBER(Split, kChannel), NUMBER(Split, kCheckerboard)}},
+      {"Layout", {NUMBER(Layout, kHalves), NUMBER(Layout, kInterleaved)}},
+      {"Activation", {NUMBER(Activation, kNone), NUMBER(Activation, kRelu), NUMBER(Activation, kGate)}},
+      {"MaskType", {NUMBER(MaskType, kA), NUMBER(MaskType, kB)}},
+      {"Region", {NUMBER(Region, kRaster), NUMBER(Region, kVertical), NUMBER(Region, kHorizontal)}},
+      {"Head", {NUMBER(Head, kCategorical), NUMBER(Head, kLogisticMixture)}},
+  };
+  m.attr("options") = options;
+}
