@@ -96,7 +96,7 @@ def compile_once(job: tuple[str, list[str]]) -> None:
     _, command = job
     made = Path(command[command.index("-o") + 1])
     digest = hashlib.sha256(repr(command).encode())
-    for source in [Path(command[command.index("-c") + 1]), *sorted(CSRC.glob("*/*.h")), *sorted(CSRC.glob("*/*.cuh"))]:
+    for source in [Path(command[command.index("-c") + 1]), *sorted(CSRC.rglob("*.h")), *sorted(CSRC.rglob("*.cuh"))]:
         digest.update(source.read_bytes())
     stamp = made.with_suffix(".stamp")
     if made.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():

@@ -7,8 +7,8 @@
 //
 //     σ(a) − σ(b) = σ(−near)·σ(far)·(1 − e^−w)
 //     log P = −max(near, 0) + [w < 1]·log w + log [ E·φ / ((1 + e^−|near|)·(E + F·e^−w)) ]
-//     E = e^min(near, 0),  F = e^−max(near, 0),  φ = (1 − e^−w)/w = e^−w/2·sinh(w/2)/(w/2) where w < 1, 1 − e^−w
-//     elsewhere
+//     E = e^min(near, 0),  F = e^−max(near, 0)
+//     φ = (1 − e^−w)/w = e^−w/2·sinh(w/2)/(w/2) where w < 1, 1 − e^−w elsewhere
 //
 // so that the bracket lies within [0.1, 1] for every parameter, can be multiplied over the channels and be summed over
 // the components without a logarithm of its own, and no width is too small. An end level has one edge, its near one,

@@ -11,10 +11,9 @@
 #pragma once
 
 #include "math.h"
+#include "options.h"
 
 namespace genkernels {
-
-enum class ScaleMap : int { kExp = 0, kSigmoid = 1, kTanh = 2, kAdditive = 3 };
 
 template <ScaleMap M, typename T>
 GK_HOST_DEVICE inline void scale_map(T s, T& log_scale, T& scale, T& slope) {

@@ -1,172 +1,115 @@
-// The stages of a causal network as autoregressive_sampling receives them, and where a sample's caches lie. Host code
-// of every backend.
-//
-// Numbers come from genkernels/reference/_stages.py (`flatten`), the layout from
-// genkernels/ops/autoregressive_sampling.py (`state_size`).
+// The stages of a causal network as autoregressive_sampling receives them, and where a sample's caches lie: views into
+// the plan of genkernels/_plan.py, whose records have the same words in the same order.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <span>
 
-#include <torch/headeronly/core/ScalarType.h>
+#include "host.h"
+#include "options.h"
 
 namespace genkernels {
 namespace stages {
 
-enum class Activation : int { kNone = 0, kRelu = 1, kGate = 2 };
-enum class Head : int { kCategorical = 0, kLogisticMixture = 1 };
+// A plane in a sample's state: `rows` rows in a ring (image row i in slot i % rows), each of W + 2·border pixels, a
+// pixel's channels together.
+struct Plane {
+  int64_t channels, vertical, rows, border;
+  int64_t offset, row_length;  // elements
+};
 
 struct Input {
   int64_t plane;
-  int64_t tensor;  // its weight [out, in, kh, kw] among the tensors
+  int64_t tensor;  // its weight [width, channels of the plane, kh, kw] among the tensors
   int64_t kh, kw;
 };
 
 struct Stage {
-  int64_t width;  // channels before the activation
-  int64_t made;   // and after it
-  Activation activation;
-  int64_t residual;  // plane, or -1
-  bool vertical;
-  int64_t bias;       // index among the tensors, or -1
+  int64_t width;       // channels before the activation
+  int64_t made;        // and after it
+  int64_t activation;  // see `is`
+  int64_t residual;    // plane, or -1
+  int64_t vertical;
+  int64_t bias;       // among the tensors, or -1
   int64_t condition;  // likewise
-  bool condition_map;
-  std::vector<int64_t> added;
-  std::vector<Input> inputs;
+  int64_t condition_map;
+  int64_t added, inputs, end;  // words of the plan where the added planes, the inputs and the next stage's begin
+
+  bool is(Activation a) const { return activation == static_cast<int64_t>(a); }
 };
 
-// Plane k in a sample's state: `rows` rows in a ring (image row i in slot i % rows), each of W + 2·border pixels, a
-// pixel's channels together.
-struct Plane {
-  int64_t channels;
-  bool vertical;
-  int64_t rows = 1, border = 0;
-  int64_t offset = 0, row_length = 0;  // elements
-};
+// n records from word `at` of a plan on.
+template <typename Record>
+std::span<const Record> records(const std::vector<int64_t>& plan, int64_t at, int64_t n) {
+  static_assert(sizeof(Record) % sizeof(int64_t) == 0);
+  return {reinterpret_cast<const Record*>(plan.data() + at), static_cast<size_t>(n)};
+}
 
+// Plane 0 is the image, plane k + 1 is made by stage k.
 struct Network {
-  std::vector<Stage> stages;
-  std::vector<Plane> planes;
-  int64_t state_size = 0;  // elements a sample
+  const std::vector<int64_t>& plan;
+  int64_t state_size;  // elements a sample
+  std::span<const Plane> planes;
+  std::span<const Stage> stages;
+
+  explicit Network(const std::vector<int64_t>& words) : plan(words) {
+    constexpr int64_t kHead = 2, kPlane = sizeof(Plane) / 8, kStage = sizeof(Stage) / 8;
+    const int64_t size = plan.size(), count = size < kHead ? -1 : plan[0];
+    require(count >= 0 && count <= size && size >= kHead + (count + 1) * kPlane + count * kStage,
+            "autoregressive_sampling: the plan ends early");
+    state_size = plan[1];
+    planes = records<Plane>(plan, kHead, count + 1);
+    stages = records<Stage>(plan, kHead + (count + 1) * kPlane, count);
+  }
+
+  std::span<const int64_t> added(const Stage& s) const { return records<int64_t>(plan, s.added, s.inputs - s.added); }
+  std::span<const Input> inputs(const Stage& s) const {
+    return records<Input>(plan, s.inputs, (s.end - s.inputs) * int64_t(sizeof(int64_t)) / int64_t(sizeof(Input)));
+  }
 };
 
-inline void require(bool condition, const char* what) {
-  if (!condition) throw std::runtime_error(std::string("autoregressive_sampling: ") + what);
-}
-
-// `Tensor` is torch's stable tensor. Shapes are checked as far as memory safety needs; sentences for users are
-// Python's.
-template <typename Tensor>
-Network read(const std::vector<int64_t>& plan, const std::vector<Tensor>& tensors, int64_t channels,
-             const std::vector<int64_t>& noise) {
-  Network net;
-  size_t at = 0;
-  int64_t next_tensor = 0;
-  auto number = [&]() {
-    require(at < plan.size(), "the plan ends early");
-    return plan[at++];
+// That no number of the plan leads outside the tensors, the planes or the state; sentences for users are Python's.
+inline void check(const Network& net, const std::vector<Tensor>& tensors, const Tensor& noise) {
+  const auto holds = [](bool condition, const char* what) { require(condition, "autoregressive_sampling: ", what); };
+  const auto shaped = [&](int64_t t, const std::vector<int64_t>& shape) {
+    holds(t >= 0 && t < int64_t(tensors.size()), "the plan names more tensors than there are");
+    holds(shape_of(tensors[t]) == shape, "a tensor of a stage has the wrong shape");
   };
-  auto tensor = [&]() {
-    require(next_tensor < static_cast<int64_t>(tensors.size()), "the plan names more tensors than there are");
-    return next_tensor++;
-  };
-  auto shaped = [&](int64_t t, const std::vector<int64_t>& shape) {
-    bool same = tensors[t].dim() == static_cast<int64_t>(shape.size());
-    for (size_t d = 0; same && d < shape.size(); ++d) same = tensors[t].size(d) == shape[d];
-    require(same, "a tensor of a stage has the wrong shape");
-  };
-  net.planes.push_back({channels, false});
-  const int64_t count = number();
-  for (int64_t k = 0; k < count; ++k) {
-    Stage s;
-    auto plane = [&]() {
-      const int64_t p = number();
-      require(p >= 0 && p <= k, "a stage reads a plane that is not there yet");
-      return p;
+  constexpr int64_t kLarge = int64_t(1) << 24;  // keeps the products below within 64 bits
+  for (const Plane& p : net.planes) {
+    holds(p.channels >= 0 && p.channels < kLarge && p.border >= 0 && p.border < kLarge && p.rows >= 1 &&
+              p.rows < kLarge && p.offset >= 0 && p.offset <= net.state_size,
+          "a plane of the plan is out of range");
+    holds(p.row_length == (noise.size(3) + 2 * p.border) * p.channels &&
+              (p.row_length == 0 || p.rows <= (net.state_size - p.offset) / p.row_length),
+          "a plane of the plan does not fit the state");
+  }
+  for (int64_t k = 0; k < int64_t(net.stages.size()); ++k) {
+    const Stage& s = net.stages[k];
+    const auto there = [&](int64_t plane) {
+      holds(plane >= 0 && plane <= k, "a stage reads a plane that is not there yet");
+      return net.planes[plane];
     };
-    s.width = number();
-    s.activation = static_cast<Activation>(number());
-    s.residual = number();
-    require(s.residual >= -1 && s.residual <= k, "a stage reads a plane that is not there yet");
-    s.vertical = number() != 0;
-    const bool has_bias = number() != 0;
-    const int64_t condition = number();
-    s.made = s.activation == Activation::kGate ? s.width / 2 : s.width;
-    for (int64_t n = number(); n > 0; --n) {
-      s.added.push_back(plane());
-      require(net.planes[s.added.back()].channels == s.width, "an added plane has the wrong number of channels");
+    holds(s.added >= 0 && s.added <= s.inputs && s.inputs <= s.end && s.end <= int64_t(net.plan.size()) &&
+              (s.end - s.inputs) * sizeof(int64_t) % sizeof(Input) == 0,
+          "the plan ends early");
+    holds(s.made == (s.is(Activation::kGate) ? s.width / 2 : s.width) && s.made == net.planes[k + 1].channels &&
+              s.vertical == net.planes[k + 1].vertical,
+          "a stage does not fit the plane that it makes");
+    for (int64_t plane : net.added(s))
+      holds(there(plane).channels == s.width, "an added plane has the wrong number of channels");
+    for (const Input& in : net.inputs(s)) {
+      const Plane from = there(in.plane);
+      holds(in.kh % 2 == 1 && in.kw % 2 == 1, "kernels must have odd sizes");
+      holds(from.rows > in.kh / 2 && from.border >= in.kw / 2, "a stage reads beyond a plane's rows or border");
+      shaped(in.tensor, {s.width, from.channels, in.kh, in.kw});
     }
-    for (int64_t n = number(); n > 0; --n) {
-      Input in;
-      in.plane = plane();
-      in.tensor = tensor();
-      require(tensors[in.tensor].dim() == 4, "a weight must have 4 dimensions");
-      in.kh = tensors[in.tensor].size(2);
-      in.kw = tensors[in.tensor].size(3);
-      require(in.kh % 2 == 1 && in.kw % 2 == 1, "kernels must have odd sizes");
-      Plane& read = net.planes[in.plane];
-      shaped(in.tensor, {s.width, read.channels, in.kh, in.kw});
-      read.rows = std::max(read.rows, 1 + in.kh / 2);
-      read.border = std::max(read.border, in.kw / 2);
-      s.inputs.push_back(in);
-    }
-    s.bias = has_bias ? tensor() : -1;
-    if (has_bias) shaped(s.bias, {s.width});
-    s.condition = condition ? tensor() : -1;
-    s.condition_map = condition == 4;
-    if (condition)
-      shaped(s.condition, condition == 4 ? std::vector<int64_t>{noise[0], s.width, noise[2], noise[3]}
-                                         : std::vector<int64_t>{noise[0], s.width});
-    if (s.residual >= 0)
-      require(net.planes[s.residual].channels == s.made, "a residual plane has the wrong number of channels");
-    net.planes.push_back({s.made, s.vertical});
-    net.stages.push_back(std::move(s));
+    if (s.bias != -1) shaped(s.bias, {s.width});
+    if (s.condition != -1)
+      shaped(s.condition, s.condition_map ? std::vector<int64_t>{noise.size(0), s.width, noise.size(2), noise.size(3)}
+                                          : std::vector<int64_t>{noise.size(0), s.width});
+    if (s.residual != -1)
+      holds(there(s.residual).channels == s.made, "a residual plane has the wrong number of channels");
   }
-  for (Plane& p : net.planes) {
-    p.offset = net.state_size;
-    p.row_length = (noise[3] + 2 * p.border) * p.channels;
-    net.state_size += (p.rows * p.row_length + 15) / 16 * 16;
-  }
-  return net;
-}
-
-// The arguments of the torch operator, checked; every backend's first line.
-template <typename Tensor, typename Optional>
-Network read_checked(const Tensor& image, const Tensor& state, const Tensor& noise, const Optional& known,
-                     const std::vector<Tensor>& tensors, const std::vector<int64_t>& plan, int64_t head, int64_t levels,
-                     int64_t begin, int64_t end) {
-  const bool mixture = head == static_cast<int64_t>(Head::kLogisticMixture);
-  require(image.dim() == 4 && noise.dim() == 4, "image and noise must have 4 dimensions");
-  const int64_t channels = image.size(1);
-  require(noise.size(0) == image.size(0) && noise.size(1) == channels + mixture && noise.size(2) == image.size(2) &&
-              noise.size(3) == image.size(3),
-          "noise must be [N, C, H, W], or [N, 1 + C, H, W] for logistic_mixture");
-  require(!mixture || channels == 1 || channels == 3, "a logistic mixture must have 1 or 3 channels");
-  require(begin >= 0 && end <= image.size(2) && levels >= 2, "rows or levels are out of range");
-  const auto dtype = noise.scalar_type();
-  require(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::Double,
-          "noise must be float32 or float64");
-  for (const Tensor& t : tensors)
-    require(t.scalar_type() == dtype && t.is_contiguous(),
-            "tensors of the stages must have noise's dtype and be contiguous");
-  require(image.scalar_type() == torch::headeronly::ScalarType::Long && image.is_contiguous(),
-          "image must be int64 and contiguous");
-  require(noise.is_contiguous(), "noise must be contiguous");
-  if (known.has_value())
-    require(known->scalar_type() == torch::headeronly::ScalarType::Bool && known->is_contiguous() &&
-                known->numel() == image.numel(),
-            "known must be bool, contiguous and of the image's shape");
-  Network net = read(plan, tensors, channels, {noise.size(0), noise.size(1), noise.size(2), noise.size(3)});
-  const int64_t width = net.planes.back().channels;
-  require(mixture ? width % (channels == 1 ? 3 : 10) == 0 : width == channels * levels,
-          "the last plane does not fit the head");
-  require(state.dim() == 2 && state.size(0) == image.size(0) && state.size(1) == net.state_size &&
-              state.is_contiguous() && state.scalar_type() == dtype,
-          "state must be [N, the caches' size], of noise's dtype and contiguous");
-  return net;
 }
 
 }  // namespace stages

@@ -1,33 +1,19 @@
-// What the CPU kernels share: conversion between storage and arithmetic types, and thin names for the stable ABI.
+// Conversion between storage and arithmetic types, for the CPU kernels.
 //
 // One source, three builds (setup.py): x86-64-v3, AVX-512 and, on other processors, generic. Nothing here may be shared
 // between the builds at run time: exactly one of them is loaded.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include "../common/host.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include <optional>
-#include <tuple>
-#include <vector>
 
 #if defined(__F16C__) && defined(__AVX2__)
 #  include <immintrin.h>
 #endif
 
 namespace genkernels {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using BFloat16 = torch::headeronly::BFloat16;
-using Half = torch::headeronly::Half;
 
 // load: n values of storage type S into arithmetic type T. store: back, rounded to nearest even.
 template <typename T>
@@ -73,30 +59,6 @@ inline void store(const float* from, Half* to, int64_t n) {
                      _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < n; ++i) to[i] = Half(from[i]);
-}
-
-template <typename S>
-const S* data(const Tensor& t) {
-  return static_cast<const S*>(t.data_ptr());
-}
-template <typename S>
-S* mutable_data(const Tensor& t) {
-  return static_cast<S*>(t.data_ptr());
-}
-template <typename S>
-const S* data(const std::optional<Tensor>& t) {
-  return t.has_value() ? data<S>(*t) : nullptr;
-}
-
-inline std::vector<int64_t> shape_of(const Tensor& t) {
-  std::vector<int64_t> shape(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
-  return shape;
-}
-
-// A fresh contiguous tensor on like's device.
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
 }
 
 }  // namespace genkernels

@@ -11,8 +11,7 @@
 //   channel split    x [N, 2, E], E = C/2·S: one half passes, the other is transformed
 //   checkerboard     x [N, E], E = C·H·W: element (c, h, w) is transformed where h + w is odd (flip: even)
 //   params           [N, E / L, 2, L], log-scales and shifts in alternating rows of L elements: the `halves` layout is
-//   one
-//                    pair of rows of L = E, the `interleaved` one a pair a channel; additive: the shifts alone, [N, E]
+//                    one pair of rows of L = E, the `interleaved` one a pair a channel; additive: shifts alone, [N, E]
 //
 // Parallelisation: a thread owns one 16-byte run of elements (4 fp32, 8 half) in each tensor, a group of threads a
 // chunk of one sample, a block 256 threads: many samples where they are small, a chunk of one where they are large.
@@ -33,10 +32,13 @@
 // Saved for backward: the input and the params, which the network keeps anyway; reverse needs the output instead.
 #pragma once
 
+#include "../common/affine_coupling.h"
 #include "../common/scale_map.h"
 #include "common.cuh"
 
 namespace genkernels {
+
+using coupling::Gradient;
 
 // One call's sizes, in elements.
 struct Coupling {
@@ -100,12 +102,12 @@ struct Coupling {
 template <ScaleMap M, typename T, typename P, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     coupling_forward(const Coupling c, const bool inverse,
-                     const T* __restrict__ x,                // [N, x_size]: z when inverse
-                     const P* __restrict__ params,           // [N, param_size]
-                     T* __restrict__ out,                    // [N, x_size]
-                     accumulator_t<T>* __restrict__ log_det  // [N, chunks]; additive: [N]
+                     const T* __restrict__ x,               // [N, x_size]: z when inverse
+                     const P* __restrict__ params,          // [N, param_size]
+                     T* __restrict__ out,                   // [N, x_size]
+                     arithmetic_t<T>* __restrict__ log_det  // [N, chunks]; additive: [N]
     ) {
-  using A = accumulator_t<T>;
+  using A = arithmetic_t<T>;
   constexpr int V = kLanes<T, kWide>;
   constexpr bool kScales = M != ScaleMap::kAdditive;
   const int64_t sample = c.sample();
@@ -151,25 +153,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-enum class Gradient : int {
-  kForward,  // of the forward map, from its input x
-  kInverse,  // of the inverse map, from its input z
-  kReverse,  // of the forward map, from its output z, together with its input x
-};
-
 template <ScaleMap M, typename T, typename P, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     coupling_backward(const Coupling c, const Gradient which,
                       const bool has_grad_out,         // otherwise it counts as zero
                       const T* __restrict__ grad_out,  // [N, x_size]; any such tensor without has_grad_out
-                      const accumulator_t<T>* __restrict__ grad_ldj,  // [N], or null: zero
-                      const T* __restrict__ x,                        // [N, x_size]: x; kInverse and kReverse: z
-                      const P* __restrict__ params,                   // [N, param_size]
-                      T* __restrict__ grad_x,                         // [N, x_size]
-                      P* __restrict__ grad_params,                    // [N, param_size]
-                      T* __restrict__ x_out                           // [N, x_size], kReverse only: x
+                      const arithmetic_t<T>* __restrict__ grad_ldj,  // [N], or null: zero
+                      const T* __restrict__ x,                       // [N, x_size]: x; kInverse and kReverse: z
+                      const P* __restrict__ params,                  // [N, param_size]
+                      T* __restrict__ grad_x,                        // [N, x_size]
+                      P* __restrict__ grad_params,                   // [N, param_size]
+                      T* __restrict__ x_out                          // [N, x_size], kReverse only: x
     ) {
-  using A = accumulator_t<T>;
+  using A = arithmetic_t<T>;
   constexpr int V = kLanes<T, kWide>;
   constexpr bool kScales = M != ScaleMap::kAdditive;
   const bool from_output = which != Gradient::kForward;

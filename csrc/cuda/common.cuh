@@ -8,30 +8,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "../common/divisor.h"
+#include "../common/host.h"
 #include "launch.cuh"
 
 namespace genkernels {
 
-using BFloat16 = c10::BFloat16;
-using Half = c10::Half;
-
 constexpr int kThreads = 256;
-
-// Half inputs are computed in fp32; fp64 stays fp64.
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using accumulator_t = typename Accumulator<T>::type;
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

@@ -1,8 +1,9 @@
-// Kernels of `made`: the inverse of an autoregressive affine transform, its transposed solve, and what masks and
-// arranges weights.
+// Kernels of `made`: the inverse of an autoregressive affine transform, its transposed solve, and what puts weights in
+// order.
 //
-//   z_i = x_i σ(s_i) + t_i, (s, t)_i made of x_{<i}      (Papamakarios et al. 2017; genkernels/reference/made.py has
-//   the maths)
+//   z_i = x_i σ(s_i) + t_i, (s, t)_i made of x_{<i}
+//
+// Papamakarios et al. 2017; genkernels/reference/made.py has the maths.
 //
 // Parallelisation. A block of kSolveThreads threads solves kSamples samples alone, first feature to last, so that
 // blocks never wait for each other and one launch does the whole inverse. A step is: the two parameters of its feature,
@@ -19,8 +20,8 @@
 #include "../common/scale_map.h"
 #include "common.cuh"
 
-#ifndef __grid_constant__  // nvcc has it as a macro: the argument stays in constant memory, though its arrays are
-                           // indexed at run time
+// nvcc has it as a macro: the argument stays in constant memory, though its arrays are indexed at run time.
+#ifndef __grid_constant__
 #  define __grid_constant__
 #endif
 
@@ -268,17 +269,6 @@ __global__ void __launch_bounds__(kThreads)
     to[row * columns + column] = from[i];
   else
     to[i] = from[row * row_stride + column * column_stride];
-}
-
-// weight where live, 0 elsewhere.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    made_mask(const T* __restrict__ weight, const int64_t out, const int64_t in, const int64_t* __restrict__ in_degrees,
-              const int64_t* __restrict__ out_degrees, const bool strict, T* __restrict__ masked) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= out * in) return;
-  const int64_t d = out_degrees[i / in], e = in_degrees[i % in];
-  masked[i] = (strict ? d > e : d >= e) ? weight[i] : T(0.0f);
 }
 
 // The gradient of a layer's weight, in data order, from the dense product of signal and input: negated, 0 where dead. A

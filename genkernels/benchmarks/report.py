@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
@@ -19,12 +20,12 @@ ONE_PASS = "one pass"
 _PICTURES = (".png", ".svg", ".pdf")
 _HEAD = (
     "  "
-    f"{'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}"
+    f"{'provider':<14}{'median ms':>11}{'20 – 80 % ms':>19}{'× reference':>13}{'× compiled':>12}"
     f"{'of peak':>9}{'peak MiB':>11}"
 )
 _HEAD_WITH_PASS = (
     "  "
-    f"{'provider':<11}{'median ms':>11}{'20 – 80 % ms':>21}{'× reference':>13}{'× compiled':>12}"
+    f"{'provider':<14}{'median ms':>11}{'20 – 80 % ms':>19}{'× reference':>13}{'× compiled':>12}"
     f"{'× one pass':>12}{'of peak':>8}{'peak MiB':>9}"
 )
 _LEGEND = (
@@ -52,8 +53,8 @@ def lines(results) -> Iterator[tuple[str, str]]:
         best = min((seconds for name, seconds in times.items() if name != ONE_PASS), default=None)
         for row in rows:
             if row.gate == "fail":
-                text = textwrap.wrap(f"FAIL {row.fault}; no speed is shown", WIDTH - 15)
-                yield "fail", f"  {row.provider:<11}  {text[0]}"
+                text = textwrap.wrap(f"FAIL {row.fault}; no speed is shown", WIDTH - 20)
+                yield "fail", f"  {row.provider:<14}  {text[0]}"
                 yield from (("fail", " " * 20 + part) for part in text[1:])
             else:
                 yield ("best" if row.median_s == best else "row"), _line(row, times)
@@ -85,7 +86,7 @@ def _line(row, times: dict[str, float]) -> str:
     peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
     common = (
         "  "
-        f"{row.provider:<11}{milliseconds(row.median_s):>11}{spread:>21}{ratio('reference'):>13}{ratio('compiled'):>12}"
+        f"{row.provider:<14}{milliseconds(row.median_s):>11}{spread:>19}{ratio('reference'):>13}{ratio('compiled'):>12}"
     )
     if ONE_PASS in times:
         return f"{common}{ratio(ONE_PASS):>12}{share:>8}{peak:>9}"
@@ -127,6 +128,53 @@ def show(results, file: IO[str] | None = None) -> None:
     console = Console(file=file, highlight=False)
     for style, text in lines(results):
         console.print(Text(text, style=styles.get(style, "")), soft_wrap=True)
+
+
+# --- whole training steps, for the documentation ---------------------------------------------------------------------
+
+_STEPS = {"reference": "eager", "compiled": "compiled", "fused": "fused", "fused compiled": "fused compiled"}
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def training_step_table(results_json: dict | str | os.PathLike) -> str:
+    """What ``genkernels bench training_step --json`` wrote as a Markdown table, a line for each model, preset, dtype.
+
+    Milliseconds a step (medians). × eager: how many times as fast as eager PyTorch the fused step is; × compiled: how
+    many times as fast as compiled PyTorch it is inside ``torch.compile``.
+
+    Args:
+        results_json: what the file holds, or its path.
+    """
+    if not isinstance(results_json, dict):
+        results_json = json.loads(Path(results_json).read_text())
+    lines: dict[tuple, dict[str, dict]] = {}
+    for row in results_json["rows"]:
+        _, model, preset = row["case"].split("/")
+        lines.setdefault((model, preset, row["dtype"]), {})[row["provider"]] = row
+    peers = sorted({name for by_provider in lines.values() for name in by_provider} - set(_STEPS))
+    heads = ["model", "preset", "precision", "batch", *(f"{name} ms" for name in [*_STEPS.values(), *peers])]
+    heads += ["× eager", "× compiled"]
+    table = [_markdown(heads), _markdown(["---"] * 3 + ["---:"] * (len(heads) - 3))]
+    for (model, preset, dtype), by_provider in lines.items():
+        times = {name: row["median_s"] for name, row in by_provider.items() if row["median_s"]}
+        cells = [_cell(by_provider.get(name)) for name in [*_STEPS, *peers]]
+        ratios = [
+            f"{times[base] / times[ours]:.2f}" if base in times and ours in times else "–"
+            for base, ours in (("reference", "fused"), ("compiled", "fused compiled"))
+        ]
+        batch = str(next(iter(by_provider.values()))["shape"][0])
+        table.append(_markdown([model, preset, _PRECISIONS.get(dtype, dtype), batch, *cells, *ratios]))
+    return "\n".join(table) + "\n"
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return "–"
+    return milliseconds(row["median_s"]) if row["gate"] == "pass" and row["median_s"] else "fails the gate"
+
+
+def _markdown(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 # --- files --------------------------------------------------------------------------------------------------------

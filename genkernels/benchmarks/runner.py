@@ -18,11 +18,12 @@ from genkernels._files import refuse_unwritable, write_json
 from genkernels._words import UsageError, nearest
 from genkernels.backends import use_backend
 from genkernels.benchmarks import cases as catalogue
-from genkernels.benchmarks import machine, peers, providers, report
+from genkernels.benchmarks import machine, peers, providers, report, training_step
 from genkernels.benchmarks.cases import Case
 from genkernels.benchmarks.measure import Inputs, Standard, differentiates, named, quantiles, rotation
 from genkernels.benchmarks.providers import Problem, Provider, Session, Unavailable, first_line
 from genkernels.benchmarks.results import Results, Row
+from genkernels.benchmarks.training_step import StepCase
 
 _DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
@@ -55,7 +56,8 @@ def main(
     """Measures, prints the table, and writes the JSON file and the picture where asked.
 
     Args:
-        cases: operators (``affine_coupling``) or variants (``affine_coupling/exp``); all of them when empty.
+        cases: operators (``affine_coupling``) or variants (``affine_coupling/exp``); all of them when empty. Or
+            ``training_step`` and models (``glow``, ``maf/points``), all of them when none is named.
         json: file for the numbers. plot: file for the picture (``.png``, ``.svg`` or ``.pdf``).
         quick: a few small rows, measured briefly.
         device: ``"cpu"`` or ``"cuda"``; a GPU when there is one.
@@ -72,8 +74,11 @@ def main(
         ValueError: an argument is unknown or a file could not be written, said before anything is measured.
     """
     place = _device(device)
-    rows = _of_dtypes(catalogue.find(cases, device=place.type, quick=quick), dtypes)
-    chosen = _providers(place.type, providers)
+    if whole_steps := bool(cases) and cases[0].split("/", 1)[0] == training_step.NAME:
+        rows = _of_dtypes(training_step.find(cases, quick=quick), dtypes)
+    else:
+        rows = _of_dtypes(catalogue.find(cases, device=place.type, quick=quick), dtypes)
+    chosen = _providers(place.type, providers, whole_steps)
     if json is not None:
         refuse_unwritable(json, f"bench: json {str(json)!r}")
     if plot is not None:
@@ -92,7 +97,7 @@ def main(
 
 
 def measure(
-    cases: Sequence[Case],
+    cases: Sequence[Case | StepCase],
     chosen: Sequence[Provider],
     device: torch.device,
     effort: Effort,
@@ -107,6 +112,8 @@ def measure(
     seconds = min(0.4, 2 * effort.seconds)
     ceilings.measure(dtypes, seconds)
     results, left_out, found = Results({}), {}, {}
+    whole_steps = bool(cases) and isinstance(cases[0], StepCase)
+    budget = training_step.Budget(limit, len(cases), chosen) if limit and whole_steps else None
     order = sorted(range(len(cases)), key=lambda index: index % 3) if limit else range(len(cases))
     try:
         for count, index in enumerate(order):
@@ -114,7 +121,14 @@ def measure(
                 break
             case = cases[index]
             _progress(f"[{count + 1}/{len(cases)}] {case.title}")
-            found[index], skipped = run_case(case, chosen, device, effort)
+            if budget:
+                began_case = time.monotonic()
+                offered = budget.chosen(began_case - began)
+                found[index], skipped = run_case(case, offered, device, effort)
+                budget.done(time.monotonic() - began_case)
+                skipped += [(p.name, f"left out, the {limit:g} s being short") for p in chosen if p not in offered]
+            else:
+                found[index], skipped = run_case(case, chosen, device, effort)
             for provider, reason in skipped:
                 left_out.setdefault(provider, {}).setdefault(reason, []).append(case.name)
     finally:
@@ -125,7 +139,7 @@ def measure(
     results.rows = [row for index in sorted(found) for row in found[index]]
     ceilings.measure(dtypes, seconds)
     for row in results.rows:
-        if row.median_s and row.gate != "none":  # bytes and flops are the operator's
+        if row.median_s and row.gate != "none" and (row.bytes or row.flops):  # they are the operator's
             row.share_of_peak = ceilings.share(row.bytes, row.flops, row.dtype, row.median_s)
     results.machine = machine.describe(device, ceilings, quick)
     results.notes = _summary(left_out, len(found))
@@ -147,10 +161,10 @@ def _summary(left_out: dict[str, dict[str, list[str]]], cases: int) -> list[str]
 
 
 def run_case(
-    case: Case, chosen: Sequence[Provider], device: torch.device, effort: Effort
+    case: Case | StepCase, chosen: Sequence[Provider], device: torch.device, effort: Effort
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """One case: its rows, and the providers left out with their reasons."""
-    problem = draw(case, device)
+    problem = training_step.draw(case, device) if isinstance(case, StepCase) else draw(case, device)
     rows, skipped, sessions = [], [], {}
     for provider in chosen:
         if isinstance(provider, peers.Peer) and provider.name not in peers.of(case):
@@ -285,8 +299,9 @@ def _of_dtypes(found: list[Case], dtypes) -> list[Case]:
     return kept
 
 
-def _providers(device: str, wanted: Sequence[str] | None) -> list[Provider]:
-    offered: list[Provider] = [*providers.local(device), *(peers.Peer(name) for name in peers.PACKAGES)]
+def _providers(device: str, wanted: Sequence[str] | None, whole_steps: bool) -> list[Provider]:
+    here = training_step.local() if whole_steps else providers.local(device)
+    offered: list[Provider] = [*here, *(peers.Peer(name) for name in peers.PACKAGES)]
     if wanted is None:
         return offered
     names = [provider.name for provider in offered]

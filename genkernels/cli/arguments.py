@@ -205,7 +205,9 @@ def _evaluate(sub: Parser) -> None:
 
 
 def _bench(sub: Parser) -> None:
-    sub.add_argument("cases", metavar="CASE", nargs="*", help="operators to measure (default: all)")
+    sub.add_argument(
+        "cases", metavar="CASE", nargs="*", help="operators to measure (default: all), or training_step and models"
+    )
     sub.add_argument("--json", metavar="F", help="write the rows to a JSON file")
     sub.add_argument("--plot", metavar="F", help="draw them into a PNG file")
     sub.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not to quote")

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from genkernels._words import UsageError, nearest
 from genkernels.models._arguments import recorded
 from genkernels.models._registry import names_taking
+from genkernels.nn._values import readable
 
 if TYPE_CHECKING:
     from genkernels.data import Form
@@ -256,7 +257,7 @@ class Model(nn.Module):
             raise ValueError(
                 f"{name}: y must be integers [N] = [{count}], one class of {self.num_classes} each, got {got}"
             )
-        if y.device.type == "cpu" and count and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+        if readable(y) and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise ValueError(
                 f"{name}: y must lie in 0..{self.num_classes - 1}, got values from {int(y.min())} to {int(y.max())}"
             )

@@ -3,11 +3,13 @@ context=None)``."""
 
 from genkernels.nn.actnorm import ActNorm
 from genkernels.nn.affine_coupling import AffineCoupling
+from genkernels.nn.autoregressive import AutoregressiveTransform, InverseAutoregressiveTransform
 from genkernels.nn.conv_zeros import Conv2dZeros
 from genkernels.nn.dequantize import Dequantize, Logit
 from genkernels.nn.invertible_conv import InvertibleConv1x1
-from genkernels.nn.made import MADE, AutoregressiveTransform, InverseAutoregressiveTransform, MaskedLinear
+from genkernels.nn.made import MADE
 from genkernels.nn.masked_conv import MaskedConv2d
+from genkernels.nn.masked_linear import MaskedLinear
 from genkernels.nn.prior import Prior
 from genkernels.nn.sequential import FlowSequential
 from genkernels.nn.split import Split

@@ -40,7 +40,6 @@ def suits(x: Tensor, connections: int) -> bool:
         and connections * pixels**2 <= min(ENTRIES_PER_SAMPLE * x.shape[0], MOST_ENTRIES)
         and current_backend() != "reference"
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -54,22 +53,30 @@ def dense_weight(weight: Tensor, height: int, width: int, pixels_first: tuple[bo
     """
     outputs, inputs, k, _ = weight.shape
     pixels = height * width
-    taps = torch.from_numpy(_taps(height, width, k)).to(weight.dtype)
+    taps = _taps(height, width, k).to(weight.dtype)
     dense = (weight.reshape(outputs * inputs, k * k) @ taps).view(outputs, inputs, pixels, pixels)  # [o, i, p, q]
     rows = (3, 1) if pixels_first[0] else (1, 3)
     columns = (2, 0) if pixels_first[1] else (0, 2)
     return dense.permute(*rows, *columns).reshape(inputs * pixels, outputs * pixels)
 
 
+def _taps(height: int, width: int, k: int) -> Tensor:
+    """``[k*k, P*P]``, fp32: 1 where tap (a, b) leads from pixel q to pixel p. Made once for each size, but inside
+    ``torch.compile``, which fuses the making into its use."""
+    if torch.compiler.is_compiling():
+        return _make_taps(height, width, k)
+    return torch.from_numpy(_kept_taps(height, width, k))
+
+
 @functools.lru_cache(maxsize=64)
-def _taps(height: int, width: int, k: int) -> np.ndarray:
-    """``[k*k, P*P]``, fp32: 1 where tap (a, b) leads from pixel q to pixel p. An array: a cached tensor might be a fake
-    one."""
-    pixels = [(i, j) for i in range(height) for j in range(width)]
-    taps = np.zeros((k, k, len(pixels), len(pixels)), dtype=np.float32)
-    for p, (i, j) in enumerate(pixels):
-        for q, (r, c) in enumerate(pixels):
-            a, b = r - i + k // 2, c - j + k // 2
-            if 0 <= a < k and 0 <= b < k:
-                taps[a, b, p, q] = 1
-    return taps.reshape(k * k, -1)
+def _kept_taps(height: int, width: int, k: int) -> np.ndarray:
+    """An array: a cached tensor might be a fake one."""
+    return _make_taps(height, width, k).numpy().copy()
+
+
+def _make_taps(height: int, width: int, k: int) -> Tensor:
+    pixel = torch.arange(height * width, device="cpu")
+    row, column = pixel // width, pixel % width
+    down, right = (at - at.unsqueeze(1) + k // 2 for at in (row, column))  # [p, q]: from p to q, in taps
+    tap = torch.arange(k, device="cpu").view(k, 1, 1, 1)
+    return ((down == tap) & (right == tap.view(1, k, 1, 1))).to(torch.float32).view(k * k, -1)

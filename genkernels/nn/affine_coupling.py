@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,10 +66,10 @@ class AffineCoupling(nn.Module):
         }
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling(x, self._params(self._seen(x), context), **self.options)
+        return ops.affine_coupling(x, self.params(self._seen(x), context), **self.options)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling_inverse(z, self._params(self._seen(z), context), **self.options)
+        return ops.affine_coupling_inverse(z, self.params(self._seen(z), context), **self.options)
 
     @torch.no_grad()
     def reverse_backward(
@@ -89,7 +92,7 @@ class AffineCoupling(nn.Module):
             if context is not None:
                 context = context.detach().requires_grad_(context.is_floating_point())
                 leaves += [context] if context.requires_grad else []
-            params = self._params(seen, context)
+            params = self.params(seen, context)
         x, grad_x, grad_params = ops.affine_coupling_reverse(grad_z, grad_ldj, z, params.detach(), **self.options)
         if not params.requires_grad:  # a net that ignores all its inputs
             return x, grad_x, None, [None] * len(wanted)
@@ -102,7 +105,8 @@ class AffineCoupling(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
 
-    def _params(self, seen: Tensor, context: Tensor | None) -> Tensor:
+    def params(self, seen: Tensor, context: Tensor | None) -> Tensor:
+        """What the network makes of the half that it sees."""
         return self.net(seen) if context is None else self.net(seen, context)
 
     def _seen(self, x: Tensor) -> Tensor:
@@ -113,13 +117,17 @@ class AffineCoupling(nn.Module):
                     f"AffineCoupling: x must be [N, C, H, W] for the checkerboard split, got {list(x.shape)}"
                 )
             # filled, not multiplied: a NaN in the transformed pixels stays out
-            return x.masked_fill(transformed_pixels(*x.shape[2:], self.options["flip"], x.device), 0)
+            return x.masked_fill(_transformed(x, self.options["flip"]), 0)
+        self.check(x)
+        return self._passing(x)
+
+    def check(self, x: Tensor) -> None:
+        """That x can be split into halves of its channels."""
         if x.dim() < 2 or x.shape[1] % 2:
             raise ValueError(
                 "AffineCoupling: x must be [N, C, ...] with an even number of channels for the channel split, "
                 f"got {list(x.shape)}"
             )
-        return self._passing(x)
 
     def _passing(self, x: Tensor) -> Tensor:
         """The half that passes, as a view (checkerboard: all of x)."""
@@ -127,3 +135,17 @@ class AffineCoupling(nn.Module):
             return x
         half = x.shape[1] // 2
         return x.narrow(1, half if self.options["flip"] else 0, half)
+
+
+def _transformed(x: Tensor, flip: bool) -> Tensor:
+    """`transformed_pixels` of x, on a CPU made once for each size: there the making costs more than the use."""
+    height, width = x.shape[2:]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return transformed_pixels(height, width, flip, x.device)
+    return torch.from_numpy(_checkerboard(height, width, flip))
+
+
+@functools.lru_cache(maxsize=64)
+def _checkerboard(height: int, width: int, flip: bool) -> np.ndarray:
+    """An array: a cached tensor might be a fake one."""
+    return transformed_pixels(height, width, flip, torch.device("cpu")).numpy().copy()

@@ -36,8 +36,10 @@ class Conv2dZeros(nn.Conv2d):
         if not _small_grid.suits(x, self.in_channels * self.out_channels):
             return F.conv2d(x, weight, bias, padding=self.padding)
         n, channels, height, width = x.shape
-        dense = _small_grid.dense_weight(weight, height, width, (False, False))
-        out = torch.addmm(bias.repeat_interleave(height * width), x.reshape(n, channels * height * width), dense)
+        pixels_first = not x.is_contiguous()  # channels-last, as a network's own layers leave it
+        rows = x.permute(0, 2, 3, 1) if pixels_first else x
+        dense = _small_grid.dense_weight(weight, height, width, (pixels_first, False))
+        out = torch.addmm(bias.repeat_interleave(height * width), rows.reshape(n, channels * height * width), dense)
         return out.view(n, self.out_channels, height, width)
 
     def scaled(self) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels.nn._log_det import work_dtype, zero_log_det
+from genkernels.nn._values import readable
 
 
 class Dequantize(nn.Module):
@@ -28,7 +29,7 @@ class Dequantize(nn.Module):
 
     Raises:
         TypeError: integers other than uint8. ValueError: values out of range; looked at on the CPU only, because a look
-            at another device would stall it.
+            at another device would stall it, and not inside ``torch.compile``.
 
     Source: Theis et al., "A note on the evaluation of generative models", 2016.
     """
@@ -64,7 +65,7 @@ class Dequantize(nn.Module):
     def _check(self, x: Tensor) -> None:
         if not (x.is_floating_point() or x.dtype == torch.uint8):
             raise TypeError(f"Dequantize: x must be uint8 level indices or floats in [0, 1], got {x.dtype}")
-        if x.device.type != "cpu" or x.numel() == 0:
+        if not readable(x):
             return
         low, high = (bound.item() for bound in x.aminmax())
         top = self.levels - 1 if x.dtype == torch.uint8 else 1

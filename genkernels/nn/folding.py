@@ -34,7 +34,7 @@ class FoldedPair:
             and type(second) is InvertibleConv1x1
             and first.channels == second.channels
             and (first.ready or not first.training)
-            and not (_hooked(first) or _hooked(second))
+            and not (hooked(first) or hooked(second))
         )
 
     def parameters(self) -> list[Tensor]:
@@ -63,6 +63,9 @@ class Folded:
             alike.setdefault((pair.conv.channels, pair.conv.lu), []).append(pair)
         self._groups = [_Group(members, inverse) for members in alike.values()]
         self._place = {id(pair): (group, i) for group in self._groups for i, pair in enumerate(group.pairs)}
+
+    def __bool__(self) -> bool:
+        return bool(self.pairs)
 
     def apply(self, pair: FoldedPair, x: Tensor) -> Tensor:
         pair.actnorm.check(x)
@@ -106,7 +109,7 @@ class _Group:
         return sum(n * each for n, each in zip(self.pixels, self.log_dets.unbind(0), strict=True))
 
 
-def _hooked(module: torch.nn.Module) -> bool:
+def hooked(module: torch.nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

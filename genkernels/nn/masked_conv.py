@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels import ops
+from genkernels.backends import current_backend
 from genkernels.nn._buffers import renew
+from genkernels.nn._layout import BF16_UNITS, convolution_layout
 from genkernels.ops._operator import whole
 from genkernels.ops.masked_conv import check_options
 from genkernels.reference.masked_conv import causal_mask
@@ -88,6 +91,9 @@ class MaskedConv2d(nn.Conv2d):
         self.register_buffer("mask", self._causal_mask(), persistent=False)
 
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        tensors = (x, self.weight, self.bias, condition, residual)
+        if _on_bf16_units(tensors) and self._shapes_fit(x, condition, residual):
+            return self._plain(*(t if t is None else t.to(torch.bfloat16) for t in tensors))
         return ops.masked_conv(
             x,
             self.weight,
@@ -99,6 +105,29 @@ class MaskedConv2d(nn.Conv2d):
             residual=residual,
             activation=self.activation,
         )
+
+    def _shapes_fit(self, x: Tensor, condition: Tensor | None, residual: Tensor | None) -> bool:
+        """Whether all is as it must be; where it is not, the operator says what is wrong."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            return False
+        count, _, *sides = x.shape
+        leaving = self.out_channels // (2 if self.activation == "gate" else 1)
+        conditions = [[count, self.out_channels], [count, self.out_channels, *sides]]
+        return (condition is None or list(condition.shape) in conditions) and (
+            residual is None or list(residual.shape) == [count, leaving, *sides]
+        )
+
+    def _plain(self, x, weight, bias, condition, residual) -> Tensor:
+        """torch's own convolution of the masked weight, channels-last."""
+        y = F.conv2d(convolution_layout(x), torch.where(self.mask, weight, 0), bias, padding=self.padding)
+        if condition is not None:
+            y = y + (condition[:, :, None, None] if condition.dim() == 2 else condition)
+        if self.activation == "relu":
+            y = F.relu(y, inplace=True)
+        elif self.activation == "gate":
+            a, b = y.chunk(2, dim=1)
+            y = torch.tanh(a) * torch.sigmoid(b)
+        return y if residual is None else y + residual
 
     def masked_weight(self) -> Tensor:
         """The weight with its dead taps exactly 0, differentiable."""
@@ -123,3 +152,20 @@ class MaskedConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         parts = [repr(self.mask_type), super().extra_repr(), f"data_channels={self.data_channels}"]
         return ", ".join([*parts, f"region={self.region!r}", f"activation={self.activation!r}"])
+
+
+def _on_bf16_units(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are to be convolved in bf16 on a CPU with matrix units for it.
+
+    The operator also leaves bf16 to torch there, but in NCHW: under autocast a step of PixelCNN (preset ``digits``, one
+    core) then took 1.05 times the reference's time, channels-last 0.79 times.
+    """
+    if not BF16_UNITS or current_backend() != "auto":
+        return False
+    present = [t for t in tensors if t is not None]
+    if not all(isinstance(t, Tensor) and t.is_floating_point() and t.device.type == "cpu" for t in present):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        halves = torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return halves and not any(t.dtype == torch.float64 for t in present)
+    return all(t.dtype == torch.bfloat16 for t in present)

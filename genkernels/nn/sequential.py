@@ -7,16 +7,19 @@ from torch import Tensor, nn
 
 from genkernels.backends import current_backend
 from genkernels.nn._log_det import work_dtype, zero_log_det
+from genkernels.nn.additive_run import AdditiveRun
 from genkernels.nn.folding import Folded, FoldedPair
+from genkernels.nn.joined_actnorms import JoinedActNorms
 from genkernels.nn.reversible import run_reversible
 
 
 class FlowSequential(nn.Sequential):
     """Chains flow layers: ``z, ldj = flow(x, context)`` and ``x, ldj = flow.inverse(z, context)``.
 
-    An `ActNorm` directly before an `InvertibleConv1x1` is folded with it into one product, forward and inverse, on
-    every backend but ``reference`` and once the ActNorm is initialised; parameters and state dict are those of the
-    layers.
+    On every backend but ``reference`` layers are joined where that gives the same numbers with less work: an `ActNorm`
+    directly before an `InvertibleConv1x1` is folded with it into one product, the other ActNorms share their
+    exponentials and sums, and neighbouring additive couplings run on the two halves of x. Parameters and state dict are
+    those of the layers; a layer with hooks, or an ActNorm yet to be initialised, runs by itself.
 
     Args:
         *layers: modules with ``layer(x, context) -> (z, ldj)`` and ``layer.inverse(z, context) -> (x, ldj)``.
@@ -45,51 +48,61 @@ class FlowSequential(nn.Sequential):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.reversible and torch.is_grad_enabled():
-            return run_reversible(self, self._steps, x, context)
-        return _run(self._steps(), x, context)
+            return run_reversible(self, lambda: self._steps(runs=False), x, context)
+        return _chain(self._steps(), x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        steps = self._steps()
-        folded = Folded([s for s in steps if isinstance(s, FoldedPair)], inverse=True)
-        return _chain(reversed(steps), folded, z, context)
+        return _chain(self._steps(), z, context, inverse=True)
 
     def extra_repr(self) -> str:
         return "reversible=True" if self.reversible else ""
 
-    def _steps(self) -> list:
-        """The layers as they are to run now, pairs folded."""
-        layers = list(self)
-        if current_backend() == "reference":
-            return layers
+    def _steps(self, runs: bool = True) -> list:
+        """The layers as they are to run now, pairs folded and, with `runs`, neighbouring additive couplings joined."""
+        backend = current_backend()
+        if backend == "reference":
+            return list(self)
+        runs = runs and backend == "auto"  # a forced backend runs its own kernels
         steps: list = []
-        for layer in layers:
+        for layer in self:
             if steps and FoldedPair.fits(steps[-1], layer):
                 steps[-1] = FoldedPair(steps[-1], layer)
+            elif runs and AdditiveRun.takes(layer):
+                earlier = steps.pop().layers if steps and isinstance(steps[-1], AdditiveRun) else ()
+                steps.append(AdditiveRun(*earlier, layer))
             else:
                 steps.append(layer)
         return steps
 
 
-def _run(steps: list, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    folded = Folded([s for s in steps if isinstance(s, FoldedPair)], inverse=False)
-    return _chain(steps, folded, x, context)
-
-
-def _chain(steps, folded: Folded, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def _chain(steps: list, x: Tensor, context: Tensor | None, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    folded = Folded([step for step in steps if isinstance(step, FoldedPair)], inverse)
+    joined = JoinedActNorms(_joinable(steps), inverse)
     dtype = work_dtype(x)
     log_dets: list[Tensor] = []
     first = x
-    for step in steps:
+    for step in reversed(steps) if inverse else steps:
         if isinstance(step, FoldedPair):
             x = folded.apply(step, x)
-            continue
-        x, log_det = step.inverse(x, context) if folded.inverse else step(x, context)
-        log_dets.append(log_det)
+        elif step in joined:
+            x = joined.apply(step, x)
+        else:
+            x, log_det = step.inverse(x, context) if inverse else step(x, context)
+            log_dets.append(log_det)
     if not log_dets:
         total = zero_log_det(first)
     else:
         # one sum over all layers, not an addition a layer
         total = log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
-    if folded.pairs:
-        total = total + folded.log_det(dtype)
+    for shared in (folded, joined):
+        if shared:
+            total = total + shared.log_det(dtype)
     return x, total
+
+
+def _joinable(steps: list) -> list:
+    """The ActNorms that had better run together; one alone gains nothing."""
+    if current_backend() == "reference":
+        return []
+    norms = [step for step in steps if JoinedActNorms.takes(step)]
+    return norms if len(norms) > 1 else []

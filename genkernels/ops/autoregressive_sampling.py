@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genkernels import reference
+from genkernels._plan import state_size
 from genkernels.ops._operator import (
     Operator,
     choose,
@@ -104,12 +105,12 @@ def autoregressive_sampling(
         drawn = torch.where(known, image.long(), drawn)
     if drawn.numel() == 0:
         return drawn
-    tensors, plan = flatten(stages, channels)
+    tensors, plan = flatten(stages, channels, width)
     tensors = [t.detach().to(dtype).contiguous() for t in tensors]
     noise = noise.detach().to(dtype).contiguous()
     plain = runs_reference(OPERATOR, noise)
     run = reference.autoregressive_sampling if plain else torch.ops.genkernels.autoregressive_sampling
-    state = noise.new_zeros((batch, 0 if plain else state_size(stages, channels, width)))
+    state = noise.new_zeros((batch, 0 if plain else state_size(plan)))
     step = rows_per_call or height
     for begin in range(0, height, step):
         end = min(begin + step, height)
@@ -117,22 +118,6 @@ def autoregressive_sampling(
         if progress is not None:
             progress(end, height)
     return drawn
-
-
-def state_size(stages: Sequence[Stage], channels: int, width: int) -> int:
-    """Elements that a sample's caches take: of each plane the last rows that anything reads, a pixel's channels
-    together.
-
-    Plane k: a ring of ``1 + max kh // 2`` rows of ``width + 2 * max(kw // 2)`` pixels, the borders staying 0; rounded
-    up to 16 elements. The kernels lay it out by the same rule and check the size.
-    """
-    size = 0
-    for plane, count in enumerate(plane_channels(stages, channels)):
-        read = [weight.shape[2:] for stage in stages for index, weight in stage.inputs if index == plane]
-        rows = 1 + max([0, *(kh // 2 for kh, _ in read)])
-        border = max([0, *(kw // 2 for _, kw in read)])
-        size += -(-rows * (width + 2 * border) * count // 16) * 16
-    return size
 
 
 # --- checks -------------------------------------------------------------------------------------------------------

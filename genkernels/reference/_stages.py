@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from genkernels._plan import PLANES, InputRecord, PlaneRecord, StageRecord, read
+
 ACTIVATIONS = ("none", "relu", "gate")
 
 
@@ -89,46 +91,70 @@ def network_output(stages: Sequence[Stage], image: Tensor) -> Tensor:
     return planes[-1]
 
 
-def flatten(stages: Sequence[Stage], channels: int) -> tuple[list[Tensor], list[int]]:
-    """The stages as what a torch operator takes: their tensors, and the rest as integers.
+_ALIGNMENT = 16  # elements: planes begin at multiples of it
 
-    The plan: the number of stages, then for each: channels before the activation, activation, residual (−1 for none),
-    vertical, whether there is a bias, dimensions of the condition (0 for none), the count of added planes and they, the
-    count of inputs and their planes.
+
+def flatten(stages: Sequence[Stage], channels: int, width: int) -> tuple[list[Tensor], list[int]]:
+    """The stages as what a torch operator takes: their tensors, and all the rest as integers.
+
+    The plan is laid out as `genkernels._plan` says, for images of `width` pixels.
     """
-    found = plane_channels(stages, channels)
+    sizes = plane_channels(stages, channels)
+    rows, borders = [1] * len(sizes), [0] * len(sizes)
+    for stage in stages:
+        for plane, weight in stage.inputs:
+            rows[plane] = max(rows[plane], 1 + weight.shape[2] // 2)
+            borders[plane] = max(borders[plane], weight.shape[3] // 2)
+    vertical = [False, *(stage.vertical for stage in stages)]
+    words, state = [], 0
+    for plane, count in enumerate(sizes):
+        pitch = (width + 2 * borders[plane]) * count
+        words += PlaneRecord(count, int(vertical[plane]), rows[plane], borders[plane], state, pitch)
+        state += -(-rows[plane] * pitch // _ALIGNMENT) * _ALIGNMENT
     tensors: list[Tensor] = []
-    plan = [len(stages)]
+    lists: list[int] = []
+    begin = PLANES + len(words) + len(stages) * len(StageRecord._fields)
     for k, stage in enumerate(stages):
-        plan += [stage.width(found[: k + 1]), ACTIVATIONS.index(stage.activation)]
-        plan += [-1 if stage.residual is None else stage.residual, int(stage.vertical), int(stage.bias is not None)]
-        plan += [0 if stage.condition is None else stage.condition.dim(), len(stage.added), *stage.added]
-        plan += [len(stage.inputs), *(index for index, _ in stage.inputs)]
-        tensors += stage.tensors()
-    return tensors, plan
+        added = begin + len(lists)
+        inputs = added + len(stage.added)
+        lists += stage.added
+        for plane, weight in stage.inputs:
+            lists += InputRecord(plane, len(tensors), *weight.shape[2:])
+            tensors.append(weight)
+        at = []
+        for tensor in (stage.bias, stage.condition):
+            at.append(-1 if tensor is None else len(tensors))
+            tensors += [] if tensor is None else [tensor]
+        words += StageRecord(
+            width=stage.width(sizes[: k + 1]),
+            made=sizes[k + 1],
+            activation=ACTIVATIONS.index(stage.activation),
+            residual=-1 if stage.residual is None else stage.residual,
+            vertical=int(stage.vertical),
+            bias=at[0],
+            condition=at[1],
+            condition_map=int(stage.condition is not None and stage.condition.dim() == 4),
+            added=added,
+            inputs=inputs,
+            end=begin + len(lists),
+        )
+    return tensors, [len(stages), state, *words, *lists]
 
 
 def unflatten(tensors: Sequence[Tensor], plan: Sequence[int]) -> list[Stage]:
     """The inverse of `flatten`."""
-    numbers, left = iter(plan), iter(tensors)
-    stages = []
-    for _ in range(next(numbers)):
-        next(numbers)
-        activation, residual, vertical, has_bias, condition = (next(numbers) for _ in range(5))
-        added = tuple(next(numbers) for _ in range(next(numbers)))
-        inputs = tuple([(next(numbers), next(left)) for _ in range(next(numbers))])
-        stages.append(
-            Stage(
-                inputs=inputs,
-                added=added,
-                bias=next(left) if has_bias else None,
-                condition=next(left) if condition else None,
-                activation=ACTIVATIONS[activation],
-                residual=None if residual < 0 else residual,
-                vertical=bool(vertical),
-            )
+    return [
+        Stage(
+            inputs=tuple((i.plane, tensors[i.tensor]) for i in inputs),
+            added=tuple(added),
+            bias=None if s.bias < 0 else tensors[s.bias],
+            condition=None if s.condition < 0 else tensors[s.condition],
+            activation=ACTIVATIONS[s.activation],
+            residual=None if s.residual < 0 else s.residual,
+            vertical=bool(s.vertical),
         )
-    return stages
+        for s, added, inputs in read(plan)[1]
+    ]
 
 
 def level_values(image: Tensor, levels: int, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,7 @@
 """The stages of a causal network as the Triton kernel of autoregressive_sampling takes them: records, and packed
 weights.
 
-The plan comes from `genkernels.reference._stages.flatten`, the layout of a sample's state from
-`genkernels.ops.autoregressive_sampling` (`state_size`); ``csrc/common/stages.h`` reads the same.
+The plan, with the layout of a sample's state: `genkernels._plan`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
+
+from genkernels._plan import PlaneRecord, StageRecord, read, state_size
 
 RELU = tl.constexpr(1)
 GATE = tl.constexpr(2)
@@ -89,70 +90,31 @@ PART = tl.constexpr(len(Part._fields))
 STAGE = tl.constexpr(len(Stage._fields))
 
 
-class _Plane:
-    """A plane's place in a sample's state: the layout of `genkernels.ops.autoregressive_sampling.state_size`."""
-
-    def __init__(self, channels: int, vertical: bool):
-        self.channels, self.vertical = channels, vertical
-        self.rows, self.border = 1, 0
-        self.at = self.pitch = 0
-
-    def ring(self, column: int = 0) -> tuple[int, int, int]:
-        """at, rows and pitch, from the pixel at `column` on."""
-        return self.at + (self.border + column) * self.channels, self.rows, self.pitch
-
-
-class _Read(NamedTuple):
-    """A stage, as the plan says it."""
-
-    width: int
-    activation: int
-    residual: int
-    vertical: bool
-    added: list[int]
-    inputs: list[tuple[int, Tensor]]
-    bias: Tensor | None
-    condition: Tensor | None
+def _ring(plane: PlaneRecord, column: int = 0) -> tuple[int, int, int]:
+    """at, rows and pitch of a plane, from the pixel at `column` on."""
+    return plane.at + (plane.border + column) * plane.channels, plane.rows, plane.pitch
 
 
 class Network:
     """The plan and its tensors as the kernel takes them: records, and packed weights, biases and conditions."""
 
-    def __init__(self, tensors, plan, channels: int, groups: int, noise: Tensor, begin: int, end: int):
+    def __init__(self, tensors, plan, groups: int, noise: Tensor, begin: int, end: int):
         self.groups, self.columns = groups, noise.shape[3]
-        stages, self.planes = self._read(tensors, plan, channels)
-        self.state_size = 0
-        for plane in self.planes:
-            plane.at, plane.pitch = self.state_size, (self.columns + 2 * plane.border) * plane.channels
-            self.state_size += -(-plane.rows * plane.pitch // 16) * 16
+        self.state_size = state_size(plan)
+        self.planes, stages = read(plan)
+        self.image_ring = _ring(self.planes[0])
         self.weights: list[Tensor] = []
         self.biases: list[Tensor] = []
         self.conditions: list[Tensor] = []
         self.parts: list[Part] = []
         self.stages: list[Stage] = []
         self.weights_size = self.biases_size = self.sums_size = self.condition_size = 0
-        self.gated = any(s.activation == GATE.value for s in stages)
-        self.block = max(s.width // self._blocks(s) for s in stages)
+        self.gated = any(s.activation == GATE.value for s, *_ in stages)
+        self.block = max(s.width // self._blocks(s) for s, *_ in stages)
         for k, stage in enumerate(stages):
-            self._add(stage, self.planes[k + 1], noise, begin, end)
+            self._add(*stage, self.planes[k + 1], tensors, noise, begin, end)
 
-    def _read(self, tensors, plan, channels):
-        numbers, left = iter(plan), iter(tensors)
-        planes, stages = [_Plane(channels, False)], []
-        for _ in range(next(numbers)):
-            width, activation, residual, vertical, has_bias, condition = (next(numbers) for _ in range(6))
-            added = [next(numbers) for _ in range(next(numbers))]
-            inputs = [(next(numbers), next(left)) for _ in range(next(numbers))]
-            for plane, weight in inputs:
-                planes[plane].rows = max(planes[plane].rows, 1 + weight.shape[2] // 2)
-                planes[plane].border = max(planes[plane].border, weight.shape[3] // 2)
-            bias = next(left) if has_bias else None
-            given = next(left) if condition else None
-            stages.append(_Read(width, activation, residual, bool(vertical), added, inputs, bias, given))
-            planes.append(_Plane(width // 2 if activation == GATE.value else width, bool(vertical)))
-        return stages, planes
-
-    def _blocks(self, stage: _Read) -> int:
+    def _blocks(self, stage: StageRecord) -> int:
         """Of outputs: halves of a gate, in each the data channels' groups."""
         return (2 if stage.activation == GATE.value else 1) * (1 if stage.vertical else self.groups)
 
@@ -161,14 +123,14 @@ class Network:
         t = t.unflatten(-1, (blocks, -1))
         return F.pad(t, (0, -t.shape[-1] % VECTOR.value)).flatten(-2)
 
-    def _add(self, stage: _Read, out: _Plane, noise: Tensor, begin: int, end: int) -> None:
+    def _add(self, stage: StageRecord, added, inputs, out: PlaneRecord, tensors, noise: Tensor, begin, end) -> None:
         blocks = self._blocks(stage)
         block = stage.width // blocks
         padded = -(-block // VECTOR.value) * VECTOR.value
         width = blocks * padded
         row, pixel = [], []
-        for index, weight in stage.inputs:
-            plane, (kh, kw) = self.planes[index], weight.shape[2:]
+        for index, tensor, kh, kw in inputs:
+            plane, weight = self.planes[index], tensors[tensor]
             stretch = kw * plane.channels * width
             for y in range(kh // 2 + 1):
                 up = kh // 2 - y
@@ -180,29 +142,29 @@ class Network:
                 centre = 0 if whole else plane.channels // self.groups
                 at = self.weights_size + y * stretch
                 (row if whole else pixel).append(
-                    Part(*plane.ring(-(kw // 2)), plane.channels, up, count, centre, int(index != 0), at)
+                    Part(*_ring(plane, -(kw // 2)), plane.channels, up, count, centre, int(index != 0), at)
                 )
             self.weights.append(self._pad(weight.permute(2, 3, 1, 0)[: kh // 2 + 1], blocks).flatten())
             self.weights_size += (kh // 2 + 1) * stretch
         row_added, pixel_added = [], []
-        for index in stage.added:
+        for index in added:
             plane = self.planes[index]
             whole = stage.vertical or plane.vertical
-            (row_added if whole else pixel_added).append(Part(*plane.ring(), plane.channels, 0, 0, 0, 0, 0))
+            (row_added if whole else pixel_added).append(Part(*_ring(plane), plane.channels, 0, 0, 0, 0, 0))
         # the first part of each of the four runs, and the end of the last
         runs = (row, row_added, pixel, pixel_added)
         bounds = accumulate(map(len, runs), initial=len(self.parts))
         self.parts += [part for run in runs for part in run]
-        self.biases.append(noise.new_zeros(width) if stage.bias is None else self._pad(stage.bias, blocks))
+        self.biases.append(noise.new_zeros(width) if stage.bias < 0 else self._pad(tensors[stage.bias], blocks))
         condition, by_row, by_column = -1, 0, 0
-        if stage.condition is not None:
-            condition, given = self.condition_size, stage.condition
-            if given.dim() == 4:
+        if stage.condition >= 0:
+            condition, given = self.condition_size, tensors[stage.condition]
+            if stage.condition_map:
                 given = given[:, :, begin:end].permute(0, 2, 3, 1)
                 by_row, by_column = self.columns * width, width
             self.conditions.append(self._pad(given, blocks).flatten(1))
             self.condition_size += self.conditions[-1].shape[1]
-        residual = (-1, 1, 0) if stage.residual < 0 else self.planes[stage.residual].ring()
+        residual = (-1, 1, 0) if stage.residual < 0 else _ring(self.planes[stage.residual])
         self.stages.append(
             Stage(
                 block,
@@ -217,7 +179,7 @@ class Network:
                 by_row,
                 by_column,
                 *bounds,
-                *out.ring(),
+                *_ring(out),
                 *residual,
             )
         )

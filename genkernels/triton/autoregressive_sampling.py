@@ -533,7 +533,7 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
     if image.numel() == 0 or begin >= end:
         return
     mixture = head == MIXTURE
-    net = _stages.Network(tensors, plan, channels, 1 if mixture else channels, noise, begin, end)
+    net = _stages.Network(tensors, plan, 1 if mixture else channels, noise, begin, end)
     mixtures = net.planes[-1].channels // (3 if channels == 1 else 10) if mixture else 0
     if state.shape != (n, net.state_size):
         raise ValueError(f"autoregressive_sampling: state must be {[n, net.state_size]}, got {list(state.shape)}")
@@ -563,7 +563,7 @@ def autoregressive_sampling(image, state, noise, known, tensors, plan, head, lev
             begin,
             end,
             len(net.stages),
-            *net.planes[0].ring(),
+            *net.image_ring,
             net.state_size,
             net.sums_size,
             net.condition_size,

@@ -11,7 +11,8 @@ import torch
 
 import genkernels as gk
 from genkernels import ops
-from genkernels.ops.autoregressive_sampling import HEADS, state_size
+from genkernels._plan import state_size
+from genkernels.ops.autoregressive_sampling import HEADS
 from genkernels.reference._stages import flatten
 from tests.ops.causal_networks import Maker, any_network, assert_same_draws, cast, plain, two_stacks, uniform
 
@@ -27,12 +28,12 @@ def kernel():
 def draw(kernel, stages, noise, *, levels, head="categorical", temperature=1.0, image=None, known=None, rows=None):
     channels = noise.shape[1] - (head == "logistic_mixture")
     shape = (noise.shape[0], channels, *noise.shape[2:])
-    tensors, plan = flatten(stages, channels)
+    tensors, plan = flatten(stages, channels, noise.shape[3])
     drawn = torch.zeros(shape, dtype=torch.int64)
     if known is not None:
         known = known.expand(shape).contiguous()
         drawn = torch.where(known, image, drawn)
-    state = noise.new_zeros(noise.shape[0], state_size(stages, channels, noise.shape[3]))
+    state = noise.new_zeros(noise.shape[0], state_size(plan))
     rows = rows or max(shape[2], 1)
     for begin in range(0, shape[2], rows):
         end = min(begin + rows, shape[2])
@@ -153,7 +154,7 @@ def test_no_access_outside_the_inputs(kernel):
 
 def test_a_wrong_state_is_refused(kernel):
     stages, noise = cast(plain(), F32), uniform(1, 1, 2, 2, dtype=F32)
-    tensors, plan = flatten(stages, 1)
+    tensors, plan = flatten(stages, 1, 2)
     image = torch.zeros(1, 1, 2, 2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="autoregressive_sampling: state must be"):
         kernel(image, noise.new_zeros(1, 3), noise, None, tensors, plan, 0, 5, 1.0, 0, 2)

@@ -103,21 +103,6 @@ def test_a_wrong_plan_reads_nothing_outside(kernels):
         kernels.made_inverse(z, context, *beside, wrong_order, wrong_counts, residual, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("strict", [False, True])
-def test_masked_products(kernels, poisoned_memory, strict, dtype):
-    into, out = torch.randint(0, 5, (7,)), torch.randint(0, 5, (9,))
-    x, weight, bias, grad = (torch.randn(s, dtype=torch.float64).to(dtype) for s in ((4, 7), (9, 7), (9,), (4, 9)))
-    for name, arguments in (
-        ("masked_linear", (x, weight, bias)),
-        ("masked_linear", (x, weight, None)),
-        ("masked_linear_grad_input", (grad, weight)),
-        ("masked_linear_grad_weight", (grad, x)),
-    ):
-        ours, theirs = (getattr(m, name)(*arguments, into, out, strict) for m in (kernels, reference))
-        torch.testing.assert_close(ours, theirs)
-
-
 def test_too_many_layers_are_refused(kernels):
     z, *rest = network(2, (2,) * 17, False, False, 1, torch.float32)
     with pytest.raises(RuntimeError, match="the CUDA kernels take at most 16 hidden layers"):

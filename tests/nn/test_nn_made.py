@@ -8,7 +8,7 @@ import torch
 
 import genkernels as gk
 from genkernels import nn as gnn
-from genkernels.nn import MADE, AutoregressiveTransform, InverseAutoregressiveTransform, MaskedLinear
+from genkernels.nn import MADE, AutoregressiveTransform, InverseAutoregressiveTransform, MaskedLinear, masked_linear
 from tests.nn.flow_checks import brute_log_det, perturb
 
 ORDERS = ["natural", "reversed", "random"]
@@ -381,3 +381,43 @@ def test_shapes_alone_on_the_meta_device(method):
     layer = gk.nn.AutoregressiveTransform(gk.nn.MADE(4, 8), method=method).to("meta")
     for result, ldj in (layer(torch.empty(3, 4, device="meta")), layer.inverse(torch.empty(3, 4, device="meta"))):
         assert result.shape == (3, 4) and ldj.shape == (3,) and result.is_meta
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_small_layers_as_dense_products(strict, rank):
+    """The same values and gradients as the operator, whatever stands in dead weights; their gradient is exactly 0."""
+    layer = MaskedLinear(4, 6, [1, 2, 3, 3], [1, 2, 2, 3, 3, 3], strict=strict, dtype=torch.float64)
+    layer.weight.data[layer.dead] = float("nan")
+    x = torch.randn(*(2, 3)[: rank - 1], 4, dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in ("auto", "reference"):
+        with gk.use_backend(backend):
+            assert (layer._dense_dtype(x) is None) == (backend == "reference")
+            y = layer(x)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), [x, layer.weight, layer.bias])])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert layer.dead.any() and not results[0][2][layer.dead].any()
+    assert torch.equal(layer.dead, ~layer.mask)
+
+
+def test_which_layers_are_dense_products(monkeypatch):
+    small, large = (MaskedLinear(n, n, range(1, n + 1), range(1, n + 1)) for n in (256, 257))
+    x = torch.randn(2, 256)
+    monkeypatch.setattr(masked_linear, "BF16_UNITS", False)
+    with gk.use_backend("auto"):
+        assert small._dense_dtype(x) == torch.float32 and large._dense_dtype(torch.randn(2, 257)) is None
+        assert (
+            small._dense_dtype(x.double()) is None and small._dense_dtype(x[:, 1:]) is None
+        )  # refused by the operator
+        with pytest.raises(TypeError, match="made: weight must have the dtype of x"):
+            small(x.double())
+        for units in (False, True):
+            monkeypatch.setattr(masked_linear, "BF16_UNITS", units)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert (large._dense_dtype(torch.randn(2, 257)) == torch.bfloat16) == units
+                assert small(x).dtype == small(x.bfloat16()).dtype == torch.bfloat16
+    if not gk.backends.why_missing("cpu"):
+        with gk.use_backend("cpu"):
+            assert small._dense_dtype(x) is None

@@ -1,10 +1,13 @@
 """MaskedConv2d: a Conv2d to its state dict, and a stack of them is autoregressive."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import genkernels as gk
+from genkernels.nn import masked_conv as masked_conv_layer
 
 
 def test_is_a_conv2d_and_loads_its_state_dict():
@@ -170,3 +173,46 @@ def test_a_layer_made_without_storage_gets_its_mask_with_its_weights(assign):
         empty.mask.fill_(True)  # as anything may stand in fresh memory
     empty.load_state_dict(layer.state_dict(), assign=assign)
     assert torch.equal(empty.mask, layer.mask) and torch.equal(empty.masked_weight(), layer.masked_weight())
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize(
+    ("activation", "condition", "residual"),
+    [("none", None, False), ("relu", 2, True), ("relu", 4, False), ("gate", 2, False), ("gate", None, True)],
+)
+def test_bf16_by_torch_itself(monkeypatch, autocast, activation, condition, residual):
+    """Where a CPU has matrix units for bf16: within the error that the reference has in bf16, gradients too."""
+    monkeypatch.setattr(masked_conv_layer, "BF16_UNITS", True)
+    layer = gk.nn.MaskedConv2d("B", 4, 8, 3, activation=activation)
+    leaving = 4 if activation == "gate" else 8
+    shapes = {None: None, 2: (3, 8), 4: (3, 8, 5, 6)}[condition], (3, leaving, 5, 6) if residual else None
+    tensors = [torch.randn(3, 4, 5, 6), *(None if shape is None else torch.randn(shape) for shape in shapes)]
+
+    def run(backend, dtype, autocasting):
+        twin = copy.deepcopy(layer).to(dtype)
+        inputs = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
+        with gk.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocasting):
+            out = twin(*inputs)
+        assert out.dtype == (torch.bfloat16 if autocasting else dtype)
+        leaves = [t for t in inputs if t is not None] + list(twin.parameters())
+        return [out, *torch.autograd.grad((out.double() ** 2).sum(), leaves)]
+
+    truth = run("reference", torch.float64, False)
+    found, own = (run(b, torch.float32 if autocast else torch.bfloat16, autocast) for b in ("auto", "reference"))
+    for value, base, exact in zip(found, own, truth, strict=True):
+        error, allowed = (float((t.detach().double() - exact.detach()).norm()) for t in (value, base))
+        assert error <= 2 * allowed + 1e-3 * float(exact.detach().norm())
+    dead = ~layer.mask
+    assert dead.any() and not found[-2][dead].any()
+
+
+def test_bf16_by_torch_itself_says_what_is_wrong_as_the_operator_does(monkeypatch):
+    monkeypatch.setattr(masked_conv_layer, "BF16_UNITS", True)
+    layer = gk.nn.MaskedConv2d("B", 4, 8, 3).bfloat16()
+    x = torch.randn(2, 4, 5, 5).bfloat16()
+    with pytest.raises(ValueError, match="residual must be"):
+        layer(x, None, torch.zeros(2, 1, 5, 5).bfloat16())
+    with pytest.raises(ValueError, match="condition must be"):
+        layer(x, torch.zeros(2, 1).bfloat16())
+    with pytest.raises(TypeError, match="must have x's dtype"):
+        layer(x.float())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from genkernels import reference
-from genkernels.ops.autoregressive_sampling import HEADS, state_size
+from genkernels._plan import state_size
+from genkernels.ops.autoregressive_sampling import HEADS
 from genkernels.reference._stages import flatten
 from genkernels.triton import autoregressive_sampling as kernels
 from tests.ops.causal_networks import Maker, any_network, assert_same_draws, cast, plain, two_stacks, uniform
@@ -21,14 +22,14 @@ def draw(
     channels = noise.shape[1] - (head == "logistic_mixture")
     shape = (noise.shape[0], channels, *noise.shape[2:])
     noise = noise.to(device)
-    tensors, plan = flatten(cast(stages, noise.dtype, device), channels)
+    tensors, plan = flatten(cast(stages, noise.dtype, device), channels, noise.shape[3])
     drawn = torch.zeros(shape, dtype=torch.int64)
     if known is not None:
         known = known.expand(shape).contiguous()
         drawn = torch.where(known, image, drawn)
         known = known.to(device)
     drawn = drawn.to(device)
-    state = noise.new_zeros(noise.shape[0], state_size(stages, channels, noise.shape[3]))
+    state = noise.new_zeros(noise.shape[0], state_size(plan))
     for begin in range(0, shape[2], rows or max(shape[2], 1)):
         end = min(begin + (rows or shape[2]), shape[2])
         given = (drawn, state, noise, known, tensors, plan, HEADS.index(head), levels, temperature, begin, end)
@@ -177,7 +178,7 @@ def test_empty_batch_and_no_rows(device):
 
 def test_a_wrong_state_is_refused(device):
     noise = uniform(1, 1, 2, 2).float().to(device)
-    tensors, plan = flatten(cast(plain(), F32, device), 1)
+    tensors, plan = flatten(cast(plain(), F32, device), 1, 2)
     image = torch.zeros(1, 1, 2, 2, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match=r"^autoregressive_sampling: state must be \[1, \d+\], got \[1, 3\]"):
         kernels.autoregressive_sampling(image, noise.new_zeros(1, 3), noise, None, tensors, plan, 0, 5, 1.0, 0, 2)

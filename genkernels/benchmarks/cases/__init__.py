@@ -58,6 +58,9 @@ from torch import Tensor
 
 from genkernels._words import UsageError, near_names
 
+#: What ``genkernels bench`` measures beside operators: `genkernels.benchmarks.training_step`. It has no file here.
+WHOLE_STEPS = "training_step"
+
 
 def ready(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes once what a reference needs beside its inputs (a mask): cached; for ``torch.compile`` a constant, not part
@@ -137,6 +140,6 @@ def find(names: Iterable[str], *, device: str = "cpu", quick: bool = False) -> l
 
 def _unknown(name: str, known: list[str], device: str, quick: bool) -> str:
     variants = {case.name for operator in known for case in of_operator(operator, device, quick)}
-    options = sorted({*known, *variants})
+    options = sorted({*known, *variants, WHOLE_STEPS})
     near = near_names(name, options, count=3) or known[:8]
     return f"bench: CASE must be an operator or one of its variants, got {name!r}; nearest: {', '.join(near)}"

@@ -57,7 +57,9 @@ def adapters(operator: str):
 def of(case: Case) -> tuple[str, ...]:
     """The peers that have this case's operator."""
     module = adapters(case.operator)
-    return module.PEERS if module else ()
+    if module is None:
+        return ()
+    return module.offered(case) if hasattr(module, "offered") else module.PEERS
 
 
 @dataclass

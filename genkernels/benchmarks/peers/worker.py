@@ -28,6 +28,9 @@ class Worker:
         torch.set_num_threads(problem["threads"])
         direction = problem["direction"]
         module = peers.adapters(problem["operator"])
+        if hasattr(module, "open_step"):  # whole models, not operators
+            fault, self.work = module.open_step(self.peer, problem)
+            return {"fault": fault}
         adapter = module.adapter(self.peer, problem["settings"], direction, problem["shape"])
         ours = Inputs(problem["args"], problem["cotangents"])
         # arranging inside the graph brings the gradients back into our layout, for the gate alone

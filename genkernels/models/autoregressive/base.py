@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from genkernels import losses, ops
 from genkernels.models._model import LikelihoodModel
+from genkernels.nn._values import readable
 from genkernels.nn.dequantize import uniform
 from genkernels.ops.autoregressive_sampling import HEADS
 
@@ -207,7 +208,7 @@ class PixelModel(LikelihoodModel):
         self._check_shape(x)
         if not (x.is_floating_point() or x.dtype == torch.uint8):
             raise TypeError(f"{name}: x must be uint8 level indices or floats in [0, 1], got {x.dtype}")
-        if x.device.type == "cpu" and x.numel():
+        if readable(x):
             low, high = (bound.item() for bound in x.aminmax())
             top = self.grey_levels - 1 if x.dtype == torch.uint8 else 1
             if not (0 <= low and high <= top):  # also NaN, which has no grey level

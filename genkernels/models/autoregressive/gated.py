@@ -22,6 +22,7 @@ class GatedPixelCNN(PixelModel):
         kernel_size: of the layers after the first, odd; the first has 7.
         head: ``categorical``: a softmax over the levels; ``logistic_mixture``: `mixtures` discretised logistics a
             pixel, whose coefficients tie its channels together (PixelCNN++). 1 or 3 channels.
+        mixtures: how many logistics a pixel, for `logistic_mixture`.
         dropout: share of whole channels that are dropped before each gated layer, in training.
         num_classes: condition every layer on a class y.
 

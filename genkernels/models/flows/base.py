@@ -140,8 +140,8 @@ class FlowModel(LikelihoodModel):
         Args:
             n: how many; 0 gives an empty tensor.
             temperature: multiplies the prior's standard deviation (Kingma & Dhariwal 2018). For flows of constant
-                determinant (additive coupling) that samples :math:`p(x)^{1/T^2}` up to normalisation exactly; for
-                others it is a heuristic.
+                determinant (additive coupling) and a normal prior that samples :math:`p(x)^{1/T^2}` up to normalisation
+                exactly; for others it is a heuristic.
             generator: of everything random, on any device; the same state gives the same sample.
             y: class indices ``[n]``, or one for all; None draws them evenly where the model has classes.
 

@@ -30,7 +30,8 @@ class MAF(FlowModel):
     Args:
         shape: ``(C, H, W)``, flattened, or ``(D,)``.
         transforms: autoregressive transforms, an ActNorm in front of each. hidden: width of their MADE. hidden_layers:
-            of it; with `residual`: residual blocks of two layers each, after a first layer.
+            of it.
+        residual: `hidden_layers` are residual blocks of two layers each, after a first layer.
         order: of the features: ``alternate`` (forwards, backwards, …), ``natural``, ``reversed`` or ``random``, another
             in each transform.
         scale_map: of the transforms, as for `AutoregressiveTransform`; the bounded ``tanh`` keeps densities and samples

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels.nn import Conv2dZeros, _small_grid
+from genkernels.nn._layout import convolution_layout
 from genkernels.nn._log_det import zero_log_det
 
 
@@ -32,7 +33,7 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if _small_grid.suits(x, self.second.out_channels * max(self.first.in_channels, self.last.out_channels)):
             return self._dense(x, context)
-        h = self.first(x)
+        h = convolution_layout(self.first(convolution_layout(x)))  # x of one channel has either layout
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
         h = F.relu(self.second(F.relu(h)))
@@ -71,7 +72,7 @@ class ResidualNet(nn.Module):
         self.context = nn.Linear(context_features, hidden, bias=False) if context_features else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.first(x)
+        h = convolution_layout(self.first(convolution_layout(x)))  # x of one channel has either layout
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
         for block in self.blocks:

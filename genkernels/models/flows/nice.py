@@ -12,7 +12,8 @@ from genkernels.nn import ActNorm, AffineCoupling, EvenOdd, FlowSequential, Prio
 
 
 class NICE(FlowModel):
-    """NICE for images (as vectors) and points: its determinant is constant, so sampling at a temperature is exact.
+    """NICE for images (as vectors) and points: its determinant is constant, so that sampling at a temperature is exact
+    with a normal prior.
 
     The paper's diagonal scale is an `ActNorm` here: a bias beside the scale, and a data-dependent start. Even and odd
     features take turns in passing, as in the paper.

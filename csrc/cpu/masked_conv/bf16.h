@@ -1,14 +1,12 @@
-// The two products of a masked convolution (masked_conv.h) in bf16, two multiplications a lane: AVX512-BF16's
-// vdpbf16ps, sum += a0·b0 + a1·b1 with bf16 factors and an fp32 sum, half the instructions of fp32.
+// The two products of a masked convolution (products.h) in bf16, two multiplications a lane: AVX512-BF16's vdpbf16ps,
+// sum += a0·b0 + a1·b1 with bf16 factors and an fp32 sum, half the instructions of fp32.
 //
-// correlate: the two are neighbouring channels of one pixel: x is staged as 32-bit elements (channel 2i low, 2i + 1
-// high; beyond an odd
-//            number of channels zero), a weight is the pair of its two channels. An entry is one live tap of one pair
-//            of channels; a weight that only its neighbour keeps alive counts as 0.
-// outer:     the two are neighbouring pixels of one row: g is turned as [pair of pixels][channel], and x's two pixels
-// are any two
-//            neighbours of a plane of bf16, read as 32 bits. The last pixel of an odd row is multiplied alone, beside
-//            zeros.
+// correlate: the two are neighbouring channels of one pixel. x is staged as 32-bit elements (channel 2i low, 2i + 1
+//            high; beyond an odd number of channels zero), a weight is the pair of its two channels. An entry is one
+//            live tap of one pair of channels; a weight that only its neighbour keeps alive counts as 0.
+// outer:     the two are neighbouring pixels of one row. g is turned as [pair of pixels][channel], and x's two pixels
+//            are any two neighbours of a plane of bf16, read as 32 bits. The last pixel of an odd row is multiplied
+//            alone, beside zeros.
 //
 // The instruction takes denormal factors and gives denormal sums as 0, and rounds to nearest even; NaN and infinity are
 // as usual. So does vcvtneps2bf16, which rounds the results. Sums are not cut into runs as in fp32: what they lose is
@@ -18,7 +16,7 @@
 // processor may run it.
 #pragma once
 
-#include "masked_conv.h"
+#include "products.h"
 
 #if defined(__x86_64__)
 #  include <immintrin.h>

@@ -1,12 +1,10 @@
 // The two products of a masked convolution over live taps, in registers, and the scratch that they read.
 //
 // correlate: out[o][q] = shift[o] + Σ_e w[e][o] · x[q + at_e], an entry e being one live tap of one input channel.
-// Lanes are pixels; C
-//            output channels by V vectors of pixels are held in registers. Serves the forward pass and, with the roles
-//            of the channels swapped and the taps mirrored, the gradient of x.
+//            Lanes are pixels; C output channels by V vectors of pixels are held in registers. Serves the forward pass
+//            and, with the roles of the channels swapped and the taps mirrored, the gradient of x.
 // outer:     acc[e][o] += Σ_q x[q + at_e] · g[q][o]. Lanes are output channels; E entries by V vectors of channels are
-// held. Serves the
-//            gradient of the weight.
+//            held. Serves the gradient of the weight.
 //
 // Staged image. A band of rows is copied to scratch with zeros around, channel by channel, so that no product asks
 // where the border is: row r starts at lead + (r + up)·pitch, where pitch = W + the wider of the left and right reach;
@@ -14,8 +12,8 @@
 // vectors of pixels run on from one row into the next.
 #pragma once
 
-#include "common.h"
-#include "vector.h"
+#include "../common.h"
+#include "../vector.h"
 
 #include <memory>
 
@@ -322,7 +320,7 @@ void stage_transposed(const S* image, int64_t channels, const Band& b, int64_t f
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------
 
-// One product a lane: storage S is widened to T as it is staged. Pairs (masked_conv_bf16.h) has the same members.
+// One product a lane: storage S is widened to T as it is staged. Pairs (bf16.h) has the same members.
 template <typename T>
 struct Single {
   using Staged = T;  // an element of a staged plane, of a packed weight, of g turned

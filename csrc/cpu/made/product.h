@@ -7,8 +7,8 @@
 // while all rows pass over them.
 #pragma once
 
-#include "common.h"
-#include "vector.h"
+#include "../common.h"
+#include "../vector.h"
 
 #include <array>
 #include <memory>

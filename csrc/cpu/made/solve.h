@@ -1,8 +1,8 @@
 // The blocked triangular solves of `made` for one chunk of samples; made.cpp says how and why.
 #pragma once
 
-#include "../common/scale_map.h"
-#include "made_product.h"
+#include "../../common/scale_map.h"
+#include "product.h"
 
 namespace genkernels {
 namespace made {
@@ -14,12 +14,11 @@ constexpr int64_t kBlock = 32;  // features of a block
 // A network as the solves read it. Hidden units are sorted by degree, features stand in the order of the steps.
 template <typename T>
 struct Network {
-  int64_t features = 0;        // D
-  std::vector<int64_t> sizes;  // units of each hidden layer
-  std::vector<const T*> weights,
-      biases;                          // of each layer, the last one's rows: s of every feature in data order, then t
-  std::vector<int64_t> order;          // [D] the feature of each step
-  std::vector<const int64_t*> counts;  // of each hidden layer [D + 1]: units known once k features are
+  int64_t features = 0;                   // D
+  std::vector<int64_t> sizes;             // units of each hidden layer
+  std::vector<const T*> weights, biases;  // of each layer; the last one's rows: s of all features in data order, then t
+  std::vector<int64_t> order;             // [D] the feature of each step
+  std::vector<const int64_t*> counts;     // of each hidden layer [D + 1]: units known once k features are
   bool residual = false;
   ScaleMap map = ScaleMap::kExp;
 
@@ -49,10 +48,9 @@ struct Chunk {
   const Network<T>& net;
   int64_t width;  // samples, rounded up to whole vectors
   Scratch<T> x;   // [D, width], in the order of the steps
-  std::vector<std::unique_ptr<Scratch<T>>>
-      units;  // [H, width] of each layer: pre-activations while they grow, then activations
-  std::vector<std::unique_ptr<Scratch<T>>>
-      values;  // pre-activations that a residual block adds on; null for other layers
+  // [H, width] of each layer: pre-activations while they grow, then activations; and the pre-activations that a
+  // residual block adds on, null for other layers
+  std::vector<std::unique_ptr<Scratch<T>>> units, values;
 
   Chunk(const Network<T>& network, int64_t samples)
       : net(network), width(round_up(samples, kLanes<T>)), x(network.features * width) {
@@ -208,8 +206,9 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
   for (int64_t n = 0; n < width; ++n) by_ldj[n] = grad_ldj && n < count ? grad_ldj[n] : T(0);
   const auto signal = [&](int64_t layer, int64_t row) -> T* { return *signals[layer] + row * width; };
 
-  // Columns [from, to) of the layer above each hidden layer (layer −1: of the first layer, for x), packed [rows, to −
-  // from], from the row `first` on. The last layer's rows come in the order of the steps, s and t side by side.
+  // Columns [from, to) of the layer above each hidden layer (layer −1: of the first layer, for x), packed
+  // [rows, to − from], from the row `first` on. The last layer's rows come in the order of the steps, s and t side by
+  // side.
   int64_t widest = D;
   for (int64_t size : net.sizes) widest = std::max(widest, size);
   std::vector<std::vector<T>> panels(net.hidden() + 1);

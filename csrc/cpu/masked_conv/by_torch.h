@@ -4,12 +4,13 @@
 // the weight's gradient depend on the number of threads.
 #pragma once
 
-#include "masked_conv_problem.h"
+#include "epilogue.h"
 
 #include <array>
 
 namespace genkernels {
 namespace masked {
+namespace {
 
 inline bool torch_is_faster(const Tensor& x) {
 #if defined(__x86_64__)
@@ -77,5 +78,44 @@ inline std::tuple<Tensor, Tensor, Tensor> torch_backward(const Problem& p, const
   return {dense(want_x, grad_x), dense(want_weight, grad_weight), grad_bias};
 }
 
+// masked_conv in whole.
+template <typename S>
+std::tuple<Tensor, Tensor> forward_by_torch(const Problem& p, const Tensor& x, const Tensor& weight,
+                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& condition,
+                                            const std::optional<Tensor>& residual, Tensor pre, bool kept) {
+  using T = arithmetic_t<S>;
+  const Tensor product = torch_convolution(p, x, masked_weight<S>(p, weight), bias);  // adds the bias before it rounds
+  if (p.activation == Activation::kNone && !condition.has_value() && !residual.has_value()) return {product, pre};
+  Tensor output = empty(x, {p.batch, p.left(), p.height, p.width});
+  const bool flat = condition.has_value() && condition->dim() == 2;
+  std::vector<T> shift(flat ? p.batch * p.outputs : 0);
+  if (flat) load(data<S>(condition), shift.data(), int64_t(shift.size()));
+  const Epilogue<S> epilogue{p, flat ? nullptr : data<S>(condition), data<S>(residual), mutable_data<S>(output),
+                             kept ? mutable_data<S>(pre) : nullptr};
+  const S* from = data<S>(product);
+  torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+    T* image = scratch<T>(1, p.outputs * p.pixels());
+    for (int64_t n = begin; n < end; ++n) {
+      load(from + n * p.outputs * p.pixels(), image, p.outputs * p.pixels());
+      for (int64_t o = 0; flat && o < p.outputs; ++o)
+        for (int64_t i = 0; i < p.pixels(); ++i) image[o * p.pixels() + i] += shift[n * p.outputs + o];
+      epilogue.template apply<Single<T>>(n, 0, p.height, image, p.pixels(), p.width);
+    }
+  });
+  return {output, pre};
+}
+
+// The gradients of x and weight, and of the bias where nothing else sums g, replaced where they are wanted.
+template <typename S>
+void gradients_by_torch(const Problem& p, const Tensor& g, const Tensor& x, const Tensor& weight, bool want_x,
+                        bool want_weight, bool want_bias, Tensor& grad_x, Tensor& grad_w, Tensor& grad_bias) {
+  if (!want_x && !want_weight && !want_bias) return;
+  const auto found = torch_backward(p, g, x, masked_weight<S>(p, weight), want_x, want_weight, want_bias);
+  if (want_x) grad_x = std::get<0>(found);
+  if (want_weight) grad_w = masked_weight<S>(p, std::get<1>(found));
+  if (want_bias) grad_bias = std::get<2>(found);
+}
+
+}  // namespace
 }  // namespace masked
 }  // namespace genkernels

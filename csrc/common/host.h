@@ -1,0 +1,125 @@
+// What the host code of every backend shares: names of the stable ABI, a tensor's memory, fresh tensors, the dispatch
+// on dtypes, and errors of one sentence.
+//
+// A backend's source registers operators; each of them describes its call, allocates, looks at the dtypes and hands
+// over to kernels (CPU) or launchers (CUDA). Where two backends have an operator, all of this but the last step stands
+// in csrc/common/<operator>.h, with the backend as a template argument. Shapes, devices and contiguity were checked
+// above, in genkernels/ops, which also has the schemas; here only what memory safety needs and Python does not look at.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace genkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+// ---- errors -----------------------------------------------------------------------------------------------------
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... sentence) {
+  std::ostringstream text;
+  (text << ... << sentence);
+  throw std::runtime_error(text.str());  // torch makes it a RuntimeError
+}
+
+template <typename... Parts>
+void require(bool holds, const Parts&... sentence) {
+  if (!holds) fail(sentence...);
+}
+
+// ---- tensors ----------------------------------------------------------------------------------------------------
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+const T* data(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  std::vector<int64_t> shape(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
+  return shape;
+}
+
+// Contiguous tensors on like's device: with memory as it comes, or zeros.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, shape);
+}
+inline Tensor empty(const Tensor& like) {
+  return torch::stable::new_empty(like, shape_of(like));
+}
+inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_zeros(like, shape);
+}
+
+// ---- dtypes -----------------------------------------------------------------------------------------------------
+
+// The type that values of storage type S are computed in.
+template <typename S>
+using arithmetic_t = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+inline ScalarType arithmetic_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <typename T>
+struct Dtype;
+template <>
+struct Dtype<double> {
+  static constexpr ScalarType kType = ScalarType::Double;
+  static constexpr const char* kName = "float64";
+};
+template <>
+struct Dtype<float> {
+  static constexpr ScalarType kType = ScalarType::Float;
+  static constexpr const char* kName = "float32";
+};
+template <>
+struct Dtype<BFloat16> {
+  static constexpr ScalarType kType = ScalarType::BFloat16;
+  static constexpr const char* kName = "bfloat16";
+};
+template <>
+struct Dtype<Half> {
+  static constexpr ScalarType kType = ScalarType::Half;
+  static constexpr const char* kName = "float16";
+};
+
+// Calls f.operator()<T>() for the one of the types Ts that `t` holds; `what` names the tensor in the error.
+template <typename... Ts, typename F>
+void with_dtype(const char* what, const Tensor& t, F&& f) {
+  const ScalarType type = t.scalar_type();
+  if (((type == Dtype<Ts>::kType && (f.template operator()<Ts>(), true)) || ...)) return;
+  std::string names;
+  ((names += (names.empty() ? "" : ", ") + std::string(Dtype<Ts>::kName)), ...);
+  fail(what, " must have one of the dtypes ", names);
+}
+
+}  // namespace genkernels

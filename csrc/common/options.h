@@ -1,0 +1,24 @@
+// The options of the operators, as the numbers that Python passes: the IntEnums of genkernels/_options.py have the same
+// names and values, and a test in tests/native holds the two to each other.
+#pragma once
+
+namespace genkernels {
+
+// affine_coupling and made: log σ as a function of s.
+enum class ScaleMap : int { kExp = 0, kSigmoid = 1, kTanh = 2, kAdditive = 3 };
+
+// affine_coupling: which elements are transformed, and how log-scales and shifts lie in params.
+enum class Split : int { kChannel = 0, kCheckerboard = 1 };
+enum class Layout : int { kHalves = 0, kInterleaved = 1 };
+
+// masked_conv and the stages of autoregressive_sampling.
+enum class Activation : int { kNone = 0, kRelu = 1, kGate = 2 };
+
+// masked_conv: whether a pixel sees itself, and which pixels it sees.
+enum class MaskType : int { kA = 0, kB = 1 };
+enum class Region : int { kRaster = 0, kVertical = 1, kHorizontal = 2 };
+
+// autoregressive_sampling: what the last plane parametrises.
+enum class Head : int { kCategorical = 0, kLogisticMixture = 1 };
+
+}  // namespace genkernels

@@ -1,0 +1,369 @@
+"""``genkernels bench training_step [MODEL …]``: whole training steps of whole models.
+
+A step is what training does: the loss, its backward pass, the gradients clipped to norm 1, Adam. Models stand at their
+presets, on synthetic data of the presets' form (grey levels, or points), dropout off so that all providers can be held
+against the same numbers. ``bfloat16`` rows are training's bf16-mixed: fp32 weights and data, the loss under autocast.
+
+The providers:
+
+- ``reference``: eager PyTorch, no kernel of ours (``use_backend("reference")``);
+- ``compiled``: ``torch.compile`` of the reference's loss, one graph;
+- ``fused``: the model as it is, our kernels where they are faster;
+- ``fused compiled``: its loss inside ``torch.compile``, one graph;
+- a peer's model, where one computes the same function (`genkernels.benchmarks.peers.training_step`).
+
+**The gate.** Every provider trains for `GATE_STEPS` steps from the same weights on the same batches with the same noise
+(Adam at the step sizes of a run's warm-up), and each of its losses is held against the reference's in fp32:
+
+- fp32 rows: ``|loss − reference| ≤ TOLERANCE · max(1, |reference|)``, the first as well as the last;
+- bf16 rows: ``|loss − reference| ≤ 2 · E + TOLERANCE · max(1, |reference|)``, E being the largest distance over these
+  steps that the reference itself has when it is run in bf16.
+
+A provider that fails shows no speed. The time is then that of the steps that follow, on the last of the batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from genkernels._words import UsageError, near_names
+from genkernels.backends import use_backend, why_missing
+from genkernels.benchmarks.cases import WHOLE_STEPS
+from genkernels.benchmarks.measure import Inputs, Work
+from genkernels.benchmarks.providers import Unavailable, first_line
+from genkernels.models import MODELS, Model
+
+NAME = WHOLE_STEPS
+PRESETS = ("digits", "points", "photos32")
+GATE_STEPS, QUICK_GATE_STEPS = 30, 3
+TOLERANCE = 1e-4
+LR, WARMUP, CLIP = 1e-3, 100, 1.0  # as `genkernels train` begins a long run
+#: Examples a step: training's own number, less where an image has thousands of values.
+BATCHES = {"digits": 64, "points": 64, "photos32": 8}
+#: Rows whose reference would run for hours, and why: nothing could be held against it.
+NO_REFERENCE = {("iaf", "photos32"): "the reference's density takes D = 3,072 passes of each network"}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One model at one preset in one precision; a row group of the table, as `genkernels.benchmarks.cases.Case` is."""
+
+    model: str
+    preset: str
+    dtype: torch.dtype
+    gate_steps: int = GATE_STEPS
+    direction: str = "step"
+    bytes: int = 0  # a step is no one kernel: it has no share of the machine's peak
+    flops: int = 0
+    yardstick = None
+    operator = NAME
+
+    @property
+    def name(self) -> str:
+        return f"{NAME}/{self.model}/{self.preset}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def title(self) -> str:
+        return "  ".join((self.name, "×".join(map(str, self.shape)), self.dtype_name, self.direction))
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, ...]:
+        with torch.device("meta"):
+            return (BATCHES[self.preset], *self.make().shape)
+
+    def make(self) -> Model:
+        return MODELS[self.model].from_preset(self.preset)
+
+
+def cases(quick: bool = False) -> list[StepCase]:
+    """Every model at every preset that has a row; with `quick` the smallest of each model, in fp32."""
+    presets = {model: [p for p in PRESETS if p in MODELS[model].presets] for model in MODELS}
+    every = [(m, p) for m, names in presets.items() for p in names if (m, p) not in NO_REFERENCE]
+    if quick:
+        first = {m: p for m, p in reversed(every) if p != "photos32"}
+        return [StepCase(m, first[m], torch.float32, QUICK_GATE_STEPS) for m in presets if m in first]
+    return [StepCase(m, p, dtype) for dtype in DTYPES for m, p in every]
+
+
+def find(names: Iterable[str], quick: bool = False) -> list[StepCase]:
+    """The cases that the command line names: ``training_step glow maf/points`` or ``training_step/glow``; all of them
+    where it names no model.
+
+    Raises:
+        UsageError: there is no such model or preset; names the nearest.
+    """
+    wanted = [name.removeprefix(f"{NAME}/") for name in names if name != NAME]
+    every = cases(quick)
+    if quick and any("/" in name for name in wanted):  # a preset asked for by name is not left out for being large
+        every = [StepCase(c.model, c.preset, c.dtype, QUICK_GATE_STEPS) for c in cases() if c.dtype == torch.float32]
+    found = []
+    for name in wanted or dict.fromkeys(case.model for case in every):
+        chosen = [case for case in every if name in (case.model, f"{case.model}/{case.preset}")]
+        if not chosen:
+            options = [*MODELS, *(f"{case.model}/{case.preset}" for case in every)]
+            near = near_names(name, options, count=3) or list(MODELS)
+            reason = NO_REFERENCE.get(tuple(name.split("/", 1)), "")
+            got = f"got {name!r}{': ' + reason if reason else ''}"
+            raise UsageError(
+                f"bench: {NAME}'s MODEL must be a model, or a model and a preset, {got}; nearest: {', '.join(near)}"
+            )
+        found += [case for case in chosen if case not in found]
+    return found
+
+
+# --- one step -----------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A model in training as one provider does it."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=LR, fused=True)
+        self.loss = loss
+        half = dtype != torch.float32
+        self.precision = functools.partial(torch.autocast, device.type, dtype) if half else nullcontext
+
+    def step(self, x: Tensor) -> Tensor:
+        with self.precision():
+            loss = self.loss(x)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def run(self, batches: Sequence[Tensor]) -> list[float]:
+        """The losses of a run's first steps; each draws its noise from a seed of its own."""
+        losses = []
+        for i, x in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = LR * min(1.0, (i + 1) / WARMUP)
+            torch.manual_seed(i)
+            losses.append(self.step(x))
+        return torch.stack(losses).double().tolist() if losses else []
+
+
+def batches_of(case: StepCase, model: Model, device: torch.device) -> list[Tensor]:
+    """Synthetic batches, the same in every run: grey levels that vary smoothly over an image, or points on a ring."""
+    rng = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    count = BATCHES[case.preset]
+    drawn = []
+    for _ in range(case.gate_steps):
+        if len(model.shape) == 1:
+            angle = 2 * math.pi * torch.rand(count, 1, generator=rng)
+            ring = torch.cat([angle.cos(), angle.sin()], dim=1).repeat(1, -(-model.dim // 2))[:, : model.dim]
+            drawn.append(ring + 0.1 * torch.randn(count, model.dim, generator=rng))
+            continue
+        levels = grey_levels(model)
+        channels, height, width = model.shape
+        coarse = torch.rand(count, channels, max(height // 4, 2), max(width // 4, 2), generator=rng)
+        smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+        noisy = smooth + 0.05 * torch.randn(smooth.shape, generator=rng)
+        drawn.append((noisy.clamp(0, 1) * (levels - 1)).round().to(torch.uint8))
+    return [x.to(device) for x in drawn]
+
+
+def grey_levels(model: Model) -> int:
+    return model.grey_levels if hasattr(model, "grey_levels") else model.data_levels
+
+
+# --- the gate -----------------------------------------------------------------------------------------------------
+
+
+def fault_of(losses: Sequence[float], truth: Sequence[float], own_error: float, steps: str = "step") -> str:
+    """The first loss that is too far from the reference's, in a sentence; empty where all are near enough.
+
+    Args:
+        own_error: the reference's own largest distance from `truth` in this precision, 0 in fp32.
+    """
+    for i, (loss, wanted) in enumerate(zip(losses, truth, strict=True)):
+        allowed = 2 * own_error + TOLERANCE * max(1.0, abs(wanted))
+        if not abs(loss - wanted) <= allowed:  # also NaN
+            return f"{steps} {i + 1}: loss {loss:.6g}, the reference's {wanted:.6g}, allowed distance {allowed:.1e}"
+    return ""
+
+
+@dataclass
+class StepProblem:
+    """A case, ready: the model that every provider starts from, the batches, and the reference's losses."""
+
+    case: StepCase
+    model: Model
+    batches: list[Tensor]
+    truth: list[float]  # the reference's losses in fp32
+    own_error: float
+    _folder: TemporaryDirectory | None = None
+
+    def file(self) -> Path:
+        """All that a peer's process needs, written once."""
+        if self._folder is None:
+            self._folder = TemporaryDirectory()
+            contents = {
+                "operator": NAME,
+                "settings": {"model": self.case.model, "preset": self.case.preset, "dtype": self.case.dtype_name},
+                "direction": self.case.direction,
+                "state": self.model.state_dict(),
+                "batches": self.batches,
+                "truth": self.truth,
+                "own_error": self.own_error,
+                "threads": torch.get_num_threads(),
+            }
+            torch.save(contents, Path(self._folder.name) / "problem.pt")
+        return Path(self._folder.name) / "problem.pt"
+
+    def close(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def draw(case: StepCase, device: torch.device) -> StepProblem:
+    """The model with seeded weights, its data-dependent start done, and the reference's run from there."""
+    torch.compiler.reset()  # cases share code objects, and dynamo gives up after a few variants of one
+    with torch.random.fork_rng():
+        torch.manual_seed(zlib.crc32(case.name.encode()))
+        model = case.make().to(device).train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        batches = batches_of(case, model, device)
+        with use_backend("reference"):
+            if hasattr(model, "initialize"):
+                model.initialize(batches[0])
+            truth, *rest = (
+                Trainer(twin, twin.loss, dtype, device).run(batches)
+                for dtype in dict.fromkeys((torch.float32, case.dtype))
+                for twin in [copy.deepcopy(model)]
+            )
+    own = max((abs(a - b) for losses in rest for a, b in zip(losses, truth, strict=True)), default=0.0)
+    return StepProblem(case, model, batches, truth, own)
+
+
+# --- providers ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepProvider:
+    """One way to run a model's step in this process."""
+
+    name: str
+    backend: str
+    compiled: bool
+    ours: bool
+    seconds: float = 0.0  # that it took to compile and to pass the gate, in all cases together
+
+    def open(self, problem: StepProblem) -> StepSession:
+        device = problem.batches[0].device
+        if self.compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise Unavailable("needs a C++ compiler (g++) on the CPU, and none was found")
+        if self.backend == "auto":
+            kernels = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
+            reasons = [why_missing(name) for name in kernels]
+            if all(reasons):
+                raise Unavailable(f"has no kernels here: {reasons[0]}")
+        return StepSession(problem, self)
+
+
+class StepSession:
+    """A provider at work on one case."""
+
+    def __init__(self, problem: StepProblem, provider: StepProvider):
+        self.problem, self.provider = problem, provider
+        self.work: Work | None = None
+        model = copy.deepcopy(problem.model)
+        loss = model.loss
+        if provider.compiled:
+            # eager's random numbers: the gate compares losses that depend on them
+            loss = torch.compile(loss, fullgraph=True, dynamic=False, options={"fallback_random": True})
+        self.trainer = Trainer(model, loss, problem.case.dtype, problem.batches[0].device)
+
+    def check(self) -> str:
+        problem = self.problem
+        began = time.monotonic()
+        try:
+            with use_backend(self.provider.backend), torch.random.fork_rng():
+                losses = self.trainer.run(problem.batches)
+        except Exception as error:
+            if self.provider.ours:
+                raise
+            raise Unavailable(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from None
+        finally:
+            self.provider.seconds += time.monotonic() - began
+        return fault_of(losses, problem.truth, problem.own_error)
+
+    def warm_up(self) -> float:
+        self.work = Work(self.trainer.step, [Inputs((self.problem.batches[-1],))], "step")
+        with use_backend(self.provider.backend):
+            return self.work.warm_up()
+
+    def turn(self) -> list[float]:
+        with use_backend(self.provider.backend):
+            return self.work.turn()
+
+    def peak_bytes(self) -> int | None:
+        with use_backend(self.provider.backend):
+            return self.work.peak_bytes()
+
+    def close(self) -> None:
+        self.work = self.trainer = None
+
+
+def local() -> list[StepProvider]:
+    """The providers of this process, baselines first."""
+    return [
+        StepProvider("reference", "reference", compiled=False, ours=True),
+        StepProvider("compiled", "reference", compiled=True, ours=False),
+        StepProvider("fused", "auto", compiled=False, ours=True),
+        StepProvider("fused compiled", "auto", compiled=True, ours=True),
+    ]
+
+
+class Budget:
+    """Which providers a case is given, so that within a limit every case has its rows.
+
+    Compiling a model takes longer than all else. A case is compiled while what is left of the limit also holds the
+    eager providers of all cases to come, by what the cases so far took.
+    """
+
+    def __init__(self, limit: float, cases: int, offered: Sequence):
+        self.limit, self.left, self.offered = limit, cases, offered
+        self._eager: list[float] = []
+        self._compiling: list[float] = []
+        self._before = 0.0
+
+    def chosen(self, elapsed: float) -> list:
+        """The providers of the next case, `elapsed` seconds after the start."""
+        self._before = self._compiled_seconds()
+        eager = self.left * sum(self._eager) / max(len(self._eager), 1)
+        fits = self.limit - elapsed >= eager + max(self._compiling, default=0.0)
+        return [p for p in self.offered if fits or not getattr(p, "compiled", False)]
+
+    def done(self, seconds: float) -> None:
+        """The case took so long in all."""
+        compiling = self._compiled_seconds() - self._before
+        self.left -= 1
+        self._eager.append(seconds - compiling)
+        if compiling:
+            self._compiling.append(compiling)
+
+    def _compiled_seconds(self) -> float:
+        return sum(p.seconds for p in self.offered if getattr(p, "compiled", False))
