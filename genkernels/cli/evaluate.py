@@ -15,7 +15,7 @@ def run(arguments) -> int:
     from genkernels.backends import current_backend, use_backend
     from genkernels.cli.load import check_fits, load, options
     from genkernels.cli.train import data_root
-    from genkernels.training.judge import evaluate, text_of
+    from genkernels.training.judge import evaluate
 
     if arguments.json:
         refuse_unwritable(Path(arguments.json).expanduser())
@@ -39,7 +39,7 @@ def run(arguments) -> int:
     for estimate in estimates.values():
         called = f"{estimate.name} " if len(estimates) > 1 else ""
         print(
-            f"{name} on {bundle.name}: {called}{text_of(estimate)}, "
+            f"{name} on {bundle.name}: {called}{estimate}, "
             f"{estimate.examples:,} {which} examples, weights of step {state['step']}"
         )
     if arguments.json:

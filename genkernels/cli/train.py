@@ -55,7 +55,6 @@ def run(arguments) -> int:
 
 def _report(result, directory, noun: str) -> None:
     from genkernels.training.bar import duration, rate_text
-    from genkernels.training.judge import text_of
 
     speed = f", {rate_text(result.examples_per_second, noun)} (median step)" if result.examples_per_second else ""
     print(
@@ -64,7 +63,7 @@ def _report(result, directory, noun: str) -> None:
     for i, held in enumerate(result.held_out.values()):
         best = f"; best {result.best[1]:.4f} at step {result.best[0]:,}" if result.best and not i else ""
         called = f"{held.name} " if len(result.held_out) > 1 else ""
-        print(f"held out: {called}{text_of(held)} over {held.examples:,} {noun}{best}")
+        print(f"held out: {called}{held} over {held.examples:,} {noun}{best}")
     print(f"{directory}: metrics.json, losses.csv, best.ckpt, samples/, checkpoints/")
 
 

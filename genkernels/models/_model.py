@@ -102,6 +102,11 @@ class Estimate:
         error = math.sqrt(variance / count) if count else math.nan
         return cls(name, unit, mean, error, count, lower_is_better)
 
+    def __str__(self) -> str:
+        """``1.2345 ± 0.0123 bits/dim``."""
+        error = f" ± {self.standard_error:.4f}" if math.isfinite(self.standard_error) else ""
+        return f"{self.value:.4f}{error} {self.unit}".rstrip()
+
     def better_than(self, other: float) -> bool:
         return self.value < other if self.lower_is_better else self.value > other
 

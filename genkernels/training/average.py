@@ -67,7 +67,7 @@ class _Count(int):
 @contextlib.contextmanager
 def applied(averages: Iterable[tuple[nn.Module, Average | None]]) -> Iterator[None]:
     """Puts averaged weights into their modules for a block, and the trained ones back, bit for bit, afterwards."""
-    averages = [(module, average) for module, average in averages if average is not None and average.n_averaged]
+    averages = [(module, average) for module, average in averages if average and average.n_averaged]
     trained = [[tensor.detach().clone() for tensor in _tensors(module)] for module, _ in averages]
     try:
         for module, average in averages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -18,12 +19,7 @@ def bar_on(stream: TextIO, total: int, start: int = 0, *, quiet: bool = False) -
 
 
 class Bar:
-    """A line now and then.
-
-    Args:
-        total: steps of the run. start: steps already done.
-        stream: where to. every: seconds between two lines. quiet: writes nothing.
-    """
+    """A line every so many seconds, for a run of `total` steps of which `start` are done."""
 
     def __init__(self, total: int, start: int, stream: TextIO, every: float = 10.0, quiet: bool = False) -> None:
         self.total, self.start, self.done, self.stream, self.quiet = total, start, start, stream, quiet
@@ -67,7 +63,11 @@ class RichBar(Bar):
         class Display(progress.Progress):
             def get_renderables(self):
                 yield self.make_tasks_table(self.tasks)
-                yield from map(Text, lines_of(bar._parts, console.width))
+                whole = "  ".join(part.replace(" ", "\0") for part in bar._parts)  # no part is torn apart
+                yield from (
+                    Text(line.replace("\0", " "))
+                    for line in textwrap.wrap(whole, console.width, break_on_hyphens=False)
+                )
 
         times = progress.TimeElapsedColumn(), progress.TextColumn("{task.fields[left]}")
         counts = progress.TaskProgressColumn(), progress.MofNCompleteColumn()
@@ -87,17 +87,6 @@ class RichBar(Bar):
 
     def close(self) -> None:
         self._display.stop()
-
-
-def lines_of(parts: list[str], width: int) -> list[str]:
-    """Parts side by side, as many a line as fit: none is torn apart."""
-    lines: list[str] = []
-    for part in parts:
-        if lines and len(lines[-1]) + 2 + len(part) <= width:
-            lines[-1] += f"  {part}"
-        else:
-            lines.append(part)
-    return lines
 
 
 def duration(seconds: float) -> str:

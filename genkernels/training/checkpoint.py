@@ -39,11 +39,8 @@ class TrainingError(RuntimeError):
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
-    """Writes `state` (plain containers, numbers, strings and tensors) to `path`, whole or not at all.
-
-    Raises:
-        OSError: the disk refused; `path` is as it was before.
-    """
+    """Writes `state` (plain containers, numbers, strings and tensors) to `path`, whole or not at all: where the disk
+    refuses, an OSError, `path` is as it was before."""
     with replacing(path) as file:
         torch.save({"format": FORMAT, **state}, file)
         file.seek(-22, os.SEEK_END)
@@ -79,11 +76,8 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def read_checkpoint(path: Path, map_location="cpu") -> dict:
-    """Reads a checkpoint after comparing its checksum. Never runs code from the file.
-
-    Raises:
-        CheckpointError: it is missing, cut short, altered, or of a format that this version does not know.
-    """
+    """Reads a checkpoint after comparing its checksum. Never runs code from the file. A CheckpointError where it is
+    missing, cut short, altered, or of a format that this version does not know."""
     path = Path(path)
     verify_checkpoint(path)
     try:
@@ -116,14 +110,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_newest(folder: Path) -> tuple[Path, dict, list[str]]:
-    """The newest sound checkpoint of a folder.
-
-    Returns:
-        ``(path, state, notes)``: one sentence in `notes` for each newer checkpoint that was passed over.
-
-    Raises:
-        CheckpointError: the folder holds none that is sound.
-    """
+    """The newest sound checkpoint of a folder, ``(path, state, notes)``: one sentence in `notes` for each newer one
+    that was passed over. A CheckpointError where none is sound."""
     notes: list[str] = []
     for path in list_checkpoints(folder):
         try:

@@ -12,11 +12,8 @@ import threading
 
 
 class Interrupt:
-    """Listens for SIGINT and SIGTERM inside a ``with`` block, in the main thread (elsewhere Python delivers none).
-
-    Attributes:
-        signal: the number of the first signal that came, or None.
-    """
+    """Listens for SIGINT and SIGTERM inside a ``with`` block, in the main thread (elsewhere Python delivers none);
+    `signal` is the number of the first that came, or None."""
 
     def __init__(self, speak: bool = True) -> None:
         self.signal: int | None = None

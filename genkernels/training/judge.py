@@ -42,16 +42,12 @@ def evaluate(
 
     Args:
         model: a `genkernels.models.Model`. dataset: gives ``(x, y)``.
-        batch_size: examples at once. seed: of the noise.
-        options: keyword arguments of ``model.evaluate``.
+        batch_size: examples at once. seed: of the noise. options: keyword arguments of ``model.evaluate``.
         stop: asked before each batch; True abandons the evaluation.
         fabric: shares the batches out over its processes, and pools what they find.
 
     Returns:
-        Estimates by name, or None where `stop` said so.
-
-    Raises:
-        ValueError: the data set is empty, or the model gave no estimate.
+        Estimates by name, or None where `stop` said so. A ValueError where there are no examples or no estimates.
     """
     if not len(dataset):
         raise ValueError("evaluate: at least 1 example must be seen, got 0")
@@ -83,11 +79,11 @@ def _pooled(estimates: dict[str, Estimate], gather: Callable[[Tensor], Tensor]) 
     """Estimates over all processes' examples from those that each made of its own."""
     figures = [[e.value, e.standard_error, e.examples] for e in estimates.values()]
     columns = gather(torch.tensor(figures, dtype=torch.float64)).transpose(0, 1).tolist()
-    parts = {
-        name: [replace(e, value=v, standard_error=error, examples=int(n)) for v, error, n in column]
-        for (name, e), column in zip(estimates.items(), columns, strict=True)
-    }
-    return {name: estimates[name].pooled(column) for name, column in parts.items()}
+    pooled = {}
+    for (name, e), column in zip(estimates.items(), columns, strict=True):
+        parts = [replace(e, value=v, standard_error=error, examples=int(n)) for v, error, n in column]
+        pooled[name] = type(e).pooled(parts)
+    return pooled
 
 
 @contextlib.contextmanager
@@ -105,12 +101,6 @@ def evaluating(model: Model, seed: int) -> Iterator[None]:
 
 def device_of(model: Model) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def text_of(estimate: Estimate) -> str:
-    """``1.2345 ± 0.0123 bits/dim``."""
-    error = f" ± {estimate.standard_error:.4f}" if math.isfinite(estimate.standard_error) else ""
-    return f"{estimate.value:.4f}{error} {estimate.unit}".rstrip()
 
 
 class Judge:

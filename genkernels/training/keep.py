@@ -13,9 +13,6 @@ KEPT = 2
 class Keeper:
     """Brings optimisers and averages back from a checkpoint, and writes new ones, in the first process alone.
 
-    Args:
-        session: the run. state: a checkpoint to go on from; empty at the beginning.
-
     Attributes:
         saved: the newest checkpoint, or None. saved_at: when this call wrote one, by the monotonic clock.
     """

@@ -17,11 +17,7 @@ INSTALL = "pip install 'genkernels[train]'"
 
 
 def import_lightning() -> None:
-    """Imports Lightning Fabric.
-
-    Raises:
-        UsageError: it is not installed, or cannot be imported; the sentence says what to do.
-    """
+    """Imports Lightning Fabric; where that fails, a UsageError says what to do."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own dependencies' deprecations

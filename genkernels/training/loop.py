@@ -88,9 +88,8 @@ def fit(
             run.prepare(resume=resume, overwrite=overwrite)
         try:
             state, notes = _restore(run, model, description, bundle, settings, data, resume, main)
-            if main:  # also when quiet: what was lost is never kept from the user
-                for note in notes:
-                    print(f"genkernels: {note}", file=sys.stderr)
+            for note in notes if main else ():  # also when quiet: what was lost is never kept from the user
+                print(f"genkernels: {note}", file=sys.stderr)
             with fixed_seed(config.seed):
                 result = _run(model, bundle, config, run, state, quiet)
         finally:

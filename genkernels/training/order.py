@@ -25,11 +25,8 @@ class Order(Sampler):
     """The batches of the steps ``start`` to ``stop - 1`` of one process, each as ``(step, indices)``.
 
     Args:
-        examples: size of the data set.
-        batch_size: examples a step in each process.
-        seed: of the permutations.
-        start, stop: steps.
-        rank, world_size: which process this is, of how many.
+        examples: size of the data set. batch_size: examples a step in each process. seed: of the permutations.
+        start, stop: steps. rank, world_size: which process this is, of how many.
     """
 
     def __init__(

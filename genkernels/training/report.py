@@ -28,7 +28,7 @@ class Report:
 
     Attributes:
         history: each term's value in every step, None where its player did not move.
-        seconds: how long the steps before this call took.
+        seconds: how long the steps before this call took. file: ``losses.csv``, or None.
     """
 
     def __init__(self, session, start: int, quiet: bool) -> None:
@@ -36,9 +36,7 @@ class Report:
         self.bar = bar_on(sys.stderr, session.total, start, quiet=quiet or not self.main)
         self.note = self.bar.note
         self.noun = "images" if session.bundle.form.is_image else "points"
-        self.history: dict[str, list[float | None]] = {}
-        self.seconds: list[float] = []
-        self.file = self._writer = None
+        self.history, self.seconds, self.file, self._writer = {}, [], None, None
         if session.run and self.main:
             names = [session.column(player, term) for player in session.players for term in ("loss", "grad_norm")]
             self.file = LossFile(session.run.losses, start, names)
@@ -103,12 +101,8 @@ class Report:
 class LossFile:
     """``losses.csv``: appended at every look, cut back to the checkpoint's step when a run goes on from there.
 
-    A row is ``step``, each player's ``loss`` and ``grad_norm``, ``lr``, ``seconds``, then what other terms there are.
-    A player that does not move in a step leaves its cells empty.
-
-    Args:
-        path: of the file. start: rows of earlier steps are kept.
-        names: of the losses and gradient norms.
+    A row is ``step``, the `names` of losses and gradient norms, ``lr``, ``seconds``, then what other terms there are. A
+    player that does not move in a step leaves its cells empty. Rows of steps before `start` are kept.
     """
 
     def __init__(self, path: Path, start: int, names: list[str]) -> None:

@@ -45,15 +45,9 @@ class RunDirectory:
         return str(self.path)
 
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Makes the folder ready to be written and locks it, or says in one sentence why not; nothing is touched then.
-
-        Args:
-            resume: a run must be there, and goes on.
-            overwrite: a run that is there is removed (its own files only).
-
-        Raises:
-            UsageError: the folder holds a run or something else, is locked, or cannot be written.
-        """
+        """Makes the folder ready to be written and locks it. Where it holds a run or something else, is locked or
+        cannot be written, a UsageError says so, and nothing is touched. To `resume`, a run must be there; to
+        `overwrite` removes it, its own files only."""
         self.check(resume=resume, overwrite=overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -127,12 +121,10 @@ def describe_model(model: Model) -> dict:
 
 
 def load_model(path: str | os.PathLike, which: str = "best") -> tuple[Model, dict, dict, list[str]]:
-    """Rebuilds a run's model with its averaged weights (the trained ones where no average was kept), in evaluation
-    mode.
+    """Rebuilds a run's model with its averaged weights (the trained ones where no average was kept), for evaluation.
 
     Args:
-        path: the run's folder.
-        which: ``best`` (by held-out examples) or ``last``.
+        path: the run's folder. which: ``best`` (by held-out examples) or ``last``.
 
     Returns:
         ``(model, config, state, notes)``: the model on the CPU, ``config.json``, the checkpoint, and a sentence for

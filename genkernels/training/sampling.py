@@ -39,10 +39,7 @@ def sample(
         options: further keyword arguments of ``model.sample``.
 
     Returns:
-        ``[n, C, H, W]`` in [0, 1] or ``[n, D]``, on the CPU.
-
-    Raises:
-        UsageError: a label for a model without classes, or out of range.
+        ``[n, C, H, W]`` in [0, 1] or ``[n, D]``, on the CPU. A UsageError where the label is none of the model's.
     """
     classes, labels, parts = model.num_classes, None, []
     if label is not None and not classes:

@@ -44,14 +44,8 @@ class Due:
 
 @dataclass(eq=False)
 class Session:
-    """One run under way.
-
-    Attributes:
-        fabric: launched. run: where to write, or None.
-        model, bundle: as they are given to `fit`. config: with nothing left open.
-        state: a checkpoint to go on from; empty at the beginning.
-        interrupt: asked after each step whether to stop. quiet: shows no progress.
-    """
+    """One run under way: `config` leaves nothing open, `run` is where to write, or None, `state` a checkpoint to go on
+    from, empty at the beginning; `interrupt` is asked after each step whether to stop."""
 
     fabric: Fabric
     model: Model

@@ -43,11 +43,8 @@ class Watch:
         return self.clock.rate(self.session.config.batch_size * self.session.fabric.world_size, last=last)
 
     def look(self, due) -> None:
-        """Reads, reports and checks the terms since the last look. The one place where a GPU is waited for.
-
-        Raises:
-            TrainingError: a loss or a gradient norm is not a finite number.
-        """
+        """Reads, reports and checks the terms since the last look, the one place where a GPU is waited for; a
+        TrainingError where a loss or a gradient norm is not a finite number."""
         s, first = self.session, due.step - len(self.record)
         rows = self.record.read(s.fabric.all_reduce if s.fabric.world_size > 1 else None)
         # Under 16-mixed an infinite gradient is no fault: the step is skipped and the loss scale halved.
@@ -55,7 +52,7 @@ class Watch:
         watched = {s.column(p, term): (p, what) for p in s.players for term, what in kinds.items()}
         bad = first_bad(rows, watched)
         s.report.rows(first, rows[: bad[0] + 1] if bad else rows, self.clock.read(), lambda: self.rate(last=100))
-        if bad:
+        if bad is not None:
             (i, name), (player, what) = bad, watched[bad[1]]
             beside = "" if what == "loss" else f" (the loss was {rows[i][s.column(player, 'loss')]:.6g})"
             what += f" of {player}" if len(s.players) > 1 else ""
@@ -98,10 +95,7 @@ def check_terms(model: torch.nn.Module, player: str, terms: dict[str, Tensor]) -
 
 class LossRecord:
     """Each term of a step is written into a small buffer on the device, one by name; reading them is the only wait.
-
-    Args:
-        size: steps between two looks at most. device: where losses live.
-    """
+    At most `size` steps lie between two looks."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._size, self._device, self._count = size, device, 0
@@ -190,13 +184,8 @@ class StepClock:
         return new
 
     def rate(self, images: int, *, warmup: int = 5, last: int = 0) -> float | None:
-        """Images a second from the median step.
-
-        Args:
-            images: examples a step, over all devices.
-            warmup: steps to leave out, where there are more than twice as many.
-            last: looks at the newest `last` steps alone; 0 at all.
-        """
+        """Images a second, of `images` a step, from the median of the newest `last` steps (0: of all), without the
+        first `warmup` where there are more than twice as many."""
         kept = self.seconds[warmup:] if len(self.seconds) > 2 * warmup else self.seconds
         kept = kept[-last:]
         return images / max(statistics.median(kept), 1e-9) if kept else None

@@ -8,7 +8,6 @@ from tiny import Pairs, images, model_for, points
 from genkernels._words import UsageError
 from genkernels.models import Estimate, Model
 from genkernels.training import evaluate
-from genkernels.training.judge import text_of
 from genkernels.training.sampling import sample
 
 
@@ -47,8 +46,8 @@ def test_estimates_are_the_model_s_own_and_take_its_options():
     result = evaluate(Known(), data, batch_size=2, options={"scale": -2.0})
     assert list(result) == ["first", "twice"] and result["first"].value == -6.0 and result["twice"].value == -12.0
     assert not result["twice"].lower_is_better and result["first"].better_than(-5.0)
-    assert text_of(result["first"]).startswith("-6.0000 ± 2.") and text_of(result["first"]).endswith(" grey")
-    assert text_of(Estimate("distance", "", 1.25, math.nan, 3)) == "1.2500"
+    assert str(result["first"]).startswith("-6.0000 ± 2.") and str(result["first"]).endswith(" grey")
+    assert str(Estimate("distance", "", 1.25, math.nan, 3)) == "1.2500"
     bundle = points()
     assert list(evaluate(model_for(bundle), bundle.test)) == ["nats"]
     bundle = images()

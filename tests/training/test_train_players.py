@@ -360,24 +360,24 @@ def test_kill_minus_nine_loses_nothing(tmp_path, toys_registered, monkeypatch):
     assert held[0] == held[1]
 
 
-TWO = (
-    DRIVER.replace("sys.exit(main())", "made = []\n")
-    + """
+TWO = """import functools, os, torch
+
+made = []
 begin = toys.ToyGAN.__init__
-toys.ToyGAN.__init__ = lambda self, **given: (begin(self, **given), made.append(self))[0]
+toys.ToyGAN.__init__ = functools.wraps(begin)(lambda self, **given: (begin(self, **given), made.append(self))[0])
 code = main()
-import os, torch
 
 torch.save({n: p.detach() for n, p in made[0].named_parameters()}, "rank" + os.environ["LOCAL_RANK"] + ".pt")
 sys.exit(code)
 """
-)
 
 
 def test_two_processes_move_both_players_alike(tmp_path, monkeypatch):
     """Each player's gradients are averaged over the processes, and the weights stay the same in both."""
     monkeypatch.chdir(tmp_path)
-    Path("driver.py").write_text(TWO.format(tests=str(Path(__file__).parent), root=str(ROOT)))
+    Path("driver.py").write_text(
+        DRIVER.format(tests=str(Path(__file__).parent), root=str(ROOT)).replace("sys.exit(main())\n", TWO)
+    )
     argv = ["train", "toygan", "--data", "moons", "--accelerator", "cpu", "--max-steps", "7", "--batch-size", "8"]
     argv += ["--devices", "2", "--ema", "0", "--eval-every", "3", "--samples", "9", "--out", "pair"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
