@@ -26,6 +26,20 @@ def tensor(who: str, label: str, value, dtypes: Sequence[torch.dtype] = FLOATS, 
         raise TypeError(f"{who}: {label} must be {kind or listed}, got {value.dtype}")
 
 
+def tensors(who: str, named: Mapping[str, Tensor | None], optional: Sequence[str] = ()) -> None:
+    """That all of `named` are tensors of floats on one device, but for those of the labels `optional` that are None."""
+    device = None
+    for label, value in named.items():
+        if value is None and label in optional:
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+            tensor(who, label, value)
+        if device is None:
+            lead, device = label, value.device
+        elif value.device != device:
+            same_device(who, {lead: named[lead], label: value})
+
+
 def same_device(who: str, tensors: Mapping[str, Tensor | None]) -> None:
     """That all `tensors`, by their labels, lie where the first one does."""
     lead = None

@@ -14,16 +14,6 @@ SCALE_MAPS = tuple(word for word in ScaleMap.words() if word != "additive")
 METHODS = ("blocked", "jacobi", "sequential")
 
 
-def _floats(labelled: dict[str, Tensor | None], mixed: bool) -> None:
-    """Tensors of floats on one device and, unless `mixed`, of one dtype."""
-    for label, t in labelled.items():
-        if t is not None:
-            checks.tensor(NAME, label, t)
-    checks.same_device(NAME, labelled)
-    if not mixed:
-        checks.same_dtype(NAME, labelled)
-
-
 def _integers(label: str, t: Tensor, shape: list[int], meaning: str, of: str, lead: Tensor) -> None:
     checks.tensor(NAME, label, t, (torch.int64,))
     checks.shape(NAME, label, t, shape, meaning)
@@ -34,7 +24,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_degrees: Tensor, out_degrees: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All conditions of `masked_linear`; x, weight and bias in the dtype that autocast wants."""
-    _floats({"x": x, "weight": weight, "bias": bias}, mixed=True)
+    checks.tensors(NAME, {"x": x, "weight": weight, "bias": bias}, optional=("bias",))
     x, weight, bias = autocast.lowered(x, weight, bias)
     checks.same_dtype(NAME, {"x": x, "weight": weight, "bias": bias})
     if weight.dim() != 2:
@@ -54,11 +44,10 @@ def inverse(z, weights, biases, order, counts, context, residual, scale_map, met
     code = checks.option(NAME, "scale_map", scale_map, SCALE_MAPS)
     checks.option(NAME, "method", method, METHODS)
     layers = {f"weights[{i}]": w for i, w in enumerate(weights)} | {f"biases[{i}]": b for i, b in enumerate(biases)}
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{NAME}: z must be a torch.Tensor, got {type(z).__name__}")
-    if missing := [label for label, t in layers.items() if t is None]:
-        raise TypeError(f"{NAME}: {missing[0]} must be a torch.Tensor, got None")
-    _floats({"z": z, "context": context, **layers}, mixed=autocast.active(z))
+    tensors = {"z": z, "context": context, **layers}
+    checks.tensors(NAME, tensors, optional=("context",))
+    if not autocast.active(z):
+        checks.same_dtype(NAME, tensors)
     if z.dim() != 2 or z.shape[1] < 1:
         raise ValueError(f"{NAME}: z must be [N, D] with D at least 1, got {list(z.shape)}")
     if len(weights) < 2 or len(weights) != len(biases):

@@ -160,17 +160,20 @@ class TorchOp:
         Raises:
             BackendUnavailable: a backend is forced that cannot run here or on this device; says which condition failed.
         """
+        return self._backend_for(arguments)
+
+    def _backend_for(self, arguments: tuple) -> str:
         preferred = self.prefers if isinstance(self.prefers, str) else self.prefers(*arguments)
         return _choose(self.operator, _device_of(arguments), self.kernels, preferred)
 
     def runs_reference(self, *arguments) -> bool:
         """Whether a public function should take the plain PyTorch path, where autograd and every transform are torch's
         own."""
-        return self.backend_for(*arguments) == "reference" or transforms_active()
+        return self._backend_for(arguments) == "reference" or transforms_active()
 
     def __call__(self, *arguments):
         """The reference or the kernel, which wants its tensors dense."""
-        if self.runs_reference(*arguments):
+        if self._backend_for(arguments) == "reference" or transforms_active():
             return self.reference(*arguments)
         dense = list(arguments)
         for i in self.tensors:
@@ -180,7 +183,7 @@ class TorchOp:
 
     def launch(self, *arguments):
         """What torch calls for tensors on a GPU, from a public function or from the backward pass."""
-        chosen = self.backend_for(*arguments)
+        chosen = self._backend_for(arguments)
         if chosen == "cuda":
             return getattr(torch.ops.genkernels_cuda, self.name)(*arguments)
         if chosen == "triton":

@@ -167,9 +167,7 @@ def _check(x: Tensor, params: Tensor, scale_map: str, split: str, layout: str) -
         checks.option(NAME, "split", split, SPLITS),
         checks.option(NAME, "layout", layout, LAYOUTS),
     )
-    checks.tensor(NAME, "x", x)
-    checks.tensor(NAME, "params", params)
-    checks.same_device(NAME, {"x": x, "params": params})
+    checks.tensors(NAME, {"x": x, "params": params})
     if not _pairs(x.dtype, params.dtype) and not autocast.active(x):
         raise TypeError(
             f"{NAME}: params must have x's dtype, or be bfloat16 or float16 beside a float32 x, "

@@ -87,9 +87,7 @@ def logistic_mixture_sample(params: Tensor, noise: Tensor, *, levels: int = 256,
 
 def _check(params: Tensor, pixels: Tensor, label: str, extra: int, levels: int) -> None:
     """Every condition on shapes, dtypes, devices and levels; `pixels` has `extra` planes beside the channels."""
-    checks.tensor(NAME, "params", params)
-    checks.tensor(NAME, label, pixels)
-    checks.same_device(NAME, {"params": params, label: pixels})
+    checks.tensors(NAME, {"params": params, label: pixels})
     checks.integer(NAME, "levels", levels, 2, 65536)
     shape, plus = list(pixels.shape), "1 + C" if extra else "C"
     if pixels.dim() < 2 or shape[1] - extra not in (1, 3):

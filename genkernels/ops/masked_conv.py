@@ -73,10 +73,7 @@ def masked_conv(
     decoders", 2016.
     """
     tensors = {"x": x, "weight": weight, "bias": bias, "condition": condition, "residual": residual}
-    for label, value in tensors.items():
-        if value is not None or label in ("x", "weight"):
-            checks.tensor(NAME, label, value)
-    checks.same_device(NAME, tensors)
+    checks.tensors(NAME, tensors, optional=("bias", "condition", "residual"))
     x, weight, bias, condition, residual = autocast.lowered(x, weight, bias, condition, residual)
     checks.same_dtype(NAME, {"x": x, "weight": weight, "bias": bias, "condition": condition, "residual": residual})
     codes = _check_shapes(x, weight, bias, condition, residual, (mask_type, data_channels, region, activation))

@@ -648,7 +648,7 @@ def test_bad_input_is_named(name):
 def test_bad_types_are_named():
     for stages, options, sentence in [
         (one(), {"image": IMAGE, "known": KNOWN.long()}, "known must be bool"),
-        (one(), {"image": IMAGE.float(), "known": KNOWN}, "image must hold integers"),
+        (one(), {"image": IMAGE.float(), "known": KNOWN}, "image must be integers, the level indices"),
         (one(bias=torch.zeros(3, dtype=F64)), {}, "stage 0: all tensors of the stages must have one dtype"),
         (one(torch.zeros(3, 1, 3, 3, dtype=torch.int32)), {}, "stage 0: weight of plane 0 must be float64"),
         ([torch.nn.Identity()], {}, "stages must be a sequence of Stage, got Identity"),
