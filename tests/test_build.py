@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-pytestmark = pytest.mark.xdist_group("build")  # one worker takes them all, and builds once
+# one worker takes them all, and builds once, in a minute or two where nothing else runs
+pytestmark = [pytest.mark.xdist_group("build"), pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def chosen(specs):
         "_sum_kernel blocks 2048 fp32",
         "_conv_kernel gated bf16 gate ieee forward",
         "_conv_kernel 7x7A bf16 none ieee forward",
-        "_weight_kernel gated bf16 gate ieee backward",
+        "_weight_kernel 3x3 bf16 none ieee backward",
         "_weight_kernel 7x7A bf16 none ieee backward",
         "_slope_kernel gated bf16 gate ieee backward",
         "_pack_kernel rgb bf16 relu ieee backward",
