@@ -1,4 +1,4 @@
-// Binds csrc/common/logistic_mixture.h and draw.h for test_logistic_mixture_native.py, as the plain loops that a
+// Binds csrc/common/logistic_mixture.h and draw.h for test_logistic_mixture.py, as the plain loops that a
 // compiler vectorises.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

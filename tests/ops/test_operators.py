@@ -285,7 +285,7 @@ def test_the_private_names_that_detect_transforms_still_exist():
 
 @pytest.mark.parametrize(
     "name", [name for name in EXAMPLES if name != "made"]
-)  # its sample reads degrees: test_nn_made has it
+)  # its sample reads degrees: tests/nn/test_made.py has it
 def test_shapes_alone_on_the_meta_device(name):
     """Models are built and sized without memory: every operator gives its results' shapes there."""
     function, tensors = SAMPLES[name]()

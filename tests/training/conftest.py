@@ -1,6 +1,6 @@
 import pytest
-import tiny
-import toys
+
+from tests.training import tiny, toys
 
 
 @pytest.fixture

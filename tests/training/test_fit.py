@@ -12,13 +12,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny import Pairs, Tiny, images, model_for, points
 
 from genkernels import current_backend
 from genkernels._seeds import derive_seed, seed_everything
 from genkernels.training import RunDirectory, TrainConfig, TrainingError, UsageError, evaluate, fit, load_model
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.order import Order, fetch
+from tests.training.tiny import Pairs, Tiny, images, model_for, points
 
 pytest.importorskip("lightning")
 

@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import images, points
-from toys import ToyGAN, ToyVAE
 
 import genkernels
 from genkernels._seeds import derive_seed, seed_everything
@@ -24,6 +22,8 @@ from genkernels.cli import main
 from genkernels.training import TrainConfig, TrainingError, UsageError, evaluate, fit, load_model, read_checkpoint
 from genkernels.training.checkpoint import step_path
 from genkernels.training.order import Order, fetch
+from tests.training.tiny import images, points
+from tests.training.toys import ToyGAN, ToyVAE
 
 pytest.importorskip("lightning")
 
@@ -327,7 +327,7 @@ DRIVER = """
 import sys
 
 sys.path[:0] = [{tests!r}, {root!r}]
-import toys
+from tests.training import toys
 from genkernels import models
 
 models.MODELS["toygan"] = toys.ToyGAN

@@ -3,12 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import Pairs, images, model_for, points
 
 from genkernels._words import UsageError
 from genkernels.models import Estimate, Model
 from genkernels.training import evaluate
 from genkernels.training.sampling import sample
+from tests.training.tiny import Pairs, images, model_for, points
 
 
 class Known(Model):

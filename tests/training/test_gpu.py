@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import images, model_for
 from torch.optim import swa_utils
 
 from genkernels import training
 from genkernels.training import TrainConfig, TrainingError, fit
+from tests.training.tiny import images, model_for
 
 pytest.importorskip("lightning")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
