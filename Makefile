@@ -10,7 +10,7 @@ RESULTS ?= gpu-check
 PARTS ?= build test sanitize bench
 BENCH ?=
 
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*)
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test bench lint gpu-check clean
@@ -29,6 +29,7 @@ bench: $(VENV)/train
 lint: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files "*.cpp" "*.h" "*.cu" "*.cuh")
 	$(VENV)/bin/lint-imports
 
 gpu-check:

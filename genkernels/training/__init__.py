@@ -55,18 +55,5 @@ from genkernels.training.results import Result
 from genkernels.training.rundir import RunDirectory, load_model
 from genkernels.training.sampling import sample
 
-__all__ = [
-    "Average",
-    "CheckpointError",
-    "Result",
-    "RunDirectory",
-    "TrainConfig",
-    "TrainingError",
-    "UsageError",
-    "evaluate",
-    "fit",
-    "load_model",
-    "read_checkpoint",
-    "sample",
-    "write_checkpoint",
-]
+__all__ = ["Average", "CheckpointError", "Result", "RunDirectory", "TrainConfig", "TrainingError", "UsageError"]
+__all__ += ["evaluate", "fit", "load_model", "read_checkpoint", "sample", "write_checkpoint"]

@@ -12,6 +12,7 @@ every draw depend on all draws before it, in every process.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -78,8 +79,7 @@ class _SeededDataset(Dataset):
 
 
 def fetch(dataset: Dataset, indices: list[int]):
-    """One batch ``(x, y)`` of tensors: by indexing where the data lie in memory, else by ``__getitems__`` or one by
-    one."""
+    """One batch ``(x, y)`` of tensors: by indexing data in memory, else by ``__getitems__`` or one by one."""
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         x, y = dataset.tensors
         return x[indices], y[indices]
@@ -93,8 +93,6 @@ def _as_it_is(batch):
 
 def _ignore_interrupts(_worker: int) -> None:
     # Ctrl-C reaches the whole process group: the training process alone decides what to do about it.
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

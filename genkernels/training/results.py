@@ -70,29 +70,21 @@ def metrics(result: Result, description: dict, bundle: DataBundle, config: Train
     names = list(result.held_out)
     history = {name: [v for v in values if v is not None] for name, values in result.history.items()}
     cpu = not result.device.startswith("cuda")
+    same = ("steps", "stopped_early", "seconds", "device", "backend", "precision", "notes")
     return {
         "model": description["name"] or description["class"],
-        "parameters": description["parameters"],
         "data": bundle.name,
-        "steps": result.steps,
-        "stopped_early": result.stopped_early,
-        "seconds": result.seconds,
+        **{name: description[name] for name in ("parameters", "hparams")},
+        **{name: getattr(result, name) for name in same},
         "images_per_second": result.examples_per_second,
         "metric": names[0],
         "held_out": {name: estimate.to_dict() for name, estimate in result.held_out.items()},
         "best": {"step": result.best[0], names[0]: result.best[1]} if result.best else None,
-        "evaluations": [
-            {"step": step, **dict(zip(names, values, strict=False))} for step, *values in result.evaluations
-        ],
+        "evaluations": [{"step": step, **dict(zip(names, row, strict=False))} for step, *row in result.evaluations],
         "train": {name: statistics.fmean(values[-50:]) for name, values in history.items() if values},
         "losses": "losses.csv",
         "checkpoint": result.checkpoint.name if result.checkpoint else None,
-        "device": result.device,
         "device_name": cpu_text() if cpu else torch.cuda.get_device_name(torch.device(result.device)),
-        "backend": result.backend,
-        "precision": result.precision,
         "config": config.to_dict(),
-        "hparams": description["hparams"],
         "versions": versions(),
-        "notes": result.notes,
     }

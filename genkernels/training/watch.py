@@ -186,6 +186,5 @@ class StepClock:
     def rate(self, images: int, *, warmup: int = 5, last: int = 0) -> float | None:
         """Images a second, of `images` a step, from the median of the newest `last` steps (0: of all), without the
         first `warmup` where there are more than twice as many."""
-        kept = self.seconds[warmup:] if len(self.seconds) > 2 * warmup else self.seconds
-        kept = kept[-last:]
-        return images / max(statistics.median(kept), 1e-9) if kept else None
+        newest = self.seconds[warmup if len(self.seconds) > 2 * warmup else 0 :][-last:]
+        return images / max(statistics.median(newest), 1e-9) if newest else None
