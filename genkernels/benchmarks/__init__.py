@@ -1,7 +1,8 @@
 """Speed, memory and share of the peak of every operator, against eager PyTorch, ``torch.compile`` and other libraries.
 
 `main` runs it; ``genkernels bench`` is `main` on the command line. `cases` says how to add an operator, `measure` by
-what rules values are compared and time is taken, `machine` what the shares are shares of.
+what rules values are compared and time is taken, `machine` what the shares are shares of, `training_step` how whole
+models are measured.
 """
 
 from __future__ import annotations

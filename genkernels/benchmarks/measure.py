@@ -64,7 +64,7 @@ class Inputs:
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(a for a in self.args if a.is_floating_point())
 
-    def ready(self, direction: str) -> Inputs:
+    def fresh(self, direction: str) -> Inputs:
         """A copy in memory of its own, whose floating-point arguments require gradients where the direction needs
         it."""
         new = self.map(lambda t: t.detach().clone())
@@ -111,11 +111,11 @@ def errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
     same = (value == truth) | (value.isnan() & truth.isnan())
     gap = torch.where(same, 0.0, value - truth)
     finite = torch.where(truth.isfinite(), truth, 0.0)
-    found = []
+    pair = []
     for measure in (torch.linalg.vector_norm, lambda t: t.abs().max()):
         error, scale = float(measure(gap)), float(measure(finite))
-        found.append(math.inf if math.isnan(error) else error / (scale or 1.0))
-    return found[0], found[1]
+        pair.append(math.inf if math.isnan(error) else error / (scale or 1.0))
+    return pair[0], pair[1]
 
 
 @dataclass
@@ -132,12 +132,12 @@ class Standard:
     def of(cls, case, op: Callable, inputs: Inputs, names: Sequence[str]) -> Standard:
         """From `op` being the reference: run in fp64 for the truth, in the case's dtypes for its own error."""
         began = time.perf_counter()
-        own = values(op, inputs.ready(case.direction), case.direction)
+        own = values(op, inputs.fresh(case.direction), case.direction)
         seconds = time.perf_counter() - began
         truth = own
         if any(o.is_floating_point() for o in own):
-            wide = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
-            truth = values(op, wide.ready(case.direction), case.direction)
+            in_fp64 = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
+            truth = values(op, in_fp64.fresh(case.direction), case.direction)
             truth = [t if o.is_floating_point() else o for o, t in zip(own, truth, strict=True)]
         return cls(
             names=(*case.outputs, *(f"gradient of {n}" for n in names))[: len(own)],
@@ -147,12 +147,12 @@ class Standard:
             seconds=seconds,
         )
 
-    def fault(self, found: Sequence[Tensor], *, floor: float = FLOOR, same_dtypes: bool = True) -> str:
+    def fault(self, produced: Sequence[Tensor], *, floor: float = FLOOR, same_dtypes: bool = True) -> str:
         """The first thing wrong with a provider's values, in a sentence; empty where they pass."""
-        if len(found) != len(self.truth):
-            return f"{len(self.truth)} outputs and gradients are wanted, got {len(found)}"
+        if len(produced) != len(self.truth):
+            return f"{len(self.truth)} outputs and gradients are wanted, got {len(produced)}"
         for name, value, truth, own, dtype in zip(
-            self.names, found, self.truth, self.reference_errors, self.dtypes, strict=True
+            self.names, produced, self.truth, self.reference_errors, self.dtypes, strict=True
         ):
             if value.shape != truth.shape:
                 return f"{name}: shape {list(truth.shape)} is wanted, got {list(value.shape)}"

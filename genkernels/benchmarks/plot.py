@@ -35,8 +35,8 @@ def draw(groups: list[tuple[str, list]], conditions: list[str], file: BinaryIO, 
     log = bool(speeds) and max(speeds) / min(speeds) > 30
     for place, column in enumerate(columns):
         tall = _height(column)
-        left, wide = (place * 8.6 + 1.3) / width, 7.1 / width
-        axes = figure.add_axes((left, (foot + tallest - tall) / height, wide, tall / height))
+        start, span = (place * 8.6 + 1.3) / width, 7.1 / width
+        axes = figure.add_axes((start, (foot + tallest - tall) / height, span, tall / height))
         _fill(axes, column, speeds, log)
     figure.text(
         0.15 / width, 1 - 0.16 / height, "How many times as fast as eager PyTorch", fontsize=14, weight="bold", va="top"

@@ -43,7 +43,7 @@ class Problem:
     def rotating(self) -> list[Inputs]:
         """The input sets, one collection for all providers of this process. Nobody writes to them."""
         while len(self._shared) < self.sets:
-            self._shared.append(self.inputs.ready(self.case.direction))
+            self._shared.append(self.inputs.fresh(self.case.direction))
         return self._shared
 
     def file(self) -> Path:
@@ -105,16 +105,16 @@ class LocalSession:
     def check(self) -> str:
         case, standard = self.problem.case, self.problem.standard
         # drawn before the memory is poisoned: the provider is to be tested, not the copying of its inputs
-        first, second = (self.problem.inputs.ready(case.direction) for _ in range(2))
+        first, second = (self.problem.inputs.fresh(case.direction) for _ in range(2))
         with self.context():
-            found = values(self.op, first, case.direction)
+            produced = values(self.op, first, case.direction)
             if not self.ours:
-                return standard.fault(found, floor=WIDE_FLOOR)
-            if fault := standard.fault(found):
+                return standard.fault(produced, floor=WIDE_FLOOR)
+            if fault := standard.fault(produced):
                 return fault
             with poisoned_memory():
-                found = values(self.op, second, case.direction)
-        fault = standard.fault(found)
+                produced = values(self.op, second, case.direction)
+        fault = standard.fault(produced)
         return fault and f"with uninitialised memory set to NaN: {fault}"
 
     def warm_up(self) -> float:
@@ -155,7 +155,7 @@ class Backend:
         try:
             with use_backend(self.name):
                 # the operator itself may have no such kernel: it says so when called
-                values(problem.case.op, problem.inputs.ready(problem.case.direction), problem.case.direction)
+                values(problem.case.op, problem.inputs.fresh(problem.case.direction), problem.case.direction)
         except BackendUnavailable as error:
             raise Unavailable(str(error)) from None
         return LocalSession(problem, problem.case.op, lambda: use_backend(self.name), self.ours)
@@ -177,7 +177,7 @@ class Compiled:
         torch.compiler.reset()  # cases share code objects, and dynamo gives up after a few variants of one
         op = case.compiled() if case.compiled else torch.compile(case.reference, fullgraph=True, dynamic=False)
         try:
-            values(op, problem.inputs.ready(case.direction), case.direction)
+            values(op, problem.inputs.fresh(case.direction), case.direction)
         except Exception as error:  # every layer of the compiler has its own exceptions
             raise Unavailable(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from None
         return LocalSession(problem, op, contextlib.nullcontext, self.ours)

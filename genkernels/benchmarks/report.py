@@ -68,10 +68,12 @@ def lines(results) -> Iterator[tuple[str, str]]:
 def unsteady(rows) -> list[str]:
     """A warning where many samples disagree with each other: the machine had other work to do."""
     timed = [row for row in rows if row.median_s]
-    wide = [row for row in timed if row.q80_s > 1.5 * row.q20_s]
-    if 4 * len(wide) <= len(timed):
+    spread = [row for row in timed if row.q80_s > 1.5 * row.q20_s]
+    if 4 * len(spread) <= len(timed):
         return []
-    return [f"UNSTEADY: {len(wide)} of {len(timed)} timings spread by more than half; measure again on a quiet machine"]
+    return [
+        f"UNSTEADY: {len(spread)} of {len(timed)} timings spread by more than half; measure again on a quiet machine"
+    ]
 
 
 def _line(row, times: dict[str, float]) -> str:

@@ -111,24 +111,24 @@ def measure(
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     seconds = min(0.4, 2 * effort.seconds)
     ceilings.measure(dtypes, seconds)
-    results, left_out, found = Results({}), {}, {}
+    results, left_out, rows_of = Results({}), {}, {}
     whole_steps = bool(cases) and isinstance(cases[0], StepCase)
     budget = training_step.Budget(limit, len(cases), chosen) if limit and whole_steps else None
     order = sorted(range(len(cases)), key=lambda index: index % 3) if limit else range(len(cases))
     try:
         for count, index in enumerate(order):
-            if limit and found and time.monotonic() - began > limit:
+            if limit and rows_of and time.monotonic() - began > limit:
                 break
             case = cases[index]
             _progress(f"[{count + 1}/{len(cases)}] {case.title}")
             if budget:
                 began_case = time.monotonic()
                 offered = budget.chosen(began_case - began)
-                found[index], skipped = run_case(case, offered, device, effort)
+                rows_of[index], skipped = run_case(case, offered, device, effort)
                 budget.done(time.monotonic() - began_case)
                 skipped += [(p.name, f"left out, the {limit:g} s being short") for p in chosen if p not in offered]
             else:
-                found[index], skipped = run_case(case, chosen, device, effort)
+                rows_of[index], skipped = run_case(case, chosen, device, effort)
             for provider, reason in skipped:
                 left_out.setdefault(provider, {}).setdefault(reason, []).append(case.name)
     finally:
@@ -136,14 +136,14 @@ def measure(
         for provider in chosen:
             if isinstance(provider, peers.Peer):
                 provider.close()
-    results.rows = [row for index in sorted(found) for row in found[index]]
+    results.rows = [row for index in sorted(rows_of) for row in rows_of[index]]
     ceilings.measure(dtypes, seconds)
     for row in results.rows:
         if row.median_s and row.gate != "none" and (row.bytes or row.flops):  # they are the operator's
             row.share_of_peak = ceilings.share(row.bytes, row.flops, row.dtype, row.median_s)
     results.machine = machine.describe(device, ceilings, quick)
-    results.notes = _summary(left_out, len(found))
-    if late := [case.title for index, case in enumerate(cases) if index not in found]:
+    results.notes = _summary(left_out, len(rows_of))
+    if late := [case.title for index, case in enumerate(cases) if index not in rows_of]:
         results.notes.append(f"{len(late)} of {len(cases)} cases, the {limit:g} s being over: {'; '.join(late)}")
     return results
 
@@ -199,9 +199,9 @@ def run_case(
     by_provider = {row.provider: row for row in rows}
     try:
         samples, lost = take_turns(sessions, effort)
-        for name, taken in samples.items():
+        for name, seconds in samples.items():
             row = by_provider[name]
-            row.median_s, row.q20_s, row.q80_s = quantiles(taken)
+            row.median_s, row.q20_s, row.q80_s = quantiles(seconds)
             try:
                 row.peak_bytes = sessions[name].peak_bytes()
             except Unavailable as reason:
@@ -260,9 +260,9 @@ def take_turns(sessions: dict[str, Session], effort: Effort) -> tuple[dict[str, 
     while active:
         for name in list(active):
             began = time.perf_counter()
-            if (taken := attempt(name, "turn")) is None:
+            if (seconds := attempt(name, "turn")) is None:
                 continue
-            samples[name] += taken
+            samples[name] += seconds
             spent[name] += time.perf_counter() - began
             if spent[name] > _PATIENCE * effort.seconds and len(samples[name]) >= _FEWEST:
                 active.remove(name)
@@ -288,15 +288,15 @@ def _device(device) -> torch.device:
     raise UsageError(f"bench: device must be {options}, got {str(device)!r}")
 
 
-def _of_dtypes(found: list[Case], dtypes) -> list[Case]:
+def _of_dtypes(cases: list[Case], dtypes) -> list[Case]:
     if dtypes is None:
-        return found
+        return cases
     names = {_DTYPES.get(name, name) for name in (str(dtype).removeprefix("torch.") for dtype in dtypes)}
-    kept = [case for case in found if case.dtype_name in names]
-    if not kept:
-        options = ", ".join(dict.fromkeys(case.dtype_name for case in found))
+    chosen = [case for case in cases if case.dtype_name in names]
+    if not chosen:
+        options = ", ".join(dict.fromkeys(case.dtype_name for case in cases))
         raise UsageError(f"bench: dtypes must be among those of the cases ({options}), got {', '.join(sorted(names))}")
-    return kept
+    return chosen
 
 
 def _providers(device: str, wanted: Sequence[str] | None, whole_steps: bool) -> list[Provider]:

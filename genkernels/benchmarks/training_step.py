@@ -115,7 +115,7 @@ def find(names: Iterable[str], quick: bool = False) -> list[StepCase]:
     every = cases(quick)
     if quick and any("/" in name for name in wanted):  # a preset asked for by name is not left out for being large
         every = [StepCase(c.model, c.preset, c.dtype, QUICK_GATE_STEPS) for c in cases() if c.dtype == torch.float32]
-    found = []
+    wanted_cases = []
     for name in wanted or dict.fromkeys(case.model for case in every):
         chosen = [case for case in every if name in (case.model, f"{case.model}/{case.preset}")]
         if not chosen:
@@ -126,8 +126,8 @@ def find(names: Iterable[str], quick: bool = False) -> list[StepCase]:
             raise UsageError(
                 f"bench: {NAME}'s MODEL must be a model, or a model and a preset, {got}; nearest: {', '.join(near)}"
             )
-        found += [case for case in chosen if case not in found]
-    return found
+        wanted_cases += [case for case in chosen if case not in wanted_cases]
+    return wanted_cases
 
 
 # --- one step -----------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ class Budget:
     """
 
     def __init__(self, limit: float, cases: int, offered: Sequence):
-        self.limit, self.left, self.offered = limit, cases, offered
+        self.limit, self.waiting, self.offered = limit, cases, offered
         self._eager: list[float] = []
         self._compiling: list[float] = []
         self._before = 0.0
@@ -353,14 +353,14 @@ class Budget:
     def chosen(self, elapsed: float) -> list:
         """The providers of the next case, `elapsed` seconds after the start."""
         self._before = self._compiled_seconds()
-        eager = self.left * sum(self._eager) / max(len(self._eager), 1)
+        eager = self.waiting * sum(self._eager) / max(len(self._eager), 1)
         fits = self.limit - elapsed >= eager + max(self._compiling, default=0.0)
         return [p for p in self.offered if fits or not getattr(p, "compiled", False)]
 
     def done(self, seconds: float) -> None:
         """The case took so long in all."""
         compiling = self._compiled_seconds() - self._before
-        self.left -= 1
+        self.waiting -= 1
         self._eager.append(seconds - compiling)
         if compiling:
             self._compiling.append(compiling)

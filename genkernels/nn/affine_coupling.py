@@ -85,9 +85,9 @@ class AffineCoupling(nn.Module):
             ``(x, grad_x, grad_context, grads)``, a gradient being None where nothing depends on it.
         """
         with torch.enable_grad():
-            whole = z if self.options["split"] == "checkerboard" else self._seen(z)
-            leaf = whole.detach().requires_grad_()
-            seen = self._seen(leaf) if whole is z else leaf
+            source = z if self.options["split"] == "checkerboard" else self._seen(z)
+            leaf = source.detach().requires_grad_()
+            seen = self._seen(leaf) if source is z else leaf
             leaves = [leaf]
             if context is not None:
                 context = context.detach().requires_grad_(context.is_floating_point())
@@ -96,11 +96,11 @@ class AffineCoupling(nn.Module):
         x, grad_x, grad_params = ops.affine_coupling_reverse(grad_z, grad_ldj, z, params.detach(), **self.options)
         if not params.requires_grad:  # a net that ignores all its inputs
             return x, grad_x, None, [None] * len(wanted)
-        found = torch.autograd.grad(params, leaves + wanted, grad_params, allow_unused=True)
-        if found[0] is not None:
-            self._passing(grad_x).add_(found[0])
-        grad_context = found[1] if len(leaves) == 2 else None
-        return x, grad_x, grad_context, list(found[len(leaves) :])
+        grads = torch.autograd.grad(params, leaves + wanted, grad_params, allow_unused=True)
+        if grads[0] is not None:
+            self._passing(grad_x).add_(grads[0])
+        grad_context = grads[1] if len(leaves) == 2 else None
+        return x, grad_x, grad_context, list(grads[len(leaves) :])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items())

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkernels.nn import _small_grid
-
 
 class Conv2dZeros(nn.Conv2d):
     r"""A 3×3 convolution whose result is multiplied by :math:`e^{3\ell}`, with weight, bias and ℓ zero at the start.
@@ -33,14 +31,7 @@ class Conv2dZeros(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.scaled()
-        if not _small_grid.suits(x, self.in_channels * self.out_channels):
-            return F.conv2d(x, weight, bias, padding=self.padding)
-        n, channels, height, width = x.shape
-        pixels_first = not x.is_contiguous()  # channels-last, as a network's own layers leave it
-        rows = x.permute(0, 2, 3, 1) if pixels_first else x
-        dense = _small_grid.dense_weight(weight, height, width, (pixels_first, False))
-        out = torch.addmm(bias.repeat_interleave(height * width), rows.reshape(n, channels * height * width), dense)
-        return out.view(n, self.out_channels, height, width)
+        return F.conv2d(x, weight, bias, padding=self.padding)
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """Weight and bias with the scale multiplied in."""

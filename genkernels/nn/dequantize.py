@@ -106,8 +106,8 @@ class Logit(nn.Module):
         """dz/dx = (1 − 2α) / (p (1 − p)), and −log p(1 − p) = softplus(z) + softplus(−z)."""
         if z.numel() == 0:
             return zero_log_det(z)
-        wide = z.to(work_dtype(z))
-        each = F.softplus(wide) + F.softplus(-wide) + math.log(1 - 2 * self.alpha)
+        z = z.to(work_dtype(z))
+        each = F.softplus(z) + F.softplus(-z) + math.log(1 - 2 * self.alpha)
         return each.flatten(1).sum(1)
 
 

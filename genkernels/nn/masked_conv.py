@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from genkernels import ops
 from genkernels.backends import current_backend
 from genkernels.nn._buffers import renew
-from genkernels.nn._layout import BF16_UNITS, convolution_layout
+from genkernels.nn._layout import BF16_UNITS
 from genkernels.ops import checks
 from genkernels.ops.masked_conv import check_options
 from genkernels.reference.masked_conv import causal_mask
@@ -119,7 +119,12 @@ class MaskedConv2d(nn.Conv2d):
 
     def _plain(self, x, weight, bias, condition, residual) -> Tensor:
         """torch's own convolution of the masked weight, channels-last."""
-        y = F.conv2d(convolution_layout(x), torch.where(self.mask, weight, 0), bias, padding=self.padding)
+        y = F.conv2d(
+            x.contiguous(memory_format=torch.channels_last),
+            torch.where(self.mask, weight, 0),
+            bias,
+            padding=self.padding,
+        )
         if condition is not None:
             y = y + (condition[:, :, None, None] if condition.dim() == 2 else condition)
         if self.activation == "relu":

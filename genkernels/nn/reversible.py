@@ -80,13 +80,13 @@ class _Reversible(torch.autograd.Function):
             for step in reversed(ctx.steps):
                 wanted = [p for p in step.parameters() if id(p) in place]
                 rule = getattr(step, "reverse_backward", None)
-                z, grad_z, of_context, found = (
+                z, grad_z, of_context, of_parameters = (
                     rule(z, context, grad_z, grad_ldj, wanted)
                     if rule
                     else invert_and_recompute(step, z, context, grad_z, grad_ldj, wanted)
                 )
                 grad_context = _plus(grad_context, of_context)
-                for parameter, grad in zip(wanted, found, strict=True):
+                for parameter, grad in zip(wanted, of_parameters, strict=True):
                     at = place[id(parameter)]
                     grads[at] = _plus(grads[at], grad)
         return None, grad_context, grad_z if ctx.needs_input_grad[2] else None, *grads
@@ -104,9 +104,11 @@ def invert_and_recompute(step, z: Tensor, context, grad_z: Tensor, grad_ldj: Ten
             leaves += [context] if context.requires_grad else []
         outputs = step(x, context)
         pairs = [(o, g) for o, g in zip(outputs, (grad_z, grad_ldj), strict=True) if o.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], leaves + wanted, [g for _, g in pairs], allow_unused=True)
-    grad_x = torch.zeros_like(x) if found[0] is None else found[0]
-    return x.detach(), grad_x, found[1] if len(leaves) == 2 else None, list(found[len(leaves) :])
+        leaf_grads = torch.autograd.grad(
+            [o for o, _ in pairs], leaves + wanted, [g for _, g in pairs], allow_unused=True
+        )
+    grad_x = torch.zeros_like(x) if leaf_grads[0] is None else leaf_grads[0]
+    return x.detach(), grad_x, leaf_grads[1] if len(leaves) == 2 else None, list(leaf_grads[len(leaves) :])
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -50,11 +50,11 @@ def test_work_rotates_among_its_sets_and_never_writes_to_them():
 
 def test_every_set_owns_its_memory_and_leaves_require_gradients_only_where_needed():
     inputs = Inputs((torch.randn(4), torch.arange(4)), (torch.randn(4),))
-    first, second = inputs.ready("forward+backward"), inputs.ready("forward+backward")
+    first, second = inputs.fresh("forward+backward"), inputs.fresh("forward+backward")
     pointers = [t.data_ptr() for s in (inputs, first, second) for t in (*s.args, *s.cotangents)]
     assert len(set(pointers)) == len(pointers)
     assert [a.requires_grad for a in first.args] == [True, False]
-    assert not inputs.ready("inverse").args[0].requires_grad
+    assert not inputs.fresh("inverse").args[0].requires_grad
     assert inputs.nbytes == 4 * 4 + 4 * 8 + 4 * 4
 
 
@@ -66,7 +66,7 @@ def test_peak_memory_counts_outputs_and_temporaries_held_at_once(direction):
         del a
         return (b.sum() + x.sum()).reshape(1)
 
-    inputs = Inputs((torch.randn(MIB),), (torch.ones(1),)).ready(direction)
+    inputs = Inputs((torch.randn(MIB),), (torch.ones(1),)).fresh(direction)
     work = Work(op, [inputs], direction)
     work.once()
     peak = work.peak_bytes()

@@ -62,7 +62,7 @@ from genkernels._words import UsageError, near_names
 WHOLE_STEPS = "training_step"
 
 
-def ready(function: Callable[..., Any]) -> Callable[..., Any]:
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes once what a reference needs beside its inputs (a mask): cached; for ``torch.compile`` a constant, not part
     of the graph."""
     cached = functools.cache(function)

@@ -98,17 +98,17 @@ class _Drawing:
         draw = functools.partial(torch.randn, generator=rng, device=rng.device)
         batch, channels, *size = shape
         noise = (batch, channels + (head == "logistic_mixture"), *size)
-        found = {"noise": torch.rand(noise, generator=rng, device=rng.device)}
+        drawn = {"noise": torch.rand(noise, generator=rng, device=rng.device)}
         left = iter(self.weights)
         for k, (_, planes) in enumerate(self.built):
             for n, _ in enumerate(planes):
                 form, taps = next(left)
                 live = _live(form, taps).to(rng.device)
                 # the spread of He's initialisation over the live taps: neither vanishing nor saturated
-                found[f"weight {k}.{n}"] = draw(form) * live * (2 / (form[1] * live.sum())).sqrt()
+                drawn[f"weight {k}.{n}"] = draw(form) * live * (2 / (form[1] * live.sum())).sqrt()
             if planes:
-                found[f"bias {k}"] = draw(form[0]) * 0.1
-        return found
+                drawn[f"bias {k}"] = draw(form[0]) * 0.1
+        return drawn
 
     def case(self, variant, shape, levels, head, compiled=False) -> Case:
         channels, code = shape[1], HEADS.index(head)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from genkernels import ops
-from genkernels.benchmarks.cases import Case, ready
+from genkernels.benchmarks.cases import Case, constant
 from genkernels.reference import made as reference
 from genkernels.reference.affine_coupling import log_scale
 from genkernels.reference.made import degrees_of, made_forward, plan
@@ -60,11 +60,11 @@ def degrees(features: int, hidden) -> list[torch.Tensor]:
     return [torch.arange(features) + 1, *((torch.arange(h) % span + 1).sort().values for h in hidden)]
 
 
-@ready
+@constant
 def _plan(features: int, hidden: tuple[int, ...], device: str):
     order, counts = (t.to(device) for t in plan(degrees(features, hidden)))
-    found = degrees_of(order, counts, hidden)
-    return order, counts, [*found, found[0].repeat(2)]
+    unit_degrees = degrees_of(order, counts, hidden)
+    return order, counts, [*unit_degrees, unit_degrees[0].repeat(2)]
 
 
 def _split(x, both):

@@ -17,7 +17,7 @@ import math
 import torch
 
 from genkernels import ops
-from genkernels.benchmarks.cases import Case, ready
+from genkernels.benchmarks.cases import Case, constant
 from genkernels.reference import masked_conv as reference
 from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, causal_mask
 
@@ -99,11 +99,11 @@ def _ours(options, x, weight, bias, condition=None):
     return ops.masked_conv(x, weight, bias, condition=condition, **options)
 
 
-_ready_mask = ready(causal_mask)
+_constant_mask = constant(causal_mask)
 
 
 def _plain(of_mask, codes, x, weight, bias, condition=None):
-    mask = _ready_mask(*of_mask, x.device)
+    mask = _constant_mask(*of_mask, x.device)
     return reference.masked_conv(x, weight * mask, bias, condition, None, *codes)[0]
 
 

@@ -34,11 +34,11 @@ class Worker:
         adapter = module.adapter(self.peer, problem["settings"], direction, problem["shape"])
         ours = Inputs(problem["args"], problem["cotangents"])
         # arranging inside the graph brings the gradients back into our layout, for the gate alone
-        found = values(lambda *args: adapter.op(*adapter.arrange(*args)), ours.ready(direction), direction)
-        fault = Standard(**problem["standard"]).fault(found, floor=WIDE_FLOOR, same_dtypes=False)
+        produced = values(lambda *args: adapter.op(*adapter.arrange(*args)), ours.fresh(direction), direction)
+        fault = Standard(**problem["standard"]).fault(produced, floor=WIDE_FLOOR, same_dtypes=False)
         if not fault:
             theirs = Inputs(tuple(t.contiguous() for t in adapter.arrange(*ours.args)), ours.cotangents)
-            sets = [theirs.ready(direction) for _ in range(problem["sets"])]
+            sets = [theirs.fresh(direction) for _ in range(problem["sets"])]
             self.work = Work(adapter.op, sets, direction)
         return {"fault": fault}
 

@@ -33,7 +33,7 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if _small_grid.suits(x, self.second.out_channels * max(self.first.in_channels, self.last.out_channels)):
             return self._dense(x, context)
-        h = convolution_layout(self.first(convolution_layout(x)))  # x of one channel has either layout
+        h = _first(self.first, x)
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
         h = F.relu(self.second(F.relu(h)))
@@ -72,7 +72,7 @@ class ResidualNet(nn.Module):
         self.context = nn.Linear(context_features, hidden, bias=False) if context_features else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = convolution_layout(self.first(convolution_layout(x)))  # x of one channel has either layout
+        h = _first(self.first, x)
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
         for block in self.blocks:
@@ -118,6 +118,11 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+def _first(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A network's first layer, in the layout that suits the others: x of one channel has either, its result has not."""
+    return convolution_layout(layer(convolution_layout(x, layer.out_channels)), layer.out_channels)
 
 
 def _relu_init(layer):
