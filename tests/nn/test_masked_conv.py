@@ -214,5 +214,5 @@ def test_bf16_by_torch_itself_says_what_is_wrong_as_the_operator_does(monkeypatc
         layer(x, None, torch.zeros(2, 1, 5, 5).bfloat16())
     with pytest.raises(ValueError, match="condition must be"):
         layer(x, torch.zeros(2, 1).bfloat16())
-    with pytest.raises(TypeError, match="must have x's dtype"):
+    with pytest.raises(TypeError, match="must have the dtype of x"):
         layer(x.float())
