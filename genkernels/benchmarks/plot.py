@@ -13,7 +13,7 @@ _NAMES = {
     "compiled": "torch.compile",
     "one pass": "one forward pass",
     "fused": "genkernels",
-    "fused compiled": "genkernels in torch.compile",
+    "fused compiled": "genkernels compiled",
     **{name: f"genkernels {name}" for name in ("cpu", "triton", "cuda")},
 }
 _BAR, _GAP, _COLUMN = 0.24, 0.46, 45  # inches a bar, inches for a group's heading, bars in one column

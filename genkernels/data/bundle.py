@@ -66,18 +66,6 @@ class DataBundle:
     form: Form
     description: str
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.form.shape
-
-    @property
-    def levels(self) -> int | None:
-        return self.form.grey_levels
-
-    @property
-    def num_classes(self) -> int | None:
-        return self.form.num_classes
-
     def take(self, split: Literal["train", "test"], n: int) -> tuple[Tensor, Tensor]:
         """The first n examples of a part, or all of them where there are fewer, as copies.
 
