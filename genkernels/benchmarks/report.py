@@ -156,7 +156,7 @@ def training_step_table(results_json: dict | str | os.PathLike) -> str:
     peers = sorted({name for by_provider in lines.values() for name in by_provider} - set(_STEPS))
     heads = ["model", "preset", "precision", "batch", *(f"{name} ms" for name in [*_STEPS.values(), *peers])]
     heads += ["× eager", "× compiled"]
-    table = [_markdown(heads), _markdown(["---"] * 3 + ["---:"] * (len(heads) - 3))]
+    table = [_markdown(heads), _markdown(["---"] * len(heads))]
     for (model, preset, dtype), by_provider in lines.items():
         times = {name: row["median_s"] for name, row in by_provider.items() if row["median_s"]}
         cells = [_cell(by_provider.get(name)) for name in [*_STEPS, *peers]]

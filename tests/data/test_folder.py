@@ -220,7 +220,7 @@ def test_names_with_odd_characters(tmp_path, refusal):
     for name in names:
         write(base / name)
     assert len(load(f"folder:{base}").train) < 4
-    assert load(f"folder:{base}?size=3").shape == (3, 3, 3)
+    assert load(f"folder:{base}?size=3").form.shape == (3, 3, 3)
     for name in names[2:]:
         (base / name).write_bytes(b"junk")
         refusal(f"folder:{base}", "cannot be read as an image").encode()  # printable on any terminal

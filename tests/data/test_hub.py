@@ -164,7 +164,7 @@ def test_sizes_and_grey(hub, refusal):
     bundle = load("hf:x:config?size=8")
     assert bundle.form.shape == (1, 8, 8)
     hub(train=table(arrays(3, 4, 4)), test=table([*arrays(1, 4, 4), *arrays(1, 4, 4, 3)]))
-    assert load("hf:x").shape == (3, 4, 4)
+    assert load("hf:x").form.shape == (3, 4, 4)
 
 
 @pytest.mark.parametrize("cell", [None, (b"junk", None), (None, "/none.png")])

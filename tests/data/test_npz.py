@@ -94,9 +94,9 @@ def test_relative_paths_start_at_root(save, tmp_path, monkeypatch, refusal):
     assert len(load("npz:a.npz", root=str(tmp_path)).train) > 0
     refusal("npz:a.npz", "there is no file", root=tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    assert load("npz:./a.npz").shape == (4,)
+    assert load("npz:./a.npz").form.shape == (4,)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load("npz:~/a.npz", root="/nowhere").shape == (4,)
+    assert load("npz:~/a.npz", root="/nowhere").form.shape == (4,)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
@@ -165,7 +165,7 @@ def test_objects_are_never_unpickled(save, refusal, name):
 
 
 def test_other_arrays_of_the_archive_are_not_read(save):
-    assert load(save(x=POINTS, notes=np.array([Bomb()]))).shape == (4,)
+    assert load(save(x=POINTS, notes=np.array([Bomb()]))).form.shape == (4,)
 
 
 def test_missing_and_wrong_files(refusal, tmp_path, monkeypatch):
