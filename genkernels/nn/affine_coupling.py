@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from genkernels import ops
+from genkernels.backends import current_backend
 from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
-from genkernels.reference.affine_coupling import transformed_pixels
+from genkernels.reference import affine_coupling as reference
+from genkernels.reference.affine_coupling import Layout, ScaleMap, Split, transformed_pixels
+
+#: Up to so many values of x a call of the operator inside ``torch.compile`` costs more than it saves. Measured on one
+#: core, forward and backward between two elementwise neighbours: 64×64 201 µs against 183 µs inlined, 64×12×16×16
+#: 1.3 ms against 1.9 ms.
+INLINED_VALUES = 4096
 
 
 class AffineCoupling(nn.Module):
@@ -66,10 +73,10 @@ class AffineCoupling(nn.Module):
         }
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling(x, self.params(self._seen(x), context), **self.options)
+        return self._couple(x, self.params(self._seen(x), context), inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling_inverse(z, self.params(self._seen(z), context), **self.options)
+        return self._couple(z, self.params(self._seen(z), context), inverse=True)
 
     @torch.no_grad()
     def reverse_backward(
@@ -108,6 +115,26 @@ class AffineCoupling(nn.Module):
     def params(self, seen: Tensor, context: Tensor | None) -> Tensor:
         """What the network makes of the half that it sees."""
         return self.net(seen) if context is None else self.net(seen, context)
+
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        options = self.options
+        if self._inlined(x, params):
+            codes = (ScaleMap[options["scale_map"].upper()], Split[options["split"].upper()])
+            return reference.affine_coupling(
+                x, params, *codes, Layout[options["layout"].upper()], options["flip"], inverse
+            )
+        return (ops.affine_coupling_inverse if inverse else ops.affine_coupling)(x, params, **options)
+
+    def _inlined(self, x: Tensor, params: Tensor) -> bool:
+        """Whether ``torch.compile`` had better see plain PyTorch, to fuse it with what stands around it: small
+        couplings on a CPU. What is wrong in shape or dtype is left to the operator, which says so."""
+        if not torch.compiler.is_compiling() or x.device.type != "cpu" or current_backend() != "auto":
+            return False
+        count, channels, *sides = x.shape
+        shifts = channels if self.options["split"] == "checkerboard" else channels // 2
+        expected = [count, shifts if self.options["scale_map"] == "additive" else 2 * shifts, *sides]
+        dtypes = x.dtype == params.dtype or (x.dtype == torch.float32 and params.dtype == torch.bfloat16)
+        return x.numel() <= INLINED_VALUES and list(params.shape) == expected and dtypes
 
     def _seen(self, x: Tensor) -> Tensor:
         """What the network may look at."""

@@ -132,7 +132,10 @@ class MaskedConv2d(nn.Conv2d):
         elif self.activation == "gate":
             a, b = y.chunk(2, dim=1)
             y = torch.tanh(a) * torch.sigmoid(b)
-        return y if residual is None else y + residual
+        if residual is not None:
+            return y + residual
+        # a network's last layer: losses over its channels want each channel in one piece
+        return y.contiguous() if self.activation == "none" else y
 
     def masked_weight(self) -> Tensor:
         """The weight with its dead taps exactly 0, differentiable."""

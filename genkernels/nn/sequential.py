@@ -101,8 +101,12 @@ def _chain(steps: list, x: Tensor, context: Tensor | None, inverse: bool = False
 
 
 def _joinable(steps: list) -> list:
-    """The ActNorms that had better run together; one alone gains nothing."""
-    if current_backend() == "reference":
+    """The ActNorms that had better run together; one alone gains nothing.
+
+    None inside ``torch.compile``, which fuses them by itself, and whose Inductor (torch 2.13, CPU) gave the first
+    ActNorm of a flow on points a wrong gradient where they were joined.
+    """
+    if current_backend() == "reference" or torch.compiler.is_compiling():
         return []
     norms = [step for step in steps if JoinedActNorms.takes(step)]
     return norms if len(norms) > 1 else []
