@@ -30,7 +30,11 @@ def train(name: str, bundle, config: TrainConfig, out: Path) -> training.Result:
     backend = PATHS[name]
     print(f"\n{name}: Glow on {bundle.description}", flush=True)
     with gk.use_backend(backend):
-        return training.fit(model, bundle, config, out=out / name, overwrite=True)
+        result = training.fit(model, bundle, config, out=out / name, overwrite=True)
+    if result.interrupted:
+        print(f"demo: interrupted after step {result.steps} of the {name} path", file=sys.stderr)
+        sys.exit(128 + result.signal)
+    return result
 
 
 def held(result: training.Result) -> models.Estimate:
