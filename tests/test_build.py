@@ -1,5 +1,6 @@
 """setup.py: what GENKERNELS_BUILD asks for is built, or refused by one sentence that names the missing thing."""
 
+import ctypes
 import importlib.util
 import subprocess
 import sys
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from genkernels import backends
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# one worker takes them all, and builds once, in a minute or two where nothing else runs
-pytestmark = [pytest.mark.xdist_group("build"), pytest.mark.timeout(1200)]
+# a build takes all cores; the real one for any processor takes half a minute or so
+pytestmark = [pytest.mark.threads, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="session")
@@ -33,30 +36,47 @@ def build_in(setup, folder, wish):
 
 
 @pytest.fixture
-def build(setup, tmp_path):
-    return lambda wish: [path.name for path in build_in(setup, tmp_path, wish)]
+def build_here(setup, tmp_path):
+    return lambda wish: build_in(setup, tmp_path / "build", wish)
 
 
-@pytest.fixture(scope="session")
-def built(setup, tmp_path_factory):
-    """The libraries that GENKERNELS_BUILD=cpu makes on this processor, and the one that it makes on any other."""
-    folder = tmp_path_factory.mktemp("build")
-    here = build_in(setup, folder / "here", "cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "cpu_variants", lambda: {"generic": []})
-        return here, build_in(setup, folder / "elsewhere", "cpu")
+@pytest.fixture
+def build(build_here):
+    return lambda wish: [path.name for path in build_here(wish)]
+
+
+@pytest.fixture
+def small_sources(setup, tmp_path, monkeypatch):
+    """Stands in for ``csrc``, whose real build is the installed one: what is compiled, for whom and into what."""
+    folder = tmp_path / "csrc" / "cpu"
+    folder.mkdir(parents=True)
+    for name in ("one", "two"):
+        text = f'extern "C" __attribute__((visibility("default"))) int {name}() {{ return WIDTH; }}'
+        (folder / f"{name}.cpp").write_text(
+            "#if __AVX512F__\n#define WIDTH 512\n#elif __AVX2__\n#define WIDTH 256\n#else\n#define WIDTH 0\n#endif\n"
+            + text
+        )
+    monkeypatch.setattr(setup, "CSRC", folder.parent)
 
 
 def test_nothing_is_built_when_nothing_is_wished(build):
     assert build("none") == []
 
 
-def test_the_cpu_library_is_built_for_every_processor_it_may_meet(built, setup):
-    assert [path.name for path in built[0]] == sorted(f"libgenkernels_cpu_{v}.so" for v in setup.cpu_variants())
+def test_the_cpu_library_is_built_for_every_processor_it_may_meet(build_here, setup, small_sources):
+    widths = {"avx512": 512, "avx2": 256, "generic": 0}
+    libraries = build_here("cpu")
+    assert [path.name for path in libraries] == sorted(f"libgenkernels_cpu_{v}.so" for v in setup.cpu_variants())
+    for path, variant in zip(libraries, sorted(setup.cpu_variants()), strict=True):
+        library = ctypes.CDLL(str(path))
+        assert library.one() == library.two() == widths[variant]
 
 
-def test_other_processors_get_the_generic_build(built):
-    assert [path.name for path in built[1]] == ["libgenkernels_cpu_generic.so"]
+def test_the_installed_library_is_there_for_every_processor_it_may_meet(setup):
+    if backends.why_missing("cpu"):
+        pytest.skip("the CPU library is not built")
+    names = {path.name for path in (Path(backends.__file__).parent / "_lib").glob("libgenkernels_cpu_*.so")}
+    assert names == {f"libgenkernels_cpu_{variant}.so" for variant in setup.cpu_variants()}
 
 
 @pytest.mark.parametrize(
@@ -98,9 +118,12 @@ def test_architectures(setup):
         setup.architecture_flags("hopper")
 
 
-def test_the_generic_build_computes_the_same(built):
+def test_other_processors_get_a_generic_build_that_computes_the_same(build_here, setup, monkeypatch):
     """The build for processors other than x86-64, held against the reference on this one."""
-    (library,) = built[1]
+    monkeypatch.setattr(setup, "cpu_variants", lambda: {"generic": []})
+    monkeypatch.setattr(setup, "COMMON_FLAGS", [flag.replace("-O3", "-O1") for flag in setup.COMMON_FLAGS])
+    (library,) = build_here("cpu")
+    assert library.name == "libgenkernels_cpu_generic.so"
     # this processor's own library is kept out of sight, so that the generic one is the only one registered
     code = f"""
 import pathlib

@@ -75,7 +75,8 @@ def _checked(model: str, name: str, value: Any, annotation: Any) -> Any:
 
 
 def _check_vocabulary(kind: type, arguments: dict[str, Any], signature: inspect.Signature) -> None:
-    """That ``shape`` is one of the model's data, and that points have no ``grey_levels``, whatever its default says."""
+    """That ``shape`` is one of the model's data, that points have no ``grey_levels`` and data without them no
+    ``logit``, whatever their defaults say."""
     if "shape" not in arguments:
         return
     shape = arguments["shape"] = checked_shape(kind, arguments["shape"])
@@ -85,6 +86,13 @@ def _check_vocabulary(kind: type, arguments: dict[str, Any], signature: inspect.
                 f"{kind.__name__}: grey_levels must be None for points, which have none, got {arguments['grey_levels']}"
             )
         arguments["grey_levels"] = None
+    if "logit" in arguments and arguments.get("grey_levels", 0) is None:
+        if arguments["logit"] not in (0, signature.parameters["logit"].default):
+            raise ValueError(
+                f"{kind.__name__}: logit must be 0 for data without grey levels, which lie anywhere, got "
+                f"{arguments['logit']}"
+            )
+        arguments["logit"] = 0.0
 
 
 def checked_shape(kind: type, shape: Any) -> tuple[int, ...]:

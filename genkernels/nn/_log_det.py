@@ -19,3 +19,12 @@ def zero_log_det(x: Tensor) -> Tensor:
 def per_sample(log_det_per_pixel: Tensor, x: Tensor) -> Tensor:
     """A log-determinant that each pixel adds alike, the same for every sample."""
     return (x.shape[2:].numel() * log_det_per_pixel.to(work_dtype(x))).expand(x.shape[0])
+
+
+def check_log_det(layer, log_det: Tensor, z: Tensor) -> None:
+    """A layer's log-determinant must be ``[N]``: ``[N, 1]`` or a scalar would broadcast into a plausible number."""
+    if not isinstance(log_det, Tensor) or log_det.dim() != 1 or log_det.shape[0] != z.shape[0]:
+        got = list(log_det.shape) if isinstance(log_det, Tensor) else type(log_det).__name__
+        raise ValueError(
+            f"FlowSequential: the log-determinant of {type(layer).__name__} must be [N] = [{z.shape[0]}], got {got}"
+        )

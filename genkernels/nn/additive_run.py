@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from genkernels.nn._log_det import zero_log_det
+from genkernels.nn._plain import plain
 from genkernels.nn.affine_coupling import AffineCoupling
-from genkernels.nn.folding import hooked
 
 
 class AdditiveRun:
@@ -23,7 +23,7 @@ class AdditiveRun:
     @staticmethod
     def takes(layer) -> bool:
         """Whether a layer can run here: the very class, additive, split by channels, without hooks."""
-        if type(layer) is not AffineCoupling or hooked(layer):
+        if not isinstance(layer, AffineCoupling) or not plain(layer, AffineCoupling):
             return False
         return layer.options["scale_map"] == "additive" and layer.options["split"] == "channel"
 

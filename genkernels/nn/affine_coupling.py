@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from genkernels import ops
 from genkernels.backends import current_backend
+from genkernels.nn._context import check_context
 from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
 from genkernels.reference import affine_coupling as reference
 from genkernels.reference.affine_coupling import Layout, ScaleMap, Split, transformed_pixels
@@ -41,8 +42,12 @@ class AffineCoupling(nn.Module):
         layout: ``halves``: the result's first half is the log-scale, its second the shift; ``interleaved``: they
             alternate.
 
+    A network that works in place on its input (``nn.ReLU(inplace=True)`` first) is given a copy.
+
     Raises:
-        ValueError: an option is unknown, x does not suit the split, or `net` gives another shape.
+        ValueError: an option is unknown, x does not suit the split, `net` gives another shape, or the context has not a
+            row a sample.
+        RuntimeError: `net` changed its input in place by an operation that no layer's ``inplace`` announces.
 
     Source: Dinh et al., "NICE", 2015, and "Density estimation using Real NVP", 2017.
     """
@@ -65,6 +70,9 @@ class AffineCoupling(nn.Module):
             if value not in options:
                 raise ValueError(f"AffineCoupling: {name} must be one of {', '.join(options)}, got {value!r}")
         self.net = net
+        # told by the layers' attribute; a network with classes of other libraries is watched while it runs
+        self._writes = any(getattr(layer, "inplace", False) for layer in net.modules())
+        self._known = all(type(layer).__module__.startswith(("torch.nn.", "genkernels.")) for layer in net.modules())
         self.options = {
             "scale_map": "additive" if additive else scale_map,
             "split": split,
@@ -113,8 +121,27 @@ class AffineCoupling(nn.Module):
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
 
     def params(self, seen: Tensor, context: Tensor | None) -> Tensor:
-        """What the network makes of the half that it sees."""
-        return self.net(seen) if context is None else self.net(seen, context)
+        """What the network makes of the half that it sees, a view of x, and of the context.
+
+        Raises:
+            RuntimeError: the network changed one of them in place. ValueError: the context has not a row a sample.
+        """
+        check_context(seen, context)
+        tensors = [t for t in (seen, context) if isinstance(t, Tensor)]
+        traced = torch.compiler.is_compiling() or any(t.is_inference() for t in tensors)
+        if self._writes or (traced and not self._known):
+            # with the checkerboard what the network sees is its own already
+            seen = seen.clone() if self.options["split"] == "channel" else seen
+            context = context.clone() if isinstance(context, Tensor) else context
+            traced = True
+        versions = None if traced else [t._version for t in tensors]
+        params = self.net(seen) if context is None else self.net(seen, context)
+        if versions is not None and versions != [t._version for t in tensors]:
+            raise RuntimeError(
+                "AffineCoupling: its network changed what it was given in place, which is part of x or of the context: "
+                "let its first operation be out of place"
+            )
+        return params
 
     def _couple(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         options = self.options

@@ -31,6 +31,9 @@ class AutoregressiveTransform(nn.Module):
     Shapes:
         x, z ``[N, D]``; ldj ``[N]``, nats, fp32 or wider.
 
+    Hooks on the network's layers, pruning, wrappers such as LoRA and subclasses count both ways: the inverse then takes
+    the D passes of the definition, with a graph of all of them where gradients are asked for.
+
     Raises:
         ValueError: an option is unknown, or the network does not give two parameters a feature.
 
@@ -59,17 +62,24 @@ class AutoregressiveTransform(nn.Module):
 
     def _parallel(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The direction in which every feature's parameters are known at once."""
+        t, ell = self._params(x, context)
+        return (x * torch.exp(ell) + t).to(x.dtype), ell.sum(1)
+
+    def _params(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Shifts and log-scales ``[N, D]``, fp32 or wider."""
         params = self.made(x, context)
         params = params.to(torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32))
         s, t = params.chunk(2, dim=1)
-        ell = log_scale(s, SCALE_MAPS.index(self.scale_map))
-        return (x * torch.exp(ell) + t).to(x.dtype), ell.sum(1)
+        return t, log_scale(s, SCALE_MAPS.index(self.scale_map))
 
     def _solve(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         made = self.made
         check_tensor(f"{type(self).__name__}: the input", z)
         if z.dim() != 2 or z.shape[1] != made.features:
             raise ValueError(f"{type(self).__name__}: the input must be [N, {made.features}], got {list(z.shape)}")
+        if not made.as_written():
+            return self._solve_by_calls(z, context)
+        made.follow()
         return ops.made_inverse(
             z,
             [layer.weight for layer in made.layers],
@@ -81,6 +91,17 @@ class AutoregressiveTransform(nn.Module):
             scale_map=self.scale_map,
             method=self.method,
         )
+
+    def _solve_by_calls(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The definition, D passes that call the network: where its layers have hooks or are not the class's own."""
+        x, log_det = torch.zeros_like(z), 0.0
+        for feature in self.made.order.tolist():
+            t, ell = self._params(x, context)
+            here = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
+            here[feature] = True
+            x = torch.where(here, ((z - t) * torch.exp(-ell)).to(z.dtype), x)
+            log_det = log_det - ell[:, feature]
+        return x, log_det
 
 
 class InverseAutoregressiveTransform(AutoregressiveTransform):

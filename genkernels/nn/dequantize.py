@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels.nn._log_det import work_dtype, zero_log_det
-from genkernels.nn._values import readable
+from genkernels.nn._values import check_batched, level_indices
+
+#: what is cut off an fp32 to round it towards 0 in a half type
+_DROPPED_BITS = {torch.bfloat16: -(1 << 16), torch.float16: -(1 << 13)}
+#: values that a half type must have within a grey level, or the noise is none
+_STEPS = 8
 
 
 class Dequantize(nn.Module):
@@ -25,11 +30,14 @@ class Dequantize(nn.Module):
         levels: how many values a pixel takes, e.g. 256.
 
     Shapes:
-        x: ``[N, ...]``, uint8 indices 0..levels − 1, or floats in [0, 1], index/(levels − 1). z: float. ldj: ``[N]``.
+        x: ``[N, D]`` or ``[N, C, H, W]`` (or more), uint8 indices 0..levels − 1, or floats in [0, 1], index/(levels −
+            1), others being rounded with a warning. z: float. ldj: ``[N]``.
 
     Raises:
         TypeError: integers other than uint8. ValueError: values out of range; looked at on the CPU only, because a look
-            at another device would stall it, and not inside ``torch.compile``.
+            at another device would stall it, and not inside ``torch.compile``. A shape; a module cast to a half type
+            too coarse for the noise within a level (bf16 beyond 32 levels, fp16 beyond 256).
+        RuntimeError: x asks for a gradient, which the rounding makes 0.
 
     Source: Theis et al., "A note on the evaluation of generative models", 2016.
     """
@@ -45,14 +53,18 @@ class Dequantize(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        self._check(x)
+        check_batched("Dequantize", x)
+        index = level_indices("Dequantize", x, self.levels, "the layers behind it take x as it is")
         work = work_dtype(self._like)
-        index = (x * (self.levels - 1)).round_() if x.is_floating_point() else x
-        u = uniform(x.shape, work, x.device, generator)
-        return (u.add_(index).mul_(1 / self.levels)).to(self._like.dtype), self._log_det(x, work, 1)
+        z = uniform(x.shape, work, x.device, generator).add_(index).mul_(1 / self.levels)
+        # where the sum or the product rounds up, z would be of the next level
+        z = torch.where(self._level(z) > index, z * (1 - 4 * torch.finfo(work).eps), z)
+        return self._narrowed(z, index), self._log_det(x, work, 1)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        index = (z.to(work_dtype(z)) * self.levels).floor().clamp(0, self.levels - 1)
+        check_batched("Dequantize", z)
+        # no graph: its gradients would be 0
+        index = self._level(z.detach()).clamp(0, self.levels - 1)
         return index / (self.levels - 1), self._log_det(z, work_dtype(z), -1)
 
     def extra_repr(self) -> str:
@@ -62,16 +74,22 @@ class Dequantize(nn.Module):
         value = -sign * x.shape[1:].numel() * math.log(self.levels)
         return torch.full((x.shape[0],), value, dtype=dtype, device=x.device)
 
-    def _check(self, x: Tensor) -> None:
-        if not (x.is_floating_point() or x.dtype == torch.uint8):
-            raise TypeError(f"Dequantize: x must be uint8 level indices or floats in [0, 1], got {x.dtype}")
-        if not readable(x):
-            return
-        low, high = (bound.item() for bound in x.aminmax())
-        top = self.levels - 1 if x.dtype == torch.uint8 else 1
-        if low < 0 or high > top:  # false for NaN, which then shows in the result
-            kind = f"level indices 0..{top}" if x.dtype == torch.uint8 else "floats in [0, 1]"
-            raise ValueError(f"Dequantize: x must hold {kind}, got values from {low} to {high}")
+    def _narrowed(self, z: Tensor, index: Tensor) -> Tensor:
+        """z in the module's dtype, no value leaving its level."""
+        dtype = self._like.dtype
+        if dtype not in _DROPPED_BITS:
+            return z.to(dtype)
+        if self.levels > 1 / (_STEPS * torch.finfo(dtype).eps / 2):
+            raise ValueError(
+                f"Dequantize: {dtype} has less than {_STEPS} values within a level of {self.levels}, too few for "
+                "uniform noise: keep the model in float32, under autocast if need be"
+            )
+        nearest = z.to(dtype)
+        below = (z.view(torch.int32) & _DROPPED_BITS[dtype]).view(torch.float32).to(dtype)
+        return torch.where(self._level(nearest) > index, below, nearest)
+
+    def _level(self, z: Tensor) -> Tensor:
+        return (z.to(work_dtype(z)) * self.levels).floor()
 
 
 class Logit(nn.Module):

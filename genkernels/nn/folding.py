@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genkernels.nn._log_det import work_dtype
 from genkernels.nn._pixelwise import pixelwise_linear
+from genkernels.nn._plain import plain
 from genkernels.nn.actnorm import ActNorm
 from genkernels.nn.invertible_conv import InvertibleConv1x1, assemble, assemble_inverse
 
@@ -30,11 +31,12 @@ class FoldedPair:
     def fits(first, second) -> bool:
         """Whether two neighbours can be folded now: the very classes, without hooks, and nothing left to initialise."""
         return (
-            type(first) is ActNorm
-            and type(second) is InvertibleConv1x1
+            isinstance(first, ActNorm)
+            and isinstance(second, InvertibleConv1x1)
             and first.channels == second.channels
-            and (first.ready or not first.training)
-            and not (hooked(first) or hooked(second))
+            and plain(first, ActNorm)
+            and plain(second, InvertibleConv1x1)
+            and (not first.training or first.ready)
         )
 
     def parameters(self) -> list[Tensor]:
@@ -107,9 +109,3 @@ class _Group:
         if len(set(self.pixels)) == 1:
             return self.pixels[0] * self.log_dets.sum()
         return sum(n * each for n, each in zip(self.pixels, self.log_dets.unbind(0), strict=True))
-
-
-def hooked(module: torch.nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

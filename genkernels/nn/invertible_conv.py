@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from genkernels.nn._log_det import per_sample
 from genkernels.nn._pixelwise import pixelwise_linear
+from genkernels.nn._plain import renew_weights
 
 
 class InvertibleConv1x1(nn.Module):
@@ -60,11 +61,13 @@ class InvertibleConv1x1(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check(z)
+        renew_weights(self)
         weight, log_det = assemble_inverse([self])
         return pixelwise_linear(z, weight[0]), per_sample(log_det[0], z)
 
     def matrix(self) -> Tensor:
         """W, ``[C, C]``, fp64; differentiable."""
+        renew_weights(self)
         return assemble([self])[0][0]
 
     def check(self, x: Tensor) -> None:

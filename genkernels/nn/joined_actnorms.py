@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkernels.nn._plain import plain
 from genkernels.nn.actnorm import ActNorm
-from genkernels.nn.folding import hooked
 
 
 class JoinedActNorms:
@@ -28,7 +28,7 @@ class JoinedActNorms:
     @staticmethod
     def takes(layer) -> bool:
         """Whether a layer can run here now: the very class, without hooks, and with nothing left to initialise."""
-        return type(layer) is ActNorm and (layer.ready or not layer.training) and not hooked(layer)
+        return isinstance(layer, ActNorm) and plain(layer, ActNorm) and (not layer.training or layer.ready)
 
     def __bool__(self) -> bool:
         return bool(self._place)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels.nn._buffers import renew
+from genkernels.nn._plain import plain
+from genkernels.nn._seen import Seen, unwrapped
 from genkernels.nn.masked_linear import MaskedLinear
 from genkernels.ops import checks
 from genkernels.reference.made import plan
@@ -35,7 +37,9 @@ class MADE(nn.Module):
             W_b\,\mathrm{relu}(W_a\,\mathrm{relu}(v))`; an odd number of equal layers, at least 3.
         order: ``natural`` (default), ``reversed``, ``random``, or a permutation of 0 … D − 1, the feature generated at
             each step.
-            It is part of the state dict: a loaded network takes over the saved order.
+            It is part of the state dict, and what follows from it follows it however it is written: loaded, copied in
+            place, handed in by ``functional_call``. One that is random or given breaks the graph of ``torch.compile``
+            to look at it.
         context_features: size of a context that every output may see; it enters the first hidden layer, unmasked.
         generator: for the random order.
 
@@ -84,6 +88,7 @@ class MADE(nn.Module):
             )
         self.features, self.hidden_features, self.params_per_feature = features, sizes, params_per_feature
         self.residual, self.context_features = bool(residual), context_features
+        fixed = order is None or (isinstance(order, str) and order != "random")
         order = _order(order, features, generator)
         degrees, ends = self._degrees(order)
         self.layers = nn.ModuleList(
@@ -94,11 +99,13 @@ class MADE(nn.Module):
         device = self.layers[0].weight.device
         self.register_buffer("order", order.to(device))
         self.register_buffer("counts", plan(degrees)[1].to(device), persistent=False)
+        self._seen, self._fixed = Seen(), fixed
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_tensor("MADE: x", x)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"MADE: x must be [N, {self.features}], got {list(x.shape)}")
+        self.follow()
         *hidden, last = self.layers
         v = hidden[0](x)
         if (added := self.context_values(context, x.shape[0])) is not None:
@@ -128,6 +135,34 @@ class MADE(nn.Module):
             )
         return self.context_layer(context)
 
+    def follow(self) -> None:
+        """Brings what follows from ``order`` up to date, where that has changed since the last look."""
+        if torch.compiler.is_compiling():
+            if not self._fixed:
+                _follow_outside(self)  # breaks the graph: a compiled pass cannot tell whether a buffer has changed
+            return
+        if self._seen.holds(self.order):
+            return
+        order = unwrapped(self.order)
+        if order is None:  # a pass without data
+            return
+        if order.dim() > 1 and (order != order[..., :1, :]).any():
+            raise RuntimeError("MADE: several networks run as one must have the same order")
+        order = _order(order.reshape(-1, self.features)[0], self.features, None).to(self.counts.device)
+        degrees, ends = self._degrees(order)
+        if not torch.equal(degrees[0], _masked(self.layers[0]).in_degrees):
+            self._renew(degrees, ends)
+        self._seen.note(self.order)
+
+    def as_written(self) -> bool:
+        """Whether the network is what its weights say, so that a solve may read them and go past its layers."""
+        return plain(self, MADE) and all(plain(layer, MaskedLinear) for layer in self.layers)
+
+    def _renew(self, degrees: list[Tensor], ends: list[Tensor]) -> None:
+        for layer, into, out in zip(self.layers, degrees, ends, strict=True):
+            _masked(layer).set_degrees(into, out)
+        renew(self, "counts", plan(degrees)[1])
+
     def _degrees(self, order: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The degrees of what each layer reads and of what it makes, on the device of `order`."""
         hidden = [_hidden_degrees(n, self.features, self.context_features > 0) for n in self.hidden_features]
@@ -144,10 +179,19 @@ class MADE(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if self.order.is_meta:
             return
-        degrees, ends = self._degrees(self.order)
-        for layer, into, out in zip(self.layers, degrees, ends, strict=True):
-            layer.set_degrees(into, out)
-        renew(self, "counts", plan(degrees)[1])
+        self._renew(*self._degrees(self.order))
+
+
+def _follow_outside(made: MADE) -> None:
+    made.follow()
+
+
+_follow_outside._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo
+
+
+def _masked(layer: nn.Module) -> MaskedLinear:
+    """The masked layer itself, which a wrapper may hold."""
+    return next(module for module in layer.modules() if isinstance(module, MaskedLinear))
 
 
 def check_tensor(label: str, value) -> None:

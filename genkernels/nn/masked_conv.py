@@ -25,8 +25,8 @@ class MaskedConv2d(nn.Conv2d):
         y = activation(y) + residual
 
     Its parameters and state dict are those of a plain ``Conv2d``: ``weight [out_channels, in_channels, kh, kw]`` and
-    ``bias``. Dead taps
-    may hold anything: they play no part and get a gradient of exactly 0.
+    ``bias``. Dead taps start as 0 and get a gradient of exactly 0; loaded ones may hold anything and play no part, but
+    for a norm over all taps that ``torch.nn.utils.parametrizations.weight_norm`` or ``spectral_norm`` takes of them.
 
     Args:
         mask_type: ``A`` (first layer: a pixel does not see itself) or ``B``.
@@ -89,6 +89,8 @@ class MaskedConv2d(nn.Conv2d):
         )
         self.mask_type, self.data_channels, self.region, self.activation = mask_type, data_channels, region, activation
         self.register_buffer("mask", self._causal_mask(), persistent=False)
+        with torch.no_grad():
+            self.weight.copy_(self.masked_weight())
 
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         tensors = (x, self.weight, self.bias, condition, residual)

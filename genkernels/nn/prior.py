@@ -37,7 +37,12 @@ class Prior(nn.Module):
         self.table = nn.Parameter(torch.zeros(rows, 2 * channels)) if learned or num_classes else None
 
     def log_prob(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """``[N]``, nats, of ``z [N, channels, *spatial]``; y ``[N]``, class indices, where there are classes."""
+        """``[N]``, nats, of ``z [N, channels, *spatial]``; y ``[N]``, class indices, where there are classes.
+
+        Raises:
+            ValueError: z has other channels or no batch, y is missing or has not N entries.
+        """
+        self._check("z", z.shape)
         z = z.to(work_dtype(z))
         extra = 0.0
         if self.table is not None:
@@ -59,7 +64,12 @@ class Prior(nn.Module):
         y: Tensor | None = None,
         like: Tensor | None = None,
     ) -> Tensor:
-        """Latents of `shape` ``[N, channels, *spatial]``; `temperature` multiplies the standard deviation."""
+        """Latents of `shape` ``[N, channels, *spatial]``; `temperature` multiplies the standard deviation.
+
+        Raises:
+            ValueError: `shape` has other channels or no batch, y is missing or has not N entries.
+        """
+        self._check("shape", shape)
         like = self.table if like is None else like
         dtype = torch.get_default_dtype() if like is None else work_dtype(like)
         device = torch.device("cpu") if like is None else like.device
@@ -76,8 +86,15 @@ class Prior(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.channels}, kind={self.kind!r}, learned={self.table is not None}, num_classes={self.num_classes}"
 
+    def _check(self, name: str, shape) -> None:
+        if len(shape) < 2 or shape[1] != self.channels:
+            raise ValueError(f"Prior: {name} must be [N, {self.channels}, ...], got {list(shape)}")
+
     def _location_scale(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.num_classes:
+            if not isinstance(y, Tensor) or list(y.shape) != [z.shape[0]] or y.is_floating_point():
+                got = f"{list(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(y)
+                raise ValueError(f"Prior: y must be integers [N] = [{z.shape[0]}], one class each, got {got}")
             rows = F.embedding(y, self.table)
         else:
             rows = self.table

@@ -415,12 +415,14 @@ def test_first_step_has_no_gradient_of_mere_noise(points):
 
 def test_training_never_waits_for_the_device(monkeypatch):
     """The look at the data's range is for the CPU alone; nothing else in a step or a sample reads a tensor's value."""
-    monkeypatch.setattr(gnn.Dequantize, "_check", lambda *_: None)
+    monkeypatch.setattr("genkernels.nn._values.readable", lambda x: False)
     for options in ({}, {"reversible": True}):
         model = models.Glow(shape=(1, 4, 4), grey_levels=17, scales=2, steps=2, hidden=4, **options)
+        x = smooth_images(4, (1, 4, 4), 17)
+        model.loss(x)  # the start reads whether there is something to start from
         with Watch() as watch:
             for _ in range(2):
-                model.loss(torch.zeros(4, 1, 4, 4, dtype=torch.uint8)).backward()
+                model.loss(x).backward()
             model.sample(2)
         assert watch.calls and not watch.reads()
 
@@ -575,3 +577,124 @@ def test_continuous_images():
     assert model.log_prob(x).shape == (3,) and model.sample(2).shape == (2, 1, 4, 4)
     with pytest.raises(TypeError, match="data being continuous"):
         model.log_prob(x.to(torch.uint8))
+
+
+# --- the start of the ActNorms ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_dry_run_is_no_start_and_initialize_sets_it_anew(train):
+    fresh = gk.models.Glow(shape=(3, 8, 8), scales=2, steps=2, hidden=16)
+    x = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+    dry, again = copy.deepcopy(fresh), copy.deepcopy(fresh)
+    for zeros in (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), x[:1]):
+        with pytest.warns(UserWarning, match="Glow: a batch .* does not count as the data-dependent start"):
+            assert torch.isfinite(dry.log_prob(zeros)).all()
+    assert not any(m.ready or m.bias.any() for m in dry.modules() if isinstance(m, gnn.ActNorm))
+    again.log_prob(torch.randint(2, (64, 3, 8, 8), dtype=torch.uint8))  # other data: a start, and the wrong one
+    found = []
+    for model in (fresh, dry.train(train), again.train(train)):
+        model.initialize(x, generator=seeded())
+        found.append(model.eval().log_prob(x, generator=seeded()))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert -found[0].mean() / (192 * math.log(2)) < 9
+    for wrong in (x[:1], torch.zeros_like(x), x[:0]):
+        with pytest.raises(ValueError, match="the start needs at least two different examples, all finite"):
+            fresh.initialize(wrong)
+
+
+def test_points_that_are_not_finite_are_no_start():
+    model = gk.models.MAF(shape=(4,), transforms=1, hidden=8)
+    x = torch.randn(64, 4)
+    with pytest.warns(UserWarning, match="does not count as the data-dependent start"):
+        model.log_prob(torch.full((8, 4), float("nan")))
+    model.loss(x)
+    assert all(m.ready for m in model.modules() if isinstance(m, gnn.ActNorm))
+    assert model.loss(x) < 8
+
+
+def test_an_exchanged_actnorm_starts_with_the_others():
+    model = gk.models.MAF(shape=(4,), transforms=1, hidden=8)
+    x = torch.randn(256, 4) * 3 + 5
+    model.loss(x)
+    layers = [i for i, m in enumerate(model.flows[0]) if isinstance(m, gnn.ActNorm)]
+    kept = model.flows[0][layers[1]].bias.clone()
+    model.flows[0][layers[0]] = gnn.ActNorm(4)
+    model.loss(x)
+    first = model.flows[0][layers[0]]
+    assert first.ready and (first.bias + 5).abs().max() < 2 and first.bias.grad is None
+    assert torch.equal(model.flows[0][layers[1]].bias, kept)
+
+
+def test_an_average_made_before_the_start_keeps_its_weights():
+    model = gk.models.MAF(shape=(4,), transforms=2, hidden=16)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    model.loss(torch.randn(64, 4) * 5 + 3)
+    average.update_parameters(model)
+    before = copy.deepcopy(average.module.state_dict())
+    average.module.log_prob(torch.randn(8, 4) - 100)
+    assert all(torch.equal(value, before[name]) for name, value in average.module.state_dict().items())
+
+
+@pytest.mark.parametrize("cls", AUTOREGRESSIVE)
+def test_an_order_copied_in_place_is_followed(cls):
+    torch.manual_seed(0)
+    source, target = (perturb(cls(shape=(6,), transforms=2, hidden=32, order="random"), 0.2).eval() for _ in range(2))
+    x = torch.randn(5, 6)
+    skeleton = copy.deepcopy(target)
+    torch.testing.assert_close(
+        torch.func.functional_call(skeleton, source.state_dict(), (x,)), source(x), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(skeleton(x), target(x))
+    target.log_prob(x)
+    with torch.no_grad():
+        for name, value in target.state_dict().items():
+            value.copy_(source.state_dict()[name])
+    torch.testing.assert_close(target.log_prob(x), source.log_prob(x))
+    torch.testing.assert_close(target.decode(target(x)[0]), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_compiled_network_follows_its_order_too(compiled_first):
+    torch._dynamo.reset()
+    source, target = (perturb(gnn.MADE(6, 16, order="random"), 0.2) for _ in range(2))
+    x, run = torch.randn(5, 6), torch.compile(target, backend="eager")
+    if compiled_first:
+        run(x)
+    with torch.no_grad():
+        for name, value in target.state_dict().items():
+            value.copy_(source.state_dict()[name])
+    torch.testing.assert_close(run(x), source(x))
+
+
+# --- gradients that rounding makes 0 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["realnvp image", "glow image", "nice image", "maf image", "iaf image"])
+def test_a_gradient_for_an_image_is_refused_and_the_way_to_it_told(name):
+    model, x = make(name)
+    x = (x.double() / (model.grey_levels - 1)).to(model._like.dtype).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"x is rounded to grey levels, whose gradient is 0, .*: model\(x\) takes"):
+        model.log_prob(x)
+    latents, ldj = model((x.detach() * 0.9 + 0.05).requires_grad_())
+    assert all(z.requires_grad for z in latents)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model.decode(latents).sum().backward()
+    latents = tuple(z.detach().requires_grad_() for z in latents)
+    with pytest.raises(RuntimeError, match=r"decode rounds to grey levels, .*: inverse\(latents\) gives the image"):
+        model.decode(latents)
+    image, _ = model.inverse(latents)
+    assert any(
+        g is not None and g.abs().max() > 0 for g in torch.autograd.grad(image.sum(), latents, allow_unused=True)
+    )
+    with torch.no_grad():
+        model.decode(latents)
+
+
+def test_a_logit_that_cannot_be_used_is_refused_and_none_is_recorded():
+    model = models.RealNVP(shape=(1, 8, 8), blocks=1, hidden=8, grey_levels=None)
+    assert model.hparams["logit"] == 0 and not any(isinstance(m, gnn.Logit) for m in model.modules())
+    assert models.RealNVP(shape=(1, 8, 8), blocks=1, hidden=8).hparams["logit"] == 0.05
+    with pytest.raises(ValueError, match="RealNVP: logit must be 0 for data without grey levels, .*, got 0.1"):
+        models.RealNVP(shape=(1, 8, 8), grey_levels=None, logit=0.1)
+    assert models.RealNVP(shape=(2,)).hparams["logit"] == 0

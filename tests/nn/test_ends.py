@@ -1,6 +1,7 @@
 """The ends of a flow: dequantisation, logit, split and prior."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -67,6 +68,57 @@ def test_nan_pixels_stay_visible():
     assert torch.isfinite(z[0, 0]) and z[0, 1].isnan()
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (3, 8, 8)])
+def test_a_picture_without_its_batch_is_refused(shape):
+    with pytest.raises(ValueError, match=r"Dequantize: x must be \[N, D\] or \[N, C, H, W\], got"):
+        gnn.Dequantize(17)(torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"Dequantize: x must be \[N, D\] or \[N, C, H, W\], got"):
+        gnn.Dequantize(17).inverse(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("levels", [17, 256])
+def test_floats_off_the_grid_are_told(dtype, levels):
+    index = torch.arange(levels, dtype=torch.uint8).view(-1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gnn.Dequantize(levels)((index.double() / (levels - 1)).to(dtype))
+    with pytest.warns(UserWarning, match=f"not on the grid k/{levels - 1} and were rounded to their nearest level"):
+        gnn.Dequantize(levels)(index.float() / levels)
+
+
+def test_a_gradient_that_rounding_makes_0_is_refused():
+    layer = gnn.Dequantize(17)
+    x = torch.rand(2, 3).mul(16).round().div(16).requires_grad_()
+    with pytest.raises(RuntimeError, match="x is rounded to grey levels, whose gradient is 0"):
+        layer(x)
+    with torch.no_grad():
+        z, _ = layer(x)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        layer.inverse(z.requires_grad_())[0].sum().backward()
+
+
+HALVES = [(torch.bfloat16, 17), (torch.bfloat16, 32), (torch.float16, 256)]
+
+
+@pytest.mark.parametrize(("dtype", "levels"), [(torch.float32, 17), (torch.float32, 256), *HALVES])
+def test_every_value_stays_in_its_level(dtype, levels):
+    """Also where the sum of an index and its noise rounds up, which fp32 does once in 100,000 pixels."""
+    layer = gnn.Dequantize(levels).to(dtype)
+    index = torch.arange(levels, dtype=torch.uint8).repeat(4000).view(-1, 1)
+    z, _ = layer(index)
+    assert z.dtype == dtype and z.max() < 1
+    assert torch.equal((layer.inverse(z)[0] * (levels - 1)).round().to(torch.uint8), index)
+    noise = (z.double() * levels - index.double()).view(-1, levels)
+    assert abs(noise.mean() - 0.5) < 0.02 and noise.std(0).min() > 0.25  # of U[0, 1): 0.289
+
+
+@pytest.mark.parametrize(("dtype", "levels"), [(torch.bfloat16, 256), (torch.bfloat16, 33), (torch.float16, 1024)])
+def test_a_half_type_too_coarse_for_the_noise_is_refused(dtype, levels):
+    with pytest.raises(ValueError, match=f"has less than 8 values within a level of {levels}, too few for uniform"):
+        gnn.Dequantize(levels).to(dtype)(torch.zeros(2, 3, dtype=torch.uint8))
+
+
 def test_logit():
     layer = gnn.Logit(0.05)
     x = torch.rand(3, 4, 2, dtype=torch.float64)
@@ -115,6 +167,25 @@ def test_logistic_prior_is_the_logistic_density():
     z = torch.linspace(-60, 60, 7, dtype=torch.float64).view(-1, 1)
     expected = -z - 2 * torch.log1p(torch.exp(-z))
     torch.testing.assert_close(gnn.Prior(1, "logistic").log_prob(z), expected[:, 0])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (5, 1), (3, 5)])
+def test_a_prior_takes_its_channels_and_no_others(learned, shape):
+    prior = gnn.Prior(3, learned=learned)
+    for run in (lambda: prior.log_prob(torch.zeros(shape)), lambda: prior.sample(shape)):
+        with pytest.raises(ValueError, match=r"must be \[N, 3, ...\], got"):
+            run()
+
+
+@pytest.mark.parametrize(
+    "y", [None, torch.tensor([1]), torch.tensor(1), torch.zeros(4, dtype=torch.long), torch.ones(5)]
+)
+def test_a_prior_wants_a_label_for_each_row(y):
+    prior = gnn.Prior(3, num_classes=4)
+    for run in (lambda: prior.log_prob(torch.zeros(5, 3), y), lambda: prior.sample((5, 3), y=y)):
+        with pytest.raises(ValueError, match=r"y must be integers \[N\] = \[5\], one class each, got"):
+            run()
 
 
 @pytest.mark.parametrize(("kind", "std"), [("normal", 1.0), ("logistic", math.pi / 3**0.5)])

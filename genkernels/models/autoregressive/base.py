@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels import losses, ops
+from genkernels._options import Head
 from genkernels.models._model import LikelihoodModel
-from genkernels.nn._values import readable
+from genkernels.nn import MaskedConv2d
+from genkernels.nn._plain import defined_together, plain
+from genkernels.nn._values import level_indices, readable
 from genkernels.nn.dequantize import uniform
 from genkernels.ops.autoregressive_sampling import HEADS
+from genkernels.reference.autoregressive_sampling import draw_rows
 
 
 class PixelModel(LikelihoodModel):
@@ -181,6 +185,9 @@ class PixelModel(LikelihoodModel):
         noise = uniform(
             (n, channels + extra, height, width), torch.promote_types(like.dtype, torch.float32), like.device, generator
         )
+        if not self._as_written():
+            index = self._draw_by_calls(image, known, noise, temperature, labels, progress)
+            return index.to(noise.dtype) / (self.grey_levels - 1)
         index = ops.autoregressive_sampling(
             self.stages(labels),
             noise,
@@ -196,6 +203,37 @@ class PixelModel(LikelihoodModel):
 
     # --- helpers --------------------------------------------------------------------------------------------------
 
+    def _as_written(self) -> bool:
+        """Whether `stages` tells the network that `forward` runs: nothing hangs on a layer or stands in its place."""
+        if not defined_together(type(self), "stages", "forward") or "forward" in self.__dict__:
+            return False
+        return all(_tells_itself(layer) for layer in self.modules() if layer is not self)
+
+    def _draw_by_calls(self, image, known, noise, temperature, labels, progress) -> Tensor:
+        """The definition: the whole network, called for every value."""
+        n, _, height, width = noise.shape
+        drawn = torch.zeros(n, *self.shape, dtype=torch.int64, device=noise.device)
+        if image is not None:
+            drawn = torch.where(known, image, drawn).to(noise.device)
+            known = known.to(noise.device)
+
+        def network(x: Tensor) -> Tensor:
+            return self.forward(x.to(self._like.dtype), labels).to(noise.dtype)
+
+        head = Head[self.head.upper()]
+        dropping = [layer for layer in self.modules() if isinstance(layer, nn.Dropout2d) and layer.training]
+        for layer in dropping:  # a sample is of the whole network
+            layer.eval()
+        try:
+            for row in range(height):
+                draw_rows(network, drawn, noise, known, head, self.grey_levels, temperature, row, row + 1)
+                if progress is not None:
+                    progress(row + 1, height)
+        finally:
+            for layer in dropping:
+                layer.train()
+        return drawn
+
     def _scaled(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Levels in [-1, 1], in the model's dtype unless another is asked for; rounded once."""
         dtype = self._like.dtype if dtype is None else dtype
@@ -206,16 +244,16 @@ class PixelModel(LikelihoodModel):
         """int64 level indices, on the model's device."""
         name = type(self).__name__
         self._check_shape(x)
-        if not (x.is_floating_point() or x.dtype == torch.uint8):
-            raise TypeError(f"{name}: x must be uint8 level indices or floats in [0, 1], got {x.dtype}")
-        if readable(x):
-            low, high = (bound.item() for bound in x.aminmax())
-            top = self.grey_levels - 1 if x.dtype == torch.uint8 else 1
-            if not (0 <= low and high <= top):  # also NaN, which has no grey level
-                kind = f"level indices 0..{top}" if x.dtype == torch.uint8 else "floats in [0, 1]"
-                raise ValueError(f"{name}: x must hold {kind}, got values from {low} to {high}")
-        index = (x * (self.grey_levels - 1)).round() if x.is_floating_point() else x
+        index = level_indices(name, x, self.grey_levels, "model(x) takes values in [-1, 1] as they are")
+        if x.is_floating_point() and readable(x) and index.isnan().any():
+            raise ValueError(f"{name}: x must hold floats in [0, 1], got NaN, which is no grey level")
         return index.to(self._like.device, torch.int64)
+
+
+def _tells_itself(layer: nn.Module) -> bool:
+    if hasattr(layer, "stages"):
+        return plain(layer, type(layer)) and defined_together(type(layer), "stages", "forward")
+    return any(plain(layer, kind) for kind in (MaskedConv2d, nn.Conv2d, Classes, nn.Dropout2d, nn.ModuleList))
 
 
 class Classes(nn.Embedding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from genkernels.models._model import LikelihoodModel
 from genkernels.nn import ActNorm, Dequantize, Logit, Prior
+from genkernels.nn._seen import enclosing_ddp, unwrapped
+from genkernels.nn._values import refuse_gradient
 
 
 class FlowModel(LikelihoodModel):
@@ -44,8 +47,9 @@ class FlowModel(LikelihoodModel):
         # in this order: an optimiser's state numbers the parameters in the order in which they are registered
         self.classes = classes
         self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
-        self.split_prior, self.prior = Prior(self.latent_shapes[0][0]), prior
-        self._actnorms = [layer for layer in self.modules() if isinstance(layer, ActNorm)]
+        self.split_priors = nn.ModuleList(Prior(channels) for channels, *_ in self.latent_shapes[:-1])
+        self.prior = prior
+        self._actnorms = self._find_actnorms()
 
     # --- the map --------------------------------------------------------------------------------------------------
 
@@ -64,6 +68,7 @@ class FlowModel(LikelihoodModel):
 
     def inverse(self, latents: tuple[Tensor, ...], y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(x, ldj)`` from latents, the inverse of `forward`."""
+        self._check_latents(latents)
         *rest, x = latents
         context = self._context(self._labels(y, x.shape[0]))
         log_dets = []
@@ -80,30 +85,98 @@ class FlowModel(LikelihoodModel):
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Data to ``(latents, ldj)``, dequantisation included."""
         x = self._checked(x)
+        if self.dequantize is not None:
+            refuse_gradient(x, f"{type(self).__name__}: x is rounded to grey levels", "model(x) takes it as it is")
         if self.training and len(x) and not all(layer.ready for layer in self._actnorms):
-            self.initialize(x, y, generator)
+            self._actnorms = self._find_actnorms()  # they may have been exchanged
+            waiting = [layer for layer in self._actnorms if not layer.ready]
+            if waiting and not self._start(x, y, generator, waiting):
+                for layer in waiting:
+                    layer.eval()  # this batch is not to start them by itself
+                try:
+                    return self._encode(x, y, generator)
+                finally:
+                    for layer in waiting:
+                        layer.train()
+        return self._encode(x, y, generator)
+
+    def _encode(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None):
         if self.dequantize is None:
             return self.forward(x.to(self._like.dtype), y)
         x, log_det = self.dequantize(x, generator=generator)
         latents, ldj = self.forward(x, y)
         return latents, ldj + log_det
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> None:
-        """Sets the ActNorms from data, on a pass of its own; the first `log_prob` in training mode calls it.
+    def initialize(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        """Sets the ActNorms from data, on a pass of its own, whatever they were before; the first `log_prob` in
+        training mode does so where they have not been set.
 
         The pass sees the batch drawn anew with replacement. On the batch itself every ActNorm bias would start with a
         gradient of exactly zero in exact arithmetic, rounding noise in fact, and Adam's first step turns noise into
         steps of full length.
+
+        Args:
+            x, y, generator: as for `log_prob`. group: ranks of ``torch.distributed`` that call this together and whose
+                batches count as one; None: this process alone.
+
+        Raises:
+            ValueError: x holds fewer than two different examples, or values that are not finite.
         """
+        x = self._checked(x)
+        self._actnorms = self._find_actnorms()
+        if group is None and not _varies(x):
+            raise ValueError(
+                f"{type(self).__name__}: the start needs at least two different examples, all finite, got x "
+                f"{list(x.shape)} without"
+            )
+        for layer in self._actnorms:
+            layer.reset()
+        self._start(x, y, generator, self._actnorms, group)
+
+    @torch.no_grad()
+    def _start(self, x, y, generator, layers: list[ActNorm], group=None) -> bool:
+        """Lets `layers` start from x; False, and a warning, where x is nothing to start from."""
+        if not (torch.compiler.is_compiling() or _shared(group) or _varies(x)):
+            warnings.warn(
+                f"{type(self).__name__}: a batch {list(x.shape)} of equal or not finite examples does not count as the "
+                "data-dependent start of its ActNorms: the next batch is looked at",
+                stacklevel=4,
+            )
+            return False
         device = x.device if generator is None else generator.device
         rows = torch.randint(len(x), (len(x),), device=device, generator=generator).to(x.device)
         x, y = x[rows], None if y is None else y[rows.to(y.device)]
         x = x.to(self._like.dtype) if self.dequantize is None else self.dequantize(x, generator=generator)[0]
-        self.forward(x, y)
+        modes = [layer.training for layer in layers]
+        for layer in layers:
+            layer.train()
+            layer.ranks = None if group is None and enclosing_ddp() else (group,)
+        try:
+            self.forward(x, y)
+        finally:
+            for layer, mode in zip(layers, modes, strict=True):
+                layer.train(mode)
+                layer.ranks = None
+        return True
 
     def decode(self, latents: tuple[Tensor, ...], y: Tensor | None = None) -> Tensor:
-        """Latents to data: images as floats in [0, 1] at exact grey levels, or points."""
+        """Latents to data: images as floats in [0, 1] at exact grey levels, or points.
+
+        Raises:
+            RuntimeError: a leaf among the latents of an image asks for a gradient, which the rounding makes 0. Images
+                carry no graph.
+        """
+        self._check_latents(latents)
+        for z in latents if self.dequantize is not None else ():
+            if z.is_leaf:
+                why = f"{type(self).__name__}: decode rounds to grey levels"
+                refuse_gradient(z, why, "inverse(latents) gives the image before that, in [0, 1)")
         x, _ = self.inverse(latents, y)
         return x if self.dequantize is None else self.dequantize.inverse(x)[0]
 
@@ -126,7 +199,7 @@ class FlowModel(LikelihoodModel):
         self._check_shape(x)
         labels = self._labels(y, x.shape[0])
         latents, ldj = self.encode(x, labels, generator)
-        terms = [self.split_prior.log_prob(z) for z in latents[:-1]]
+        terms = [prior.log_prob(z) for prior, z in zip(self.split_priors, latents[:-1], strict=True)]
         return torch.stack([ldj, *terms, self.prior.log_prob(latents[-1], labels)]).sum(0)
 
     # --- sampling -------------------------------------------------------------------------------------------------
@@ -151,11 +224,26 @@ class FlowModel(LikelihoodModel):
         self._check_sample(n, temperature, generator)
         labels, like = self._drawn_labels(y, n, generator), self._like
         *split_shapes, last_shape = self.latent_shapes
-        latents = [self.split_prior.sample((n, *shape), temperature, generator, None, like) for shape in split_shapes]
+        latents = [
+            prior.sample((n, *shape), temperature, generator, None, like)
+            for prior, shape in zip(self.split_priors, split_shapes, strict=True)
+        ]
         latents.append(self.prior.sample((n, *last_shape), temperature, generator, labels, like))
         return self.decode(tuple(latents), labels)
 
     # --- helpers --------------------------------------------------------------------------------------------------
+
+    def _find_actnorms(self) -> list[ActNorm]:
+        return [layer for layer in self.modules() if isinstance(layer, ActNorm)]
+
+    def _check_latents(self, latents: tuple[Tensor, ...]) -> None:
+        if not isinstance(latents, tuple | list) or not all(isinstance(z, Tensor) for z in latents):
+            raise TypeError(f"{type(self).__name__}: latents must be a tuple of tensors, got {type(latents).__name__}")
+        shapes = [tuple(z.shape[1:]) for z in latents]
+        if shapes != [tuple(shape) for shape in self.latent_shapes] or len({len(z) for z in latents}) != 1:
+            expected = ", ".join(str(["N", *shape]).replace("'", "") for shape in self.latent_shapes)
+            got = ", ".join(str(list(z.shape)) for z in latents)
+            raise ValueError(f"{type(self).__name__}: latents must be a tuple of shapes {expected}, got {got}")
 
     def _context(self, labels: Tensor | None) -> Tensor | None:
         return None if labels is None else self.classes(labels)
@@ -170,14 +258,29 @@ class FlowModel(LikelihoodModel):
         return x
 
 
+def _varies(x: Tensor) -> bool:
+    """Whether a batch is something to start from: finite, and not one example over and over. Without data, on "meta",
+    nothing speaks against it, and the layers start nothing."""
+    x = unwrapped(x)
+    if x is None:
+        return True
+    finite = not x.is_floating_point() or bool(torch.isfinite(x).all())
+    return finite and bool((x != x[:1]).any())
+
+
+def _shared(group) -> bool:
+    """Whether several ranks decide together, so that none may step aside by itself."""
+    return group is not None or enclosing_ddp() is not None
+
+
 def class_context(num_classes: int | None, class_features: int) -> tuple[nn.Embedding | None, int]:
     """What gives a flow its context where there are classes, and the context's size, 0 where there are none."""
     return (nn.Embedding(num_classes, class_features), class_features) if num_classes else (None, 0)
 
 
-def logit_layers(logit: float, grey_levels: int | None) -> list[nn.Module]:
-    """What a model of images begins with where ``logit`` is above 0; images without grey levels lie anywhere."""
-    return [Logit(logit)] if logit and grey_levels is not None else []
+def logit_layers(logit: float) -> list[nn.Module]:
+    """What a model of images begins with where ``logit`` is above 0."""
+    return [Logit(logit)] if logit else []
 
 
 def scale_sizes(model: str, shape: tuple[int, int, int], scales: int, squeezes: int) -> list[tuple[int, int, int]]:

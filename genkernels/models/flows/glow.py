@@ -30,7 +30,7 @@ class Glow(FlowModel):
     Example:
         >>> import torch, genkernels as gk
         >>> model = gk.models.Glow.from_preset("digits")
-        >>> model.log_prob(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape
+        >>> model.log_prob(torch.randint(17, (2, 1, 8, 8)).to(torch.uint8)).shape
         torch.Size([2])
 
     Source: Kingma & Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018; CIFAR-10: 3.35
@@ -81,7 +81,7 @@ class Glow(FlowModel):
             latent_shapes = [shape]
         else:
             sizes = scale_sizes("Glow", shape, scales, scales)
-            start = logit_layers(logit, grey_levels)
+            start = logit_layers(logit)
             for i, (channels, _, _) in enumerate(sizes):
                 flows.append(FlowSequential(*start, Squeeze(), *chain(channels, ConvNet), reversible=reversible))
                 start = []

@@ -44,7 +44,7 @@ class MAF(FlowModel):
     Example:
         >>> import torch, genkernels as gk
         >>> model = gk.models.MAF(shape=(4,), transforms=2, hidden=16)
-        >>> model.log_prob(torch.zeros(3, 4)).shape
+        >>> model.log_prob(torch.randn(3, 4)).shape
         torch.Size([3])
 
     Source: Papamakarios et al., "Masked autoregressive flow for density estimation", 2017 (5 or 10 transforms, MADE of
@@ -75,7 +75,7 @@ class MAF(FlowModel):
             raise ValueError(f"{type(self).__name__}: order must be one of {', '.join(ORDERS)}, got {order!r}")
         classes, context = class_context(num_classes, class_features)
         dim = math.prod(shape)
-        layers = [*logit_layers(logit, grey_levels), Flatten(shape)] if len(shape) == 3 else []
+        layers = [*logit_layers(logit), Flatten(shape)] if len(shape) == 3 else []
         widths = (hidden,) * (1 + 2 * hidden_layers if residual else hidden_layers)
         for i in range(transforms):
             turn = ("natural", "reversed")[i % 2] if order == "alternate" else order

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from genkernels.nn import Conv2dZeros, _small_grid
 from genkernels.nn._layout import convolution_layout
 from genkernels.nn._log_det import zero_log_det
+from genkernels.nn._plain import plain
 
 
 class ConvNet(nn.Module):
@@ -25,19 +26,26 @@ class ConvNet(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int, context_features: int = 0):
         super().__init__()
+        self.hidden = hidden
         self.first = _relu_init(nn.Conv2d(in_channels, hidden, 3, padding=1))
         self.second = _relu_init(nn.Conv2d(hidden, hidden, 1))
         self.last = Conv2dZeros(hidden, out_channels)
         self.context = nn.Linear(context_features, hidden, bias=False) if context_features else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if _small_grid.suits(x, self.second.out_channels * max(self.first.in_channels, self.last.out_channels)):
+        if self._as_written() and _small_grid.suits(
+            x, self.second.out_channels * max(self.first.in_channels, self.last.out_channels)
+        ):
             return self._dense(x, context)
-        h = _first(self.first, x)
+        h = _first(self.first, x, self.hidden)
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
         h = F.relu(self.second(F.relu(h)))
         return self.last(h)
+
+    def _as_written(self) -> bool:
+        """Whether the layers are what their weights say, so that a product may read those and go past the layers."""
+        return plain(self.first, nn.Conv2d) and plain(self.second, nn.Conv2d) and plain(self.last, Conv2dZeros)
 
     def _dense(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The same as three products; hidden values are laid out (sample, pixel, channel)."""
@@ -66,13 +74,14 @@ class ResidualNet(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int, blocks: int, context_features: int = 0):
         super().__init__()
+        self.hidden = hidden
         self.first = _relu_init(nn.Conv2d(in_channels, hidden, 3, padding=1))
         self.blocks = nn.ModuleList(_Block(hidden) for _ in range(blocks))
         self.last = Conv2dZeros(hidden, out_channels)
         self.context = nn.Linear(context_features, hidden, bias=False) if context_features else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = _first(self.first, x)
+        h = _first(self.first, x, self.hidden)
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
         for block in self.blocks:
@@ -120,9 +129,9 @@ class _Block(nn.Module):
         return x + self.second(F.relu(self.first(F.relu(x))))
 
 
-def _first(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def _first(layer: nn.Module, x: Tensor, channels: int) -> Tensor:
     """A network's first layer, in the layout that suits the others: x of one channel has either, its result has not."""
-    return convolution_layout(layer(convolution_layout(x, layer.out_channels)), layer.out_channels)
+    return convolution_layout(layer(convolution_layout(x, channels)), channels)
 
 
 def _relu_init(layer):

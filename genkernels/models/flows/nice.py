@@ -59,7 +59,7 @@ class NICE(FlowModel):
         if dim % 2:
             raise ValueError(f"NICE: the number of values must be even for the channel split, got {dim}")
         classes, context = class_context(num_classes, class_features)
-        chain = [*logit_layers(logit, grey_levels), Flatten(shape)] if len(shape) == 3 else []
+        chain = [*logit_layers(logit), Flatten(shape)] if len(shape) == 3 else []
         chain.append(EvenOdd())
         for i in range(couplings):
             net = MLP(dim // 2, dim // 2, hidden, layers, context)

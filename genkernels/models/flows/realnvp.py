@@ -82,7 +82,7 @@ class RealNVP(FlowModel):
             flows.append(FlowSequential(*layers, reversible=reversible))
             latent_shapes.append(shape)
         else:
-            start = logit_layers(logit, grey_levels)
+            start = logit_layers(logit)
             channels, height, width = shape
             for squeezed, height, width in scale_sizes("RealNVP", shape, scales, scales - 1):
                 layers = [*start, *couple(channels, "checkerboard", 3, hidden), Squeeze()]

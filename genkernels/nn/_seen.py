@@ -1,0 +1,70 @@
+"""Whether a tensor still holds what was last read from it, told without reading it."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Seen:
+    """The tensor that a module last looked at, and the version it had then.
+
+    A change in place gives a tensor another version (``copy_``, ``load_state_dict``, an average, a broadcast of DDP),
+    and what replaces it is another tensor: a module that keeps in Python what follows from a buffer looks again
+    wherever `holds` is False, and reads its device at no other time. Within one `DistributedDataParallel` a second look
+    is spared: it broadcasts its buffers anew for every pass.
+
+    Copies of a module and modules read from files have seen nothing. A write through ``.data`` is not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+        self._version = -1
+        self._within: weakref.ref | None = None
+
+    def holds(self, tensor: Tensor) -> bool:
+        if tensor is not self._tensor:
+            return False
+        if tensor._version == self._version:
+            return True
+        within = enclosing_ddp()
+        return within is not None and self._within is not None and self._within() is within
+
+    def note(self, tensor: Tensor) -> None:
+        if wrapped(tensor) or tensor.is_inference():  # the one is gone after the pass, the other counts no versions
+            self._tensor = None
+            return
+        within = enclosing_ddp()
+        self._tensor, self._version = tensor, tensor._version
+        self._within = None if within is None else weakref.ref(within)
+
+    def __deepcopy__(self, memo: dict) -> Seen:
+        return Seen()
+
+    def __reduce__(self):
+        return Seen, ()
+
+
+def enclosing_ddp() -> DistributedDataParallel | None:
+    """The wrapper whose forward pass is running, where one is: all ranks of its group are in that pass."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of ``torch.func`` has it in hand."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor | None:
+    """What transforms of ``torch.func`` have in hand, with their batches as leading dimensions; None where there is
+    nothing to be read: a fake tensor, or one on "meta"."""
+    while wrapped(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            at = torch._C._functorch.maybe_get_bdim(tensor)
+            tensor = torch._C._functorch.get_unwrapped(tensor).movedim(at, 0)
+        else:
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return None if tensor.is_meta or torch._guards.detect_fake_mode((tensor,)) is not None else tensor
