@@ -183,10 +183,10 @@ class MADE(nn.Module):
 
 
 def _follow_outside(made: MADE) -> None:
-    made.follow()
+    torch.compiler.disable(made.follow)()
 
 
-_follow_outside._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo
+_follow_outside._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo from the start
 
 
 def _masked(layer: nn.Module) -> MaskedLinear:
