@@ -42,6 +42,7 @@ class Results:
     machine: dict
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def ours_fail(self) -> bool:

@@ -68,7 +68,8 @@ def main(
             named.
 
     Returns:
-        0; 1 where one of our own backends fails its gate, or where nothing could be measured.
+        0; 1 where one of our own backends fails its gate, or where nothing could be measured; 130 where Ctrl-C ended it
+        after a case: the cases before that are shown and written.
 
     Raises:
         ValueError: an argument is unknown or a file could not be written, said before anything is measured.
@@ -93,6 +94,8 @@ def main(
         write_json(json, results.to_json(), indent=1)
     if plot is not None:
         report.write_plot(results, plot)
+    if results.interrupted:
+        return 130
     return 1 if results.ours_fail or not results.rows else 0
 
 
@@ -131,6 +134,10 @@ def measure(
                 rows_of[index], skipped = run_case(case, chosen, device, effort)
             for provider, reason in skipped:
                 left_out.setdefault(provider, {}).setdefault(reason, []).append(case.name)
+    except KeyboardInterrupt:
+        if not rows_of:
+            raise
+        results.interrupted = True  # what has been measured is kept
     finally:
         _progress("")
         for provider in chosen:
@@ -144,7 +151,8 @@ def measure(
     results.machine = machine.describe(device, ceilings, quick)
     results.notes = _summary(left_out, len(rows_of))
     if late := [case.title for index, case in enumerate(cases) if index not in rows_of]:
-        results.notes.append(f"{len(late)} of {len(cases)} cases, the {limit:g} s being over: {'; '.join(late)}")
+        why = "the run being stopped by hand" if results.interrupted else f"the {limit:g} s being over"
+        results.notes.append(f"{len(late)} of {len(cases)} cases, {why}: {'; '.join(late)}")
     return results
 
 

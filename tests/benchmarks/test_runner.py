@@ -243,6 +243,29 @@ def test_a_limit_leaves_out_rows_of_every_kind_and_names_them(fake, toy, effort,
     assert len(some.notes) == 1 and some.notes[0].startswith("3 of 6 cases, the 2.5 s being over: toy/c")
 
 
+def test_ctrl_c_keeps_the_cases_before(only, fake, toy, tmp_path, monkeypatch, capsys):
+    only(fake(right, "reference"))
+    monkeypatch.setattr(catalogue, "find", lambda names, **kwargs: [toy(name="toy/first"), toy(name="toy/second")])
+    run_case, calls = runner.run_case, []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_case(*arguments)
+
+    monkeypatch.setattr(runner, "run_case", stopped)
+    file = tmp_path / "out.json"
+    assert benchmarks.main(["toy"], json=file, quick=True, device="cpu") == 130
+    data = json.loads(file.read_text())
+    assert [row["case"] for row in data["rows"]] == ["toy/first"]
+    assert "1 of 2 cases, the run being stopped by hand: toy/second" in " ".join(data["machine"]["notes"])
+    monkeypatch.setattr(runner, "run_case", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        benchmarks.main(["toy"], json=file, quick=True, device="cpu")
+    assert json.loads(file.read_text()) == data
+
+
 def test_a_limit_shortens_what_is_measured():
     assert runner._effort(40, False, None) is runner.FULL and runner._effort(40, True, 9.0) is runner.QUICK
     assert runner._effort(40, False, 60.0).seconds == pytest.approx(0.15)
