@@ -27,17 +27,24 @@ def derived_seed(*parts: object) -> int:
     return hash64("/".join(map(str, parts)).encode()) >> 1
 
 
+def hashes(keys: Iterable[bytes]) -> np.ndarray:
+    """`hash64` of each key, uint64."""
+    return np.fromiter((hash64(key) for key in keys), dtype=np.uint64)
+
+
 def hash_order(keys: Iterable[bytes]) -> np.ndarray:
     """Indices in the order of the keys' hashes: a fixed shuffle, so that the first n are a fair sample."""
-    return np.argsort(_hashes(keys), kind="stable")
+    return np.argsort(hashes(keys), kind="stable")
 
 
-def held_out(spec: str, keys: Iterable[bytes], what: str, fraction: float = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
+def held_out(
+    spec: str, keys: Iterable[bytes] | np.ndarray, what: str, fraction: float = HELD_OUT
+) -> tuple[np.ndarray, np.ndarray]:
     """Split by key; both parts come in hash order and neither is empty.
 
     Args:
         spec: for the error.
-        keys: one for each example; those with equal keys go to one side together.
+        keys: one for each example, or their `hashes`; those with equal keys go to one side together.
         what: what the keys are, in the plural, for the error.
         fraction: share held out, in expectation.
 
@@ -47,16 +54,12 @@ def held_out(spec: str, keys: Iterable[bytes], what: str, fraction: float = HELD
     Raises:
         DataError: fewer than two different keys.
     """
-    hashes = _hashes(keys)
-    different = len(np.unique(hashes))
+    found = keys if isinstance(keys, np.ndarray) else hashes(keys)
+    different = len(np.unique(found))
     if different < 2:
         raise DataError(f"{spec}: a held-out part needs at least two different {what}, got {different}")
     # Where the threshold leaves one side empty, the extreme hash (with its equals) goes there.
-    threshold = np.clip(np.uint64(int(fraction * 2**64)), np.unique(hashes)[1], hashes.max())
-    order = np.argsort(hashes, kind="stable")
-    is_test = hashes[order] < threshold
+    threshold = np.clip(np.uint64(int(fraction * 2**64)), np.unique(found)[1], found.max())
+    order = np.argsort(found, kind="stable")
+    is_test = found[order] < threshold
     return order[~is_test], order[is_test]
-
-
-def _hashes(keys: Iterable[bytes]) -> np.ndarray:
-    return np.fromiter((hash64(key) for key in keys), dtype=np.uint64)
