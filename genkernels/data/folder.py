@@ -121,6 +121,7 @@ def _files(spec: str, base: Path, notes: list[str]) -> Files:
         real = os.path.realpath(folder)
         if real in seen:
             below.clear()
+            notes.append(f"{folder!r} links to a folder that is read already, and is passed over")
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))

@@ -189,8 +189,8 @@ def _header(spec: str, source: Source, index: int) -> Header:
     library = require(spec, "PIL.Image", "pillow")
     with _bytes(spec, source, index) as file:
         head, size = file.read(_END), file.seek(0, 2)
-        file.seek(max(0, size - _END))
-        content = hash64(b"%d " % size + head + file.read(_END))
+        file.seek(max(_END, size - _END))
+        content = hash64(b"%d " % size + head + file.read())
         turned = head.startswith(b"\x89PNG") and _may_be_turned(file)
         file.seek(0)
         with library.open(file) as image:
@@ -199,8 +199,8 @@ def _header(spec: str, source: Source, index: int) -> Header:
             if (turned or image.format != "PNG") and _orientation(image) in _QUARTER_TURNS:
                 width, height = height, width
             # Pillow's mode hides how deep the channels of a file were
-            depth = head[24] if image.format == "PNG" else getattr(image, "tag_v2", {}).get(258, (8,))
-            bits = 1 if mode == "1" else int(np.max(depth))
+            depths = head[24:25] if image.format == "PNG" else getattr(image, "tag_v2", {}).get(258, (8,))
+            bits = 1 if mode == "1" else max(depths)
             transparent = mode in _ALPHA or "transparency" in image.info
             return Header(mode, width, height, bits, transparent, getattr(image, "is_animated", False), content)
 

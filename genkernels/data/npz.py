@@ -30,7 +30,7 @@ import torch
 
 from genkernels.data.bundle import DataBundle, TensorPairs, make_bundle
 from genkernels.data.spec import DataError, reason, resolve, split_options
-from genkernels.data.split import hashes, held_out
+from genkernels.data.split import hashes_of_rows, held_out
 
 _NAMINGS = (("x", "x"), ("train", "test"), ("x_train", "x_test"))
 _CHOICE = "x, or train and test, or x_train and x_test"
@@ -52,10 +52,10 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
         )
     images = xs[0].dtype == np.uint8
     grey_levels = _grey_levels(spec, arrays, names, xs) if images else None
-    notes = _dark(names, xs, grey_levels) if images else _coarse(names[0], xs[0])
-    contents = [hashes(row.tobytes() for row in x) for x in xs]
+    notes = _dark(names, xs, grey_levels) if images else _odd(names[0], xs[0])
+    contents = [hashes_of_rows(x) for x in xs]
     if len(xs) == 1:
-        orders = held_out(spec, contents[0], "rows")
+        orders = held_out(spec, (row.tobytes() for row in xs[0]), "rows")
         xs, labels, contents = ([each[0][order] for order in orders] for each in (xs, labels, contents))
     parts = [TensorPairs(torch.from_numpy(x), torch.from_numpy(y)) for x, y in zip(xs, labels, strict=True)]
     shape = xs[0].shape[1:]
@@ -169,24 +169,28 @@ def _refuse_merged(spec: str, name: str, x: np.ndarray) -> None:
         )
 
 
-def _coarse(name: str, x: np.ndarray) -> list[str]:
-    """Columns with so few distinct values that a density of them has no bound."""
+def _odd(name: str, x: np.ndarray) -> list[str]:
+    """More columns than rows; columns with so few distinct values that a density of them has no bound."""
+    notes = []
+    if len(x) < x.shape[1]:
+        notes = [f"{name} has {len(x):,} rows, which are the examples, and {x.shape[1]:,} columns: is it {name}.T?"]
     x = _sorted_columns(x)
     distinct = _distinct(x)
     few = np.flatnonzero((distinct == 1) | (20 * distinct < len(x)))
     if not len(few):
-        return []
+        return notes
     values = f"{distinct[few[0]]:,} distinct value{'s' if distinct[few[0]] > 1 else ''}"
     others = f", and {len(few) - 1:,} more have few" if len(few) > 1 else ""
     return [
+        *notes,
         f"column {few[0]} of {name} has {values}{others}: such data have no density, the likelihood grows for as "
-        "long as one trains (pictures belong in uint8 images; counts want noise)"
+        "long as one trains (pictures belong in uint8 images; counts want noise)",
     ]
 
 
 def _sorted_columns(x: np.ndarray) -> np.ndarray:
-    """About a million of its numbers, evenly spread rows, each column sorted."""
-    return np.sort(x[:: 1 + min(x.size // 2**20, len(x) // 64)], axis=0)
+    """Some hundred thousand of its numbers, evenly spread rows, each column sorted."""
+    return np.sort(x[:: 1 + min(x.size // 2**18, len(x) // 64)], axis=0)
 
 
 def _distinct(x: np.ndarray) -> np.ndarray:

@@ -38,6 +38,10 @@ def change(facts: dict, bundle: DataBundle, part: str) -> str | None:
     before, after = ((each.get("digest") or {}).get(part) for each in (facts, now))
     if None not in (before, after) and before != after:
         return f"{name} has other examples or labels, or another order of them, than when the run began"
+    before, after = (each.get("num_classes", 0) for each in (facts, now))
+    if bundle.name.startswith("folder:") and "examples" not in facts and before not in (0, after):
+        # begun by a version that took folders such as Train and Test for classes
+        return f"{bundle.name} had {before or 'no'} classes when the run began, and has {after or 'none'}"
     return None
 
 

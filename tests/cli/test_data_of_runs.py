@@ -197,3 +197,15 @@ def test_what_the_data_seem_is_told_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     assert main(["eval", "run", "--data", "npz:dark.npz", "--accelerator", "cpu"]) == 0
     assert capsys.readouterr().err == err
+
+
+def test_a_folder_that_an_earlier_version_read_otherwise(tmp_path):
+    """It took ``Train`` and ``Test`` for classes and held a tenth of both out."""
+    from genkernels.training.provenance import change
+
+    for name in ("Train/1", "Train/2", "Test/1"):
+        write(tmp_path / f"{name}.png")
+    bundle = data.load(f"folder:{tmp_path}")
+    said = f"folder:{tmp_path} had 2 classes when the run began, and has none"
+    assert change({"shape": [1, 4, 3], "num_classes": 2}, bundle, "test") == said
+    assert change({"shape": [1, 4, 3], "num_classes": None}, bundle, "test") is None

@@ -375,3 +375,26 @@ def test_large_files_are_known_by_their_size_and_their_ends(tmp_path):
         assert (tmp_path / "c.png").stat().st_size > 3 * 4096
         digests.append(load(f"folder:{tmp_path}").digest)
     assert digests[0] != digests[1]
+
+
+# --- and others of the kind -----------------------------------------------------------------------------------------
+
+
+def test_rows_and_columns_changed_places(save):
+    assert load(save(x=RNG.normal(size=(2, 500)))).notes[0] == (
+        "x has 2 rows, which are the examples, and 500 columns: is it x.T?"
+    )
+
+
+def test_a_class_folder_that_is_another_ones_link(tmp_path):
+    spec = fill(tmp_path, cat=3, dog=3)
+    (tmp_path / "wolf").symlink_to(tmp_path / "dog")
+    bundle = load(spec)
+    assert bundle.classes == ("cat", "dog")
+    assert bundle.notes == (f"'{tmp_path}/wolf' links to a folder that is read already, and is passed over",)
+
+
+def test_a_test_folder_that_is_a_link_to_train(tmp_path):
+    spec = fill(tmp_path, train=4)
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    assert load(spec).notes == ("4 of the 4 held-out examples are among those to train on too",)
