@@ -52,7 +52,9 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
         )
     images = xs[0].dtype == np.uint8
     grey_levels = _grey_levels(spec, arrays, names, xs) if images else None
-    notes = _dark(names, xs, grey_levels) if images else _odd(names[0], xs[0])
+    notes = _places(names[0], xs[0]) + (_dark(names, xs, grey_levels) if images else _coarse(names[0], xs[0]))
+    if len(xs) == 2 and not images:
+        notes += _unlike(names, xs)
     contents = [hashes_of_rows(x) for x in xs]
     if len(xs) == 1:
         orders = held_out(spec, (row.tobytes() for row in xs[0]), "rows")
@@ -169,22 +171,40 @@ def _refuse_merged(spec: str, name: str, x: np.ndarray) -> None:
         )
 
 
-def _odd(name: str, x: np.ndarray) -> list[str]:
-    """More columns than rows; columns with so few distinct values that a density of them has no bound."""
-    notes = []
-    if len(x) < x.shape[1]:
-        notes = [f"{name} has {len(x):,} rows, which are the examples, and {x.shape[1]:,} columns: is it {name}.T?"]
+def _places(name: str, x: np.ndarray) -> list[str]:
+    """Whether something else than the examples may come first: columns, or rows of pixels as MATLAB has them."""
+    count, *shape = x.shape
+    if count >= shape[0] if len(shape) == 1 else not (shape[0] == 1 and shape[1] == count != shape[2]):
+        return []
+    each = f"{shape[0]:,} numbers" if len(shape) == 1 else "x".join(map(str, shape[1:]))
+    return [f"{name} is read as {count:,} examples of {each}: do the examples come first?"]
+
+
+def _coarse(name: str, x: np.ndarray) -> list[str]:
+    """Columns with so few distinct values that a density of them has no bound."""
     x = _sorted_columns(x)
     distinct = _distinct(x)
     few = np.flatnonzero((distinct == 1) | (20 * distinct < len(x)))
     if not len(few):
-        return notes
+        return []
     values = f"{distinct[few[0]]:,} distinct value{'s' if distinct[few[0]] > 1 else ''}"
     others = f", and {len(few) - 1:,} more have few" if len(few) > 1 else ""
     return [
-        *notes,
         f"column {few[0]} of {name} has {values}{others}: such data have no density, the likelihood grows for as "
-        "long as one trains (pictures belong in uint8 images; counts want noise)",
+        "long as one trains (pictures belong in uint8 images; counts want noise)"
+    ]
+
+
+def _unlike(names: list[str], xs: list[np.ndarray]) -> list[str]:
+    """Columns that one part seems to have in other units than the other."""
+    (mean, there), (spread, other) = ([f(x, axis=0, dtype=np.float64) for x in xs] for f in (np.mean, np.std))
+    far = (np.abs(there - mean) > 5 * spread) | (other > 5 * spread) | (5 * other < spread)
+    if len(xs[1]) < 10 or not far.any():
+        return []
+    i = int(far.argmax())
+    return [
+        f"column {i} of {names[1]} (mean {there[i]:.3g}, spread {other[i]:.3g}) is unlike that of {names[0]} "
+        f"(mean {mean[i]:.3g}, spread {spread[i]:.3g}): are both in the same units?"
     ]
 
 

@@ -31,13 +31,14 @@ def find_parts(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def refuse_parts(spec: str, names: Iterable[str], where: str) -> None:
-    """A DataError where names look like parts, half of them at least, and mean none for sure: taken for classes, the
-    pictures to test on would be trained on."""
+    """A DataError where two names or more look like parts, and half of all do: taken for classes, the pictures to test
+    on would be trained on."""
     names = list(names)
-    train, test = ([name for name in names if any(map(like.match, _words(name)))] for like in (_LIKE_TRAIN, _LIKE_TEST))
-    if train and test and 2 * len({*train, *test}) >= len(names) > 1:
+    train, test = ([n for n in names if any(map(like.match, _words(n)))] for like in (_LIKE_TRAIN, _LIKE_TEST))
+    like = list(dict.fromkeys([*train[:1], *test, *train]))
+    if len(like) > 1 and 2 * len(like) >= len(names):
         raise DataError(
-            f"{spec}: {train[0]!r} and {test[0]!r}, {where}, look like parts to train and to test on and not like "
+            f"{spec}: {like[0]!r} and {like[1]!r}, {where}, look like parts to train and to test on and not like "
             "classes: the folder that is given must hold one folder called train and one called test"
         )
 

@@ -71,6 +71,8 @@ def test_parts_are_known_by_many_names(tmp_path, train, test, loose):
         (["train", "test", "Test"], "'train' and 'Test'"),
         (["cat__train", "cat__test", "dog__train", "dog__test"], "'train' and 'test', in '.*cat'"),
         (["mnist__Train", "mnist__Test"], "'Train' and 'Test', in '.*mnist'"),
+        (["x_train", "x_test"], "'x_train' and 'x_test'"),
+        (["test", "val"], "'test' and 'val'"),
     ],
 )
 def test_what_looks_like_parts_is_never_taken_for_classes(tmp_path, refusal, folders, named):
@@ -380,10 +382,21 @@ def test_large_files_are_known_by_their_size_and_their_ends(tmp_path):
 # --- and others of the kind -----------------------------------------------------------------------------------------
 
 
-def test_rows_and_columns_changed_places(save):
-    assert load(save(x=RNG.normal(size=(2, 500)))).notes[0] == (
-        "x has 2 rows, which are the examples, and 500 columns: is it x.T?"
-    )
+def test_what_comes_first_may_not_be_the_examples(save):
+    (note,) = load(save(x=RNG.normal(size=(2, 500)))).notes
+    assert note == "x is read as 2 examples of 500 numbers: do the examples come first?"
+    (note,) = load(save(x=RNG.integers(0, 256, (28, 28, 60), dtype=np.uint8))).notes
+    assert note == "x is read as 28 examples of 28x60: do the examples come first?"
+    for x in (RNG.normal(size=(3, 3)), RNG.integers(0, 256, (28, 28, 28), dtype=np.uint8)):
+        assert load(save(x=x)).notes == ()
+
+
+def test_parts_in_other_units(save):
+    train, test = 100 + 10 * RNG.normal(size=(500, 2)), 100 + 10 * RNG.normal(size=(50, 2))
+    assert load(save(train=train, test=test)).notes == ()
+    for unlike in ((test - 100) / 10, test / 255, test * 10):
+        (note,) = load(save(train=train, test=np.stack([test[:, 0], unlike[:, 1]], axis=1))).notes
+        assert note.startswith("column 1 of test (mean ") and note.endswith("): are both in the same units?")
 
 
 def test_a_class_folder_that_is_another_ones_link(tmp_path):
