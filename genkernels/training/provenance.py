@@ -49,8 +49,8 @@ def check_part(facts: dict, bundle: DataBundle, part: str) -> None:
     """A UsageError where a part of the run's own data has changed: what was trained on may now be held out."""
     if changed := change(facts, bundle, part):
         raise UsageError(
-            f"{changed}, so that what it was trained on may be among them: bring them back (genkernels eval --data "
-            "takes them as any other data)"
+            f"{changed}, so that what the run was trained on may be among them: bring them back (genkernels eval "
+            "--data takes them as any other data)"
         )
 
 

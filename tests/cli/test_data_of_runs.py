@@ -184,6 +184,19 @@ def test_labels_that_cannot_be_given_to_a_model(tmp_path, monkeypatch, refused):
     assert words in refused("train pixelcnn --data folder:pics --class-conditional --out run")
 
 
+def test_labels_with_holes(tmp_path, monkeypatch, refused, capsys):
+    """A model has the classes that occur, and draws no other."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("two.npz", x=RNG.integers(0, 256, (40, 4, 6), dtype=np.uint8), y=np.resize([3, 700], 40))
+    argv = ["train", "pixelcnn", "--data", "npz:two.npz", "--class-conditional", *SMALL, "--max-steps", "1", "--quiet"]
+    assert main([*argv, "--out", "run"]) == 0
+    assert json.loads(Path("run/config.json").read_text())["model"]["hparams"]["num_classes"] == 2
+    assert main(["sample", "run", "--label", "700", "--n", "2", "--out", "s.npz", "--accelerator", "cpu"]) == 0
+    capsys.readouterr()
+    for label in (0, 1, 27):
+        assert f"--label must be one of 3, 700, got '{label}'" in refused(f"sample run --label {label}")
+
+
 def test_what_the_data_seem_is_told_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.savez("dark.npz", x=RNG.integers(0, 17, (40, 4, 6), dtype=np.uint8))
