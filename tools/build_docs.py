@@ -134,6 +134,15 @@ def families() -> dict[str, tuple]:
     return found
 
 
+def data_page() -> str:
+    from genkernels.data import folder, hub, images, npz
+
+    parts = [room_page(*ROOMS["data"]).rstrip(), "## Your own data"]
+    for name, module in (("folder:", folder), ("npz:", npz), ("hf:", hub), ("pictures", images)):
+        parts += [f"### `{name}`" if ":" in name else f"### {name.capitalize()}", docstring(module.__doc__)]
+    return "\n\n".join(parts) + "\n"
+
+
 def pictures_page() -> str:
     from genkernels import figures
 
@@ -182,7 +191,7 @@ def pages() -> dict[str, str]:
 
     built = {name: operator_page(operator) for name, operator in OPERATORS.items()}
     built |= {name: room_page(*what) for name, what in {**families(), **ROOMS}.items()}
-    built |= {"pictures": pictures_page(), "speed": f"{MARK}\n\n{_speed.page()}"}
+    built |= {"data": data_page(), "pictures": pictures_page(), "speed": f"{MARK}\n\n{_speed.page()}"}
     return {**built, "README": index(built)}
 
 

@@ -108,7 +108,11 @@ def _train(sub: Parser) -> None:
         "genkernels train MODEL --data DATA [--out DIR] [options]\n       genkernels train --out DIR --resume [options]"
     )
     sub.add_argument("model", metavar="MODEL", nargs="?", help=" or ".join(", ".join(MODELS).rsplit(", ", 1)))
-    sub.add_argument("--data", help="digits, photos32, photos64, moons, ..., folder:PATH, npz:PATH, hf:NAME")
+    sub.add_argument(
+        "--data",
+        help="digits, photos32, photos64, moons, ..., or your own: folder:PATH, npz:PATH, hf:NAME (their rules: "
+        "docs/data.md, or python -m pydoc genkernels.data.folder, .npz, .hub)",
+    )
     sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
     sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")
     sub.add_argument(
@@ -184,7 +188,9 @@ def _sample(sub: Parser) -> None:
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
     sub.add_argument("--n", type=int, metavar="N", help="how many (default: 64 images or 2000 points)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
-    sub.add_argument("--label", type=int, metavar="K", help="the class of every sample (models that have classes)")
+    sub.add_argument(
+        "--label", metavar="K", help="the class of every sample, as the data call it (models with classes)"
+    )
     sub.add_argument(
         "--inpaint",
         metavar="PART",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from genkernels._words import UsageError, nearest
+from genkernels.data.bundle import listed
 from genkernels.models import model_class
 
 if TYPE_CHECKING:
@@ -55,7 +56,15 @@ def model_kwargs(
     arguments |= facts
     if classes:
         if not bundle.form.num_classes:
-            raise UsageError(f"--class-conditional needs labels: the data {bundle.name} have none")
+            why = next(
+                (f" ({note})" for note in bundle.notes if note.startswith(("no classes", "labels are left"))), ""
+            )
+            raise UsageError(f"--class-conditional needs labels: the data {bundle.name} have none{why}")
+        if bundle.untrained:
+            raise UsageError(
+                f"--class-conditional needs an example of every class to train on: in {bundle.name} all those of "
+                f"{listed(bundle.untrained)} are held out (give parts of your own, train and test)"
+            )
         _needs(allowed, "num_classes", name, "--class-conditional")
         arguments["num_classes"] = bundle.form.num_classes
     if reversible:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from genkernels._files import refuse_unwritable, write_json
@@ -27,7 +28,9 @@ def run(arguments) -> int:
             bundle = data.load(arguments.data, root=data_root(arguments.data, arguments.data_root))
         else:
             bundle = data.load(config["data"]["spec"], root=arguments.data_root or config["data"].get("root"))
-        check_fits(bundle, model, config)
+        bundle = check_fits(bundle, model, config, part=None if arguments.data else arguments.split)
+        for note in _notes(bundle, config, arguments) if arguments.data else ():
+            print(f"genkernels: {note}", file=sys.stderr)
         part = bundle.test if arguments.split == "test" else bundle.train
         # As in training, unless said otherwise: the noise, and so the result, is that of metrics.json to the last
         # digit.
@@ -47,3 +50,12 @@ def run(arguments) -> int:
         facts |= {"options": chosen, "estimates": {key: e.to_dict() for key, e in estimates.items()}}
         write_json(Path(arguments.json).expanduser(), facts)
     return 0
+
+
+def _notes(bundle, config: dict, arguments) -> list[str]:
+    """What is to be known of data that are not the run's own, or are no more."""
+    from genkernels.training.provenance import change
+
+    same = bundle.name == config["data"].get("spec")
+    changed = change(config["data"], bundle, arguments.split) if same else None
+    return [*([changed] if changed else []), *(f"{bundle.name}: {note}" for note in bundle.notes)]

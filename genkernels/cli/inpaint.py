@@ -25,7 +25,7 @@ def complete(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
     bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
     if not bundle.form.is_image:
         raise UsageError(f"--inpaint completes images: the data {bundle.name} are points")
-    check_fits(bundle, model, config)  # the user's own data may have changed since
+    bundle = check_fits(bundle, model, config, part="test")  # the user's own data may have changed since
     known = known_region(arguments.inpaint, bundle.form.shape)
     x, y = bundle.take("test", n)
     drawn = inpaint(

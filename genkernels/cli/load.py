@@ -52,19 +52,48 @@ def options(settings: list[str], function: Callable, name: str, reserved: tuple[
     return values
 
 
-def check_fits(bundle, model, config: dict) -> None:
-    """The data must have the shape, the grey levels and, where the model has classes, labels like those that it was
-    trained on."""
+def check_fits(bundle, model, config: dict, part: str | None = None):
+    """The data with their labels counted as the run counts its classes.
+
+    Args:
+        bundle, model, config: the data, the run's model and its ``config.json``.
+        part: where they are the run's own data, the part that must be what it was; None for other data.
+
+    Raises:
+        UsageError: their shape or grey levels are not those of the run's data, their classes, where the model has some,
+            are not among the run's, or they are its own data and have changed.
+    """
+    from genkernels.data.bundle import listed
+    from genkernels.training.provenance import check_part, classes_of
+
     data, form = config["data"], bundle.form
     ours, theirs = _words(data.get("shape"), data.get("grey_levels")), _words(list(form.shape), form.grey_levels)
     if ours != theirs:
         raise UsageError(f"the data must be as those of the run, {ours}, got {bundle.name} with {theirs}")
-    if model.num_classes and not 1 <= (form.num_classes or 0) <= model.num_classes:
-        got = f"{form.num_classes} classes" if form.num_classes else "no labels"
-        raise UsageError(
-            f"the model is class-conditional, the data must have at most {model.num_classes} classes: "
-            f"got {bundle.name} with {got}"
-        )
+    if model.num_classes:
+        known = classes_of(data, bundle, model.num_classes)
+        strange = [name for name in bundle.classes or () if name not in known]
+        if strange or not bundle.classes:
+            raise UsageError(
+                f"the model is class-conditional, the data must have labels, and no class beside {listed(known)}: got "
+                f"{bundle.name} with {listed(strange) if strange else 'no labels'}"
+            )
+        bundle = bundle.counted_by(known)
+    if part:
+        check_part(data, bundle, part)
+    return bundle
+
+
+def class_number(label: str | None, model, config: dict) -> int | str | None:
+    """The number of the class that the user calls `label`; runs of earlier versions call theirs by their numbers."""
+    from genkernels.data.bundle import listed
+
+    if label is None or not model.num_classes:
+        return label  # what a model without classes says to one is told by `sample`
+    names = config["data"].get("classes") or [str(i) for i in range(model.num_classes)]
+    if label not in names:
+        raise UsageError(f"--label must be one of {listed(names)}, got {label!r}{nearest(label, names, listed=True)}")
+    return names.index(label)
 
 
 def _words(shape, levels) -> str:

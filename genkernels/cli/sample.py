@@ -21,7 +21,8 @@ def run(arguments) -> int:
     if not -(2**63) <= arguments.seed < 2**63:
         raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
     from genkernels.backends import current_backend, use_backend
-    from genkernels.cli.load import load, options
+    from genkernels.cli.load import class_number, load, options
+    from genkernels.cli.train import as_name
 
     out = Path(arguments.out).expanduser() if arguments.out else None
     if out is not None:
@@ -36,7 +37,7 @@ def run(arguments) -> int:
         points = config["data"].get("grey_levels") is None
         n = arguments.n or (2000 if points else 16 if arguments.inpaint else 64)
         if out is None:
-            label = "" if arguments.label is None else f"-label{arguments.label}"
+            label = "" if arguments.label is None else f"-label{as_name(arguments.label)}"
             label += f"-{arguments.inpaint}" if arguments.inpaint else ""
             label += "".join(f"-{key}{value}" for key, value in chosen.items() if str(value).isalnum())
             name = f"n{n}-t{arguments.temperature:g}-seed{arguments.seed}{label}.png"
@@ -56,7 +57,7 @@ def run(arguments) -> int:
             n,
             temperature=arguments.temperature,
             seed=arguments.seed,
-            label=arguments.label,
+            label=class_number(arguments.label, model, config),
             batch_size=arguments.batch_size,
             options=chosen,
         )

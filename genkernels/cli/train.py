@@ -141,7 +141,7 @@ def _continued(arguments, given: dict):
 
 
 def _folder(arguments) -> str:
-    return arguments.out or str(Path("runs") / f"{arguments.model}-{_as_name(arguments.data)}")
+    return arguments.out or str(Path("runs") / f"{arguments.model}-{as_name(arguments.data)}")
 
 
 def _merged(old: dict, given: dict) -> TrainConfig:
@@ -160,7 +160,7 @@ def data_root(spec: str, root: str | None) -> str | None:
     return root
 
 
-def _as_name(spec: str) -> str:
+def as_name(spec: str) -> str:
     """A spec as a folder's name: ``folder:~/pics?size=32`` becomes ``folder-pics-size-32``."""
     kept = "".join(c if c.isalnum() or c in "._" else "-" for c in spec)
     return "-".join(part for part in kept.split("-") if part.strip(".")) or "data"

@@ -6,6 +6,9 @@
 >>> x.shape, bundle.form
 (torch.Size([3, 2]), Form(shape=(2,), grey_levels=None, num_classes=2))
 
+The rules of a user's own data, ``folder:``, ``npz:`` and ``hf:``, are those of the modules `genkernels.data.folder`,
+`.npz`, `.hub` and, for pictures, `.images`; `docs/data.md` has them on one page.
+
 Importing this takes torch and numpy alone; scikit-learn, Pillow and `datasets` are imported by the loaders
 that need them. Nothing is downloaded except by ``hf:``.
 """
@@ -43,8 +46,7 @@ def load(spec: str, *, root: str | PathLike[str] | None = None, seed: int = 0) -
     places of the photo crops.
 
     Args:
-        spec: one of `NAMES`; see the modules `genkernels.data.folder`, `.npz` and `.hub` for the rules of a
-            user's own data.
+        spec: one of `NAMES`.
         root: where relative paths of ``folder:`` and ``npz:`` start (default: the current folder), and the
             cache folder of ``hf:`` (default: that of `datasets`).
         seed: any integer; the same seed gives the same data.

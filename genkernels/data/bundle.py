@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
@@ -26,6 +28,20 @@ class TensorPairs(TensorDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         x, y = self.tensors
         return x[index], int(y[index])
+
+
+class Relabelled(Dataset):
+    """A data set whose label k is told as ``numbers[k]``."""
+
+    def __init__(self, dataset: Dataset, numbers: Sequence[int]):
+        self.dataset, self.numbers = dataset, list(numbers)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x, y = self.dataset[index]
+        return x, self.numbers[y]
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,11 @@ class DataBundle:
         test: the held-out part, in the same form.
         form: what a model must know of them.
         description: one line for people.
+        classes: the user's name of each label, in order: the class folder, the number in the archive.
+        untrained: those of them that no example of ``train`` has.
+        notes: sentences about what the data may not seem to be; ``genkernels train`` tells them once.
+        digest: of each part's examples and labels in their order, ``{"train": ..., "test": ...}``, by which a run knows
+            them again; None for the sets that come with the package, whose name says what they are.
     """
 
     name: str
@@ -65,6 +86,10 @@ class DataBundle:
     test: Dataset = field(repr=False)
     form: Form
     description: str
+    classes: tuple[str, ...] | None = None
+    untrained: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    digest: dict[str, str] | None = None
 
     def take(self, split: Literal["train", "test"], n: int) -> tuple[Tensor, Tensor]:
         """The first n examples of a part, or all of them where there are fewer, as copies.
@@ -101,6 +126,15 @@ class DataBundle:
             return torch.empty((0, *self.form.shape), dtype=dtype), torch.empty(0, dtype=torch.int64)
         return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs], dtype=torch.int64)
 
+    def counted_by(self, classes: Sequence[str]) -> DataBundle:
+        """The same data with each label's number that of its name in `classes`, which must hold all of its own."""
+        if self.classes is None or tuple(classes) == self.classes:
+            return self
+        numbers = [list(classes).index(name) for name in self.classes]
+        parts = {"train": Relabelled(self.train, numbers), "test": Relabelled(self.test, numbers)}
+        form = replace(self.form, num_classes=len(classes))
+        return replace(self, **parts, form=form, classes=tuple(classes))
+
 
 def make_bundle(
     spec: str,
@@ -109,10 +143,70 @@ def make_bundle(
     shape: Sequence[int],
     *,
     grey_levels: int | None = None,
-    num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
+    labels: Sequence[np.ndarray | Tensor] | None = None,
+    contents: Sequence[np.ndarray] | None = None,
+    notes: Sequence[str] = (),
 ) -> DataBundle:
-    """A `DataBundle` of ``parts = (train, test)`` whose description begins with `what`."""
+    """A `DataBundle` of ``parts = (train, test)`` whose description begins with `what`.
+
+    Args:
+        spec, what, parts, shape, grey_levels: as in the bundle.
+        classes: names of the labels.
+        labels, contents: of a user's own data, for each part the labels and a hash of each example.
+        notes: what the loader noticed.
+    """
     train, test = parts
-    classes = f", {num_classes} classes" if num_classes else ""
-    description = f"{what}{classes}; {len(train):,} to train on, {len(test):,} held out"
-    return DataBundle(spec, train, test, Form(tuple(shape), grey_levels, num_classes), description)
+    notes = [*notes, *_grey_in_colour(parts, shape)]
+    digest, untrained = None, ()
+    if contents is not None and labels is not None:
+        labels = [np.asarray(y, dtype="<i8") for y in labels]
+        digest = {part: _digest(x, y) for part, x, y in zip(("train", "test"), contents, labels, strict=True)}
+        known = np.sort(contents[0])
+        places = np.searchsorted(known, contents[1]).clip(max=len(known) - 1)
+        if both := int((known[places] == contents[1]).sum()):
+            notes.append(f"{both:,} of the {len(test):,} held-out examples are among those to train on too")
+        held = np.bincount(labels[0], minlength=len(classes or ()))
+        untrained = tuple(name for name, count in zip(classes or (), held, strict=False) if not count)
+    form = Form(tuple(shape), grey_levels, len(classes) if classes else None)
+    description = f"{what}{_counted(classes)}; {len(train):,} to train on, {len(test):,} held out"
+    names = tuple(classes) if classes else None
+    return DataBundle(spec, train, test, form, description, names, untrained, tuple(notes), digest)
+
+
+def listed(names: Sequence[object], most: int = 6) -> str:
+    """Names in one line, those in the midst of many left out."""
+    shown = list(map(str, names))
+    return ", ".join(shown if len(shown) <= most else [*shown[: most - 2], "…", shown[-1]])
+
+
+def _counted(classes: Sequence[str] | None) -> str:
+    if not classes:
+        return ""
+    names = "" if list(classes) == [str(i) for i in range(len(classes))] else f" ({listed(classes)})"
+    return f", {len(classes)} {'class' if len(classes) == 1 else 'classes'}{names}"
+
+
+def _digest(contents: np.ndarray, labels: np.ndarray) -> str:
+    digest = hashlib.blake2b(np.asarray(contents, dtype="<u8").tobytes(), digest_size=16)
+    digest.update(labels.tobytes())
+    return digest.hexdigest()
+
+
+def _grey_in_colour(parts: Sequence[Dataset], shape: Sequence[int]) -> list[str]:
+    """Whether most pictures of three channels are grey, judged by some of each part, evenly spread."""
+    if len(shape) != 3 or shape[0] != 3:
+        return []
+    looked = grey = 0
+    for part in parts:
+        most = 256 if isinstance(part, TensorDataset) else 32  # others have to be decoded for it
+        for i in range(0, len(part), max(1, len(part) // most)):
+            x = part[i][0]
+            looked, grey = looked + 1, grey + int(bool((x[0] == x[1]).all() and (x[1] == x[2]).all()))
+    if 2 * grey < looked:
+        return []
+    among = "" if looked == sum(map(len, parts)) else " that were looked at"
+    return [
+        f"{grey:,} of {looked:,} pictures{among} are grey in three equal channels: bits/dim do not compare with those "
+        "of one channel (save all of them as grey for that)"
+    ]

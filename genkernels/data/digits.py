@@ -25,7 +25,7 @@ def load(spec: str) -> DataBundle:
     train, test = stratified(x.numpy(), y.numpy(), TEST)
     parts = [TensorPairs(x[rows], y[rows]) for rows in (train, test)]
     what = f"scanned digits 8x8, {GREY_LEVELS} grey levels"
-    return make_bundle(spec, what, parts, (1, 8, 8), grey_levels=GREY_LEVELS, num_classes=10)
+    return make_bundle(spec, what, parts, (1, 8, 8), grey_levels=GREY_LEVELS, classes=[str(i) for i in range(10)])
 
 
 def stratified(x: np.ndarray, y: np.ndarray, test: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,33 +1,34 @@
 """`folder:PATH[?size=S]`: a folder of png, jpg, jpeg, webp and bmp images, searched with all its subfolders.
 
-- If it has the subfolders ``train`` and ``test`` (or, for want of it, ``val``, ``valid`` or ``validation``),
-  they are the two parts and nothing else in the folder is read. Else about a tenth is held out, chosen by a
-  hash of each file's path below the folder, so that adding files moves none of the old ones to the other
-  side.
+- If it has the subfolders ``train`` and ``test`` (or, for want of it, ``val``, ``eval``, ``dev`` or ``holdout``), they
+  are the two parts and nothing else in the folder is read. Upper and lower case, longer forms (``training``,
+  ``validation``) and a word beside (``train_images``) mean the same; other names that look like such a pair are
+  refused. Else about a tenth is held out, chosen by a hash of each file's path below the folder, so that adding files
+  moves none of the old ones to the other side.
 - If every image lies in a subfolder and there are two subfolders or more, these are the classes, in the order
-  of their names. With ``train`` and ``test`` each has its class folders, and ``test`` none that ``train``
-  lacks; classes count only where both have them.
+  of their names; folders that hold all images, one in the other, are passed over. With ``train`` and ``test`` each has
+  its class folders, and ``test`` none that ``train`` lacks; classes count only where both have them.
 - Within a part the images come in a fixed shuffled order, so that the first n are a fair sample. Hidden files
-  and folders are passed over; links are followed.
+  and folders are passed over, and files with other suffixes, which are counted; links are followed.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from genkernels.data.bundle import DataBundle, make_bundle
+from genkernels.data.bundle import DataBundle, listed, make_bundle
 from genkernels.data.images import build, survey
+from genkernels.data.parts import find_parts, refuse_parts
 from genkernels.data.spec import DataError, image_side, resolve, split_options
 from genkernels.data.split import hash_order, held_out
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 class Files:
@@ -51,10 +52,14 @@ class Files:
     def pick(self, indices: np.ndarray) -> Files:
         return Files(self.base, [self.paths[i] for i in indices])
 
-    def classes(self) -> list[str] | None:
-        """The class folder of each file, or None where the files are not sorted into any."""
-        heads = [path.split("/")[0] if "/" in path else "" for path in self.paths]
-        return heads if "" not in heads and len(set(heads)) > 1 else None
+    def depth(self) -> int:
+        """How many folders, one in the other, hold all files."""
+        parents = [path.split("/")[:-1] for path in self.paths]
+        return len(os.path.commonprefix(parents))
+
+    def folders(self, depth: int) -> list[str]:
+        """The folder of each file at that depth, "" where it lies above."""
+        return [path.split("/")[depth] if path.count("/") > depth else "" for path in self.paths]
 
 
 def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
@@ -67,73 +72,101 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
     if not os.path.isdir(base):
         raise DataError(f"{spec}: {str(base)!r} must be a folder, and is a file")
 
-    test_name = next((name for name in _TEST_NAMES if os.path.isdir(base / name)), None)
-    if test_name and os.path.isdir(base / "train"):
-        parts = [_files(spec, base / "train"), _files(spec, base / test_name)]
-        form = survey(spec, parts, options.get("size"))
-        labels, num_classes = _paired_labels(spec, parts, test_name)
-        orders = [hash_order(part.keys()) for part in parts]
+    notes: list[str] = []
+    names = find_parts(_subfolders(spec, base))
+    files = [_files(spec, base / name, notes) for name in names or (".",)]
+    form, contents, more = survey(spec, files, options.get("size"))
+    classes, labels = _classes(spec, files, names, notes)
+    if names:
+        orders = [hash_order(part.keys()) for part in files]
+        notes += _beside(base, names)
     else:
-        files = _files(spec, base)
-        form = survey(spec, [files], options.get("size"))
-        labels, num_classes = [_labels(files.classes())] * 2, _count(files.classes())
-        orders = list(held_out(spec, files.keys(), "images"))
-        parts = [files, files]
-    labels = [
-        y[order] if y is not None else torch.zeros(len(order), dtype=torch.int64)
-        for y, order in zip(labels, orders, strict=True)
-    ]
-    sources = [part.pick(order) for part, order in zip(parts, orders, strict=True)]
+        orders = held_out(spec, files[0].keys(), "images")
+        files, contents, labels = files * 2, contents * 2, labels * 2
+    labels = [y[order] for y, order in zip(labels, orders, strict=True)]
+    contents = [hashes[order] for hashes, order in zip(contents, orders, strict=True)]
+    sources = [part.pick(order) for part, order in zip(files, orders, strict=True)]
     what = f"{'colour' if form.channels == 3 else 'grey'} images {form.height}x{form.width} from {path!r}"
-    parts = build(sources, labels, form)
-    return make_bundle(spec, what, parts, form.shape, grey_levels=256, num_classes=num_classes)
+    parts = build(sources, [torch.from_numpy(y) for y in labels], form)
+    return make_bundle(
+        spec,
+        what,
+        parts,
+        form.shape,
+        grey_levels=256,
+        classes=classes,
+        labels=labels,
+        contents=contents,
+        notes=[*notes, *more],
+    )
 
 
-def _files(spec: str, base: Path) -> Files:
+def _subfolders(spec: str, base: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(base) if not name.startswith(".") and os.path.isdir(base / name))
+    except OSError as error:
+        raise DataError(f"{spec}: the folder {str(base)!r} cannot be read ({error.strerror})") from None
+
+
+def _files(spec: str, base: Path, notes: list[str]) -> Files:
     """All images below `base`, sorted by path; a linked folder is entered once."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{spec}: the folder {error.filename!r} cannot be read ({error.strerror})")
 
     paths: list[str] = []
+    left_out: Counter[str] = Counter()
     seen: set[str] = set()
     for folder, below, names in os.walk(base, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             below.clear()
+            notes.append(f"{folder!r} links to a folder that is read already, and is passed over")
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
         inside = Path(folder).relative_to(base)
-        paths += [
-            (inside / name).as_posix()
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        ]
+        refuse_parts(spec, below, f"in {str(Path(folder))!r}")
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if not name.startswith("."):
+                if suffix in EXTENSIONS:
+                    paths.append((inside / name).as_posix())
+                else:
+                    left_out[suffix or "no suffix"] += 1
+    counts = [f"{n:,} {suffix}" for suffix, n in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))]
+    told = f"left out for their suffix: {listed(counts)}"
     if not paths:
-        raise DataError(f"{spec}: {str(base)!r} must hold images ({' '.join(sorted(EXTENSIONS))}), and holds none")
+        raise DataError(
+            f"{spec}: {str(base)!r} must hold images ({' '.join(sorted(EXTENSIONS))}), and holds none"
+            f"{f' ({told})' if left_out else ''}"
+        )
+    if left_out:
+        notes.append(f"files of {str(base)!r} {told}")
     return Files(base, sorted(paths))
 
 
-def _labels(classes: list[str] | None) -> Tensor | None:
-    if classes is None:
-        return None
-    index = {name: i for i, name in enumerate(sorted(set(classes)))}
-    return torch.tensor([index[name] for name in classes], dtype=torch.int64)
+def _beside(base: Path, names: tuple[str, str]) -> list[str]:
+    """What lies beside the two parts and is not read."""
+    others = [name for name in sorted(os.listdir(base)) if not name.startswith(".") and name not in names]
+    return [f"{names[0]!r} and {names[1]!r} alone are read, and not {listed(others)}"] if others else []
 
 
-def _count(classes: list[str] | None) -> int | None:
-    return len(set(classes)) if classes else None
-
-
-def _paired_labels(spec: str, parts: list[Files], test_name: str) -> tuple[list[Tensor | None], int | None]:
-    """Labels of both parts, numbered by the class folders of ``train``; none unless both parts have them."""
-    train, test = parts[0].classes(), parts[1].classes()
-    if train is None or test is None:
-        return [None, None], None
-    index = {name: i for i, name in enumerate(sorted(set(train)))}
-    strange = sorted(set(test) - set(index))
-    if strange:
-        raise DataError(f"{spec}: every class folder of {test_name} must be in train too, and {strange[0]!r} is not")
-    labels = [torch.tensor([index[name] for name in names], dtype=torch.int64) for names in (train, test)]
-    return labels, len(index)
+def _classes(
+    spec: str, files: list[Files], names: tuple[str, str] | None, notes: list[str]
+) -> tuple[list[str] | None, list[np.ndarray]]:
+    """The class folders of the first part, and each part's labels: zeros and None where one has a file outside them."""
+    depth = files[0].depth()
+    folders = [part.folders(depth) for part in files]
+    classes = sorted(set(folders[0]) - {""})
+    loose = next((p.paths[f.index("")] for p, f in zip(files, folders, strict=True) if "" in f), None)
+    if len(classes) < 2 or loose:
+        if len(classes) > 1:
+            notes.append(f"no classes: {loose!r} lies in no class folder")
+        return None, [np.zeros(len(part), dtype=np.int64) for part in files]
+    if strange := sorted(set(folders[-1]) - set(classes)):
+        raise DataError(
+            f"{spec}: every class folder of {names[1]} must be in {names[0]} too, and {strange[0]!r} is not"
+        )
+    index = {name: i for i, name in enumerate(classes)}
+    return classes, [np.array([index[name] for name in part], dtype=np.int64) for part in folders]

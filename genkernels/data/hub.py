@@ -5,7 +5,9 @@ NAME may also be a local folder that `datasets.load_dataset` can read (parquet f
 
 - Image column: the one called ``image`` or ``img``, else the first of type Image.
 - Label column: ``label``, ``labels``, ``fine_label``, ``class``, ``target`` or ``y`` if it holds class labels
-  or integers, else the first of type ClassLabel; left out where any label is missing or negative.
+  or integers, else the first of type ClassLabel; left out where any label is missing or negative, or where the held-out
+  part has a class that the training part lacks. Classes are called as the data set calls them, and those without an
+  example are none.
 - Parts: ``train`` and ``test``, else ``train`` and ``validation`` (``valid``, ``val``, ``dev``). A data set
   with one split only has about a tenth of it held out, chosen by a hash of each image's encoded bytes: equal
   files stay together.
@@ -20,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from genkernels.data.bundle import DataBundle, make_bundle
+from genkernels.data.bundle import DataBundle, listed, make_bundle
 from genkernels.data.images import build, survey
+from genkernels.data.parts import refuse_parts
 from genkernels.data.spec import DataError, image_side, reason, require, split_options
 from genkernels.data.split import held_out
 
@@ -89,20 +91,32 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
 
     image = _image_column(spec, library, tables[0])
     label = _label_column(library, tables[0])
-    labels, num_classes = _labels(library, tables, label)
+    notes: list[str] = []
+    labels, classes = _labels(spec, library, names, tables, label, notes)
     cells = [
         Cells(table.cast_column(image, library.Image(decode=False)), image, part)
         for part, table in zip(names, tables, strict=True)
     ]
-    form = survey(spec, cells, options.get("size"))
+    form, contents, more = survey(spec, cells, options.get("size"))
     sources: list[Any] = list(cells)
     if len(cells) == 1:
         (only,) = cells
         orders = held_out(spec, (only.key(i) for i in range(len(only))), "images")
-        sources, labels = [Rows(only, order) for order in orders], [labels[0][order] for order in orders]
+        sources = [Rows(only, order) for order in orders]
+        labels, contents = ([each[0][order] for order in orders] for each in (labels, contents))
     what = f"{name} of the Hugging Face Hub, {form.channels}x{form.height}x{form.width}"
-    parts = build(sources, labels, form)
-    return make_bundle(spec, what, parts, form.shape, grey_levels=256, num_classes=num_classes)
+    parts = build(sources, [torch.from_numpy(y) for y in labels], form)
+    return make_bundle(
+        spec,
+        what,
+        parts,
+        form.shape,
+        grey_levels=256,
+        classes=classes,
+        labels=labels,
+        contents=contents,
+        notes=[*notes, *more],
+    )
 
 
 def _fetch(spec: str, library: Any, name: str, config: str | None, root: str | PathLike[str] | None) -> Any:
@@ -145,15 +159,27 @@ def _label_column(library: Any, table: Any) -> str | None:
     return next(iter(named + typed), None)
 
 
-def _labels(library: Any, tables: list[Any], column: str | None) -> tuple[list[Tensor], int | None]:
-    """Labels of each table and how many there are; zeros and None where any label is missing."""
-    none = [torch.zeros(len(table), dtype=torch.int64) for table in tables]
-    if column is None or any(column not in table.features for table in tables):
-        return none, None
-    lists = [list(table[column][:]) for table in tables]
+def _labels(
+    spec: str, library: Any, names: list[str], tables: list[Any], column: str | None, notes: list[str]
+) -> tuple[list[np.ndarray], list[str] | None]:
+    """Labels of each table, numbered by the classes that the first one has, and the classes' names; zeros and None
+    where they cannot be used."""
+    none = [np.zeros(len(table), dtype=np.int64) for table in tables], None
+    if column is None:
+        return none
+    lists = [list(table[column][:]) if column in table.features else [None] for table in tables]
     if any(label is None or label < 0 for labels in lists for label in labels):
-        return none, None
+        notes.append(f"labels are left out: some of the column {column!r} are missing or negative")
+        return none
     feature = tables[0].features[column]
-    highest = max(max(labels) for labels in lists)
-    count = feature.num_classes if isinstance(feature, library.ClassLabel) else highest + 1
-    return [torch.tensor(labels, dtype=torch.int64) for labels in lists], max(count, highest + 1)
+    called = dict(enumerate(feature.names if isinstance(feature, library.ClassLabel) else []))
+    present = sorted(set(lists[0]))
+    classes = [called.get(label, str(label)) for label in present]
+    if strange := sorted(set(lists[-1]) - set(present)):
+        lacking = listed([called.get(label, label) for label in strange])
+        notes.append(f"labels are left out: {names[-1]!r} has the classes {lacking}, and {names[0]!r} has not")
+        return none
+    if unused := [name for name in called.values() if name not in classes]:
+        notes.append(f"classes without an example are left out: {listed(unused)}")
+    refuse_parts(spec, classes, f"classes of the column {column!r}")
+    return [np.searchsorted(present, labels) for labels in lists], classes

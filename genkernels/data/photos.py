@@ -17,14 +17,12 @@ from torch.utils.data import Dataset
 
 from genkernels.data.bundle import DataBundle, make_bundle
 from genkernels.data.spec import require
-from genkernels.data.split import derived_seed
+from genkernels.data.split import derived_seed, splitmix64
 
 # Of the stripes on a 64-column grid, those nearest their whole photograph in mean colour; their mean
 # gradients along x are near it too (13.3 of 14.2, 2.6 of 3.0). A part that is all sky would measure little.
 STRIPES = {"china.jpg": (512, 640), "flower.jpg": (384, 512)}
 TRAIN, TEST = 50_000, 2_000  # nominal lengths: 368,676 training crops of 32×32 exist, mirror images apart
-
-_GAMMA = 0x9E3779B97F4A7C15
 
 
 class PhotoCrops(Dataset):
@@ -61,15 +59,6 @@ class PhotoCrops(Dataset):
         _, first, pixels = self.strips[self._strip[index]]
         crop = pixels[:, top : top + self.size, left - first : left - first + self.size]
         return (crop.flip(-1) if mirrored else crop.clone()), 0
-
-
-def splitmix64(start: int, length: int) -> np.ndarray:
-    """The first `length` numbers of SplitMix64 from `start`, uint64; number i needs start and i only."""
-    # Arrays of uint64 wrap modulo 2^64, as the sequence wants.
-    z = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_GAMMA) + np.uint64(start)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def load(spec: str, size: int, seed: int) -> DataBundle:

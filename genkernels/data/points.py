@@ -92,7 +92,8 @@ def load(spec: str, seed: int) -> DataBundle:
         generator = Generator().manual_seed(derived_seed(spec, part, seed))
         x, y = draw(n, generator)
         parts.append(TensorPairs(x.float(), y))
-    return make_bundle(spec, f"{picture}, points in the plane", parts, (2,), num_classes=num_classes)
+    classes = [str(i) for i in range(num_classes)] if num_classes else None
+    return make_bundle(spec, f"{picture}, points in the plane", parts, (2,), classes=classes)
 
 
 def _scaled(points: Tensor, mean_square: float) -> Tensor:

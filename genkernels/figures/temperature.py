@@ -53,8 +53,11 @@ def draw(arguments):
 
 def _real(config: dict, n: int):
     from genkernels import data
+    from genkernels.training.provenance import check_part
 
-    return data.load(config["data"]["spec"], root=config["data"].get("root")).take("test", n)[0]
+    bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
+    check_part(config["data"], bundle, "test")
+    return bundle.take("test", n)[0]
 
 
 def _meaning(model) -> str:

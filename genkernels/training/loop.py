@@ -20,6 +20,7 @@ from genkernels.training.checks import check_data, check_model, explained, is_ma
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.lightning_guard import import_lightning, quiet_lightning
 from genkernels.training.order import make_loader
+from genkernels.training.provenance import check_same, data_facts
 from genkernels.training.results import Result, metrics
 from genkernels.training.rundir import RunDirectory, describe_model, load_weights
 from genkernels.training.session import Session
@@ -88,6 +89,7 @@ def fit(
             run.prepare(resume=resume, overwrite=overwrite)
         try:
             state, notes = _restore(run, model, description, bundle, settings, data, resume, main)
+            notes = [f"{bundle.name}: {note}" for note in bundle.notes if not resume] + notes
             for note in notes if main else ():  # also when quiet: what was lost is never kept from the user
                 print(f"genkernels: {note}", file=sys.stderr)
             with fixed_seed(config.seed):
@@ -177,12 +179,11 @@ def _run(
 
 def _restore(run, model, description, bundle, settings, data, resume, main) -> tuple[dict, list[str]]:
     """Writes ``config.json``, and loads the checkpoint of a run that goes on."""
-    form = bundle.form
-    facts = {"shape": list(form.shape), "grey_levels": form.grey_levels, "num_classes": form.num_classes}
+    facts = data_facts(bundle)
     data = {"spec": bundle.name, **(data or {}), **facts}
     state, notes = {}, []
     if resume:
-        _check_same(run, description, data, facts, settings)
+        _check_same(run, model, description, bundle, data, settings)
     if resume and not ckpt.list_checkpoints(run.checkpoints):
         notes = [f"{run} was stopped before its first checkpoint: starting at step 0"]
     elif resume:
@@ -199,14 +200,17 @@ def _restore(run, model, description, bundle, settings, data, resume, main) -> t
     return state, notes
 
 
-def _check_same(run: RunDirectory, description: dict, data: dict, facts: dict, settings: dict) -> None:
+def _check_same(
+    run: RunDirectory, model: Model, description: dict, bundle: DataBundle, data: dict, settings: dict
+) -> None:
     """Refuses what a resume cannot change."""
     old = run.read_config()
     pairs = {"model": (old["model"].get("name"), description["name"])}
     pairs |= {"hparams": (old["model"].get("hparams"), description["hparams"])}
-    pairs |= {f"data {key}": (old["data"].get(key), data[key]) for key in ("spec", *facts)}
+    pairs |= {f"data {key}": (old["data"].get(key), data[key]) for key in ("spec", "shape", "grey_levels")}
     fixed = sorted(set(settings) - CHANGEABLE)
     pairs |= {key: (old["train"].get(key, settings[key]), settings[key]) for key in fixed}
     for name, (before, now) in pairs.items():
         if json.loads(json.dumps(before)) != json.loads(json.dumps(now)):  # to JSON, tuples are lists
             raise UsageError(f"{run} was begun with {name} {before!r}, which a resume cannot change, got {now!r}")
+    check_same(run, old["data"], bundle, conditional=bool(model.num_classes))

@@ -34,7 +34,7 @@ class Result:
         model: the trained model, with the averaged weights where an average is kept (the trained ones if interrupted).
         signal: the number of the signal that interrupted the run, or None.
         stopped_early: whether `TrainConfig.patience` ended it. seconds: wall time of this call.
-        notes: sentences about damaged checkpoints that were passed over.
+        notes: sentences about the data that a run begins with, and about damaged checkpoints that were passed over.
     """
 
     steps: int

@@ -270,8 +270,10 @@ def test_a_class_conditional_model_on_other_labels(refused, tmp_path, capsys):
     argv = ["train", "pixelcnn", "--data", "npz:three.npz", "--class-conditional", "--set", "width=4", "--out", "run"]
     assert main([*argv, "--set", "layers=0", *few]) == 0
     capsys.readouterr()
-    sentence = "the model is class-conditional, the data must have at most 3 classes: got npz:plain.npz with no labels"
+    sentence = "the data must have labels, and no class beside 0, 1, 2: got npz:plain.npz with no labels"
     assert sentence in refused("eval", "run", "--data", "npz:plain.npz")
-    assert "got npz:seven.npz with 7 classes" in refused("eval", "run", "--data", "npz:seven.npz")
+    assert "no class beside 0, 1, 2: got npz:seven.npz with 3, 4, 5, 6" in refused(
+        "eval", "run", "--data", "npz:seven.npz"
+    )
     save("three.npz", y=np.arange(20) % 7)
-    assert "got npz:three.npz with 7 classes" in refused("sample", "run", "--inpaint", "top-half")
+    assert "got npz:three.npz with 3, 4, 5, 6" in refused("sample", "run", "--inpaint", "top-half")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from genkernels.data import Form, TensorPairs, images, load
+from tests.data.pngs import png
 
 datasets = pytest.importorskip("datasets")
 Image = pytest.importorskip("PIL.Image")
@@ -72,7 +73,7 @@ def in_bytes(pictures):
 def test_train_and_test_splits(hub):
     train, test = arrays(7), arrays(4)
     label = datasets.ClassLabel(names=["a", "b", "c"])
-    labels = [0, 1, 0, 1, 0, 1, 0], [1, 0, 1, 0]
+    labels = [0, 1, 2, 1, 0, 1, 0], [1, 0, 1, 0]
     asked = hub(train=table(train, label=(labels[0], label)), test=table(test, label=(labels[1], label)))
     bundle = load("hf:owner/name:plain", root="/cache")
     assert asked == [(("owner/name", "plain"), {"cache_dir": "/cache"})]
@@ -136,10 +137,10 @@ def test_label_column_by_name_and_type(hub):
     few, many = datasets.ClassLabel(num_classes=2), datasets.ClassLabel(num_classes=9)
     zeros, ones = [0] * 4, [1] * 4
     cases = [
-        ({"coarse_label": (zeros, few), "fine_label": (ones, many)}, 9),
-        ({"coarse_label": (zeros, few), "label": (ones, many)}, 9),
-        ({"kind": (ones, many), "size": ([5] * 4, datasets.Value("int64"))}, 9),
-        ({"label": (["x"] * 4, datasets.Value("string")), "y": ([3, 1, 1, 1], datasets.Value("uint8"))}, 4),
+        ({"coarse_label": (zeros, few), "fine_label": (ones, many)}, ("1",)),
+        ({"coarse_label": (zeros, few), "label": (ones, many)}, ("1",)),
+        ({"kind": (ones, many), "size": ([5] * 4, datasets.Value("int64"))}, ("1",)),
+        ({"label": (["x"] * 4, datasets.Value("string")), "y": ([3, 1, 1, 1], datasets.Value("uint8"))}, ("1", "3")),
         ({"label": ([0.5] * 4, datasets.Value("float32"))}, None),
         ({"label": ([[1, 2]] * 4, datasets.Sequence(datasets.Value("int64")))}, None),
         ({"id": ([7] * 4, datasets.Value("int64"))}, None),
@@ -148,7 +149,7 @@ def test_label_column_by_name_and_type(hub):
     ]
     for columns, want in cases:
         hub(train=table(arrays(4), **columns))
-        assert load("hf:x").form.num_classes == want, columns
+        assert load("hf:x").classes == want, columns
 
 
 def test_labels_hidden_in_the_test_split_are_left_out_of_both(hub):
@@ -233,3 +234,34 @@ def test_local_parquet_decoded_on_demand(tmp_path, monkeypatch):
         x, y = getattr(held, split).tensors
         assert len(part) == len(x)
         assert all(torch.equal(part[i][0], x[i]) and part[i][1] == y[i] for i in range(len(x)))
+
+
+def test_what_the_labels_are_not(hub, refusal):
+    """Classes without an example are none; labels that cannot be used, and parts among the classes, are told."""
+    label = datasets.ClassLabel(names=["ant", "bee", "cat", "dog"])
+    hub(train=table(arrays(4), label=([3, 1, 3, 1], label)), test=table(arrays(2), label=([1, 3], label)))
+    bundle = load("hf:x")
+    assert bundle.classes == ("bee", "dog") and bundle.train.tensors[1].tolist() == [1, 0, 1, 0]
+    assert bundle.notes == ("classes without an example are left out: ant, cat",)
+    hub(train=table(arrays(4), label=([3, 1, 3, 1], label)), test=table(arrays(2), label=([1, 2], label)))
+    bundle = load("hf:x")
+    assert bundle.classes is None and not bundle.test.tensors[1].any()
+    assert bundle.notes == ("labels are left out: 'test' has the classes cat, and 'train' has not",)
+    hub(train=table(arrays(3), label=([0, 1, -1], label)))
+    assert load("hf:x").notes == ("labels are left out: some of the column 'label' are missing or negative",)
+    parts = datasets.ClassLabel(names=["Test", "Train"])
+    hub(train=table(arrays(4), label=([0, 1, 0, 1], parts)))
+    refusal("hf:x", "'Train' and 'Test', classes of the column 'label', look like parts to train and to test on")
+
+
+def test_pictures_of_a_hub_are_looked_at_as_files_are(hub, refusal):
+    grey = [np.repeat(x[:, :, None], 3, axis=2) for x in arrays(4, 6, 5)]
+    same = table(grey)
+    hub(train=same, test=same)
+    assert sorted(note.split(":")[0] for note in load("hf:x").notes) == [
+        "4 of the 4 held-out examples are among those to train on too",
+        "8 of 8 pictures are grey in three equal channels",
+    ]
+    deep = {"bytes": png(RNG.bytes(180), 5, 6, 2, bits=16), "path": None}
+    hub(train=table([*arrays(2), deep]))
+    refusal("hf:x", r"'train\[2\]' has mode 'RGB' at 16 bits")

@@ -258,6 +258,8 @@ def as_format_1(run: Path) -> None:
         assert torch.load(path, weights_only=True)["format"] == 1
     settings = json.loads((run / "config.json").read_text())
     settings["data"]["levels"] = settings["data"].pop("grey_levels")
+    for key in ("classes", "examples", "digest"):
+        del settings["data"][key]
     settings["train"]["class_conditional"] = False
     (run / "config.json").write_text(json.dumps(settings))
 
