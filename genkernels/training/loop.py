@@ -19,6 +19,7 @@ from genkernels.training.checkpoint import TrainingError
 from genkernels.training.checks import check_data, check_model, explained, is_main_process, resolved
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.lightning_guard import import_lightning, quiet_lightning
+from genkernels.training.modes import in_mode
 from genkernels.training.order import make_loader
 from genkernels.training.results import Result, metrics
 from genkernels.training.rundir import RunDirectory, describe_model, load_weights
@@ -56,7 +57,9 @@ def fit(
                 optimizer.step()
 
     Args:
-        model: a `genkernels.models.Model`, one of the package's or of one's own.
+        model: a `genkernels.models.Model`, one of the package's or of one's own. It is trained in training mode, whatever
+            its mode is; in a model that is in training mode, parts in evaluation mode stay so. Afterwards each module
+            has the mode that it had.
         bundle: the data, from `genkernels.data.load` or of one's own making.
         config: how to train.
         out: the run's folder; None writes nothing.
@@ -90,7 +93,7 @@ def fit(
             state, notes = _restore(run, model, description, bundle, settings, data, resume, main)
             for note in notes if main else ():  # also when quiet: what was lost is never kept from the user
                 print(f"genkernels: {note}", file=sys.stderr)
-            with fixed_seed(config.seed):
+            with fixed_seed(config.seed), in_mode(model, training=True):
                 result = _run(model, bundle, config, run, state, quiet)
         finally:
             if run:
@@ -168,7 +171,7 @@ def _run(
         backend=current_backend(),
         precision=config.precision,
         out=run.path if run else None,
-        model=model.eval(),
+        model=model,
         checkpoint=s.keeper.saved,
         signal=interrupt.signal if s.interrupted else None,
         stopped_early=s.judge.stopped_early,

@@ -58,7 +58,7 @@ class Session:
     interrupted: bool = False
 
     def __post_init__(self, state: dict, quiet: bool) -> None:
-        fabric, model, bundle, config = self.fabric, self.model.train(), self.bundle, self.config
+        fabric, model, bundle, config = self.fabric, self.model, self.bundle, self.config
         self.start = self.step = state.get("step", 0)
         self.total = max(self.start, config.total_steps(len(bundle.train), fabric.world_size))
         fabric.to_device(model)
