@@ -112,12 +112,12 @@ class Judge:
         held_out: estimates over all held-out examples at the end of a run.
     """
 
-    def __init__(self, session, state: dict) -> None:
+    def __init__(self, session, state: dict, stopped_early: bool) -> None:
         self.session = session
         self.evaluations: list[list] = [list(row) for row in state.get("evaluations", [])]
         self.best, self.stale = state.get("best"), state.get("stale", 0)
         self.held_out: dict[str, Estimate] = {}
-        self.stopped_early = False
+        self.stopped_early = stopped_early
 
     def evaluate(self, due) -> None:
         """Evaluates where it is due, keeps the best weights, and decides on stopping early."""
