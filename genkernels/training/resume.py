@@ -29,11 +29,13 @@ def going_on(run: RunDirectory, state: dict, config: TrainConfig, examples: int)
     length = {key: old.get(key) for key in ("max_steps", "epochs")}
     if any(length.values()):
         before = config.changed(**length).total_steps(examples, world_size(config))
-        then, now = config.lr_at(step, before), config.lr_at(step, total)
-        if then != now:
-            notes.append(
-                f"a run of {total:,} steps has step size {now:g} in step {step:,}, one of {before:,} had {then:g}"
-            )
+        for s in (step, 0):  # a warm-up that is a part of the length differs from the first step on
+            now, then = config.lr_at(s, total), config.lr_at(s, before)
+            if now != then:
+                notes.append(
+                    f"a run of {total:,} steps has step size {now:.3g} in step {s:,}, one of {before:,} {then:.3g}"
+                )
+                break
     return config, notes
 
 

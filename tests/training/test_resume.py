@@ -169,7 +169,11 @@ def test_a_step_size_that_follows_another_length_is_told(tmp_path, registered, c
     settings = config(schedule="cosine", warmup=0)
     fit(model_for(bundle), bundle, settings, out=out, quiet=True)
     fit(model_for(bundle), bundle, settings.changed(max_steps=24), out=out, resume=True, quiet=True)
-    assert said(capfd) == ["a run of 24 steps has step size 0.0005 in step 12, one of 12 had 0"]
+    assert said(capfd) == ["a run of 24 steps has step size 0.0005 in step 12, one of 12 0"]
+    settings = config(warmup=None, max_steps=20)
+    fit(model_for(bundle), bundle, settings, out=tmp_path / "w", quiet=True)
+    fit(model_for(bundle), bundle, settings.changed(max_steps=40), out=tmp_path / "w", resume=True, quiet=True)
+    assert said(capfd) == ["a run of 40 steps has step size 0.00025 in step 0, one of 20 0.0005"]
     fit(model_for(bundle), bundle, config(), out=tmp_path / "b", quiet=True)
     fit(model_for(bundle), bundle, config(max_steps=24), out=tmp_path / "b", resume=True, quiet=True)
     assert said(capfd) == []
