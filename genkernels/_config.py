@@ -11,6 +11,7 @@ PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu")
 STRATEGIES = ("auto", "ddp")
 SCHEDULES = ("constant", "cosine")
+LONGEST = 10**12  # steps
 
 #: What a resumed run may be told anew. The rest (seed, batch size, …) fixes which examples and noise a step sees.
 CHANGEABLE = frozenset(
@@ -135,13 +136,14 @@ class TrainConfig:
         """Steps of the whole run: `max_steps`, or what `epochs` passes over `examples` take.
 
         Raises:
-            UsageError: neither was given.
+            UsageError: neither was given, or too much.
         """
-        if self.max_steps is not None:
-            return self.max_steps
-        if self.epochs is None:
+        if self.max_steps is None and self.epochs is None:
             raise UsageError("one of max_steps and epochs must be given, got neither")
-        return max(1, math.ceil(self.epochs * examples / (self.batch_size * world_size)))
+        steps = self.max_steps or self.epochs * examples / (self.batch_size * world_size)
+        if steps > LONGEST:
+            raise UsageError(f"a run must be of at most {LONGEST:,} steps, got {steps}")
+        return max(1, math.ceil(steps))
 
     def lr_at(self, step: int, total: int) -> float:
         """The step size of `step` in a run of `total` steps. A pure function, so that a resumed run needs no scheduler

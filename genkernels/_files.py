@@ -14,18 +14,34 @@ from genkernels._words import UsageError
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError that leaves the block names the file: that of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def named_by(error: OSError) -> str:
+    """The file that an error names; empty where it names none."""
+    return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, parents: bool = True) -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the place of `path` when the block ends well, and vanishes when it does not.
 
     It is flushed to the disk before it is renamed: a process killed at any moment leaves the earlier file, and at most
-    a ``.tmp`` beside it.
+    a ``.tmp`` beside it. Missing `parents` are made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with naming(path), os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -28,3 +30,16 @@ def near_names(name: object, names: Iterable[str], count: int = 2) -> list[str]:
     """The names that `name` may have been meant for, the nearest first; upper and lower case count as one."""
     by_lower = {known.lower(): known for known in names}
     return [by_lower[n] for n in difflib.get_close_matches(str(name).lower(), by_lower, n=count, cutoff=0.55)]
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether that is what an error says, of the CPU's memory or of a GPU's."""
+    name = type(error).__name__  # torch's own is not imported for this
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def notice(sentence: str) -> None:
+    """A line on stderr, where there is one and its reader has not gone."""
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.write(f"genkernels: {' '.join(sentence.splitlines())}\n")
+        sys.stderr.flush()

@@ -12,10 +12,13 @@ import os
 import signal
 import sys
 
+from genkernels._files import named_by
+from genkernels._words import memory_ran_out, notice
+
 __all__ = ["main"]
 
-#: Exit codes: what was asked for cannot be done; it failed while running; Ctrl-C.
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 128 + signal.SIGINT
+#: Exit codes. A sentence says what the user can mend; a fault of the program, with its traceback; Ctrl-C.
+MENDABLE, FAULT, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,13 +28,25 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments; None takes the process's.
 
     Returns:
-        The exit code: 0; 2 for bad input and 1 for a failure while running, each with one sentence on stderr; 130 after
-        Ctrl-C. ``--debug`` or ``GENKERNELS_DEBUG=1`` shows the traceback too.
+        The exit code: 0; 2 where something was not done that the user can mend, one sentence on stderr says what; 1 for
+        a fault of the program, with its traceback (and from ``bench`` where a kernel's values are wrong); 128 + n where
+        signal n ended it, 130 after Ctrl-C. ``--debug`` or ``GENKERNELS_DEBUG=1`` shows a sentence's traceback too.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    code = _run(argv, "--debug" in argv or os.environ.get("GENKERNELS_DEBUG", "") not in ("", "0"))
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # Python would try again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not code and not isinstance(error, BrokenPipeError):  # that is `genkernels info | head`
+            code = _say(f"stdout cannot be written: {error.strerror}", MENDABLE)
+    return code
+
+
+def _run(argv: list[str], debug: bool) -> int:
     from genkernels.cli.arguments import parse
 
-    argv = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in argv or os.environ.get("GENKERNELS_DEBUG", "") not in ("", "0")
     try:
         arguments = parse(argv)
         module = importlib.import_module(f"genkernels.cli.{arguments.module}")
@@ -40,38 +55,37 @@ def main(argv: list[str] | None = None) -> int:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # `genkernels info | head`
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return 0
     except Exception as error:
-        if isinstance(error, OSError) and error.filename and not debug:
-            return _say(f"{error.filename}: {error.strerror}", FAILED)
-        code = _code(error)
-        if code is None or debug:
+        sentence = _sentence(error)
+        if sentence is None or debug:
             import traceback
 
             traceback.print_exc()
-        if code is None:
+        if sentence is None:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
-            return _say(f"this is a fault of genkernels or of a library below it ({text})", FAILED)
-        if code == FAILED and os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
-            return code  # the first process of a DDP run says the same
-        return _say(str(error), code)
+            return _say(f"this is a fault of genkernels or of a library below it ({text})", FAULT)
+        if type(error).__name__ == "TrainingError" and os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+            return MENDABLE  # the first process of a DDP run says the same
+        return _say(sentence, MENDABLE)
 
 
-def _code(error: Exception) -> int | None:
-    """The exit code of an error that a sentence explains, None for a fault in the program.
+def _sentence(error: Exception) -> str | None:
+    """What an error that the user can mend says, None for a fault in the program.
 
     Errors are told by name: a module that was never imported cannot have raised any, and importing it would be slow.
     """
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("genkernels.")}
-    if names & {"UsageError", "DataError", "BackendUnavailable", "CheckpointError"}:
-        return BAD_INPUT
-    return FAILED if "TrainingError" in names else None
+    if names & {"UsageError", "DataError", "BackendUnavailable", "CheckpointError", "TrainingError"}:
+        return str(error)
+    if memory_ran_out(error):
+        return "memory ran out: choose a smaller --batch-size"
+    if isinstance(error, OSError):
+        return ": ".join(filter(None, (named_by(error), error.strerror or str(error))))
+    return None
 
 
 def _say(sentence: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # stderr may be closed
-        print(f"genkernels: error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    notice(f"error: {' '.join(sentence.split())}")
     return code

@@ -49,17 +49,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command is not None and command not in commands:
         parser.error(f"unknown command {command!r}{nearest(command, commands)}")
     arguments, unknown = parser.parse_known_args(argv)
-    if arguments.module is None:
+    if arguments.module is None and not unknown:
         parser.print_help()
         raise SystemExit(0)
     if unknown:
-        known = [o for action in commands[arguments.command]._actions for o in action.option_strings]
+        asked = commands.get(arguments.command, parser)
+        known = [option for action in asked._actions for option in action.option_strings]
         first = unknown[0].split("=")[0]
         hint = nearest(first, known, listed=True) if first.startswith("-") else ""
-        parser.error(
-            f"{arguments.command}: unknown argument "
-            f"{first!r}{hint or f'; genkernels {arguments.command} --help lists them'}"
-        )
+        words = hint or f"; {asked.prog} --help lists them"
+        parser.error(f"{arguments.command + ': ' if arguments.command else ''}unknown argument {first!r}{words}")
     return arguments
 
 

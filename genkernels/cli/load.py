@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 
-from genkernels._words import UsageError, nearest
+from genkernels._words import UsageError, nearest, notice
 
 
 def load(arguments):
@@ -21,7 +20,7 @@ def load(arguments):
         raise UsageError("accelerator gpu needs an NVIDIA GPU and a CUDA build of torch: this torch sees no GPU")
     model, config, state, notes = load_model(arguments.run, arguments.checkpoint)
     for note in notes:
-        print(f"genkernels: {note}", file=sys.stderr)
+        notice(note)
     return model.to("cuda" if gpu and arguments.accelerator != "cpu" else "cpu"), config, state
 
 

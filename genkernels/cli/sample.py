@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from genkernels._files import refuse_unwritable
-from genkernels._words import UsageError
+from genkernels._words import UsageError, notice
 
 #: Arguments of a model's `sample` that are options of their own.
 RESERVED = ("x", "n", "temperature", "generator", "y")
@@ -44,7 +43,7 @@ def run(arguments) -> int:
             out = Path(arguments.run).expanduser() / "samples" / name
             refuse_unwritable(out)
         from genkernels.pictures import draw, save, why_not
-        from genkernels.training.sampling import sample, unusable
+        from genkernels.training.sampling import sample
 
         if out.suffix.lower() == ".png" and (missing := why_not(points)):
             raise UsageError(f"writing a PNG: {missing}")
@@ -61,15 +60,19 @@ def run(arguments) -> int:
             batch_size=arguments.batch_size,
             options=chosen,
         )
-    if broken := unusable(images):
-        print(
-            f"genkernels: {broken} of {n} samples are not finite: train longer, or lower --temperature", file=sys.stderr
-        )
-    if out.suffix.lower() == ".npz":
-        save_npz(out, images, config)
+    kept = images[images.isfinite().flatten(1).all(1)]
+    if not len(kept):
+        raise UsageError(f"no sample is finite, {out} is left alone: train longer, or lower --temperature")
+    npz = out.suffix.lower() == ".npz"
+    if broken := n - len(kept):
+        left_out = ", and left out" if npz else ""
+        notice(f"{broken} of {n} samples are not finite{left_out}: train longer, or lower --temperature")
+    if npz:
+        save_npz(out, kept, config)
     else:
         save(out, draw(images))
-    print(f"{out}: {n:,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
+    count = len(kept) if npz else n
+    print(f"{out}: {count:,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
     return 0
 
 
@@ -82,10 +85,7 @@ def save_npz(path: Path, images, config: dict, **more) -> None:
     levels = config["data"].get("grey_levels")
     arrays = {"x": images.float().numpy()}
     if levels is not None:
-        arrays = {
-            "x": (images.nan_to_num(0.0) * (levels - 1)).round().clamp(0, levels - 1).byte().numpy(),
-            "levels": np.array(levels),
-        }
+        arrays = {"x": (images * (levels - 1)).round().clamp(0, levels - 1).byte().numpy(), "levels": np.array(levels)}
     arrays |= more
     with replacing(path) as file:
         np.savez(file, **arrays)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 from pathlib import Path
 
 from genkernels._config import TrainConfig
-from genkernels._words import UsageError
+from genkernels._words import UsageError, notice
 
 DEFAULT_STEPS = 2000
 
@@ -39,15 +38,12 @@ def run(arguments) -> int:
     except KeyboardInterrupt:
         kept = next(iter(list_checkpoints(directory.checkpoints)), None)
         saved = f"the newest checkpoint is {kept}; go on with: {resume}" if kept else "nothing was saved"
-        print(f"genkernels: stopped at once, what came after the last checkpoint is lost: {saved}", file=sys.stderr)
+        notice(f"stopped at once, what came after the last checkpoint is lost: {saved}")
         return 130
     if not main:
         return 0
     if result.interrupted:
-        print(
-            f"genkernels: interrupted after step {result.steps}: saved {result.checkpoint}; go on with: {resume}",
-            file=sys.stderr,
-        )
+        notice(f"interrupted after step {result.steps}: saved {result.checkpoint}; go on with: {resume}")
         return 128 + result.signal
     _report(result, directory, "images" if bundle.form.is_image else "points")
     return 0
@@ -115,6 +111,7 @@ def _with_preset(kind: type, bundle, preset: str | None, given: dict) -> TrainCo
 def _continued(arguments, given: dict):
     """The same of a run that goes on: all that the command line leaves open is in its ``config.json``."""
     from genkernels import data
+    from genkernels._seeds import derive_seed, fixed_seed
     from genkernels.training.rundir import RunDirectory, build_model
 
     for value, flag in (
@@ -137,7 +134,9 @@ def _continued(arguments, given: dict):
     config = _merged(old["train"], given)
     spec, root = old["data"].get("spec"), arguments.data_root or old["data"].get("root")
     bundle = data.load(spec, root=root)
-    return directory, config, {"spec": spec, "root": root}, bundle, build_model(old["model"], directory.path)
+    with fixed_seed(derive_seed(config.seed, "weights")):  # as begun: it may have been stopped before a checkpoint
+        model = build_model(old["model"], directory.path)
+    return directory, config, {"spec": spec, "root": root}, bundle, model
 
 
 def _folder(arguments) -> str:

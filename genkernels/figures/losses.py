@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
 
@@ -64,13 +62,13 @@ def _labels(folders: list[str]) -> list[str]:
 
 
 def _columns(path: Path, wanted: list[str] | None) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values by column of ``losses.csv``, whose last row may be half written; a cell is empty where a player
+    """Steps and values by column of ``losses.csv``, what is no row of numbers left out; a cell is empty where a player
     did not move."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
-    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    if not path.is_file():
+        raise UsageError(f"{path} cannot be read: no such file")
+    from genkernels.training.report import LossFile
+
+    rows = LossFile.read(path)
     columns = [name for name in rows[0] if name != "step"] if rows else []
     if not columns:
         raise UsageError(f"{path} holds no step yet")
@@ -90,7 +88,7 @@ def _held_out(path: Path) -> tuple[str, list[float], list[float]]:
     """What was measured during a run, steps and values; nothing before the run has ended."""
     try:
         evaluations = json.loads(path.read_text())["evaluations"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "", [], []
     measure = next((name for row in evaluations for name in row if name != "step"), "")
     rows = [(row["step"], row[measure]) for row in evaluations if row.get(measure) is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from genkernels._words import UsageError
+from genkernels._words import UsageError, notice
 
 TITLE = "Samples of a run from cold to hot, the same noise in every row"
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
@@ -34,14 +34,17 @@ def draw(arguments):
 
     from genkernels import pictures
     from genkernels.training import load_model
+    from genkernels.training.sampling import drawing
 
-    model, config, state, _ = load_model(arguments.run, arguments.checkpoint)
+    model, config, state, notes = load_model(arguments.run, arguments.checkpoint)
+    for note in notes:
+        notice(note)
     image = len(model.shape) == 3
     n = arguments.n or (10 if image else 2000)
     draws = {}
     for t in arguments.temperatures:
-        generator = torch.Generator().manual_seed(arguments.seed)  # the same noise, and the same classes, in every row
-        draws[f"T = {t:g}"] = model.sample(n, temperature=t, generator=generator)
+        with drawing(model, arguments.seed) as (_, generator):  # the same noise, and the same classes, in every row
+            draws[f"T = {t:g}"] = model.sample(n, temperature=t, generator=generator)
     title = f"{type(model).__name__} on {config['data'].get('spec')}, step {state['step']:,}: samples by temperature T"
     if not image:
         return pictures.scatter(draws, _real(config, n), title=title, note=_meaning(model))

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import TextIO
 
 
-def bar_on(stream: TextIO, total: int, start: int = 0, *, quiet: bool = False) -> Bar:
-    """Rich's bar on a terminal where rich is installed; else plain lines."""
+def bar_on(stream: TextIO | None, total: int, start: int = 0, *, quiet: bool = False) -> Bar:
+    """Rich's bar on a terminal where rich is installed; else plain lines; nothing where stderr is closed."""
     if not quiet and getattr(stream, "isatty", lambda: False)():
         try:
             return RichBar(total, start, stream)
         except ImportError:
             pass
-    return Bar(total, start, stream, quiet=quiet)
+    return Bar(total, start, stream, quiet=quiet or stream is None)
 
 
 class Bar:
@@ -41,8 +41,11 @@ class Bar:
     def note(self, text: str) -> None:
         """Prints a line that stays."""
         if not self.quiet:
-            self.stream.write(f"{text}\n")
-            self.stream.flush()
+            try:
+                self.stream.write(f"{text}\n")
+                self.stream.flush()
+            except OSError:  # whoever read it has gone: the run goes on
+                self.quiet = True
 
     def close(self) -> None:
         """Leaves the cursor on a line of its own."""

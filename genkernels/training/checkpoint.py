@@ -41,8 +41,11 @@ class TrainingError(RuntimeError):
 def write_checkpoint(path: Path, state: dict) -> None:
     """Writes `state` (plain containers, numbers, strings and tensors) to `path`, whole or not at all: where the disk
     refuses, an OSError, `path` is as it was before."""
-    with replacing(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+    with replacing(path, parents=False) as file:  # a run folder that was removed is not begun anew
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:  # torch trips over its half-written file, and hides what the disk said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.seek(-22, os.SEEK_END)
         if file.read(4) != _END_OF_ZIP:
             raise RuntimeError("torch.save no longer ends its file with a bare zip record: the checksum has no place")
@@ -87,6 +90,8 @@ def read_checkpoint(path: Path, map_location="cpu") -> dict:
     if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
         got = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"checkpoint {path} must be of format 1 or {FORMAT}, got {got}; another version wrote it")
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("model"), dict):
+        raise CheckpointError(f"checkpoint {path} must hold a model and its step, it holds {', '.join(state)}")
     return _of_one_player(state) if state["format"] == 1 else state
 
 
@@ -103,10 +108,14 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.ckpt"
 
 
+def step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The periodic checkpoints of a folder, newest first."""
-    found = [(int(m[1]), p) for p in folder.glob("step-*.ckpt") if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = (path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name))
+    return sorted(found, key=step_of, reverse=True)
 
 
 def read_newest(folder: Path) -> tuple[Path, dict, list[str]]:
@@ -115,7 +124,12 @@ def read_newest(folder: Path) -> tuple[Path, dict, list[str]]:
     notes: list[str] = []
     for path in list_checkpoints(folder):
         try:
-            return path, read_checkpoint(path), notes
+            state = read_checkpoint(path)
+            if state["step"] != step_of(path):
+                raise CheckpointError(
+                    f"checkpoint {path} must be of the step in its name, it is of step {state['step']}"
+                )
+            return path, state, notes
         except CheckpointError as error:
             notes.append(str(error))
     if notes:

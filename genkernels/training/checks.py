@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from genkernels._config import TrainConfig
-from genkernels._words import UsageError
+from genkernels._files import named_by
+from genkernels._words import UsageError, memory_ran_out
 from genkernels.training.order import fetch
 
 if TYPE_CHECKING:
@@ -16,12 +18,15 @@ if TYPE_CHECKING:
 
 
 def check_model(model: torch.nn.Module) -> None:
-    """That it says what training asks it."""
+    """That it says what training asks it, and that each player has something to train."""
     needed = ("players", "losses", "evaluate", "sample", "pictures")
     if missing := [name for name in needed if not callable(getattr(model, name, None))]:
         raise UsageError(
             f"the model must be a genkernels.models.Model: {type(model).__name__} has no {' and no '.join(missing)}"
         )
+    for name, player in model.players().items():
+        if not any(p.requires_grad for p in player.module.parameters()):
+            raise UsageError(f"{type(model).__name__}: player {name!r} must have a parameter to train, it has none")
 
 
 def check_data(bundle: DataBundle) -> None:
@@ -54,8 +59,10 @@ def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:
         raise UsageError(f"devices must be at most the {gpus} GPU(s) of this machine, got {config.devices}")
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise UsageError("precision 16-mixed needs a GPU: on the CPU choose 32 or bf16-mixed")
-    world_size = config.devices * int(os.environ.get("NNODES", "1") or 1)
-    tenth = max(1, config.total_steps(examples, world_size) // 10)
+    most = max(examples, 65536)
+    if config.batch_size > most:
+        raise UsageError(f"batch_size must be at most {most:,} for {examples:,} examples, got {config.batch_size:,}")
+    tenth = max(1, config.total_steps(examples, world_size(config)) // 10)
     evaluate_every = tenth if config.eval_every is None else config.eval_every
     look = 1 if accelerator == "cpu" and config.devices == 1 else 20
     return config.changed(
@@ -69,6 +76,11 @@ def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:
     )
 
 
+def world_size(config: TrainConfig) -> int:
+    """How many processes will train."""
+    return config.devices * int(os.environ.get("NNODES", "1") or 1)
+
+
 def is_main_process() -> bool:
     """Whether this is process 0: under DDP Fabric starts the others by running the same command again."""
     ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
@@ -80,10 +92,13 @@ def explained(error: Exception, step: int, run) -> str | None:
     from genkernels.data import DataError
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+    if memory_ran_out(error):
         return f"memory ran out in step {step}: choose a smaller --batch-size, or --reversible where the model has it"
     if isinstance(error, DataError):  # from a loader process it comes with that process's traceback in front
         return f"the data could not be read in step {step}: {lines[-1].split('DataError: ')[-1]}"
-    if isinstance(error, OSError) and run:
-        return f"the run folder {run} could not be written in step {step}: {error.strerror or lines[0]}"
+    if isinstance(error, OSError):
+        path, reason = named_by(error), error.strerror or lines[0]
+        if run and path and run.path.absolute() in Path(path).absolute().parents:
+            return f"the run folder {run} could not be written in step {step}: {reason}"
+        return f"{path} could not be used in step {step}: {reason}" if path else None
     return None

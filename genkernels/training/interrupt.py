@@ -6,6 +6,7 @@ first signal only raises a flag; the loop finishes the step at hand, saves and s
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -36,5 +37,6 @@ class Interrupt:
             raise KeyboardInterrupt
         self.signal = self.signal or number
         if self._speak:
-            sys.stderr.write("\nfinishing this step, then saving (Ctrl-C again stops at once)\n")
-            sys.stderr.flush()
+            with contextlib.suppress(OSError, AttributeError):  # stderr may be closed, or its reader gone
+                sys.stderr.write("\nfinishing this step, then saving (Ctrl-C again stops at once)\n")
+                sys.stderr.flush()

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 
 from genkernels._seeds import derive_seed, fixed_seed
 from genkernels.training.average import applied
+from genkernels.training.modes import in_mode
 from genkernels.training.order import fetch
 
 if TYPE_CHECKING:
@@ -90,13 +91,9 @@ def _pooled(estimates: dict[str, Estimate], gather: Callable[[Tensor], Tensor]) 
 def evaluating(model: Model, seed: int) -> Iterator[None]:
     """Evaluation mode, no graph, the weights' own precision also in the midst of a mixed-precision run, and random
     numbers from `seed`; model and generators are left as they were."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), fixed_seed(seed), torch.autocast(device_of(model).type, enabled=False):
-            yield
-    finally:
-        model.train(was_training)
+    exact = torch.autocast(device_of(model).type, enabled=False)
+    with in_mode(model, training=False), torch.no_grad(), fixed_seed(seed), exact:
+        yield
 
 
 def device_of(model: Model) -> torch.device:
@@ -115,12 +112,12 @@ class Judge:
         held_out: estimates over all held-out examples at the end of a run.
     """
 
-    def __init__(self, session, state: dict) -> None:
+    def __init__(self, session, state: dict, stopped_early: bool) -> None:
         self.session = session
         self.evaluations: list[list] = [list(row) for row in state.get("evaluations", [])]
         self.best, self.stale = state.get("best"), state.get("stale", 0)
         self.held_out: dict[str, Estimate] = {}
-        self.stopped_early = False
+        self.stopped_early = stopped_early
 
     def evaluate(self, due) -> None:
         """Evaluates where it is due, keeps the best weights, and decides on stopping early."""

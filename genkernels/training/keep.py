@@ -5,7 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from genkernels.training.checkpoint import TrainingError, keep_newest, list_checkpoints, step_path, write_checkpoint
+from genkernels._words import UsageError
+from genkernels.training.checkpoint import (
+    CheckpointError,
+    TrainingError,
+    keep_newest,
+    list_checkpoints,
+    read_checkpoint,
+    step_path,
+    write_checkpoint,
+)
 
 KEPT = 2
 
@@ -21,6 +30,8 @@ class Keeper:
         self.session, self._saved_step, self.saved_at = session, -1, time.monotonic()
         found = list_checkpoints(session.run.checkpoints) if session.run else []
         self.saved: Path | None = found[0] if found else None
+        if "optimizers" in state:
+            _check_trained(state, session.players)
         for name, player in session.players.items():
             if optimizer := state.get("optimizers", {}).get(name):
                 player.optimizer.load_state_dict(optimizer)
@@ -28,6 +39,21 @@ class Keeper:
                 player.average.load(average)
         if state.get("precision"):
             session.fabric.strategy.precision.load_state_dict(state["precision"])
+        if session.judge.best and session.run:
+            self._check_best(*session.judge.best)
+
+    def _check_best(self, step: int, value: float) -> None:
+        """``best.ckpt`` must be what the checkpoint at hand says: it may be ahead of it, or lost."""
+        s, path = self.session, self.session.run.best
+        try:
+            found = read_checkpoint(path)["step"]
+        except CheckpointError as error:
+            if step == s.start:
+                return self.save_best(step)
+            s.judge.best = None
+            return s.tell(f"{error}: the next evaluation counts as the best, not {value:.4f} at step {step}")
+        if found != step:
+            s.tell(f"{path} is of step {found}, from before the run went back: it stays until one beats step {step}")
 
     def _weights(self, step: int) -> dict:
         s = self.session
@@ -62,3 +88,25 @@ class Keeper:
             self.saved = path
         self._saved_step, self.saved_at = due.step, time.monotonic()
         s.fabric.barrier()
+
+
+def _check_trained(state: dict, players: dict) -> None:
+    """That a checkpoint's optimisers and averages are of what is trained now. Names of parameters are not in those of
+    earlier versions."""
+    averaged = [name for name, player in players.items() if player.average]
+    for what, found, now in (
+        ("players", state["optimizers"], players),
+        ("averages", state.get("average", {}), averaged),
+    ):
+        if sorted(found) != sorted(now):
+            raise UsageError(
+                f"the run has the {what} {', '.join(found)}, which a resume cannot change, got {', '.join(now)}"
+            )
+    for name, player in players.items():
+        (then,), (now,) = state["optimizers"][name]["param_groups"], player.optimizer.param_groups
+        odd = sorted(set(then.get("param_names", now["param_names"])) ^ set(now["param_names"]))
+        if odd or len(then["params"]) != len(now["params"]):
+            raise UsageError(
+                f"a resume must train the {len(then['params'])} tensors of {name} that the run has trained, "
+                f"got {len(now['params'])}{f' ({odd[0]})' if odd else ''}"
+            )

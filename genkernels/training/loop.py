@@ -5,23 +5,24 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from typing import TYPE_CHECKING
 
 from genkernels._config import CHANGEABLE, TrainConfig
 from genkernels._files import write_json
 from genkernels._seeds import derive_seed, fixed_seed, seed_everything
-from genkernels._words import UsageError
+from genkernels._words import UsageError, notice
 from genkernels.backends import current_backend, use_backend
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.checkpoint import TrainingError
 from genkernels.training.checks import check_data, check_model, explained, is_main_process, resolved
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.lightning_guard import import_lightning, quiet_lightning
+from genkernels.training.modes import in_mode
 from genkernels.training.order import make_loader
 from genkernels.training.provenance import check_same, data_facts
 from genkernels.training.results import Result, metrics
+from genkernels.training.resume import going_on
 from genkernels.training.rundir import RunDirectory, describe_model, load_weights
 from genkernels.training.session import Session
 
@@ -57,7 +58,9 @@ def fit(
                 optimizer.step()
 
     Args:
-        model: a `genkernels.models.Model`, one of the package's or of one's own.
+        model: a `genkernels.models.Model`, one of the package's or of one's own. It is trained in training mode; in one
+            that is in training mode already, parts in evaluation mode are frozen and stay so. Afterwards each module
+            has the mode that it had.
         bundle: the data, from `genkernels.data.load` or of one's own making.
         config: how to train.
         out: the run's folder; None writes nothing.
@@ -81,25 +84,27 @@ def fit(
         raise UsageError("resume needs the run's folder: give out")
     check_model(model)
     check_data(bundle)
-    settings, config = config.to_dict(), resolved(config, len(bundle.train), bundle.form.is_image)
+    examples, is_image = len(bundle.train), bundle.form.is_image
+    resolved(config, examples, is_image)  # what this machine cannot do is refused before anything is written
     description = describe_model(model)
     with use_backend(config.backend or current_backend()):
         import_lightning()
         if run and main:
             run.prepare(resume=resume, overwrite=overwrite)
         try:
-            state, notes = _restore(run, model, description, bundle, settings, data, resume, main)
+            state, config, notes = _restore(run, model, description, bundle, config, data, resume, main)
             notes = [f"{bundle.name}: {note}" for note in bundle.notes if not resume] + notes
             for note in notes if main else ():  # also when quiet: what was lost is never kept from the user
-                print(f"genkernels: {note}", file=sys.stderr)
-            with fixed_seed(config.seed):
+                notice(note)
+            config = resolved(config, examples, is_image)
+            with fixed_seed(config.seed), in_mode(model, training=True):
                 result = _run(model, bundle, config, run, state, quiet)
+            result.notes, result.seconds = notes + result.notes, time.monotonic() - began
+            if run and main and not result.interrupted:
+                write_json(run.metrics, metrics(result, description, bundle, config))
         finally:
             if run:
                 run.release()
-    result.notes, result.seconds = notes, time.monotonic() - began
-    if run and main and not result.interrupted:
-        write_json(run.metrics, metrics(result, description, bundle, config))
     return result
 
 
@@ -170,34 +175,37 @@ def _run(
         backend=current_backend(),
         precision=config.precision,
         out=run.path if run else None,
-        model=model.eval(),
+        model=model,
         checkpoint=s.keeper.saved,
         signal=interrupt.signal if s.interrupted else None,
         stopped_early=s.judge.stopped_early,
+        notes=s.notes,
     )
 
 
-def _restore(run, model, description, bundle, settings, data, resume, main) -> tuple[dict, list[str]]:
+def _restore(run, model, description, bundle, config, data, resume, main) -> tuple[dict, TrainConfig, list[str]]:
     """Writes ``config.json``, and loads the checkpoint of a run that goes on."""
     facts = data_facts(bundle)
     data = {"spec": bundle.name, **(data or {}), **facts}
     state, notes = {}, []
     if resume:
-        _check_same(run, model, description, bundle, data, settings)
+        _check_same(run, model, description, bundle, data, config.to_dict())
     if resume and not ckpt.list_checkpoints(run.checkpoints):
         notes = [f"{run} was stopped before its first checkpoint: starting at step 0"]
     elif resume:
         path, state, notes = ckpt.read_newest(run.checkpoints)
-        load_weights(model, state, averaged=False)
+        load_weights(model, state, path, averaged=False)
         if notes:
             notes = [f"{'; '.join(notes)}; going on from {path} instead"]
+        config, more = going_on(run, state, config, len(bundle.train))
+        notes += more
         found = ckpt.list_checkpoints(run.checkpoints)
         for damaged in found[: found.index(path)] if main else ():
             # kept for whoever wants to look, and out of the way of what this run will write
             damaged.rename(damaged.with_suffix(".ckpt.damaged"))
     if run and main:
-        run.write_config(model=description, data=data, train=settings)
-    return state, notes
+        run.write_config(model=description, data=data, train=config.to_dict())
+    return state, config, notes
 
 
 def _check_same(
@@ -205,8 +213,9 @@ def _check_same(
 ) -> None:
     """Refuses what a resume cannot change."""
     old = run.read_config()
-    pairs = {"model": (old["model"].get("name"), description["name"])}
-    pairs |= {"hparams": (old["model"].get("hparams"), description["hparams"])}
+    kind, size = ("name", "hparams") if description["name"] else ("class", "parameters")  # of one's own, all there is
+    pairs = {"model": (old["model"].get(kind), description[kind])}
+    pairs |= {size: (old["model"].get(size, description[size]), description[size])}
     pairs |= {f"data {key}": (old["data"].get(key), data[key]) for key in ("spec", "shape", "grey_levels")}
     fixed = sorted(set(settings) - CHANGEABLE)
     pairs |= {key: (old["train"].get(key, settings[key]), settings[key]) for key in fixed}

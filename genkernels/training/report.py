@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import math
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genkernels._files import replacing
+from genkernels._files import naming, replacing
 from genkernels.training.bar import bar_on, number, rate_text
+from genkernels.training.curves import Curves
 
 if TYPE_CHECKING:
     from genkernels.models import Estimate
@@ -36,18 +40,25 @@ class Report:
         self.bar = bar_on(sys.stderr, session.total, start, quiet=quiet or not self.main)
         self.note = self.bar.note
         self.noun = "images" if session.bundle.form.is_image else "points"
-        self.history, self.seconds, self.file, self._writer = {}, [], None, None
+        self.history, self.seconds, self.file, self._curves = {}, [], None, None
         if session.run and self.main:
             names = [session.column(player, term) for player in session.players for term in ("loss", "grad_norm")]
             self.file = LossFile(session.run.losses, start, names)
-            self._writer = tensorboard(session.run.tensorboard, start)
-            rows = LossFile.read(session.run.losses)
-            self.history, self.seconds = history_of(rows), [float(row["seconds"]) for row in rows]
+            self._curves = Curves(session.run.tensorboard, start, session.tell)
+            if self.file.lost:
+                session.tell(
+                    f"{session.run.losses} lacks {self.file.lost:,} of the {start:,} rows before step {start:,}"
+                )
+            lost = dict.fromkeys(names, "")
+            self.history = history_of([self.file.rows.get(step, lost) for step in range(start)])
+            self.seconds = [float(row["seconds"]) for row in self.file.rows.values() if row.get("seconds")]
         self._recent: dict[str, list[float]] = {}
         self._logged = start
 
     def rows(self, first: int, rows: list[dict], seconds: list[float], rate: Callable[[], float | None]) -> None:
         """The terms of the steps from `first` on."""
+        if self.file and rows and first == self.session.start:
+            self._compare(first, rows[0])
         for i, row in enumerate(rows):
             if self.file:
                 lr = self.session.config.lr_at(first + i, self.session.total)
@@ -63,6 +74,17 @@ class Report:
         if rows:
             self._show(first + len(rows), rate)
 
+    def _compare(self, step: int, row: dict[str, float]) -> None:
+        """A run that goes on repeats steps that it had done since its checkpoint, to the same losses if all is as it
+        was. Settings that may be changed, but for the machine's, do not change the first of them."""
+        name = self.session.column(next(iter(self.session.players)), "loss")
+        before, now = float(self.file.repeated.get(name) or "nan"), row.get(name, math.nan)
+        if math.isfinite(before) and not math.isclose(before, now, rel_tol=1e-2, abs_tol=1e-3):
+            changed = "data, weights or machine are not those of then"
+            self.session.tell(
+                f"the {name} of step {step} was {before:.6g} before the run stopped, is {now:.6g} now: {changed}"
+            )
+
     def _show(self, step: int, rate: Callable[[], float | None]) -> None:
         total, evaluations = self.session.total, self.session.judge.evaluations
         means = {name: sum(values) / len(values) for name, values in self._recent.items()}
@@ -72,7 +94,8 @@ class Report:
         if step - self._logged >= total / LOGGED or step == total:
             self._logged = step
             facts = {"lr": self.session.config.lr_at(step - 1, total), "examples_per_second": rate()}
-            self._scalars(step, "train", {**means, **facts})
+            if self._curves:
+                self._curves.scalars(step, "train", {**means, **facts})
 
     def evaluated(self, step: int, estimates: dict[str, Estimate], part: str, better: bool, best: list | None) -> None:
         """What an evaluation during the run found."""
@@ -80,20 +103,16 @@ class Report:
         more = "".join(f", {name} {text}" for name, text in list(zip(estimates, texts, strict=True))[1:])
         mark = "  (best)" if better else f"  (best {best[1]:.4f} at step {best[0]})" if best else ""
         self.note(f"step {step}: held out{part} {texts[0]}{mark}{more}")
-        self._scalars(step, "held_out", {name: e.value for name, e in estimates.items()})
+        if self._curves:
+            self._curves.scalars(step, "held_out", {name: e.value for name, e in estimates.items()})
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture ``[H, W]`` or ``[H, W, 3]`` of bytes."""
-        if self._writer:
-            self._writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
-
-    def _scalars(self, step: int, group: str, values: dict[str, float | None]) -> None:
-        for name, value in values.items() if self._writer else ():
-            if value is not None:
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+        if self._curves:
+            self._curves.picture(step, name, pixels)
 
     def close(self) -> None:
-        for part in (self.bar, self._writer, self.file):
+        for part in (self.bar, self._curves, self.file):
             if part:
                 part.close()
 
@@ -102,12 +121,22 @@ class LossFile:
     """``losses.csv``: appended at every look, cut back to the checkpoint's step when a run goes on from there.
 
     A row is ``step``, the `names` of losses and gradient norms, ``lr``, ``seconds``, then what other terms there are. A
-    player that does not move in a step leaves its cells empty. Rows of steps before `start` are kept.
+    player that does not move in a step leaves its cells empty. Rows of steps before `start` are kept. Where some are no
+    rows of numbers, the file as it was is kept beside as ``losses.csv.damaged``.
+
+    Attributes:
+        rows: those before `start`, by step. lost: how many are missing. repeated: the row of step `start`, if any.
     """
 
     def __init__(self, path: Path, start: int, names: list[str]) -> None:
         self._path = path
-        kept = [row for row in self.read(path) if int(row["step"]) < start]
+        found, odd = self._parse(path, [name for name in names if name.rpartition("/")[2] == "loss"])
+        if odd:
+            shutil.copyfile(path, f"{path}.damaged")
+        found = {int(row["step"]): row for row in found}
+        self.rows = {step: row for step, row in found.items() if 0 <= step < start}
+        self.lost, self.repeated = start - len(self.rows), found.get(start, {})
+        kept = list(self.rows.values())
         self._begin(list(dict.fromkeys(["step", *names, "lr", "seconds", *(kept[0] if kept else ())])), kept)
 
     def _begin(self, columns: list[str], rows: list[dict[str, str]]) -> None:
@@ -115,33 +144,59 @@ class LossFile:
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        with replacing(self._path) as file:
+        with replacing(self._path, parents=False) as file:
             file.write(text.getvalue().encode())
         self._file = open(self._path, "a", newline="")
         self._writer = csv.DictWriter(self._file, columns, restval="", lineterminator="\n")
 
     def append(self, step: int, terms: dict[str, float], lr: float, seconds: float) -> None:
         if new := [name for name in terms if name not in self._columns]:  # a term that no step before it had
+            self.flush()
             self._file.close()
             self._begin([*self._columns, *new], self.read(self._path))
         # repr of a float reads back as the same number: losses of two runs can be compared exactly
         cells = {n: f"{value:.6g}" if n.rpartition("/")[2] in RESERVED else repr(value) for n, value in terms.items()}
-        self._writer.writerow({"step": step, **cells, "lr": f"{lr:.6g}", "seconds": f"{seconds:.6f}"})
+        with naming(self._path):
+            self._writer.writerow({"step": step, **cells, "lr": f"{lr:.6g}", "seconds": f"{seconds:.6f}"})
 
     def flush(self, to_disk: bool = False) -> None:
-        self._file.flush()
-        if to_disk:
-            os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.flush()
+            if to_disk:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # all rows were flushed at the last look
+            self._file.close()
+
+    @classmethod
+    def read(cls, path: Path) -> list[dict[str, str]]:
+        """The rows of a file that may end in half a row, as a killed process leaves it."""
+        return cls._parse(path)[0]
 
     @staticmethod
-    def read(path: Path) -> list[dict[str, str]]:
-        """The whole rows of a file that may end in half a row, as a killed process leaves it."""
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and None not in row]
+    def _parse(path: Path, needed: Iterable[str] = ()) -> tuple[list[dict[str, str]], int]:
+        """Rows of numbers under a head that has the `needed` columns, and how many others there are."""
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        rows, odd = [], 0
+        try:
+            for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
+                if row.keys() >= {"step", *needed} and _are_numbers(row):
+                    rows.append(row)
+                else:
+                    odd += 1
+        except csv.Error:
+            odd += 1
+        return rows, odd
+
+
+def _are_numbers(row: dict) -> bool:
+    """Whether a row is whole, and each of its cells a number or empty."""
+    try:
+        int(row["step"]), [float(cell) for cell in row.values() if cell != ""]
+    except (TypeError, ValueError):  # a cell too few is None, those too many are a list
+        return False
+    return True
 
 
 def remember(history: dict[str, list[float | None]], row: dict[str, float]) -> None:
@@ -152,16 +207,6 @@ def remember(history: dict[str, list[float | None]], row: dict[str, float]) -> N
 
 
 def history_of(rows: list[dict[str, str]]) -> dict[str, list[float | None]]:
-    """What `remember` makes of the steps in ``losses.csv``."""
-    names = [name for name in (rows[0] if rows else ()) if name.rpartition("/")[2] not in RESERVED]
-    return {name: [float(row[name]) if row[name] else None for row in rows] for name in names}
-
-
-def tensorboard(folder: Path, start: int):
-    """A writer of event files where the package is installed: a convenience, not a condition. What lies beyond `start`
-    in older files is hidden."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception:  # absent, or at odds with another package: its import runs a good part of protobuf
-        return None
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    """What `remember` makes of the steps in ``losses.csv``; a step that is lost is an empty row."""
+    names = dict.fromkeys(name for row in rows for name in row if name.rpartition("/")[2] not in RESERVED)
+    return {name: [float(row[name]) if row.get(name) else None for row in rows] for name in names}

@@ -31,10 +31,11 @@ class Result:
         evaluations: every ``[step, value, ...]`` during the run, a value for each estimate.
         examples_per_second: from the median step, warm-up left out, over all devices.
         device, backend, precision: what it ran on. out: the run's folder. checkpoint: the newest.
-        model: the trained model, with the averaged weights where an average is kept (the trained ones if interrupted).
+        model: the trained model, with the averaged weights where an average is kept (the trained ones if interrupted),
+            in the mode that it had before.
         signal: the number of the signal that interrupted the run, or None.
         stopped_early: whether `TrainConfig.patience` ended it. seconds: wall time of this call.
-        notes: sentences about the data that a run begins with, and about damaged checkpoints that were passed over.
+        notes: sentences on the data that a run begins with, and on what one that goes on has lost or has not as it was.
     """
 
     steps: int

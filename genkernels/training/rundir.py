@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _FILES = ("config.json", "best.ckpt", "losses.csv", "metrics.json")
 _FOLDERS = ("checkpoints", "samples", "tensorboard")
+_DAMAGED = "losses.csv.damaged"  # what a resume could not read of losses.csv is kept there
 
 
 class RunDirectory:
@@ -58,8 +59,13 @@ class RunDirectory:
             self._lock = lock(self.path)
         except BlockingIOError:
             raise UsageError(f"the run in {self} is being trained by another process") from None
+        try:
+            self.check(resume=resume, overwrite=overwrite)  # another process may have come and gone before the lock
+        except UsageError:
+            self.release()
+            raise
         # The configuration goes last: killed half-way, the folder is still recognised as a run.
-        for path in [self.path / name for name in (*_FOLDERS, *reversed(_FILES))] if overwrite else ():
+        for path in [self.path / name for name in (*_FOLDERS, _DAMAGED, *reversed(_FILES))] if overwrite else ():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -79,9 +85,15 @@ class RunDirectory:
             raise UsageError(f"there is no run to resume in {self}: it has no config.json")
         if begun and not resume and not overwrite:
             raise UsageError(f"{self} already holds a run: continue it with --resume or replace it with --overwrite")
-        if not begun and self.path.is_dir() and any(self.path.iterdir()):
+        if not begun and self.path.is_dir() and not all(map(self._unfinished, self.path.iterdir())):
             raise UsageError(f"{self} is not empty and holds no run (no config.json): choose another folder with --out")
         refuse_unwritable(self.config, f"the run folder {self}")
+
+    def _unfinished(self, path: Path) -> bool:
+        """Whether it is what a process leaves that ends before it has written the configuration."""
+        if path in (self.checkpoints, self.samples):
+            return path.is_dir() and not any(path.iterdir())
+        return path.match(f"{self.config.name}.*.tmp")
 
     def release(self) -> None:
         if self._lock is not None:
@@ -99,7 +111,7 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.config} cannot be read: {error}") from None
         parts = ("model", "data", "train")
-        if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in parts):
+        if not isinstance(config, dict) or not all(isinstance(config.get(p), dict) and config[p] for p in parts):
             raise UsageError(f"{self.config} is damaged: it must have the parts model, data and train")
         if "levels" in config["data"]:  # of format 1
             config["data"]["grey_levels"] = config["data"].pop("levels")
@@ -137,20 +149,19 @@ def load_model(path: str | os.PathLike, which: str = "best") -> tuple[Model, dic
     run = RunDirectory(path)
     config = run.read_config()
     model = build_model(config["model"], run.path)
-    state, notes = None, []
+    state, path, notes = None, run.best, []
     if which == "best":
         try:
-            state = read_checkpoint(run.best)
+            state = read_checkpoint(path)
         except CheckpointError as error:
-            if run.best.exists():
-                notes = [f"{error}; using the newest one in {run.checkpoints} instead"]
+            notes = [str(error)] if path.exists() else []
     if state is None:
         try:
-            _, state, more = read_newest(run.checkpoints)
+            path, state, more = read_newest(run.checkpoints)
         except CheckpointError as error:
             raise CheckpointError("; ".join([*notes, str(error)])) from None
-        notes += more
-    load_weights(model, state, averaged=True)
+        notes = [f"{'; '.join(notes + more)}; using {path} instead"] if notes + more else []
+    load_weights(model, state, path, averaged=True)
     return model.eval(), config, state, notes
 
 
@@ -170,8 +181,8 @@ def build_model(description: dict, source: Path) -> Model:
         raise UsageError(f"the model of {source} cannot be rebuilt: {error}") from None
 
 
-def load_weights(model: Model, state: dict, *, averaged: bool) -> None:
-    """Puts a checkpoint's weights into a model; a CheckpointError where they are another model's."""
+def load_weights(model: Model, state: dict, path: Path, *, averaged: bool) -> None:
+    """Puts the weights of the checkpoint at `path` into a model; a CheckpointError where they are another model's."""
     try:
         model.load_state_dict(state["model"])
         for name, average in state.get("average", {}).items() if averaged else ():
@@ -179,9 +190,9 @@ def load_weights(model: Model, state: dict, *, averaged: bool) -> None:
                 model.players()[name].module.load_state_dict(average["weights"])
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise CheckpointError(f"the checkpoint must hold this model's weights: {' '.join(lines[1:3])}") from None
+        raise CheckpointError(f"checkpoint {path} must hold this model's weights: {' '.join(lines[1:3])}") from None
     except KeyError as error:
-        raise CheckpointError(f"the checkpoint must hold this model's players, it has {error}") from None
+        raise CheckpointError(f"checkpoint {path} must hold this model's players, it has {error}") from None
 
 
 def _near_folder(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from genkernels._config import TrainConfig
 from genkernels._seeds import derive_seed, seed_everything
+from genkernels._words import notice
 from genkernels.training.average import Average
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.judge import Judge
 from genkernels.training.keep import Keeper
 from genkernels.training.order import Order, fetch
 from genkernels.training.report import Report
+from genkernels.training.resume import stopped_early
 from genkernels.training.rundir import RunDirectory
 from genkernels.training.sampling import Sheets
 from genkernels.training.watch import Watch, check_terms
@@ -56,17 +58,21 @@ class Session:
     interrupt: Interrupt
     quiet: InitVar[bool]
     interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self, state: dict, quiet: bool) -> None:
-        fabric, model, bundle, config = self.fabric, self.model.train(), self.bundle, self.config
+        fabric, model, bundle, config = self.fabric, self.model, self.bundle, self.config
         self.start = self.step = state.get("step", 0)
-        self.total = max(self.start, config.total_steps(len(bundle.train), fabric.world_size))
+        wanted = config.total_steps(len(bundle.train), fabric.world_size)
+        early = self.start < wanted and stopped_early(config, state)
+        self.total = self.start if early else max(self.start, wanted)
         fabric.to_device(model)
         players = model.players()
         if fabric.world_size > 1 and not self.start:
             self._initialise(players)
         self.players = {name: Moving(fabric, model, name, player, config) for name, player in players.items()}
-        self.judge, self.keeper = Judge(self, state), Keeper(self, state)
+        self.judge = Judge(self, state, early)
+        self.keeper = Keeper(self, state)
         self.report, self.watch = Report(self, self.start, quiet), Watch(self)
         if self.start == self.total:
             self.watch.clock.seconds = self.report.seconds
@@ -79,6 +85,12 @@ class Session:
     @property
     def averages(self) -> list[tuple[nn.Module, Average | None]]:
         return [(player.module, player.average) for player in self.players.values()]
+
+    def tell(self, sentence: str) -> None:
+        """What must not be kept from the user, of a quiet run neither."""
+        self.notes.append(sentence)
+        if self.fabric.is_global_zero:
+            notice(sentence)
 
     def column(self, player: str, term: str) -> str:
         """What a term is called in files and on the bar: by itself where there is one player."""
@@ -130,7 +142,8 @@ class Moving:
         # The fused step applies the loss scale of 16-mixed by itself, which hides the true gradients from clipping.
         settings = {"lr": config.lr, "betas": config.betas, "fused": config.precision != "16-mixed"}
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
-        optimizer = kind([p for p in own if p.requires_grad], weight_decay=config.weight_decay, **settings)
+        trained = [(name, p) for name, p in player.module.named_parameters() if p.requires_grad]
+        optimizer = kind(trained, weight_decay=config.weight_decay, **settings)
         self.optimizer = fabric.setup_optimizers(optimizer)
 
     def losses(self, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:

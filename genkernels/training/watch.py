@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genkernels._words import UsageError
-from genkernels.training.checkpoint import TrainingError
+from genkernels.training.checkpoint import TrainingError, list_checkpoints, step_of
 from genkernels.training.order import fetch
 from genkernels.training.report import RESERVED
 
@@ -56,18 +56,26 @@ class Watch:
             (i, name), (player, what) = bad, watched[bad[1]]
             beside = "" if what == "loss" else f" (the loss was {rows[i][s.column(player, 'loss')]:.6g})"
             what += f" of {player}" if len(s.players) > 1 else ""
-            self._refuse(f"the {what} became {rows[i][name]} in step {first + i}{beside}{self._bad_example(first + i)}")
+            step = first + i
+            self._refuse(f"the {what} became {rows[i][name]} in step {step}{beside}{self._bad_example(step)}", step)
 
     def check_weights(self, due) -> None:
         """Refuses to evaluate, draw or save a model that is broken. Waits for the device once."""
         if not weights_are_finite(self.session.model):
-            self._refuse(f"the weights are no longer finite after step {due.step}")
+            self._refuse(f"the weights are no longer finite after step {due.step}", due.step - 1)
 
-    def _refuse(self, sentence: str) -> None:
-        kept = self.session.keeper.saved
-        advice = "no checkpoint was written before it: start again with a smaller --lr or --clip"
-        if kept:
-            advice = f"the last good checkpoint is {kept}: go on from it with --resume and a smaller --lr or --clip"
+    def _refuse(self, sentence: str, step: int) -> None:
+        """A checkpoint is good if a finite step followed it: the weights of one that was written just before the broken
+        `step` are what broke it, whatever the settings."""
+        run = self.session.run
+        found = list_checkpoints(run.checkpoints) if run else []
+        bad = [path.name for path in found if step_of(path) >= step]
+        if good := found[len(bad) :]:
+            way = f"remove {' and '.join(bad)}, which ends the same way, and go on" if bad else "go on"
+            advice = f"the last good checkpoint is {good[0]}: {way} from it with --resume and a smaller --lr or --clip"
+        else:
+            none = f"{bad[0]} ends the same way" if bad else "no checkpoint was written before it"
+            advice = f"{none}: start again with a smaller --lr or --clip"
         raise TrainingError(f"{sentence}; {advice}")
 
     def _bad_example(self, step: int) -> str:

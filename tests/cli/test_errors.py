@@ -98,6 +98,9 @@ def run_folder(tmp_path_factory):
             "--seed must be an integer of 64 bits, got 99999999999999999999",
         ),
         ("bench no_such_case", "no_such_case"),
+        ("--verison", "unknown argument '--verison'; did you mean --version?"),
+        ("-v", "unknown argument '-v'"),
+        ("--foo", "unknown argument '--foo'; genkernels --help lists them"),
     ],
 )
 def test_a_wrong_line(refused, line, words):
@@ -199,7 +202,7 @@ def test_a_damaged_run(refused, run_folder, tmp_path, damage):
         config = json.loads((copy / "config.json").read_text())
         config["model"]["hparams"]["hidden"] = 9
         (copy / "config.json").write_text(json.dumps(config))
-        words = "the checkpoint must hold this model's weights"
+        words = "must hold this model's weights"
     else:
         for path in copy.rglob("*.ckpt"):
             path.write_bytes(path.read_bytes()[:1000])
@@ -277,3 +280,118 @@ def test_a_class_conditional_model_on_other_labels(refused, tmp_path, capsys):
     )
     save("three.npz", y=np.arange(20) % 7)
     assert "got npz:three.npz with 3, 4, 5, 6" in refused("sample", "run", "--inpaint", "top-half")
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def garbage(what: str, path, whole: bytes) -> bytes:
+    """Writes something that is no checkpoint of the run to `path`."""
+    import pickle
+
+    import torch
+
+    from genkernels.training.checkpoint import read_checkpoint, write_checkpoint
+
+    state = read_checkpoint(path)
+    if what == "another model":
+        weights = {f"other.{name}": value for name, value in state["model"].items()}
+        write_checkpoint(path, {**state, "model": weights})
+    elif what == "other shapes":
+        write_checkpoint(path, {**state, "model": {name: value[..., None] for name, value in state["model"].items()}})
+    elif what == "no model":
+        write_checkpoint(path, {"weights": state["model"]})
+    elif what == "another format":
+        write_checkpoint(path, {**state, "format": 9})
+    elif what == "a torch file":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        texts = {"empty": b"", "truncated": whole[: len(whole) // 2], "a pickle": pickle.dumps({"model": [1, 2]})}
+        path.write_bytes({**texts, "noise": bytes(range(256)) * 40, "a text": b"step 3\n"}[what])
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("empty", "is cut short: 0 bytes are left"),
+        ("truncated", "is cut short or was not written by genkernels: its checksum is missing"),
+        ("noise", "is cut short or was not written by genkernels: its checksum is missing"),
+        ("a text", "is cut short: 7 bytes are left"),
+        ("a torch file", "is cut short or was not written by genkernels: its checksum is missing"),
+        ("a pickle", "is cut short: "),
+        ("another model", "must hold this model's weights: Missing key(s)"),
+        ("other shapes", "must hold this model's weights: size mismatch"),
+        ("no model", "must hold a model and its step, it holds format, weights"),
+        ("another format", "must be of format 1 or 2, got 9; another version wrote it"),
+    ],
+)
+def test_a_checkpoint_that_is_none_of_the_run(refused, run_folder, tmp_path, what, words):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    for path in copy.rglob("*.ckpt"):
+        garbage(what, path, path.read_bytes())
+    before = contents(copy)
+    for argv in (["sample", copy], ["eval", copy], ["train", "--resume", "--out", copy, "--max-steps", "5"]):
+        sentence = refused(*argv)
+        assert words in sentence and f"checkpoint {copy}" in sentence and "instead" not in sentence
+        assert contents(copy) == before
+
+
+@pytest.mark.parametrize("what", ["empty", "text", "truncated", "pickle", "object", "other keys"])
+def test_an_npz_of_garbage(refused, run_folder, tmp_path, what):
+    import pickle
+
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32))
+    if what == "object":
+        np.savez(path, x=np.array([{"a": 1}, None], dtype=object))
+    elif what == "other keys":
+        np.savez(path, pictures=np.zeros((3, 2)))
+    elif what == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path.write_bytes({"empty": b"", "text": b"nothing of the kind\n", "pickle": pickle.dumps([1, 2])}[what])
+    before = contents(run_folder)
+    for argv in (["train", "nice", "--out", "run"], ["eval", run_folder]):
+        assert f"npz:{path}" in refused(*argv, "--data", f"npz:{path}")
+    assert contents(run_folder) == before
+
+
+def test_a_run_that_says_nothing_of_its_model_is_damaged(refused, run_folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    (copy / "config.json").write_text('{"model": {}, "data": {}, "train": {}}')
+    for command in ("sample", "eval"):
+        assert "config.json is damaged: it must have the parts model, data and train" in refused(command, copy)
+
+
+def test_what_breaks_off_is_told_in_a_sentence_too(refused, monkeypatch, capsys):
+    import torch
+
+    failures = (
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (PermissionError(13, "Permission denied", b"a/b"), "a/b: Permission denied"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory ran out"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
+    )
+    for error, words in failures:
+
+        def broken(arguments, error=error):
+            raise error
+
+        monkeypatch.setattr("genkernels.cli.info.run", broken)
+        assert words in refused("info")
+
+
+def test_a_run_of_too_much(refused):
+    for extra, words in (
+        ("--max-steps 100000000000000000000", "at most 1,000,000,000,000 steps"),
+        ("--epochs 1e300", "at most 1,000,000,000,000 steps"),
+        ("--max-steps 5 --batch-size 1000000000", "batch_size must be at most 65,536 for 1,437 examples"),
+    ):
+        assert words in refused("train", "nice", "--data", "digits", *TINY, *extra.split())

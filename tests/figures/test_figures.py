@@ -63,6 +63,25 @@ def test_samples_at_several_temperatures(drawn, runs):
     assert points.ndim == 3 and points.shape[1] > points.shape[0], "a panel each, and one of the data"
 
 
+def test_a_figure_draws_as_sampling_does_and_tells_what_it_passed_over(runs, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    shutil.copytree(runs / "digits", tmp_path / "run")
+    (tmp_path / "run" / "best.ckpt").write_bytes(b"")
+    seen, sample = [], models.NICE.sample
+
+    def watched(self, *args, **kwargs):
+        seen.append((self.training, torch.is_grad_enabled(), torch.rand(()).item()))
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(models.NICE, "sample", watched)
+    argv = ["figure", "temperature", "--run", str(tmp_path / "run"), "--temperatures", "0.5", "1", "--n", "3"]
+    assert main([*argv, "--out", str(tmp_path / "t.png")]) == 0
+    assert seen[0] == seen[1] and seen[0][:2] == (False, False), "the global generator holds the same in every row, too"
+    kept = tmp_path / "run" / "checkpoints" / "step-00000006.ckpt"
+    assert capsys.readouterr().err.endswith(f"best.ckpt is cut short: 0 bytes are left; using {kept} instead\n")
+
+
 def test_a_figure_says_what_a_temperature_means_for_its_model():
     def meaning(kind, preset, **overrides):
         torch.manual_seed(0)

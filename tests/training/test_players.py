@@ -19,6 +19,7 @@ import torch
 import genkernels
 from genkernels._seeds import derive_seed, seed_everything
 from genkernels.cli import main
+from genkernels.models import Player
 from genkernels.training import TrainConfig, TrainingError, UsageError, evaluate, fit, load_model, read_checkpoint
 from genkernels.training.checkpoint import step_path
 from genkernels.training.order import Order, fetch
@@ -85,6 +86,45 @@ def test_it_is_the_plain_loop_of_two_optimisers():
     assert result.history["critic/loss"] == losses["critic"] == result.losses
     assert result.history["generator/loss"] == losses["generator"] and losses["generator"].count(None) == 8
     assert same(result.model.state_dict(), model.state_dict())
+
+
+def test_a_parameter_of_two_players_is_moved_and_clipped_by_each_and_averaged_in_both():
+    """As the plain loop does it; the averages and the trained weights come apart and together again."""
+
+    class Sharing(ToyGAN):
+        def __init__(self):
+            super().__init__()
+            self.critic[0].bias = self.generator[0].bias
+
+        def players(self):
+            return {"critic": Player(self.critic), "generator": Player(self.generator)}
+
+    bundle, settings = points(), config(clip=0.05, ema=0.9, eval_every=5)
+    result = fit(gan(kind=Sharing), bundle, settings, quiet=True)
+    model, order, losses = gan(kind=Sharing).train(), Order(50, 8, 0, 0, 12), []
+    parts = {"critic": model.critic, "generator": model.generator}
+    optimizers = {name: torch.optim.Adam(part.parameters(), fused=True) for name, part in parts.items()}
+    for step in range(12):
+        seed_everything(derive_seed(0, "step", step, 0))
+        x, y = fetch(bundle.train, order.batch(step))
+        for name, part in parts.items():
+            loss = model.losses(name, x, y, step)["loss"]
+            model.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(part.parameters(), 0.05)
+            optimizers[name].param_groups[0]["lr"] = settings.lr_at(step, 12)
+            optimizers[name].step()
+            losses.append(loss.item())
+    assert [v for pair in zip(*(result.history[f"{n}/loss"] for n in parts), strict=True) for v in pair] == losses
+    shared = result.model
+    assert shared.critic[0].bias is shared.generator[0].bias
+
+
+def test_loading_processes_do_not_change_a_run_that_goes_on(tmp_path):
+    whole = fit(gan(kind=ToyVAE), images(), config(), quiet=True)
+    fit(gan(kind=ToyVAE), images(), config(max_steps=5), out=tmp_path / "run", quiet=True)
+    rest = fit(gan(1, kind=ToyVAE), images(), config(workers=2), out=tmp_path / "run", resume=True, quiet=True)
+    assert rest.history == whole.history
 
 
 def test_a_player_that_does_not_move_gathers_no_gradient():

@@ -1,6 +1,7 @@
 import io
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_time_between_restarts_is_left_out(monkeypatch):
 @pytest.fixture
 def now(monkeypatch):
     value = [0.0]
-    monkeypatch.setattr("genkernels.training.bar.time.monotonic", lambda: value[0])
+    monkeypatch.setattr("genkernels.training.bar.time", SimpleNamespace(monotonic=lambda: value[0]))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     return value

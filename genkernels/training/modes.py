@@ -1,0 +1,27 @@
+"""Training and evaluation mode, module by module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode for a block; each module gets back the mode that it had.
+
+    Parts of a model in training mode that are in evaluation mode are frozen on purpose: they stay so while it trains.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if not (training and model.training):
+        model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # a module before its parts, and not the flag alone: some act on the change
+            if module.training != mode:
+                module.train(mode)
+        for module, mode in modes:  # a part of two modules may have been taken along by the second
+            module.training = mode
