@@ -89,7 +89,11 @@ def operator_page(operator) -> str:
     kernels = operator.kernels
     rows = [(name, inline(kernels.get(name, "")) or f"[`{file}`](../{file})") for name, file in floors.items()]
     parts += ["## Backends", table(rows, ("backend", "where")), *exceptions(operator, kernels)]
-    composability = "What runs under each of torch's features: the kernel, the plain PyTorch reference, or an error."
+    composability = (
+        "What runs under each of torch's features: the kernel, the plain PyTorch reference, or an error. `(eager)`: "
+        'inside `torch.compile(…, backend="eager")`; with other backends torch itself raises. `not tried`: it takes a '
+        "GPU, and none has been at hand."
+    )
     parts += ["## Composability", composability, table(list(operator.composability.items()), ("feature", "runs"))]
     if _speed.operator_files(operator.name):
         parts.append(f"How fast it is: [speed](speed.md#{operator.name}).")

@@ -3,8 +3,9 @@
 // A backend gives two functions, for x of type X and params of type P (T = arithmetic_t<X>):
 //   forward<X, P>(call, inverse, input, params, output, ldj)
 //   backward<X, P>(call, gradient, grad_output, grad_ldj, given, params, grad_input, grad_params, rebuilt)
-// Both come with at least one element. The gradients of the output and of the log-determinant count as zero where they
-// are not there; `rebuilt` is the input that Gradient::kReverse computes on the way, null otherwise.
+// Both come with at least one element. Of the gradients of the output and of the log-determinant one is there at least.
+// What the other would have been multiplied by plays no part: 0 · ∞ would be NaN. `rebuilt` is the input that
+// Gradient::kReverse computes on the way, null otherwise.
 #pragma once
 
 #include "host.h"
@@ -86,6 +87,7 @@ std::tuple<Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> grad_o
                                                     int64_t layout, bool flip, bool inverse) {
   const Call c = call_of(input, scale_map, split, layout, flip);
   Tensor grad_input = empty(input), grad_params = empty(params);
+  if (!grad_output && !grad_ldj) return {torch::stable::zero_(grad_input), torch::stable::zero_(grad_params)};
   if (input.numel() == 0) return {grad_input, grad_params};
   with_dtypes(input, params, [&]<typename X, typename P>() {
     Backend::template backward<X, P>(c, inverse ? Gradient::kInverse : Gradient::kForward, grad_output, grad_ldj, input,
@@ -100,6 +102,11 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_reverse(std::optional<Tensor>
                                                            int64_t scale_map, int64_t split, int64_t layout,
                                                            bool flip) {
   const Call c = call_of(output, scale_map, split, layout, flip);
+  if (!grad_output && !grad_ldj) {
+    Tensor grad_input = empty(output), grad_params = empty(params);
+    return {std::get<0>(affine_coupling<Backend>(output, params, scale_map, split, layout, flip, true)),
+            torch::stable::zero_(grad_input), torch::stable::zero_(grad_params)};
+  }
   Tensor input = empty(output), grad_input = empty(output), grad_params = empty(params);
   if (output.numel() == 0) return {input, grad_input, grad_params};
   with_dtypes(output, params, [&]<typename X, typename P>() {

@@ -44,10 +44,49 @@ void require(bool holds, const Parts&... sentence) {
   if (!holds) fail(sentence...);
 }
 
-// ---- tensors ----------------------------------------------------------------------------------------------------
+// ---- types ------------------------------------------------------------------------------------------------------
 
 template <typename T>
+struct Dtype;
+template <>
+struct Dtype<double> {
+  static constexpr ScalarType kType = ScalarType::Double;
+  static constexpr const char* kName = "float64";
+};
+template <>
+struct Dtype<float> {
+  static constexpr ScalarType kType = ScalarType::Float;
+  static constexpr const char* kName = "float32";
+};
+template <>
+struct Dtype<BFloat16> {
+  static constexpr ScalarType kType = ScalarType::BFloat16;
+  static constexpr const char* kName = "bfloat16";
+};
+template <>
+struct Dtype<Half> {
+  static constexpr ScalarType kType = ScalarType::Half;
+  static constexpr const char* kName = "float16";
+};
+template <>
+struct Dtype<int64_t> {
+  static constexpr ScalarType kType = ScalarType::Long;
+  static constexpr const char* kName = "int64";
+};
+template <>
+struct Dtype<bool> {
+  static constexpr ScalarType kType = ScalarType::Bool;
+  static constexpr const char* kName = "bool";
+};
+
+// ---- tensors ----------------------------------------------------------------------------------------------------
+
+// What a kernel reads, as it reads it. What comes past the checks above, of a torch operator called by itself or of a
+// hook that changed a saved tensor, would be other numbers.
+template <typename T>
 const T* data(const Tensor& t) {
+  require(t.scalar_type() == Dtype<T>::kType && t.is_contiguous(), "genkernels: a kernel must be given contiguous ",
+          Dtype<T>::kName, " here, got another dtype or order");
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <typename T>
@@ -88,29 +127,6 @@ using arithmetic_t = std::conditional_t<std::is_same_v<S, double>, double, float
 inline ScalarType arithmetic_dtype(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-
-template <typename T>
-struct Dtype;
-template <>
-struct Dtype<double> {
-  static constexpr ScalarType kType = ScalarType::Double;
-  static constexpr const char* kName = "float64";
-};
-template <>
-struct Dtype<float> {
-  static constexpr ScalarType kType = ScalarType::Float;
-  static constexpr const char* kName = "float32";
-};
-template <>
-struct Dtype<BFloat16> {
-  static constexpr ScalarType kType = ScalarType::BFloat16;
-  static constexpr const char* kName = "bfloat16";
-};
-template <>
-struct Dtype<Half> {
-  static constexpr ScalarType kType = ScalarType::Half;
-  static constexpr const char* kName = "float16";
-};
 
 // Calls f.operator()<T>() for the one of the types Ts that `t` holds; `what` names the tensor in the error.
 template <typename... Ts, typename F>

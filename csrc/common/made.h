@@ -4,7 +4,7 @@
 //   inverse<T>(layers, z, context, x, ldj)
 //   inverse_backward<T>(layers, grad_x, grad_ldj, x, context, grads)
 // grads: those of z, of the context, then of each layer's weight and bias, all of them to be written. Gradients that
-// are not there count as zero.
+// are not there count as zero, but multiply nothing.
 #pragma once
 
 #include "host.h"

@@ -95,17 +95,13 @@ void Cpu::backward(const Call& c, Gradient which, const std::optional<Tensor>& g
   X* gi = mutable_data<X>(grad_input);
   P* gp = mutable_data<P>(grad_params);
   const bool masked = !g.mask.empty();
-  const bool needs_shift = inverse || back;
+  const bool needs_shift = (inverse && go) || back;
   const Backward<T> arithmetic = backward_for<T>(g.map, inverse);
   const Forward<T> rebuild = forward_for<T>(g.map, true);
   for_each_tile(g, chunks_of(g), [&](const Tile& k, int64_t) {
     alignas(64) T bg[kTile], bl[kTile], bx[kTile], bs[kTile], bt[kTile], bi[kTile], bgs[kTile], bgt[kTile], bb[kTile];
-    const T* tg = bg;
-    if (go)
-      tg = stage(go, g.sample, g.moved_at, k, bg);
-    else
-      std::fill_n(bg, k.count(), T(0));
-    const T* tx = stage(x, g.sample, g.moved_at, k, bx);
+    const T* tg = go ? stage(go, g.sample, g.moved_at, k, bg) : nullptr;
+    const T* tx = go || back ? stage(x, g.sample, g.moved_at, k, bx) : nullptr;
     const T* ts = g.additive ? bs : stage_params(p, g, k, 0, bs);
     const T* tt = needs_shift ? stage_params(p, g, k, 1, bt) : bt;
     if (back) {
@@ -120,11 +116,17 @@ void Cpu::backward(const Call& c, Gradient which, const std::optional<Tensor>& g
     T* ti = target(gi, g.sample, g.moved_at, k, bi, !masked);
     T* tgs = g.additive ? bgs : target(gp, g.param_sample, 0, k, bgs, plain);
     T* tgt = target(gp, g.param_sample, g.additive ? 0 : g.moved, k, bgt, plain);
-    if (k.rows == 1) {
+    if (go && k.rows == 1) {
       arithmetic.row(k.width, tg, gl ? gl[k.sample] : T(0), tx, ts, tt, ti, tgs, tgt);
     } else {
       for (int64_t r = 0; r < k.rows; ++r) std::fill_n(bl + r * k.width, k.width, gl ? gl[k.sample + r] : T(0));
-      arithmetic.tile(k.count(), tg, bl, tx, ts, tt, ti, tgs, tgt);
+      if (go) {
+        arithmetic.tile(k.count(), tg, bl, tx, ts, tt, ti, tgs, tgt);
+      } else {
+        arithmetic.log_det(k.count(), bl, ts, tgs);
+        std::fill_n(ti, k.count(), T(0));
+        std::fill_n(tgt, k.count(), T(0));
+      }
     }
     blend(ti, tg, g, k);
     unstage(ti, gi, g.sample, g.moved_at, k);

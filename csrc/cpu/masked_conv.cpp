@@ -46,7 +46,7 @@ template <typename S, typename A>
 const typename A::Weight* packable(const Tensor& weight, std::vector<typename A::Weight>& buffer) {
   using Weight = typename A::Weight;
   if constexpr (sizeof(S) == sizeof(Weight)) {
-    return data<Weight>(weight);
+    return reinterpret_cast<const Weight*>(data<S>(weight));
   } else {
     buffer.resize(weight.numel());
     load(data<S>(weight), buffer.data(), int64_t(buffer.size()));

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
 template <ScaleMap M, typename T, typename P, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     coupling_backward(const Coupling c, const Gradient which,
-                      const bool has_grad_out,         // otherwise it counts as zero
+                      const bool has_grad_out,         // otherwise nothing is multiplied by it
                       const T* __restrict__ grad_out,  // [N, x_size]; any such tensor without has_grad_out
                       const arithmetic_t<T>* __restrict__ grad_ldj,  // [N], or null: zero
                       const T* __restrict__ x,                       // [N, x_size]: x; kInverse and kReverse: z
@@ -213,8 +213,9 @@ __global__ void __launch_bounds__(kThreads)
       value = (value - static_cast<A>(t.lane[j])) * shrink;
       if (inverse) scale = shrink;
     }
-    const A g_x = g * scale;
-    const A g_s = ((inverse ? g : g_x) * value + grad_log_det) * slope;
+    const A g_x = has_grad_out ? g * scale : A(0);
+    const A g_log_scale = has_grad_out ? (inverse ? g : g_x) * value : A(0);
+    const A g_s = (g_log_scale + grad_log_det) * slope;
     const bool moves = lanes >> j & 1;
     moved.lane[j] = moves ? static_cast<T>(value) : moved.lane[j];
     grad.lane[j] = moves ? static_cast<T>(g_x) : grad.lane[j];

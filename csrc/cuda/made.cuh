@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(kSolveThreads, 1)
     for (int s = 0; s < kSamples; ++s) rest[s] = T(0);
     add_dot(net.weight[0] + static_cast<int64_t>(feature) * net.size[0], true, static_cast<const T*>(net.signals[0]),
             net.size[0], samples, net.known(0, feature), net.size[0], rest);
+    const bool unseen = grad_steps == nullptr && step == D;  // the last feature's x, which may be infinite
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int s = 0; s < kSamples; ++s) {
@@ -234,9 +235,11 @@ __global__ void __launch_bounds__(kSolveThreads, 1)
         const T given = grad_steps != nullptr ? grad_steps[n * D + feature] : T(0);
         T log_scale, scale, slope;
         scale_of(net.map, params[at], log_scale, scale, slope);
-        const T found = (given - rest[s]) * math::exp(-log_scale);
+        const T by_x = given - rest[s];
+        T found = by_x * math::exp(-log_scale), by_log = by_x * x_steps[n * D + feature];
+        if (unseen) found = by_log = T(0);
         solution[n * D + feature] = found;
-        params[at] = (found * x_steps[n * D + feature] * scale + (grad_ldj != nullptr ? grad_ldj[n] : T(0))) * slope;
+        params[at] = (by_log + (grad_ldj != nullptr ? grad_ldj[n] : T(0))) * slope;
         params[at + D] = found;
       }
     }

@@ -15,7 +15,7 @@ NAME = "autoregressive_sampling"
 def check_arguments(stages, noise, levels, head, image, known, rows_per_call) -> list[Stage]:
     """Every condition on the arguments; the stages as a list."""
     checks.tensor(NAME, "noise", noise)
-    checks.integer(NAME, "levels", levels, 2)
+    checks.integer(NAME, "levels", levels, 2, checks.MOST_LEVELS if head == "logistic_mixture" else None)
     if noise.dim() != 4:
         raise ValueError(
             f"{NAME}: noise must be [N, C, H, W] or, for logistic_mixture, [N, 1 + C, H, W], got {list(noise.shape)}"
@@ -146,7 +146,7 @@ def _check_taps(at: str, stage: Stage, plane: int, plane_is_vertical: bool, weig
     blocks = centre.unflatten(0, (halves, groups, -1)).unflatten(3, (groups, -1))
     blocks = blocks.abs().sum(dim=(0, 2, 4)) != 0  # [group of the output, group of the input]
     reach = 0 if plane else -1
-    late = torch.ones(groups, groups, dtype=torch.bool).triu(reach + 1)
+    late = torch.ones_like(blocks).triu(reach + 1)
     if (blocks & late).any():
         before = "before" if plane == 0 else "up to"
         raise ValueError(

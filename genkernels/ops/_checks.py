@@ -14,6 +14,8 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: Levels of a discretised logistic: fp32 tells their edges apart.
+MOST_LEVELS = 65536
 
 
 def tensor(who: str, label: str, value, dtypes: Sequence[torch.dtype] = FLOATS, kind: str = "") -> None:
@@ -87,3 +89,9 @@ def temperature(who: str, value) -> float:
     if not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{who}: temperature must be a finite number, 0 or more, got {value!r}")
     return 0.0 if value < 2.0**-126 else float(min(value, 2.0**127))
+
+
+def uniform(noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """Noise from [0, 1) in fp32 or fp64, still below 1: what fp32 rounds to 1 would draw what has no probability."""
+    narrowed = torch.promote_types(noise.dtype, dtype) != dtype
+    return noise.to(dtype).clamp(max=1 - 2.0**-24) if narrowed else noise.to(dtype)

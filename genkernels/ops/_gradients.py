@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from genkernels.ops import _autocast as autocast
+
 
 @dataclass(frozen=True)
 class Formula:
     """A gradient of one's own, as ``torch.library.register_autograd`` takes it, lists of tensors included."""
 
     setup: Callable[..., None]  #: ``setup(ctx, inputs, output)`` saves what the backward needs
-    backward: Callable[..., tuple]  #: ``backward(ctx, *gradients of the outputs)``: one gradient an argument
+    #: ``backward(ctx, *gradients of the outputs)``: one gradient an argument. An output that is not used has None, not
+    #: a zero, which would turn an infinity to NaN; where all do, it is not called.
+    backward: Callable[..., tuple]
 
 
 @dataclass(frozen=True)
@@ -44,24 +48,40 @@ THROUGH_REFERENCE = _ThroughReference()
 Gradient = Formula | Refused | _ThroughReference
 
 
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation is running, by itself or under ``torch.func.jvp``: a registered operator
+    gives zero tangents there, without a word."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def transforms_active() -> bool:
+    """Whether a functorch transform (``vmap``, ``grad``, ``jvp``) or forward-mode differentiation is running.
+
+    Registered operators fail under the former. The only place that rests on these private names of torch; a test fails
+    loudly when they move.
+    """
+    return forward_mode_active() or torch._C._are_functorch_transforms_active()
+
+
 def with_gradient(name: str, run: Any, reference: Callable, gradient: Gradient) -> Callable:
     """What torch calls where autograd may be recording."""
     schema = run._schema
     if any(a.has_default_value() for a in schema.arguments):
         raise ValueError(f"{name}: a schema must give no default values, its public function has them; got {schema}")
     if isinstance(gradient, Refused):
-        refuse = _refusing_call if schema.is_mutable else _refusing
-        return refuse(run, gradient.sentence)
+        if schema.is_mutable:
+            return _refusing_call(run, gradient.sentence)
+        return _refusing(run, reference, gradient.sentence)
     if schema.is_mutable:
         raise ValueError(f"{name}: the gradient of an operator that writes into its arguments must be Refused")
     if isinstance(gradient, Formula):
-        return _recording(run, gradient)
+        return _recording(run, reference, gradient)
     if gradient is THROUGH_REFERENCE:
-        return _recording(run, _through(reference))
+        return _recording(run, reference, _through(reference))
     raise TypeError(f"{name}: gradient must be a Formula, THROUGH_REFERENCE or Refused, got {gradient!r}")
 
 
-def _recording(run: Any, formula: Formula) -> Callable:
+def _recording(run: Any, reference: Callable, formula: Formula) -> Callable:
     """Calls `run` through an `autograd.Function`.
 
     ``torch.library.register_autograd`` would do, but reads the schema anew in every call, which costs as much as a
@@ -69,19 +89,25 @@ def _recording(run: Any, formula: Formula) -> Callable:
     """
     schema = run._schema
     if any(_is_tensor_list(value.type) for value in (*schema.arguments, *schema.returns)):
-        return _recording_lists(run, formula)
+        return _recording_lists(run, reference, formula)
 
     def forward(ctx, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
             output = run(*arguments)
+        ctx.set_materialize_grads(False)
         formula.setup(ctx, arguments, output)
         return output
 
-    # `backward` runs with autograd in reach: reading saved tensors may run a checkpoint's forward pass again
-    members = {"forward": staticmethod(forward), "backward": staticmethod(formula.backward)}
+    # runs with autograd in reach: reading saved tensors may run a checkpoint's forward pass again
+    def backward(ctx, *grad_outputs):
+        return _guarded(formula.backward, ctx, grad_outputs) or (None,) * len(schema.arguments)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"{run._opname}_gradient", (torch.autograd.Function,), members)
 
     def call(*arguments):
+        if forward_mode_active():
+            return reference(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -90,7 +116,19 @@ def _recording(run: Any, formula: Formula) -> Callable:
     return call
 
 
-def _recording_lists(run: Any, formula: Formula) -> Callable:
+def _guarded(backward: Callable, ctx: Any, grad_outputs: Sequence[Tensor | None]) -> tuple | None:
+    """The gradients, None where none arrived. The forward pass has settled the dtypes: under autocast a product of the
+    backward pass would take a lower one."""
+    given = next((grad for grad in grad_outputs if grad is not None), None)
+    if given is None:
+        return None
+    if autocast.active(given):
+        with autocast.kept_out(given):
+            return backward(ctx, *grad_outputs)
+    return backward(ctx, *grad_outputs)
+
+
+def _recording_lists(run: Any, reference: Callable, formula: Formula) -> Callable:
     """The same where lists of tensors come or go: `autograd.Function` sees the tensors that stand by themselves, so it
     is given all of them flat, and the arguments as they are, which it does not look into."""
     schema = run._schema
@@ -103,6 +141,7 @@ def _recording_lists(run: Any, formula: Formula) -> Callable:
         with torch._C._AutoDispatchBelowAutograd():
             output = run(*arguments)
         ctx.lengths = [len(arguments[i]) for i in lists]
+        ctx.set_materialize_grads(False)
         formula.setup(ctx, arguments, output)
         return tuple(output) if gives_list else output
 
@@ -110,15 +149,20 @@ def _recording_lists(run: Any, formula: Formula) -> Callable:
         needs = ctx.needs_input_grad
         ctx.needs_input_grad = tuple(_nested(needs[1:], lists, ctx.lengths))
         try:
-            grads = formula.backward(ctx, *((list(grad_outputs),) if gives_list else grad_outputs))
+            grads = _guarded(in_lists, ctx, grad_outputs)
         finally:
             ctx.needs_input_grad = needs
-        return None, *_flat(grads, lists, ctx.lengths)
+        return (None, *_flat(grads, lists, ctx.lengths)) if grads else (None,) * len(needs)
+
+    def in_lists(ctx, *grad_outputs):
+        return formula.backward(ctx, list(grad_outputs)) if gives_list else formula.backward(ctx, *grad_outputs)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"{run._opname}_gradient", (torch.autograd.Function,), members)
 
     def call(*arguments):
+        if forward_mode_active():
+            return reference(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             output = function.apply(arguments, *_flat(arguments, lists, [len(arguments[i]) for i in lists]))
             return list(output) if gives_list else output
@@ -160,7 +204,6 @@ def _through(reference: Callable) -> Formula:
         leaves, ctx.structure = pytree.tree_flatten(tuple(inputs))
         ctx.others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         ctx.save_for_backward(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        ctx.set_materialize_grads(False)
 
     def backward(ctx, *grad_outputs):
         saved = iter(ctx.saved_tensors)
@@ -193,14 +236,14 @@ def _through(reference: Callable) -> Formula:
     return Formula(setup, backward)
 
 
-def _refusing(run: Any, sentence: str) -> Callable:
+def _refusing(run: Any, reference: Callable, sentence: str) -> Callable:
     def setup(ctx, inputs, output):
         pass
 
     def backward(ctx, *grad_outputs):
         raise RuntimeError(sentence)
 
-    return _recording(run, Formula(setup, backward))
+    return _recording(run, reference, Formula(setup, backward))
 
 
 def _refusing_call(run: Any, sentence: str) -> Callable:

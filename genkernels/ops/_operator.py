@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from genkernels import backends
-from genkernels.ops._gradients import Gradient, with_gradient
+from genkernels.ops._gradients import Gradient, transforms_active, with_gradient
 
 LIBRARY = torch.library.Library("genkernels", "DEF")
 CUDA_LIBRARY = torch.library.Library("genkernels_cuda", "DEF")
@@ -34,18 +34,28 @@ CUDA_LIBRARY = torch.library.Library("genkernels_cuda", "DEF")
 #: Backends with kernels, by the device of the tensors; the first that can run is taken unless `prefers` says otherwise.
 KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
-#: What each row of the composability table says about; each cell is "kernel", "reference" or "raises".
-FEATURES = ("backward", "double backward", "forward mode", "vmap", "compile", "autocast", "deterministic")
+#: What each row of the composability table says about.
+FEATURES = (
+    *("backward", "double backward", "forward mode", "vmap", "compile", "double backward inside compile"),
+    *("autocast", "deterministic", "CUDA graph capture", "DDP hooks"),
+)
+
+#: What a cell may say. `EAGER`: through the reference with ``backend="eager"``; with others torch itself raises.
+#: `NOT_TRIED`: it takes a GPU, and none has been at hand.
+KERNEL, REFERENCE, RAISES, EAGER, NOT_TRIED = "kernel", "reference", "raises", "reference (eager)", "not tried"
 
 #: The cells of an operator with first-order kernels: what has none of its own goes through the reference.
 DIFFERENTIABLE = {
-    "backward": "kernel",
-    "double backward": "reference",
-    "forward mode": "reference",
-    "vmap": "reference",
-    "compile": "kernel",
-    "autocast": "kernel",
-    "deterministic": "kernel",
+    "backward": KERNEL,
+    "double backward": REFERENCE,
+    "forward mode": REFERENCE,
+    "vmap": REFERENCE,
+    "compile": KERNEL,
+    "double backward inside compile": EAGER,
+    "autocast": KERNEL,
+    "deterministic": KERNEL,
+    "CUDA graph capture": NOT_TRIED,
+    "DDP hooks": KERNEL,
 }
 
 
@@ -217,14 +227,3 @@ def _device_of(arguments: Sequence) -> str:
         if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
             return argument[0].device.type
     return "cpu"
-
-
-def transforms_active() -> bool:
-    """Whether a functorch transform (``vmap``, ``grad``, ``jvp``) or forward-mode differentiation is running.
-
-    Registered operators fail under the former or, worse, silently give zero tangents. The only place that rests on
-    these private names of torch; a test fails loudly when they move.
-    """
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch._C._are_functorch_transforms_active()

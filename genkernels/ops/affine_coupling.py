@@ -115,20 +115,23 @@ def affine_coupling_reverse(
         grad_x, grad_params = torch.autograd.grad((z_, ldj), (x, params), (grad_z, grad_ldj))
 
     Args:
-        grad_z: like `z`, or None. grad_ldj: ``[N]``, or None. The others: as for `affine_coupling`.
+        grad_z: of the shape of `z`, or None. grad_ldj: ``[N]``, or None. The others: as for `affine_coupling`.
 
     Returns:
         ``(x, grad_x, grad_params)``. They carry no graph: differentiating them raises.
     """
     codes = _check(z, params, scale_map, split, layout)
     z, params = _one_pair(z, params)
+    grads = {"grad_z": grad_z, "grad_ldj": grad_ldj}
+    checks.tensors(NAME, {"z": z, **grads}, optional=grads)
     for label, grad, expected, meaning in (
         ("grad_z", grad_z, z.shape, "[N, C, ...]"),
         ("grad_ldj", grad_ldj, z.shape[:1], "[N]"),
     ):
         if grad is not None:
             checks.shape(NAME, label, grad, expected, meaning)
-    arguments = (_dense(grad_z), _dense(grad_ldj), z.contiguous(), params.contiguous(), *codes, flip)
+    dense = _dense(grad_z, z.dtype), _dense(grad_ldj, autocast.work_dtype(z)), z.contiguous(), params.contiguous()
+    arguments = (*dense, *codes, flip)
     if REVERSE.runs_reference(*arguments):
         with torch.no_grad():
             return reference.affine_coupling_reverse(*arguments)
@@ -140,8 +143,8 @@ def _couple(x, params, scale_map, split, layout, flip, inverse):
     return COUPLING(*_one_pair(x, params), *codes, flip, inverse)
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+def _dense(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if t is None else (t if dtype is None else t.to(dtype)).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -212,16 +215,12 @@ def _fake_reverse(grad_output, grad_ldj, output, params, *attributes):
 def _setup_context(ctx, inputs, output):
     input, params, *ctx.attributes = inputs
     ctx.save_for_backward(input, params)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_output, grad_ldj):
-    nothing = (None,) * len(ctx.attributes)
-    if grad_output is None and grad_ldj is None:
-        return None, None, *nothing
-    input, params = ctx.saved_tensors
-    grads = BACKWARD.run(_dense(grad_output), _dense(grad_ldj), input, params, *ctx.attributes)
-    return *grads, *nothing
+    tensors = (grad_output, grad_ldj, *ctx.saved_tensors)
+    grads = BACKWARD.run(*map(_dense, tensors), *ctx.attributes)
+    return *grads, *[None] * len(ctx.attributes)
 
 
 # --------------------------------------------------------------------------------------------------------- registration

@@ -14,7 +14,7 @@ from genkernels.ops import _checks as checks
 from genkernels.ops._autocast import work_dtype
 from genkernels.ops._autoregressive_checks import NAME, check_arguments
 from genkernels.ops._gradients import Refused
-from genkernels.ops._operator import Operator, transforms_active
+from genkernels.ops._operator import FEATURES, KERNEL, NOT_TRIED, RAISES, Operator, transforms_active
 from genkernels.reference import autoregressive_sampling as reference
 from genkernels.reference._stages import Stage, flatten
 
@@ -100,7 +100,7 @@ def autoregressive_sampling(
         return drawn
     tensors, plan = flatten(stages, channels, width)
     tensors = [t.detach().to(dtype).contiguous() for t in tensors]
-    noise = noise.detach().to(dtype).contiguous()
+    noise = checks.uniform(noise.detach(), dtype).contiguous()
     fixed = (noise, known, tensors, plan, head_code, levels, temperature)
     plain = SAMPLING.runs_reference(drawn, None, *fixed, 0, height)
     run = reference.autoregressive_sampling if plain else SAMPLING.run
@@ -126,15 +126,9 @@ OPERATOR = Operator(
     functions=(autoregressive_sampling,),
     types=(Stage,),
     kernels={"cpu": "", "triton": "", "cuda": ""},
-    composability={
-        "backward": "raises",
-        "double backward": "raises",
-        "forward mode": "raises",
-        "vmap": "raises",
-        "compile": "kernel",
-        "autocast": "kernel",
-        "deterministic": "kernel",
-    },
+    composability=dict.fromkeys(FEATURES, RAISES)
+    | dict.fromkeys(("compile", "autocast", "deterministic"), KERNEL)
+    | {"CUDA graph capture": NOT_TRIED},
     # neither has been timed on a GPU; by count they are level, and the CUDA kernel has the shorter way to its launch
     prefers="cuda",
 )

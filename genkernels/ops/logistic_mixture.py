@@ -82,13 +82,17 @@ def logistic_mixture_sample(params: Tensor, noise: Tensor, *, levels: int = 256,
     Raises: as for `logistic_mixture_nll`. Source: the same.
     """
     _check(params, noise, "noise", 1, levels)
-    return SAMPLE(params, noise.to(work_dtype(params)), levels, checks.temperature(NAME, temperature))
+    return SAMPLE(params, checks.uniform(noise, work_dtype(params)), levels, checks.temperature(NAME, temperature))
 
 
 def _check(params: Tensor, pixels: Tensor, label: str, extra: int, levels: int) -> None:
     """Every condition on shapes, dtypes, devices and levels; `pixels` has `extra` planes beside the channels."""
     checks.tensors(NAME, {"params": params, label: pixels})
-    checks.integer(NAME, "levels", levels, 2, 65536)
+    checks.integer(NAME, "levels", levels, 2, checks.MOST_LEVELS)
+    told = int(4 / torch.finfo(pixels.dtype).eps)  # its numbers below 1 are half that eps apart
+    if not extra and levels > told:
+        kind = str(pixels.dtype).removeprefix("torch.")
+        raise ValueError(f"{NAME}: x must be of a dtype that tells {levels} levels apart, {kind} tells {told}")
     shape, plus = list(pixels.shape), "1 + C" if extra else "C"
     if pixels.dim() < 2 or shape[1] - extra not in (1, 3):
         raise ValueError(f"{NAME}: {label} must be [N, {plus}, ...] with C = 1 or 3, got {shape}")
@@ -118,16 +122,13 @@ def _fake_sample(params, noise, levels, temperature):
 def _setup_context(ctx, inputs, output):
     params, x, ctx.levels = inputs
     ctx.save_for_backward(params, x)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         raise RuntimeError(f"{NAME}: the torch operator has no gradient by x; genkernels.ops.logistic_mixture_nll has")
-    if grad is None:
-        return None, None, None
-    params, x = ctx.saved_tensors
-    return BACKWARD.run(grad.contiguous(), params, x, ctx.levels), None, None
+    dense = (t.contiguous() for t in (grad, *ctx.saved_tensors))
+    return BACKWARD.run(*dense, ctx.levels), None, None
 
 
 OPERATOR = Operator(

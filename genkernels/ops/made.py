@@ -179,10 +179,13 @@ def _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, resi
     """``(grad_z, grad_context, grad_weights, grad_biases)``, or None where nothing arrived."""
     if grad_x is None and grad_ldj is None:
         return None
-    dense = (None if g is None else g.contiguous() for g in (grad_x, grad_ldj))
-    by_z, by_context, *by_layers = INVERSE_BACKWARD.run(
-        *dense, x, context, weights, biases, order, counts, residual, scale_map
-    )
+    if transforms_active():  # a recorded pass that is mapped over: lists of tensors have no fallback under vmap
+        arguments = grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map
+        by_z, by_context, *by_layers = reference.made_inverse_backward(*arguments)
+        return by_z, None if context is None else by_context, by_layers[0::2], by_layers[1::2]
+    dense = [None if t is None else t.contiguous() for t in (grad_x, grad_ldj, x, context, order, counts)]
+    layers = [[t.contiguous() for t in tensors] for tensors in (weights, biases)]
+    by_z, by_context, *by_layers = INVERSE_BACKWARD.run(*dense[:4], *layers, *dense[4:], residual, scale_map)
     return by_z, None if context is None else by_context, by_layers[0::2], by_layers[1::2]
 
 
@@ -190,7 +193,6 @@ def _setup_inverse(ctx, inputs, output):
     z, context, weights, biases, order, counts, ctx.residual, ctx.scale_map = inputs
     ctx.layers = len(weights)
     ctx.save_for_backward(output[0], context, order, counts, *weights, *biases)
-    ctx.set_materialize_grads(False)
 
 
 def _backward_inverse(ctx, grad_x, grad_ldj):
@@ -207,8 +209,7 @@ def _setup_linear(ctx, inputs, output):
 
 
 def _backward_linear(ctx, grad):
-    input, weight, in_degrees, out_degrees = ctx.saved_tensors
-    grad = grad.contiguous()
+    grad, input, weight, in_degrees, out_degrees = (t.contiguous() for t in (grad, *ctx.saved_tensors))
     wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     degrees = (in_degrees, out_degrees, ctx.strict)
     by_input = LINEAR_GRAD_INPUT.run(grad, weight, *degrees) if wants_input else None

@@ -183,13 +183,10 @@ def _setup_context(ctx, inputs, output):
     ctx.has_state = keep or state is not pre
     ctx.condition_rank = 0 if condition is None else condition.dim()
     ctx.save_for_backward(x, weight, state)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_output, grad_pre):
     options = (None,) * 5
-    if grad_output is None and grad_pre is None:
-        return None, None, None, None, None, *options
     if not ctx.has_state:
         raise RuntimeError(f"{NAME}: a gradient needs the pre-activation, which keep=False threw away")
     wanted = list(ctx.needs_input_grad[:4])
@@ -199,8 +196,8 @@ def _backward(ctx, grad_output, grad_pre):
     grads: list[Tensor | None] = [None] * 4
     if any(asked):
         x, weight, state = ctx.saved_tensors
-        dense = (None if g is None else g.contiguous() for g in (grad_output, grad_pre))
-        results = BACKWARD.run(*dense, state, x, weight, *ctx.codes, ctx.condition_rank, *asked)
+        dense = (None if t is None else t.contiguous() for t in (grad_output, grad_pre, state, x, weight))
+        results = BACKWARD.run(*dense, *ctx.codes, ctx.condition_rank, *asked)
         grads = [g if wants else None for g, wants in zip(results, asked, strict=True)]
     if passes:
         grads[3] = grad_output

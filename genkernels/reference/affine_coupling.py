@@ -131,16 +131,19 @@ def affine_coupling_backward(
     flip: bool = False,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""`(grad_input, grad_params)`; a missing gradient counts as zero.
+    r"""`(grad_input, grad_params)`; what a missing gradient would have been multiplied by plays no part.
 
     Forward: :math:`g_{x_2} = g_{z_2}\sigma,\ g_t = g_{z_2},\ g_s = (g_{z_2} x_2 \sigma + g_{\mathrm{ldj}})\,\ell'`.
     Inverse: :math:`g_{z_2} = g_{x_2} e^{-\ell},\ g_t = -g_{z_2},\ g_s = -(g_{x_2} x_2 + g_{\mathrm{ldj}})\,\ell'`.
     """
+    if grad_output is None and grad_ldj is None:
+        return torch.zeros_like(input), torch.zeros_like(params)
     work = torch.promote_types(input.dtype, torch.float32)
     halves = _Halves(input, split, flip)
     s, t = (halves.params(p) for p in _scale_shift(params.to(work), scale_map, layout))
     x2 = halves.moved(input).to(work)
-    grad_output = torch.zeros_like(input) if grad_output is None else grad_output
+    of_ldj_alone = grad_output is None
+    grad_output = torch.zeros_like(input) if of_ldj_alone else grad_output
     g = halves.moved(grad_output).to(work)
     if s is None:
         grad_params = (-g if inverse else g.clone(memory_format=torch.contiguous_format)).to(params.dtype)
@@ -149,7 +152,9 @@ def affine_coupling_backward(
     slope = log_scale_slope(s, scale_map)
     g_ldj = input.new_zeros(input.shape[0], dtype=work) if grad_ldj is None else grad_ldj.to(work)
     g_ldj = g_ldj.reshape(-1, *[1] * (input.dim() - 1))
-    if inverse:
+    if of_ldj_alone:  # a zero is not multiplied in: it would turn infinities to NaN
+        g_moved, g_t, g_s = g, g, (-g_ldj if inverse else g_ldj) * slope
+    elif inverse:
         shrink = torch.exp(-ell)
         g_moved = g * shrink
         g_t = -g_moved

@@ -174,7 +174,7 @@ def made_inverse(
     for step in range(1, z.shape[1] + 1):
         s, t = network.units(x)[0][-1].chunk(2, dim=1)
         now = network.degrees[0] == step
-        of_all = log_scale(s, scale_map)
+        of_all = torch.where(now, log_scale(s, scale_map), 0)  # a guess may overflow, and meet a gradient of 0
         x = torch.where(now, (z - t) * torch.exp(-of_all), x)
         ell = torch.where(now, of_all, ell)
     return x, -ell.sum(1)
@@ -195,24 +195,28 @@ def made_inverse_backward(
     """Gradients ``[z, context (of its shape even where it is None), weight and bias of each layer]`` from the solution
     x.
 
-    Back substitution: D passes of the transposed network, from the last feature to the first.
+    Back substitution: D passes of the transposed network, from the last feature to the first. The last one's x is seen
+    by nothing: without a gradient of its own it plays no part, and may be infinite.
     """
     network = _Network(weights, biases, context, order, counts, residual)
-    grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+    seen = x.masked_fill(network.degrees[0] == x.shape[1], 0)
     by_ldj = x.new_zeros((x.shape[0], 1)) if grad_ldj is None else grad_ldj.unsqueeze(1)
-    values, inputs = network.units(x)
+    values, inputs = network.units(seen)
     s, _ = values[-1].chunk(2, dim=1)
     ell, slope = log_scale(s, scale_map), log_scale_slope(s, scale_map)
-    scale, shrink = torch.exp(ell), torch.exp(-ell)
+    steps = range(x.shape[1], 0, -1)
+    if grad_x is None:
+        x, grad_x, steps = seen, torch.zeros_like(x), steps[1:]
 
-    def signals(solution):
-        return network.signals(torch.cat([(solution * x * scale + by_ldj) * slope, solution], dim=1), values)
+    def signals(by_x, solution):
+        return network.signals(torch.cat([(by_x * x + by_ldj) * slope, solution], dim=1), values)
 
-    solution = torch.zeros_like(x)
-    for step in range(x.shape[1], 0, -1):
-        of_all = (grad_x - signals(solution)[1]) * shrink
-        solution = torch.where(network.degrees[0] == step, of_all, solution)
-    by_layer = signals(solution)[0]
+    by_x = solution = torch.zeros_like(x)
+    for step in steps:
+        now = network.degrees[0] == step
+        by_x = torch.where(now, grad_x - signals(by_x, solution)[1], by_x)
+        solution = torch.where(now, by_x * torch.exp(-torch.where(now, ell, 0)), solution)
+    by_layer = signals(by_x, solution)[0]
     grads = [solution, -by_layer[0]]
     for g, u, mask in zip(by_layer, inputs, network.masks, strict=True):
         product = g.mT @ u

@@ -241,14 +241,15 @@ def _backward_kernel(
         b_g_t = -b_g if OF == INVERSE else b_g
     else:
         _, b_sigma, b_shrink, b_slope = _scale_map.scale(b_s, MAP, ROUGH)
-        b_g_x = b_g * (b_shrink if OF == INVERSE else b_sigma)
-        b_g_t = -b_g_x if OF == INVERSE else b_g
         # a gradient that is not there is left out, not multiplied in as 0, which would turn inf to NaN
+        b_g_x = b_g
         b_g_s = tl.zeros_like(b_x)
         if p_g is not None:
+            b_g_x = b_g * (b_shrink if OF == INVERSE else b_sigma)
             b_g_s = b_g * b_x if OF == REVERSE else b_g_x * b_x
         if p_g_ldj is not None:
             b_g_s += tl.load(p_g_ldj + o_row, o_row < n_rows)[:, None]
+        b_g_t = -b_g_x if OF == INVERSE else b_g
         b_g_s *= b_slope
         b_g_s = -b_g_s if OF == INVERSE else b_g_s
         if OF == REVERSE:
@@ -384,7 +385,8 @@ def affine_coupling_backward(
     flip: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`(grad_input, grad_params)`; a missing gradient counts as zero. Conditions as for `affine_coupling`."""
+    """`(grad_input, grad_params)`; what a missing gradient would have been multiplied by plays no part.
+    Conditions as for `affine_coupling`."""
     codes = (scale_map, split, layout, flip)
     of = INVERSE.value if inverse else FORWARD.value
     return _backward(grad_output, grad_ldj, input, params, None, codes, of)
@@ -410,6 +412,10 @@ def _backward(grad_output, grad_ldj, saved, params, rebuilt, codes, of):
     grad_input, grad_params = _empty_like(saved), _empty_like(params)
     if saved.numel() == 0:
         return grad_input, grad_params
+    if grad_output is None and grad_ldj is None:
+        if rebuilt is not None:
+            rebuilt.copy_(affine_coupling(saved, params, *codes, True)[0])
+        return grad_input.zero_(), grad_params.zero_()
     plan = _plan_of(saved, params, *codes)
     with torch.cuda.device_of(saved):
         _backward_kernel[plan.grid](

@@ -250,9 +250,12 @@ def _transposed_kernel(
             o_c = o_n * (2 * features) + feature
             b_log, b_slope = _scale_map.log_scale(tl.load(p_params + o_c, m_n, other=0.0), MAP)
             b_found = b_rest * _math.exp(-b_log)
-            b_x = tl.load(p_x + o_feature, m_n, other=0.0)
+            b_by_log = b_rest * tl.load(p_x + o_feature, m_n, other=0.0)
+            if p_grad_x is None:  # nothing sees the last feature's x, which may be infinite
+                b_found = tl.where(step < features, b_found, 0.0)
+                b_by_log = tl.where(step < features, b_by_log, 0.0)
             tl.store(p_solution + o_feature, b_found, m_n)
-            tl.store(p_cotangents + o_c, (b_found * b_x * _math.exp(b_log) + b_by_ldj) * b_slope, m_n)
+            tl.store(p_cotangents + o_c, (b_by_log + b_by_ldj) * b_slope, m_n)
             tl.store(p_cotangents + o_c + features, b_found, m_n)
             tl.debug_barrier()
 

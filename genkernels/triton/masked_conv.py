@@ -87,7 +87,7 @@ def _pixels(o_p, pixels, height, width):
     """Image (64-bit), place in it (64-bit), row and column of pixel numbers, which may run over the end."""
     o_p = tl.minimum(o_p, pixels.to(tl.int64) - 1)
     b_p = o_p.to(pixels.dtype)  # divided in 32 bits wherever they are enough
-    size = height * width
+    size = height.to(pixels.dtype) * width
     b_n = b_p // size
     b_hw = b_p - b_n * size
     b_h = b_hw // width

@@ -147,7 +147,8 @@ def test_info_names_each_backend_and_operator(capsys):
             assert line.rstrip().endswith(operator.kernels[name])
     head, *lines = cells.splitlines()
     assert [cell.strip() for cell in head.split("  ") if cell] == ["operator", *ops.FEATURES]
-    found = {line.split()[0]: line.split()[1:] for line in lines}
+    rows = [[cell.strip() for cell in line.split("  ") if cell] for line in lines]
+    found = {name: cells for name, *cells in rows}
     assert found == {o.name: [o.composability[f] for f in ops.FEATURES] for o in ops.OPERATORS.values()}
 
 

@@ -256,6 +256,70 @@ def test_none_among_the_gradients_is_a_zero(functions, device, poisoned_memory, 
                 assert torch.equal(ours, expected), f"{case}: {g is None=} {g_ldj is None=}"
 
 
+def alone(case, inputs, inverse):
+    """The gradients where the log-determinant alone is used, by the definition's autograd."""
+    leaves = [t.detach().cpu().requires_grad_() for t in (inputs.x, inputs.params)]
+    ldj = reference.affine_coupling(*leaves, *case.codes, inverse)[1]
+    if not ldj.requires_grad:
+        return [torch.zeros_like(t) for t in leaves]
+    return torch.autograd.grad(ldj, leaves, inputs.grad_ldj.cpu(), allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("layout,flip", [("halves", False), ("interleaved", True)])
+@pytest.mark.parametrize("scale_map", SCALE_MAPS)
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F64)], ids=str)
+def test_an_output_that_is_not_used_multiplies_nothing(functions, device, split, scale_map, layout, flip, dtypes):
+    """Neither infinite outputs nor infinite scales, which would make NaN of a zero, reach the log-determinant's
+    gradients."""
+    for shape in ((3, 2, 3, 5), (1, 2, 16, 72)):  # several samples a tile, several tiles a sample
+        case = Case(shape, split, scale_map, layout, flip, dtypes)
+        inputs = draw(case, device)
+        far = 800.0 if dtypes[0] == F64 else 95.0
+        inputs.params.view(-1)[::3] = far
+        inputs.params.view(-1)[1::3] = -far
+        inputs.x.view(-1)[::4] = inf
+        for inverse in (False, True):
+            last = (inputs.x, inputs.params, *case.codes, inverse)
+            found = functions.affine_coupling_backward(None, inputs.grad_ldj, *last)
+            for ours, exact in zip(found, alone(case, inputs, inverse), strict=True):
+                torch.testing.assert_close(ours.cpu(), exact, msg=lambda m, c=case: f"{c}: {m}")
+        last = (inputs.x, inputs.params, *case.codes)
+        rebuilt, *found = functions.affine_coupling_reverse(None, inputs.grad_ldj, *last)
+        back = functions.affine_coupling(*last, True)[0]
+        torch.testing.assert_close(rebuilt, back, rtol=0, atol=0, equal_nan=True)
+        for ours, exact in zip(found, alone(case, inputs, False), strict=True):
+            torch.testing.assert_close(ours.cpu(), exact, msg=lambda m, c=case: f"reverse {c}: {m}")
+
+
+def test_gradients_where_neither_output_is_used_are_zero_whatever_the_parameters(functions, device):
+    case = Case((2, 4, 3, 3), scale_map="tanh")
+    z, *_ = draw(case, device)
+    params = torch.full_like(z, nan)
+    for found in (
+        functions.affine_coupling_backward(None, None, z, params, *case.codes, False),
+        functions.affine_coupling_reverse(None, None, z, params, *case.codes)[1:],
+    ):
+        assert all(torch.equal(t, torch.zeros_like(t)) for t in found)
+
+
+@quick
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_log_determinant_alone_where_the_output_overflows(implementation, device, inverse):
+    """To the second order, through the public functions."""
+    s = torch.tensor([[-100.0 if inverse else 100.0, 0.5, -1.0, 2.0]], device=device).requires_grad_()
+    x = torch.ones(1, 8, device=device, requires_grad=True)
+    function = ops.affine_coupling_inverse if inverse else ops.affine_coupling
+    z, ldj = function(x, torch.cat([s.square() * s.sign(), torch.zeros_like(s)], 1))
+    assert z[0, 4].isinf()
+    first, by_x = torch.autograd.grad(ldj.sum(), (s, x), create_graph=True, allow_unused=True, materialize_grads=True)
+    (second,) = torch.autograd.grad(first.sum(), s)
+    sign = -1 if inverse else 1
+    torch.testing.assert_close(first.detach(), sign * 2 * s.detach().abs())
+    torch.testing.assert_close(second, sign * 2 * s.detach().sign())
+    assert torch.equal(by_x, torch.zeros_like(x))
+
+
 def test_expanded_gradients_and_inputs_are_left_alone(implementation, functions, device):
     case = Case((2, 4, 3, 3), dtypes=(F64, F64), spread=1.5)
     x, params, *_ = draw(case, device)
@@ -626,6 +690,32 @@ def test_the_compiled_operators_refuse_unknown_codes_and_wrong_pairs_of_dtypes(f
         functions.affine_coupling(x.bfloat16(), x, 0, 0, 0, False, False)
 
 
+@pytest.mark.implementations(only=("cpu", "cuda", "cuda emulated"))
+def test_the_compiled_operators_read_no_other_dtype_or_order(functions, device):
+    case = Case((2, 4, 3, 3))
+    x, params, grad, grad_ldj = draw(case, device)
+    last = (*case.codes, False)
+    for call in (
+        lambda: functions.affine_coupling(x.mT, params, *last),
+        lambda: functions.affine_coupling_backward(grad.double(), grad_ldj, x, params, *last),
+        lambda: functions.affine_coupling_backward(grad, grad_ldj.bfloat16(), x, params, *last),
+        lambda: functions.affine_coupling_reverse(grad, grad_ldj[:1].expand(2), x, params, *case.codes),
+    ):
+        with pytest.raises(RuntimeError, match="a kernel must be given contiguous float32 here"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
+def test_reverse_takes_gradients_of_any_dtype(implementation, device, dtype):
+    case = Case((2, 4, 3, 3), "checkerboard", "tanh")
+    z, params, grad_z, grad_ldj = draw(case, device)
+    grad_z, grad_ldj = grad_z.to(dtype), grad_ldj.to(dtype)
+    expected = ops.affine_coupling_reverse(grad_z.float(), grad_ldj.float(), z, params, **case.options)
+    for grads in ((grad_z, grad_ldj), (grad_z.float(), grad_ldj), (grad_z, grad_ldj.float())):
+        for ours, theirs in zip(ops.affine_coupling_reverse(*grads, z, params, **case.options), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_reverse_refuses_to_be_differentiated():
     if backends.why_missing("cpu"):
         pytest.skip("needs the compiled CPU library")
@@ -685,6 +775,16 @@ def test_reverse_refuses_to_be_differentiated():
             "grad_z must be [N, C, ...] = [2, 4, 3, 3]",
         ),
         (lambda x, p: ops.affine_coupling_reverse(x, x, x, p), ValueError, "grad_ldj must be [N] = [2]"),
+        (
+            lambda x, p: ops.affine_coupling_reverse(x, x[:, 0, 0, 0].to("meta"), x, p),
+            ValueError,
+            "z and grad_ldj must be on one device, got cpu and meta",
+        ),
+        (
+            lambda x, p: ops.affine_coupling_reverse(x.long(), None, x, p),
+            TypeError,
+            "grad_z must be float64, float32, bfloat16 or float16, got torch.int64",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(call, error, sentence):

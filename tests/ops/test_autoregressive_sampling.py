@@ -514,6 +514,13 @@ def test_a_mean_that_is_not_a_number_passes_on_to_later_channels(device):
         assert bool(ours[:, 1:].any()) == first
 
 
+def test_noise_that_fp32_rounds_to_1_stays_below(device):
+    """A level without probability is not drawn."""
+    bias = torch.tensor([0.0, 0.0, 0.0, -math.inf], device=device)
+    stages = [Stage(((0, torch.zeros(4, 1, 1, 1, device=device)),), bias=bias)]
+    assert sample(stages, torch.full((1, 1, 1, 1), 1 - 2.0**-40, dtype=F64, device=device), levels=4).item() == 2
+
+
 @quick
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e39, 1e300])
@@ -611,6 +618,11 @@ BAD = {
     "no stages": ([], {}, "stages must hold at least one Stage, got none"),
     "levels": (one(), {"levels": 4}, r"last plane must have C \* levels = 1 \* 4 = 4 channels, got 3"),
     "one level": (one(), {"levels": 1}, "levels must be an integer of at least 2, got 1"),
+    "levels of a mixture": (
+        one(),
+        {"levels": 65537, "head": "logistic_mixture"},
+        "levels must be an integer from 2 to 65536, got 65537",
+    ),
     "head": (one(), {"head": "normal"}, "head must be one of categorical, logistic_mixture, got 'normal'"),
     "mixture noise": (
         one(),
@@ -680,6 +692,13 @@ def test_channel_groups_at_the_centre(plane):
             continue
         with pytest.raises(ValueError, match=f"weight of plane {plane} must be 0 at the centre but for channel groups"):
             sample(stages, noise, levels=2)
+
+
+def test_what_is_checked_does_not_follow_the_default_device():
+    noise, stages = torch.rand(1, 3, 2, 2), [Stage(((0, torch.zeros(6, 3, 1, 1)),), bias=torch.zeros(6))]
+    expected = sample(stages, noise, levels=2)
+    with torch.device("meta"):
+        assert torch.equal(sample(stages, noise, levels=2), expected)
 
 
 def test_groups_must_divide_every_plane():

@@ -469,6 +469,14 @@ def test_a_nan_logit_takes_the_first_component(implementation, device, which, te
         assert torch.equal(ours, ops.logistic_mixture_sample(params, noise, levels=17, temperature=temperature))
 
 
+def test_noise_that_fp32_rounds_to_1_stays_below(implementation, device):
+    """A component without probability is not drawn."""
+    params = torch.tensor([0.0, -float("inf"), -0.5, 0.5, -7.0, -7.0], device=device).view(1, 6, 1)
+    noise = torch.tensor([1 - 2.0**-40, 0.5], dtype=torch.float64, device=device).view(1, 2, 1)
+    drawn = ops.logistic_mixture_sample(params, noise)
+    assert drawn.item() == ops.logistic_mixture_sample(params.double(), noise).item() == 64
+
+
 def test_the_later_channels_follow_the_coefficients(implementation, device):
     """Narrow components: the draw is the mean, shifted by tanh(coefficient) times the earlier channels' drawn
     values."""
@@ -566,6 +574,11 @@ def test_a_loss_trains_under_compile():
             lambda p, x: ops.logistic_mixture_nll(p, x, levels=256.0),
             ValueError,
             "levels must be an integer from 2 to 65536, got 256.0",
+        ),
+        (
+            lambda p, x: ops.logistic_mixture_nll(p, x.bfloat16(), levels=513),
+            ValueError,
+            "x must be of a dtype that tells 513 levels apart, bfloat16 tells 512",
         ),
         (
             lambda p, x: ops.logistic_mixture_sample(p, x),

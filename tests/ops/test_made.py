@@ -293,6 +293,45 @@ def test_a_missing_gradient_is_a_zero(implementation, device, missing):
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
+def with_constant(case, value, dtype=F32):
+    """The case in `dtype`, the log-scale of the last step's feature being `value` whatever is seen."""
+    z, weights, biases, order, counts, options = case
+    weights, biases = [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
+    weights[-1][order[-1]], biases[-1][order[-1]] = 0, value
+    context = options["context"] if options["context"] is None else options["context"].to(dtype)
+    return z.to(dtype), weights, biases, order, counts, {**options, "context": context}
+
+
+@inverse
+@pytest.mark.parametrize("options", [{}, {"residual": True, "context": True, "order": "random"}], ids=str)
+def test_a_feature_that_nothing_uses_multiplies_nothing(implementation, device, options):
+    """Of the log-determinant alone the last step's x is no part, however large it is: its gradients are those of
+    another constant log-scale."""
+    case = network(3, (4, 4, 4), batch=2, device=device, **options)
+    grads = None, torch.ones(2, device=device)
+    found, usual = (run_inverse(*with_constant(case, value), grads=grads) for value in (-120.0, 0.5))
+    assert found["x"].isinf().any()
+    for name, value in found.items():
+        if name.startswith("grad "):
+            torch.testing.assert_close(value, usual[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@inverse
+def test_gradients_where_the_scale_overflows(implementation, device):
+    """x is nearly lost there, its gradients are nearly zero: a scale that is infinite does not make NaN of them."""
+    case = network(3, (4, 4), batch=2, order="random", device=device)
+    for value in (95.0, 120.0):
+        narrow, wide = with_constant(case, value), with_constant(case, value, F64)
+        grads = [torch.ones_like(narrow[0]), torch.ones(2, device=device)]
+        found = run_inverse(*narrow, grads=grads)
+        with gk.use_backend("reference"):
+            exact = run_inverse(*wide, grads=[g.double() for g in grads])
+        for name, value in found.items():
+            torch.testing.assert_close(
+                value.double(), exact[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
 @inverse
 @pytest.mark.parametrize("scale_map", SCALE_MAPS)
 def test_it_is_the_inverse(implementation, device, scale_map):

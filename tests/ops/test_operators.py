@@ -1,6 +1,11 @@
 """What every operator must have and do: the conformance test, and the composability table cell by cell."""
 
+import functools
 import importlib
+import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,11 +17,13 @@ import genkernels as gk
 from genkernels import backends, ops
 from genkernels.ops import _operator
 from genkernels.ops._gradients import Refused
+from genkernels.ops._operator import EAGER, KERNEL, NOT_TRIED, RAISES, REFERENCE
 from tests.ops.samples import FURTHER, LOWER_UNDER_AUTOCAST, SAMPLES
 
 ROOT = Path(gk.__file__).parent
 REPOSITORY = ROOT.parent
 OPERATORS = sorted(ops.OPERATORS)
+F64 = torch.float64
 EXAMPLES = sorted([*OPERATORS, *FURTHER])
 needs_kernels = pytest.mark.skipif(backends.why_missing("cpu") is not None, reason="the CPU library is not built")
 
@@ -53,7 +60,9 @@ def test_has_all_that_an_operator_needs(name):
     assert (REPOSITORY / f"docs/{name}.md").exists()
     assert name in SAMPLES
     assert set(operator.composability) == set(_operator.FEATURES)
-    assert set(operator.composability.values()) <= {"kernel", "reference", "raises"}
+    for feature, cell in operator.composability.items():
+        only_here = {EAGER: "double backward inside compile", NOT_TRIED: "CUDA graph capture"}
+        assert cell in (KERNEL, REFERENCE, RAISES) or only_here.get(cell) == feature
     for function in operator.functions:
         assert getattr(ops, function.__name__) is function
         for part in ("Equivalent to", "Args:", "Returns:"):
@@ -85,7 +94,7 @@ def composability(example):
 def is_differentiable(name):
     """Operators whose backward raises (they draw integers) are held to that sentence wherever a gradient is asked
     for."""
-    return composability(name)["backward"] != "raises"
+    return composability(name)["backward"] != RAISES
 
 
 def refusal(name):
@@ -111,8 +120,9 @@ def on_reference(action):
 class Cells:
     """Each method exercises one cell: returns (the operators that ran, ours, expected)."""
 
-    def __init__(self, name):
-        self.function, self.tensors = SAMPLES[name]()
+    def __init__(self, name, device="cpu"):
+        self.name = name
+        self.function, self.tensors = SAMPLES[name](device)
         self.differentiable = is_differentiable(name)
         self.lowers = name in LOWER_UNDER_AUTOCAST
 
@@ -162,6 +172,17 @@ class Cells:
         ours = torch.compile(self.function, fullgraph=True, backend=capture)(*self.tensors)
         return seen, ours, on_reference(lambda: self.function(*self.tensors))
 
+    def double_backward_inside_compile(self):
+        for backend in ("eager", "aot_eager"):
+            torch._dynamo.reset()
+            compiled = torch.compile(self.function, fullgraph=True, backend=backend)
+            if backend == "eager":
+                ours = second_order(compiled, self.tensors)
+                continue
+            with pytest.raises(RuntimeError, match="does not currently support double backward"):
+                second_order(compiled, self.tensors)
+        return [], ours, on_reference(lambda: second_order(self.function, self.tensors))
+
     def autocast(self):
         tensors = [t.float() for t in self.tensors]
         half = [tensors[0], *(t.bfloat16() for t in tensors[1:])]
@@ -185,15 +206,67 @@ class Cells:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         return names, again, expected
 
+    def cuda_graph_capture(self):
+        """A captured call, with its gradients, replays on other numbers."""
+
+        def action():
+            return grads_of(self.function, self.tensors)[0] if self.differentiable else self.function(*self.tensors)
+
+        before = [t.clone() for t in self.tensors]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            action()  # loads modules, compiles Triton
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), Calls() as calls:
+            captured = action()
+        for t, values in zip(self.tensors, before, strict=True):
+            t.copy_(values.flip(0))
+        graph.replay()
+        torch.cuda.synchronize()
+        return calls.names, captured, on_reference(action)
+
+    def ddp_hooks(self):
+        """In two processes, which say what is wrong; here it is only asked whether kernels run."""
+        if not self.differentiable:
+            return grads_of(self.function, self.tensors)
+        found = {case: what for case, what in in_two_processes().items() if case.startswith(f"{self.name}, ")}
+        assert len(found) == 4 and not any(found.values()), found
+        return self.backward()
+
+
+@functools.cache
+def in_two_processes() -> dict[str, str]:
+    """What tests/ops/ddp_rank.py finds wrong, by case."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tests.ops.ddp_rank"]
+        files = [Path(folder, f"result {rank}") for rank in range(2)]
+        ranks = [
+            subprocess.Popen([*command, str(rank), f"{folder}/store", file], cwd=REPOSITORY, stderr=subprocess.PIPE)
+            for rank, file in enumerate(files)
+        ]
+        try:
+            errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0], errors
+        first, second = (json.loads(file.read_text()) for file in files)
+        return {case: what or second[case] for case, what in first.items()}
+
+
+needs_a_gpu = {"CUDA graph capture": pytest.mark.gpu}
+
 
 @needs_kernels
-@pytest.mark.parametrize("feature", _operator.FEATURES)
+@pytest.mark.parametrize("feature", [pytest.param(f, marks=needs_a_gpu.get(f, ())) for f in _operator.FEATURES])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_composability_cell(name, feature):
     promised = composability(name)[feature]
-    cells = Cells(name)
-    action = getattr(cells, feature.replace(" ", "_"))
-    if promised == "raises":
+    cells = Cells(name, "cuda" if feature in needs_a_gpu else "cpu")
+    action = getattr(cells, feature.replace(" ", "_").lower())
+    if promised == RAISES:
         with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=name):
             action()
         return
@@ -201,7 +274,8 @@ def test_composability_cell(name, feature):
     # two bf16 results each round by themselves
     apart = {"rtol": 2e-2, "atol": 2e-2} if feature == "autocast" and cells.lowers else {}
     torch.testing.assert_close(tuple(ours), tuple(expected), **apart)
-    assert bool(ran) == (promised == "kernel"), f"{feature}: promised {promised}, ran {ran or 'the reference'}"
+    if promised != NOT_TRIED:
+        assert bool(ran) == (promised == KERNEL), f"{feature}: promised {promised}, ran {ran or 'the reference'}"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -231,6 +305,99 @@ def test_activation_checkpoints(name):
     ours = torch.autograd.grad(sum((o * o).sum() for o in outputs), leaves)
     expected = on_reference(lambda: grads_of(function, tensors)[0])
     torch.testing.assert_close(tuple(ours), tuple(expected))
+
+
+class Unused(torch.autograd.Function):
+    """A sum that is not differentiated: no gradient arrives at what it took."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.count = len(tensors)
+        return sum(t.sum() for t in tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (None,) * ctx.count
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_where_no_gradient_arrives_none_is_given(name):
+    """As with torch's own operators: a zero in its place would meet infinities."""
+    if not is_differentiable(name):
+        pytest.skip("it has no backward pass")
+    function, tensors = SAMPLES[name]()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    assert torch.autograd.grad(Unused.apply(*function(*leaves)), leaves, allow_unused=True) == (None,) * len(leaves)
+
+
+def gradients_of(name, tensors, **hooks):
+    """Those of the sum of squares, of a pass under `saved_tensors_hooks` where they are given."""
+    function, _ = SAMPLES[name]()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    with torch.autograd.graph.saved_tensors_hooks(**hooks):
+        outputs = function(*leaves)
+    return torch.autograd.grad(sum((o * o).sum() for o in outputs), leaves)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_saved_tensors_come_back_in_any_order_of_memory(name):
+    """A hook that moves them away and back owes nobody their strides; their dtype it does."""
+    if not is_differentiable(name):
+        pytest.skip("it has no backward pass")
+    tensors = SAMPLES[name]()[1]
+
+    def back(t):
+        return t[..., None].expand(*t.shape, 2).contiguous()[..., 0]
+
+    found = gradients_of(name, tensors, pack_hook=lambda t: t, unpack_hook=back)
+    expected = on_reference(lambda: grads_of(SAMPLES[name]()[0], tensors)[0])
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    with pytest.raises(RuntimeError, match="must (be given contiguous|have one of the dtypes)"):
+        gradients_of(name, tensors, pack_hook=lambda t: t, unpack_hook=lambda t: t.half() if t.dtype == F64 else t)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_recorded_backward_pass_in_forward_mode_and_mapped_over(name):
+    """``jvp`` of a ``vjp`` whose forward pass ran before: registered operators would give zero tangents in silence."""
+    if not is_differentiable(name):
+        pytest.skip("it has no backward pass")
+    function, tensors = SAMPLES[name]()
+
+    def tangents():
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        output = function(*leaves)[0]
+
+        def vjp(v):
+            return torch.autograd.grad(output, leaves, v, create_graph=True, retain_graph=True)
+
+        ones, along = torch.ones_like(output), torch.full_like(output, 0.3)
+        with torch.autograd.forward_ad.dual_level():
+            dual = [
+                torch.autograd.forward_ad.unpack_dual(g) for g in vjp(torch.autograd.forward_ad.make_dual(ones, along))
+            ]
+        mapped = torch.func.vmap(vjp)(torch.stack([ones, along]))
+        return *torch.func.jvp(vjp, (ones,), (along,))[1], *(d.tangent for d in dual), *mapped
+
+    found, expected = tangents(), on_reference(tangents)
+    torch.testing.assert_close(found, expected)
+    assert all(t.abs().sum() > 0 for t in expected)
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - LOWER_UNDER_AUTOCAST))
+def test_second_derivatives_inside_autocast_stay_in_fp32(name):
+    if not is_differentiable(name):
+        pytest.skip("it has no backward pass")
+    function, tensors = SAMPLES[name](dtype=torch.float32)
+
+    def penalty(inside):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = sum((o * o).sum() for o in function(*leaves))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            grads = torch.autograd.grad(loss, leaves, create_graph=True)
+            return torch.autograd.grad(sum((g * g).sum() for g in grads), leaves)
+
+    torch.testing.assert_close(penalty(True), penalty(False))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

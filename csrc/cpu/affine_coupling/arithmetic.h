@@ -77,6 +77,7 @@ template <typename T>
 struct Backward {
   void (*tile)(int64_t n, const T* g, const T* gl, const T* x, const T* s, const T* t, T* gx, T* gs, T* gt);
   void (*row)(int64_t n, const T* g, T gl, const T* x, const T* s, const T* t, T* gx, T* gs, T* gt);
+  void (*log_det)(int64_t n, const T* gl, const T* s, T* gs);
 };
 
 template <ScaleMap M, typename T, bool Inverse>
@@ -107,6 +108,17 @@ void backward_row(int64_t n, const T* __restrict g, T gl, const T* __restrict x,
   for (int64_t i = 0; i < n; ++i) backward_element<M, T, Inverse>(g[i], gl, x[i], s[i], t[i], gx[i], gs[i], gt[i]);
 }
 
+// The gradient of the log-determinant alone: nothing else is multiplied, so that no infinity meets a zero.
+template <ScaleMap M, typename T, bool Inverse>
+void log_det_tile(int64_t n, const T* __restrict gl, const T* __restrict s, T* __restrict gs) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T log_scale, scale, slope;
+    scale_map<M>(s[i], log_scale, scale, slope);
+    gs[i] = (Inverse ? -gl[i] : gl[i]) * slope;
+  }
+}
+
 template <ScaleMap M, typename T>
 Forward<T> forward_of(bool inverse) {
   return inverse ? Forward<T>{forward_tile<M, T, true>, forward_row<M, T, true>}
@@ -114,8 +126,8 @@ Forward<T> forward_of(bool inverse) {
 }
 template <ScaleMap M, typename T>
 Backward<T> backward_of(bool inverse) {
-  return inverse ? Backward<T>{backward_tile<M, T, true>, backward_row<M, T, true>}
-                 : Backward<T>{backward_tile<M, T, false>, backward_row<M, T, false>};
+  return inverse ? Backward<T>{backward_tile<M, T, true>, backward_row<M, T, true>, log_det_tile<M, T, true>}
+                 : Backward<T>{backward_tile<M, T, false>, backward_row<M, T, false>, log_det_tile<M, T, false>};
 }
 
 template <typename T>

@@ -297,10 +297,16 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
       scale_row(net.map, s, log_scale, scale, slope, width);
       const T* g = given + i * width;
       const T* x = c.x + i * width;
+      if (!grad_x && i == D - 1) {  // nothing sees the last feature's x, which may be infinite
+        std::fill_n(out, width, T(0));
+        std::fill_n(t, width, T(0));
+        for (int64_t n = 0; n < width; ++n) s[n] = by_ldj[n] * slope[n];
+        continue;
+      }
       for (int64_t n = 0; n < width; ++n) {
-        const T found = (g[n] - out[n]) * math::exp(-log_scale[n]);
+        const T by_x = g[n] - out[n], found = by_x * math::exp(-log_scale[n]);
         out[n] = found;
-        s[n] = (found * x[n] * scale[n] + by_ldj[n]) * slope[n];
+        s[n] = (by_x * x[n] + by_ldj[n]) * slope[n];
         t[n] = found;
       }
     }
