@@ -19,7 +19,8 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # with a name, one without a number loses its words
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -100,7 +100,10 @@ def _recording(run: Any, reference: Callable, formula: Formula) -> Callable:
 
     # runs with autograd in reach: reading saved tensors may run a checkpoint's forward pass again
     def backward(ctx, *grad_outputs):
-        return _guarded(formula.backward, ctx, grad_outputs) or (None,) * len(schema.arguments)
+        for grad in grad_outputs:
+            if grad is not None:
+                return formula.backward(ctx, *grad_outputs)
+        return (None,) * len(schema.arguments)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"{run._opname}_gradient", (torch.autograd.Function,), members)
@@ -114,18 +117,6 @@ def _recording(run: Any, reference: Callable, formula: Formula) -> Callable:
             return run(*arguments)
 
     return call
-
-
-def _guarded(backward: Callable, ctx: Any, grad_outputs: Sequence[Tensor | None]) -> tuple | None:
-    """The gradients, None where none arrived. The forward pass has settled the dtypes: under autocast a product of the
-    backward pass would take a lower one."""
-    given = next((grad for grad in grad_outputs if grad is not None), None)
-    if given is None:
-        return None
-    if autocast.active(given):
-        with autocast.kept_out(given):
-            return backward(ctx, *grad_outputs)
-    return backward(ctx, *grad_outputs)
 
 
 def _recording_lists(run: Any, reference: Callable, formula: Formula) -> Callable:
@@ -147,15 +138,14 @@ def _recording_lists(run: Any, reference: Callable, formula: Formula) -> Callabl
 
     def backward(ctx, *grad_outputs):
         needs = ctx.needs_input_grad
+        if all(grad is None for grad in grad_outputs):
+            return (None,) * len(needs)
         ctx.needs_input_grad = tuple(_nested(needs[1:], lists, ctx.lengths))
         try:
-            grads = _guarded(in_lists, ctx, grad_outputs)
+            grads = formula.backward(ctx, *((list(grad_outputs),) if gives_list else grad_outputs))
         finally:
             ctx.needs_input_grad = needs
-        return (None, *_flat(grads, lists, ctx.lengths)) if grads else (None,) * len(needs)
-
-    def in_lists(ctx, *grad_outputs):
-        return formula.backward(ctx, list(grad_outputs)) if gives_list else formula.backward(ctx, *grad_outputs)
+        return None, *_flat(grads, lists, ctx.lengths)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"{run._opname}_gradient", (torch.autograd.Function,), members)
@@ -211,7 +201,9 @@ def _through(reference: Callable) -> Formula:
         wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         higher = torch.is_grad_enabled()
         grads: list[Tensor | None] = [None] * len(leaves)
-        with torch.enable_grad():
+        # the forward pass has settled the dtypes: under autocast a product would take a lower one
+        kept_out = autocast.kept_out(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        with torch.enable_grad(), kept_out:
             if not higher:
                 for i in wanted:
                     leaves[i] = leaves[i].detach().requires_grad_()

@@ -185,7 +185,8 @@ def _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, resi
         return by_z, None if context is None else by_context, by_layers[0::2], by_layers[1::2]
     dense = [None if t is None else t.contiguous() for t in (grad_x, grad_ldj, x, context, order, counts)]
     layers = [[t.contiguous() for t in tensors] for tensors in (weights, biases)]
-    by_z, by_context, *by_layers = INVERSE_BACKWARD.run(*dense[:4], *layers, *dense[4:], residual, scale_map)
+    with autocast.kept_out(x):  # GPUs multiply by torch here
+        by_z, by_context, *by_layers = INVERSE_BACKWARD.run(*dense[:4], *layers, *dense[4:], residual, scale_map)
     return by_z, None if context is None else by_context, by_layers[0::2], by_layers[1::2]
 
 
