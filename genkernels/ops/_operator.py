@@ -110,6 +110,7 @@ class Operator:
         op.run = getattr(torch.ops.genkernels, name).default
         types = [str(argument.type) for argument in op.run._schema.arguments]
         op.tensors = [i for i, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]")]
+        op.lists = [i for i, kind in enumerate(types) if kind == "List[Tensor]"]
         LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"genkernels::{name}", fake, lib=LIBRARY)
         if op.has("cuda"):
@@ -160,6 +161,7 @@ class TorchOp:
     prefers: str | Callable[..., str]
     run: Any = None  #: the torch operator itself
     tensors: list[int] = field(default_factory=list)  #: the places of its tensors among its arguments
+    lists: list[int] = field(default_factory=list)  #: and of its lists of tensors
 
     def has(self, backend: str) -> bool:
         return self.kernels.get(backend) == ""
@@ -182,13 +184,20 @@ class TorchOp:
         return self._backend_for(arguments) == "reference" or transforms_active()
 
     def __call__(self, *arguments):
-        """The reference or the kernel, which wants its tensors dense."""
+        """The reference or the kernel."""
         if self._backend_for(arguments) == "reference" or transforms_active():
             return self.reference(*arguments)
+        return self.dense(*arguments)
+
+    def dense(self, *arguments):
+        """The torch operator with its tensors made dense, as kernels want them. What a gradient calls: neither what
+        arrives there nor a saved tensor that a hook gives back need be."""
         dense = list(arguments)
         for i in self.tensors:
             if dense[i] is not None:
                 dense[i] = dense[i].contiguous()
+        for i in self.lists:
+            dense[i] = [t.contiguous() for t in dense[i]]
         return self.run(*dense)
 
     def launch(self, *arguments):

@@ -130,12 +130,12 @@ def affine_coupling_reverse(
     ):
         if grad is not None:
             checks.shape(NAME, label, grad, expected, meaning)
-    dense = _dense(grad_z, z.dtype), _dense(grad_ldj, autocast.work_dtype(z)), z.contiguous(), params.contiguous()
-    arguments = (*dense, *codes, flip)
+    grad_z, grad_ldj = _as(z.dtype, grad_z), _as(autocast.work_dtype(z), grad_ldj)
+    arguments = (grad_z, grad_ldj, z, params, *codes, flip)
     if REVERSE.runs_reference(*arguments):
         with torch.no_grad():
             return reference.affine_coupling_reverse(*arguments)
-    return REVERSE.run(*arguments)
+    return REVERSE.dense(*arguments)
 
 
 def _couple(x, params, scale_map, split, layout, flip, inverse):
@@ -143,8 +143,8 @@ def _couple(x, params, scale_map, split, layout, flip, inverse):
     return COUPLING(*_one_pair(x, params), *codes, flip, inverse)
 
 
-def _dense(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if t is None else (t if dtype is None else t.to(dtype)).contiguous()
+def _as(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -218,8 +218,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_output, grad_ldj):
-    tensors = (grad_output, grad_ldj, *ctx.saved_tensors)
-    grads = BACKWARD.run(*map(_dense, tensors), *ctx.attributes)
+    grads = BACKWARD.dense(grad_output, grad_ldj, *ctx.saved_tensors, *ctx.attributes)
     return *grads, *[None] * len(ctx.attributes)
 
 

@@ -127,8 +127,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         raise RuntimeError(f"{NAME}: the torch operator has no gradient by x; genkernels.ops.logistic_mixture_nll has")
-    dense = (t.contiguous() for t in (grad, *ctx.saved_tensors))
-    return BACKWARD.run(*dense, ctx.levels), None, None
+    return BACKWARD.dense(grad, *ctx.saved_tensors, ctx.levels), None, None
 
 
 OPERATOR = Operator(

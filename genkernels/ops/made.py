@@ -179,14 +179,11 @@ def _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, resi
     """``(grad_z, grad_context, grad_weights, grad_biases)``, or None where nothing arrived."""
     if grad_x is None and grad_ldj is None:
         return None
-    if transforms_active():  # a recorded pass that is mapped over: lists of tensors have no fallback under vmap
-        arguments = grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map
-        by_z, by_context, *by_layers = reference.made_inverse_backward(*arguments)
-        return by_z, None if context is None else by_context, by_layers[0::2], by_layers[1::2]
-    dense = [None if t is None else t.contiguous() for t in (grad_x, grad_ldj, x, context, order, counts)]
-    layers = [[t.contiguous() for t in tensors] for tensors in (weights, biases)]
+    arguments = grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map
+    # a recorded pass that is mapped over takes the reference: lists of tensors have no fallback under vmap
+    run = reference.made_inverse_backward if transforms_active() else INVERSE_BACKWARD.dense
     with autocast.kept_out(x):  # GPUs multiply by torch here
-        by_z, by_context, *by_layers = INVERSE_BACKWARD.run(*dense[:4], *layers, *dense[4:], residual, scale_map)
+        by_z, by_context, *by_layers = run(*arguments)
     return by_z, None if context is None else by_context, by_layers[0::2], by_layers[1::2]
 
 
@@ -210,11 +207,11 @@ def _setup_linear(ctx, inputs, output):
 
 
 def _backward_linear(ctx, grad):
-    grad, input, weight, in_degrees, out_degrees = (t.contiguous() for t in (grad, *ctx.saved_tensors))
+    input, weight, in_degrees, out_degrees = ctx.saved_tensors
     wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     degrees = (in_degrees, out_degrees, ctx.strict)
-    by_input = LINEAR_GRAD_INPUT.run(grad, weight, *degrees) if wants_input else None
-    by_weight = LINEAR_GRAD_WEIGHT.run(grad, input, *degrees) if wants_weight else None
+    by_input = LINEAR_GRAD_INPUT.dense(grad, weight, *degrees) if wants_input else None
+    by_weight = LINEAR_GRAD_WEIGHT.dense(grad, input, *degrees) if wants_weight else None
     return by_input, by_weight, grad.sum(0) if ctx.has_bias and wants_bias else None, None, None, None
 
 

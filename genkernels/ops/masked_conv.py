@@ -196,8 +196,7 @@ def _backward(ctx, grad_output, grad_pre):
     grads: list[Tensor | None] = [None] * 4
     if any(asked):
         x, weight, state = ctx.saved_tensors
-        dense = (None if t is None else t.contiguous() for t in (grad_output, grad_pre, state, x, weight))
-        results = BACKWARD.run(*dense, *ctx.codes, ctx.condition_rank, *asked)
+        results = BACKWARD.dense(grad_output, grad_pre, state, x, weight, *ctx.codes, ctx.condition_rank, *asked)
         grads = [g if wants else None for g, wants in zip(results, asked, strict=True)]
     if passes:
         grads[3] = grad_output
