@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,8 @@ def discretized_logistic_mixture_nll(params: Tensor, x: Tensor, levels: int = 25
     """Negative log-likelihood of images under the mixtures that a network gave for their pixels (PixelCNN++).
 
     Equivalent to ``genkernels.ops.logistic_mixture_nll(params, x, levels=levels)``, and, on the CPU, outside of
-    ``torch.compile`` and of functorch's transforms, a check that x lies in [−1, 1]. Elsewhere a value beyond counts as
-    the end.
+    ``torch.compile`` and of functorch's transforms, a check that x lies in [−1, 1] and a warning where it is off the
+    levels. Elsewhere a value beyond counts as the end.
 
     Args:
         params: ``[N, 3*K, H, W]`` for one channel, ``[N, 10*K, H, W]`` for three; layout as in
@@ -36,6 +38,13 @@ def discretized_logistic_mixture_nll(params: Tensor, x: Tensor, levels: int = 25
             raise ValueError(
                 f"discretized_logistic_mixture_nll: x must lie in [-1, 1], at 2 * i / (levels - 1) - 1 for level i, "
                 f"got values from {low:g} to {high:g}"
+            )
+        index = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) + 1) * ((levels - 1) / 2)
+        if (index - index.round()).abs().amax() > max(1e-3, levels * torch.finfo(x.dtype).eps):
+            warnings.warn(
+                "discretized_logistic_mixture_nll: some values of x are off the levels 2 * i / (levels - 1) - 1, "
+                f"levels={levels}: images in [0, 1] are 2 * x - 1",
+                stacklevel=2,
             )
     return nll
 
@@ -63,7 +72,8 @@ def sample_logistic_mixture(
         channels: 1 or 3; needed where the number of parameters is a multiple of 30, which either has.
 
     Returns:
-        ``[N, C, H, W]`` in [−1, 1], at levels, fp32 (fp64 for fp64 params). It carries no graph.
+        ``[N, C, H, W]`` in [−1, 1], at levels, fp32 (fp64 for fp64 params), NaN at pixels whose params hold one. It
+        carries no graph.
 
     Raises:
         ValueError: a shape or an option is wrong, or channels cannot be told. TypeError: a dtype is.
@@ -89,4 +99,5 @@ def sample_logistic_mixture(
     device = params.device if generator is None else generator.device
     noise = torch.rand(shape, generator=generator, device=device, dtype=work).to(params.device)
     index = ops.logistic_mixture_sample(params, noise, levels=levels, temperature=temperature)
-    return 2 * index.to(work) / (levels - 1) - 1
+    drawn = 2 * index.to(work) / (levels - 1) - 1
+    return drawn.masked_fill(params.detach().isnan().any(1, keepdim=True), torch.nan)  # an integer holds none

@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from genkernels._words import UsageError, nearest
 from genkernels.models._arguments import recorded
 from genkernels.models._registry import names_taking
+from genkernels.nn._buffers import follow_assigned
+from genkernels.nn._modes import in_mode
 from genkernels.nn._values import readable
 
 if TYPE_CHECKING:
@@ -77,10 +79,17 @@ class Estimate:
 
     @classmethod
     def of(cls, name: str, unit: str, values: Tensor, lower_is_better: bool = True) -> Estimate:
-        """The mean of one value an example, ``[N]``; of none it is NaN."""
+        """The mean of one value an example, ``[N]``; of none it is NaN.
+
+        Raises:
+            ValueError: the values are not ``[N]``.
+        """
+        if values.dim() != 1:
+            raise ValueError(f"Estimate: the values of {name} must be [N], one an example, got {list(values.shape)}")
         values = values.detach().double()
-        sums = torch.stack([values.sum(), (values * values).sum()]).tolist()
-        return cls._from_sums(name, unit, *sums, len(values), lower_is_better)
+        mean = values.mean()
+        moments = torch.stack([mean, (values - mean).square().mean()]).tolist()
+        return cls._from_moments(name, unit, *moments, len(values), lower_is_better)
 
     @classmethod
     def pooled(cls, parts: Sequence[Estimate]) -> Estimate:
@@ -88,17 +97,14 @@ class Estimate:
         seen = [part for part in parts if part.examples]
         if not seen:
             return parts[0]
-        total = math.fsum(part.value * part.examples for part in seen)
-        squares = math.fsum(
-            part.examples * (part.examples * part.standard_error**2 + part.value * part.value) for part in seen
-        )
         first, count = seen[0], sum(part.examples for part in seen)
-        return cls._from_sums(first.name, first.unit, total, squares, count, first.lower_is_better)
+        mean = sum(part.value * part.examples for part in seen) / count
+        errors, offsets = [part.standard_error for part in seen], [part.value - mean for part in seen]
+        squares = (p.examples * (p.examples * e * e + o * o) for p, e, o in zip(seen, errors, offsets, strict=True))
+        return cls._from_moments(first.name, first.unit, mean, sum(squares) / count, count, first.lower_is_better)
 
     @classmethod
-    def _from_sums(cls, name, unit, total, squares, count, lower_is_better) -> Estimate:
-        mean = total / count if count else math.nan
-        variance = max(0.0, squares / count - mean * mean) if math.isfinite(mean) else math.nan
+    def _from_moments(cls, name, unit, mean, variance, count, lower_is_better) -> Estimate:
         error = math.sqrt(variance / count) if count else math.nan
         return cls(name, unit, mean, error, count, lower_is_better)
 
@@ -235,6 +241,11 @@ class Model(nn.Module):
 
     # --- helpers --------------------------------------------------------------------------------------------------
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if local_metadata.get("assign_to_params_buffers"):
+            follow_assigned(self, state_dict)
+
     def _check_sample(self, n: int, temperature: float, generator: torch.Generator | None) -> None:
         name = type(self).__name__
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
@@ -296,8 +307,10 @@ class LikelihoodModel(Model):
         return {"loss": self.loss(x, y)}
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
-        """``bits_per_dim`` of images, ``nats`` (the mean negative log-density) of points."""
+        """``bits_per_dim`` of images, ``nats`` (the mean negative log-density) of points; in evaluation mode, without a
+        graph."""
         image = len(self.shape) == 3
-        values = [self.bits_per_dim(x, y) if image else -self.log_prob(x, y) for x, y in batches]
+        with in_mode(self, training=False), torch.no_grad():
+            values = [self.bits_per_dim(x, y) if image else -self.log_prob(x, y) for x, y in batches]
         name, unit = ("bits_per_dim", "bits/dim") if image else ("nats", "nats")
         return {name: Estimate.of(name, unit, torch.cat(values) if values else torch.empty(0))}

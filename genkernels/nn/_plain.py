@@ -13,21 +13,23 @@ from torch.nn.modules import module as modules
 
 def plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether `module` is exactly a `cls`, parametrised (``torch.nn.utils.parametrizations``) or not, without hooks of
-    its own or for all modules and without a ``forward`` of its own."""
+    its own or for all modules and without a ``forward`` or an ``inverse`` of its own."""
     kind = type(module)
     if kind is not cls and not ("parametrizations" in module._modules and kind.__bases__ == (cls,)):
         return False
-    return not (hooked(module) or "forward" in module.__dict__)
+    return not hooked(module)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling a module runs more than its ``forward``."""
+    """Whether calling or inverting a module runs anything but its class's ``forward`` and ``inverse``."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or modules._has_any_global_hook()
+        or "forward" in module.__dict__
+        or "inverse" in module.__dict__
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 class Seen:
     """The tensor that a module last looked at, and the version it had then.
 
-    A change in place gives a tensor another version (``copy_``, ``load_state_dict``, an average, a broadcast of DDP),
-    and what replaces it is another tensor: a module that keeps in Python what follows from a buffer looks again
-    wherever `holds` is False, and reads its device at no other time. Within one `DistributedDataParallel` a second look
-    is spared: it broadcasts its buffers anew for every pass.
+    A change in place gives a tensor another version (``copy_``, ``load_state_dict``, an average), and what replaces it
+    is another tensor: a module that keeps in Python what follows from a buffer looks again wherever `holds` is False,
+    and reads its device at no other time. The broadcast of buffers before each pass of `DistributedDataParallel` leaves
+    versions as they are: what rank 0 alone has changed between two passes, the other ranks do not notice.
 
     Copies of a module and modules read from files have seen nothing. A write through ``.data`` is not noticed.
     """
@@ -23,23 +24,15 @@ class Seen:
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
         self._version = -1
-        self._within: weakref.ref | None = None
 
     def holds(self, tensor: Tensor) -> bool:
-        if tensor is not self._tensor:
-            return False
-        if tensor._version == self._version:
-            return True
-        within = enclosing_ddp()
-        return within is not None and self._within is not None and self._within() is within
+        return tensor is self._tensor and tensor._version == self._version
 
     def note(self, tensor: Tensor) -> None:
         if wrapped(tensor) or tensor.is_inference():  # the one is gone after the pass, the other counts no versions
             self._tensor = None
-            return
-        within = enclosing_ddp()
-        self._tensor, self._version = tensor, tensor._version
-        self._within = None if within is None else weakref.ref(within)
+        else:
+            self._tensor, self._version = tensor, tensor._version
 
     def __deepcopy__(self, memo: dict) -> Seen:
         return Seen()
@@ -51,6 +44,14 @@ class Seen:
 def enclosing_ddp() -> DistributedDataParallel | None:
     """The wrapper whose forward pass is running, where one is: all ranks of its group are in that pass."""
     return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def outside(run: Callable, *arguments) -> Any:
+    """Calls what reads a buffer from within a compiled pass, whose graph breaks there."""
+    return torch.compiler.disable(run)(*arguments)
+
+
+outside._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo from the start
 
 
 def wrapped(tensor: Tensor) -> bool:

@@ -6,12 +6,15 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from genkernels.nn._seen import wrapped
 
 
 def readable(x: Tensor) -> bool:
-    """Whether values can be checked for free: on the CPU, and not while ``torch.compile`` traces, which would break the
-    graph there. A look at another device would stall it."""
-    return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+    """Whether values can be checked for free: on the CPU, and neither while ``torch.compile`` traces, which would break
+    the graph there, nor inside ``torch.func``. A look at another device would stall it."""
+    return x.device.type == "cpu" and x.numel() > 0 and not (torch.compiler.is_compiling() or wrapped(x))
 
 
 def level_indices(name: str, x: Tensor, levels: int, instead: str) -> Tensor:
@@ -49,8 +52,9 @@ def level_indices(name: str, x: Tensor, levels: int, instead: str) -> Tensor:
 
 
 def refuse_gradient(x: Tensor, why: str, instead: str) -> None:
-    """Rounding has the gradient 0, which looks like an answer."""
-    if x.requires_grad and torch.is_grad_enabled():
+    """Rounding has the gradient 0, which looks like an answer; the tangent of forward mode too."""
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if dual or (x.requires_grad and torch.is_grad_enabled()):
         raise RuntimeError(f"{why}, whose gradient is 0, and it asks for one: {instead}")
 
 
@@ -64,3 +68,11 @@ def check_batched(name: str, x: Tensor) -> None:
                 * (x.dim() == 3)
             )
         )
+
+
+def check_channels(name: str, x: Tensor, channels: int) -> None:
+    """Floats with `channels` in dimension 1: a layer's weights follow the dtype of x, and integers would cut them."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x must be floating point, got {x.dtype}")
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(f"{name}: x must be [N, {channels}, ...], got {list(x.shape)}")

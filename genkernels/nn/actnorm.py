@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from genkernels.nn._log_det import per_sample, work_dtype
 from genkernels.nn._plain import renew_weights
-from genkernels.nn._seen import Seen, enclosing_ddp, unwrapped, wrapped
+from genkernels.nn._seen import Seen, enclosing_ddp, outside, unwrapped, wrapped
+from genkernels.nn._values import check_channels
 
 
 class ActNorm(nn.Module):
@@ -35,7 +36,8 @@ class ActNorm(nn.Module):
     the ranks that are to share a start.
 
     The flag ``initialized`` travels with the state dict, and counts however it was written: loaded, copied in place,
-    broadcast, averaged. It is read where its tensor has changed, so no later pass waits for the device.
+    broadcast, averaged. It is read where its tensor has changed, so no later pass waits for the device. A state dict
+    without it (of another library) whose bias or log-scale is not zero counts as started.
 
     Args:
         channels: size of dimension 1 of the input.
@@ -44,8 +46,8 @@ class ActNorm(nn.Module):
         x, z: ``[N, channels]`` or ``[N, channels, *spatial]``. ldj: ``[N]``, nats, fp32 or wider.
 
     Raises:
-        RuntimeError: the start would fall into a transform of ``torch.func``, into a replica of ``nn.DataParallel`` or
-            on parametrised weights, where what it sets would be lost.
+        RuntimeError: the start would fall into a transform of ``torch.func``, into a replica of ``nn.DataParallel``,
+            on weights that FSDP has in hand or on parametrised ones, where what it sets would be lost.
 
     Source: Kingma & Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018.
     """
@@ -63,8 +65,8 @@ class ActNorm(nn.Module):
     def ready(self) -> bool:
         """Whether the data-dependent start has happened: what ``initialized`` holds, read only where it has changed."""
         flag = self.initialized
-        if torch.compiler.is_compiling():  # a guard of the compiled code, which is left once, before the start
-            return self._ready or (not torch.compiler.is_exporting() and bool(flag))
+        if torch.compiler.is_compiling():  # a guard of the compiled code, which is left once, to look
+            return self._ready or (not torch.compiler.is_exporting() and outside(_look, self))
         if not (self._ready and self._seen.holds(flag)):
             self._look(flag)
         return self._ready
@@ -133,8 +135,7 @@ class ActNorm(nn.Module):
             tensor.zero_()
 
     def check(self, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[1] != self.channels:
-            raise ValueError(f"ActNorm: x must be [N, {self.channels}, ...], got {list(x.shape)}")
+        check_channels("ActNorm", x, self.channels)
 
     def extra_repr(self) -> str:
         return str(self.channels)
@@ -152,6 +153,12 @@ class ActNorm(nn.Module):
         self._ready = bool(value.all())
         self._seen.note(flag)
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if f"{prefix}initialized" not in state_dict and {f"{prefix}bias", f"{prefix}log_scale"} <= state_dict.keys():
+            self.initialized.copy_(self.bias.any() | self.log_scale.any())
+        self._look(self.initialized)  # a compiled pass need not
+
     def _shadow(self, x: Tensor) -> bool:
         """Whether this pass has no data, so that it can start nothing.
 
@@ -165,6 +172,8 @@ class ActNorm(nn.Module):
             why = "inside a transform of torch.func"
         elif getattr(self, "_is_replica", False):
             why = "in a replica of nn.DataParallel"
+        elif getattr(self, "_is_fsdp_managed_module", False):
+            why = "under FSDP"
         elif not {"bias", "log_scale"} <= self._parameters.keys():
             why = "while its bias or log_scale is parametrised"
         if why is not None:
@@ -173,6 +182,10 @@ class ActNorm(nn.Module):
                 "initialize(x), before that"
             )
         return False
+
+
+def _look(layer: ActNorm) -> bool:
+    return layer.ready
 
 
 def _own_group() -> dist.ProcessGroup | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from genkernels import ops
 from genkernels.backends import current_backend
 from genkernels.nn._context import check_context
+from genkernels.nn._seen import wrapped
 from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
 from genkernels.reference import affine_coupling as reference
 from genkernels.reference.affine_coupling import Layout, ScaleMap, Split, transformed_pixels
@@ -70,9 +71,7 @@ class AffineCoupling(nn.Module):
             if value not in options:
                 raise ValueError(f"AffineCoupling: {name} must be one of {', '.join(options)}, got {value!r}")
         self.net = net
-        # told by the layers' attribute; a network with classes of other libraries is watched while it runs
-        self._writes = any(getattr(layer, "inplace", False) for layer in net.modules())
-        self._known = all(type(layer).__module__.startswith(("torch.nn.", "genkernels.")) for layer in net.modules())
+        self._writes = self._announced()
         self.options = {
             "scale_map": "additive" if additive else scale_map,
             "split": split,
@@ -128,13 +127,14 @@ class AffineCoupling(nn.Module):
         """
         check_context(seen, context)
         tensors = [t for t in (seen, context) if isinstance(t, Tensor)]
-        traced = torch.compiler.is_compiling() or any(t.is_inference() for t in tensors)
-        if self._writes or (traced and not self._known):
+        # versions tell a change in place that no layer has announced, where tensors have versions
+        watched = not (torch.compiler.is_compiling() or any(t.is_inference() or wrapped(t) for t in tensors))
+        copied = self._writes or (not watched and (self._announced() or not self._known()))
+        if copied:
             # with the checkerboard what the network sees is its own already
             seen = seen.clone() if self.options["split"] == "channel" else seen
             context = context.clone() if isinstance(context, Tensor) else context
-            traced = True
-        versions = None if traced else [t._version for t in tensors]
+        versions = [t._version for t in tensors] if watched and not copied else None
         params = self.net(seen) if context is None else self.net(seen, context)
         if versions is not None and versions != [t._version for t in tensors]:
             raise RuntimeError(
@@ -142,6 +142,15 @@ class AffineCoupling(nn.Module):
                 "let its first operation be out of place"
             )
         return params
+
+    def _announced(self) -> bool:
+        """Whether a layer of the network says that it works in place."""
+        return any(getattr(layer, "inplace", False) for layer in self.modules())
+
+    def _known(self) -> bool:
+        """Whether the network is made of layers that say so where they do."""
+        known = all(type(layer).__module__.startswith(("torch.nn.", "genkernels.")) for layer in self.modules())
+        return known and isinstance(self.net, nn.Module)
 
     def _couple(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         options = self.options

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from genkernels.nn._log_det import per_sample
 from genkernels.nn._pixelwise import pixelwise_linear
 from genkernels.nn._plain import renew_weights
+from genkernels.nn._values import check_channels
 
 
 class InvertibleConv1x1(nn.Module):
@@ -71,8 +72,7 @@ class InvertibleConv1x1(nn.Module):
         return assemble([self])[0][0]
 
     def check(self, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[1] != self.channels:
-            raise ValueError(f"InvertibleConv1x1: x must be [N, {self.channels}, ...], got {list(x.shape)}")
+        check_channels("InvertibleConv1x1", x, self.channels)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, lu={self.lu}"

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkernels.nn._buffers import renew
+from genkernels.nn._buffers import Derived, renew
 from genkernels.nn._plain import plain
-from genkernels.nn._seen import Seen, unwrapped
+from genkernels.nn._seen import Seen, outside, unwrapped
 from genkernels.nn.masked_linear import MaskedLinear
 from genkernels.ops import checks
 from genkernels.reference.made import plan
 
 
-class MADE(nn.Module):
+class MADE(Derived, nn.Module):
     r"""A network whose outputs for a feature see only the features before it in an order.
 
     Hidden units are sorted by degree, so that each masked weight is block lower-triangular. Degrees go round 1 … D − 1
@@ -38,8 +38,8 @@ class MADE(nn.Module):
         order: ``natural`` (default), ``reversed``, ``random``, or a permutation of 0 … D − 1, the feature generated at
             each step.
             It is part of the state dict, and what follows from it follows it however it is written: loaded, copied in
-            place, handed in by ``functional_call``. One that is random or given breaks the graph of ``torch.compile``
-            to look at it.
+            place, handed in by ``functional_call``. Inside ``torch.compile`` one that is random or given breaks the
+            graph to look at it; a natural or reversed one is looked at outside of it alone, and where it is loaded.
         context_features: size of a context that every output may see; it enters the first hidden layer, unmasked.
         generator: for the random order.
 
@@ -99,7 +99,7 @@ class MADE(nn.Module):
         device = self.layers[0].weight.device
         self.register_buffer("order", order.to(device))
         self.register_buffer("counts", plan(degrees)[1].to(device), persistent=False)
-        self._seen, self._fixed = Seen(), fixed
+        self._seen, self._fixed, self._followed = Seen(), fixed, order
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_tensor("MADE: x", x)
@@ -139,7 +139,7 @@ class MADE(nn.Module):
         """Brings what follows from ``order`` up to date, where that has changed since the last look."""
         if torch.compiler.is_compiling():
             if not self._fixed:
-                _follow_outside(self)  # breaks the graph: a compiled pass cannot tell whether a buffer has changed
+                outside(MADE.follow, self)  # a compiled pass cannot tell whether a buffer has changed
             return
         if self._seen.holds(self.order):
             return
@@ -148,25 +148,37 @@ class MADE(nn.Module):
             return
         if order.dim() > 1 and (order != order[..., :1, :]).any():
             raise RuntimeError("MADE: several networks run as one must have the same order")
-        order = _order(order.reshape(-1, self.features)[0], self.features, None).to(self.counts.device)
-        degrees, ends = self._degrees(order)
-        if not torch.equal(degrees[0], _masked(self.layers[0]).in_degrees):
-            self._renew(degrees, ends)
+        order = _order(order.reshape(-1, self.features)[0], self.features, None)
+        first = _masked(self.layers[0])
+        held = None if first is None else unwrapped(first.in_degrees)
+        followed = torch.argsort(self._followed) + 1 if held is None else held.cpu()
+        if (followed != torch.argsort(order) + 1).any():
+            self._renew(order)
         self._seen.note(self.order)
 
     def as_written(self) -> bool:
         """Whether the network is what its weights say, so that a solve may read them and go past its layers."""
         return plain(self, MADE) and all(plain(layer, MaskedLinear) for layer in self.layers)
 
-    def _renew(self, degrees: list[Tensor], ends: list[Tensor]) -> None:
-        for layer, into, out in zip(self.layers, degrees, ends, strict=True):
-            _masked(layer).set_degrees(into, out)
-        renew(self, "counts", plan(degrees)[1])
+    def _renew(self, order: Tensor) -> None:
+        for i, (layer, into, out) in enumerate(zip(self.layers, *self._degrees(order), strict=True)):
+            if (masked := _masked(layer)) is not None:
+                masked.set_degrees(into, out)
+            elif not torch.equal(order, self._followed):
+                raise RuntimeError(
+                    f"MADE: its order has changed, and layer {i}, a {type(layer).__name__}, holds no MaskedLinear that "
+                    "could follow"
+                )
+        self._followed = order
+        self._derive()
+
+    def _derive(self) -> None:
+        renew(self, "counts", plan(self._degrees(self._followed)[0])[1], self.order.device)
 
     def _degrees(self, order: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The degrees of what each layer reads and of what it makes, on the device of `order`."""
+        """The degrees of what each layer reads and of what it makes, on the CPU as `order` is."""
         hidden = [_hidden_degrees(n, self.features, self.context_features > 0) for n in self.hidden_features]
-        degrees = [torch.argsort(order) + 1, *(d.to(order.device) for d in hidden)]
+        degrees = [torch.argsort(order) + 1, *hidden]
         return degrees, [*degrees[1:], degrees[0].repeat(self.params_per_feature)]
 
     def extra_repr(self) -> str:
@@ -177,21 +189,13 @@ class MADE(nn.Module):
         if saved is not None and saved.shape == self.order.shape:
             _order(saved, self.features, None)  # a damaged one raises here
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.order.is_meta:
-            return
-        self._renew(*self._degrees(self.order))
+        if not self.order.is_meta:
+            self._renew(_order(self.order, self.features, None))
 
 
-def _follow_outside(made: MADE) -> None:
-    torch.compiler.disable(made.follow)()
-
-
-_follow_outside._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo from the start
-
-
-def _masked(layer: nn.Module) -> MaskedLinear:
-    """The masked layer itself, which a wrapper may hold."""
-    return next(module for module in layer.modules() if isinstance(module, MaskedLinear))
+def _masked(layer: nn.Module) -> MaskedLinear | None:
+    """The masked layer itself, which a wrapper may hold; None where another stands in its place."""
+    return next((module for module in layer.modules() if isinstance(module, MaskedLinear)), None)
 
 
 def check_tensor(label: str, value) -> None:

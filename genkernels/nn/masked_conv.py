@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from genkernels import ops
 from genkernels.backends import current_backend
-from genkernels.nn._buffers import renew
+from genkernels.nn._buffers import Derived, renew
 from genkernels.nn._layout import BF16_UNITS
 from genkernels.ops import checks
 from genkernels.ops.masked_conv import check_options
 from genkernels.reference.masked_conv import causal_mask
 
 
-class MaskedConv2d(nn.Conv2d):
+class MaskedConv2d(Derived, nn.Conv2d):
     r"""A convolution that sees only what comes before each pixel; a `torch.nn.Conv2d` with padding fixed so that H and
     W stay.
 
@@ -88,7 +88,7 @@ class MaskedConv2d(nn.Conv2d):
             dtype=dtype,
         )
         self.mask_type, self.data_channels, self.region, self.activation = mask_type, data_channels, region, activation
-        self.register_buffer("mask", self._causal_mask(), persistent=False)
+        self.register_buffer("mask", self._causal_mask().to(self.weight.device), persistent=False)
         with torch.no_grad():
             self.weight.copy_(self.masked_weight())
 
@@ -144,6 +144,7 @@ class MaskedConv2d(nn.Conv2d):
         return torch.where(self.mask, self.weight, 0)
 
     def _causal_mask(self) -> Tensor:
+        """On the CPU."""
         return causal_mask(
             self.out_channels,
             self.in_channels,
@@ -152,11 +153,10 @@ class MaskedConv2d(nn.Conv2d):
             self.data_channels,
             self.region,
             self.activation == "gate",
-            self.weight.device,
+            torch.device("cpu"),
         )
 
-    def _load_from_state_dict(self, *arguments):
-        super()._load_from_state_dict(*arguments)
+    def _derive(self) -> None:
         renew(self, "mask", self._causal_mask())
 
     def extra_repr(self) -> str:

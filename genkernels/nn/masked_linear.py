@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from genkernels import ops
 from genkernels.backends import current_backend
-from genkernels.nn._buffers import renew
+from genkernels.nn._buffers import Derived, renew
 from genkernels.nn._layout import BF16_UNITS
 from genkernels.ops import checks
 from genkernels.reference.made import degree_mask, masked_weight
@@ -21,7 +21,7 @@ from genkernels.reference.made import degree_mask, masked_weight
 DENSE_WEIGHTS = 256 * 256
 
 
-class MaskedLinear(nn.Linear):
+class MaskedLinear(Derived, nn.Linear):
     r"""A `torch.nn.Linear` in which an output sees the inputs of degree up to its own and no others.
 
     Dead weights never act and get a gradient of exactly 0; they start as 0. Parameters and state dict are those of the
@@ -77,6 +77,7 @@ class MaskedLinear(nn.Linear):
             )
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.strict = bool(strict)
+        self._degrees = into, out  # on the CPU, whatever becomes of the buffers
         # not part of the state dict: it stays that of a plain Linear
         self.register_buffer("in_degrees", into.to(self.weight.device), persistent=False)
         self.register_buffer("out_degrees", out.to(self.weight.device), persistent=False)
@@ -95,9 +96,13 @@ class MaskedLinear(nn.Linear):
 
     def set_degrees(self, in_degrees: Tensor, out_degrees: Tensor) -> None:
         """Gives the layer other degrees, and the mask that follows from them."""
-        renew(self, "in_degrees", in_degrees)
-        renew(self, "out_degrees", out_degrees)
-        renew(self, "dead", ~self.mask)
+        self._degrees = in_degrees.cpu(), out_degrees.cpu()
+        self._derive()
+
+    def _derive(self) -> None:
+        into, out = self._degrees
+        for name, value in (("in_degrees", into), ("out_degrees", out), ("dead", ~degree_mask(into, out, self.strict))):
+            renew(self, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         if (dtype := self._dense_dtype(x)) is not None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels.nn._log_det import work_dtype
+from genkernels.nn._plain import renew_weights
 from genkernels.nn.dequantize import normal, uniform
 
 KINDS = ("normal", "logistic")
@@ -91,6 +92,7 @@ class Prior(nn.Module):
             raise ValueError(f"Prior: {name} must be [N, {self.channels}, ...], got {list(shape)}")
 
     def _location_scale(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        renew_weights(self)
         if self.num_classes:
             if not isinstance(y, Tensor) or list(y.shape) != [z.shape[0]] or y.is_floating_point():
                 got = f"{list(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(y)

@@ -20,6 +20,7 @@ from genkernels.backends import current_backend, use_backend
 from genkernels.nn._context import check_context
 from genkernels.nn._log_det import check_log_det, zero_log_det
 from genkernels.nn._plain import defined_together, hooked
+from genkernels.nn._seen import unwrapped
 
 _NAME = "FlowSequential(reversible=True)"
 
@@ -52,15 +53,10 @@ class _Reversible(torch.autograd.Function):
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.backend = current_backend()
         ctx.steps = make_steps()
-        log_dets = []
-        z = x
-        versions, drawn = _versions(buffers.values()), _random_state(x.device)
-        with _autocast(*ctx.autocast):
-            for step in ctx.steps:
-                z, log_det = step(z, context)
-                check_log_det(step, log_det, z)
-                log_dets.append(log_det)
-        if drawn is not None and drawn != _random_state(x.device):
+        versions, drawn = _versions(buffers.values()), _random_state(x)
+        z, log_dets = _pass(ctx, x, context)
+        # another thread may have drawn meanwhile
+        if drawn is not None and drawn != _random_state(x) and not torch.equal(_pass(ctx, x, context)[0], z):
             raise RuntimeError(_again("but one of them drew random numbers"))
         for (name, buffer), version in zip(buffers.items(), versions, strict=True):
             if _version(buffer) != version:
@@ -102,6 +98,16 @@ class _Reversible(torch.autograd.Function):
         return None, None, grad_context, grad_z if ctx.needs_input_grad[3] else None, *grads
 
 
+def _pass(ctx, x: Tensor, context) -> tuple[Tensor, list[Tensor]]:
+    z, log_dets = x, []
+    with _autocast(*ctx.autocast):
+        for step in ctx.steps:
+            z, log_det = step(z, context)
+            check_log_det(step, log_det, z)
+            log_dets.append(log_det)
+    return z, log_dets
+
+
 @torch.no_grad()
 def invert_and_recompute(step, z: Tensor, context, grad_z: Tensor, grad_ldj: Tensor, wanted: list[Tensor]):
     """``(x, grad_x, grad_context, grads)`` of any layer: its input by the inverse, then one pass with a graph."""
@@ -129,11 +135,11 @@ def _has_rule(step) -> bool:
     if not hasattr(step, "reverse_backward"):
         return False
     whole = defined_together(type(step), "reverse_backward", "forward", "inverse")
-    return whole and not (isinstance(step, nn.Module) and (hooked(step) or "forward" in step.__dict__))
+    return whole and not (isinstance(step, nn.Module) and hooked(step))
 
 
 def _check_rebuilt(step, again: Tensor, z: Tensor) -> None:
-    """That a layer with hooks came out as before: one that changes the result is not undone by ``inverse``."""
+    """That a layer with hooks or methods of its own came out as before: what changes the result may not be undone."""
     tolerance = 1e-3 if z.dtype in (torch.float32, torch.float64) else 5e-2
     if z.numel() and (again - z).abs().amax() > tolerance * (1 + z.abs().amax()):
         raise RuntimeError(_again(f"but a hook of {type(step).__name__} changes what its inverse undoes"))
@@ -147,14 +153,16 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _random_state(device: torch.device) -> tuple | None:
-    """What the generators of the CPU and of the device will draw next; None where it cannot be asked for."""
+def _random_state(x: Tensor) -> tuple | None:
+    """What the generators of the CPU and of x's device will draw next; None where it cannot be asked for."""
+    if unwrapped(x) is None:  # a pass without data
+        return None
     state = torch.get_rng_state().numpy().tobytes()
-    if device.type != "cuda":
+    if x.device.type != "cuda":
         return (state,)
     if torch.cuda.is_current_stream_capturing():
         return None
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator = torch.cuda.default_generators[x.device.index]
     return state, generator.initial_seed(), generator.get_offset()
 
 

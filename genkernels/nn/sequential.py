@@ -52,7 +52,7 @@ class FlowSequential(nn.Sequential):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training:
             self._begin(x, context)
-        if self.reversible and torch.is_grad_enabled():
+        if self.reversible and torch.is_grad_enabled() and not x.is_meta:
             return run_reversible(self, lambda: self._steps(runs=False), x, context)
         return _chain(self._steps(), x, context)
 

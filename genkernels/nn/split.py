@@ -57,6 +57,11 @@ class Split(nn.Module):
         return *z.chunk(2, dim=1), ldj
 
     def inverse(self, kept: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
+        if kept.dim() < 2 or kept.shape != latent.shape or 2 * kept.shape[1] != self.channels:
+            raise ValueError(
+                f"Split: kept and latent must both be [N, {self.channels // 2}, ...], got {list(kept.shape)} and "
+                f"{list(latent.shape)}"
+            )
         z = torch.cat([kept, latent], dim=1)
         if self.net is None:
             return z, zero_log_det(z)

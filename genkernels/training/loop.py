@@ -13,12 +13,12 @@ from genkernels._files import write_json
 from genkernels._seeds import derive_seed, fixed_seed, seed_everything
 from genkernels._words import UsageError, notice
 from genkernels.backends import current_backend, use_backend
+from genkernels.nn._modes import in_mode
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.checkpoint import TrainingError
 from genkernels.training.checks import check_data, check_model, explained, is_main_process, resolved
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.lightning_guard import import_lightning, quiet_lightning
-from genkernels.training.modes import in_mode
 from genkernels.training.order import make_loader
 from genkernels.training.provenance import check_same, data_facts
 from genkernels.training.results import Result, metrics

@@ -579,3 +579,43 @@ def test_an_empty_batch_has_an_empty_likelihood():
         model = make(name)
         assert model.log_prob(images(model, 0)).shape == (0,)
         assert model.inpaint(images(model, 0), torch.tensor(True)).shape == model.sample(0).shape == (0, *model.shape)
+
+
+# --- what looks like a picture and is none ----------------------------------------------------------------------------
+
+
+def test_a_mask_of_three_dimensions_is_not_guessed_at():
+    model = models.PixelCNN(shape=(3, 4, 4), grey_levels=4, width=6, layers=1)
+    x, known = torch.zeros(3, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.bool)
+    known[0] = True
+    with pytest.raises(
+        ValueError, match="may be meant for 3 pictures or for their channels, got .*: known.:, None. or"
+    ):
+        model.inpaint(x, known)
+    assert torch.equal(model.inpaint(x, known[:, None], generator=seeded())[0], x[0])
+    assert torch.equal(model.inpaint(x, known[None], generator=seeded())[:, 0], x[:, 0])
+    assert torch.equal(model.inpaint(x[:2], known, generator=seeded())[:, 0], x[:2, 0])
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["plain", "gated mixture"])
+def test_weights_that_are_not_finite_draw_nothing(name, value, hook):
+    """A level cannot be NaN, and drawn from NaN it is black; dead taps may hold anything."""
+    model = make(name, num_classes=3)
+    if hook:
+        model.last.register_forward_hook(lambda module, inputs, output: None)
+    else:
+        first = next(layer for layer in model.modules() if isinstance(layer, gk.nn.MaskedConv2d))
+        with torch.no_grad():
+            first.weight[~first.mask] = value
+    assert torch.isfinite(model.sample(2)).all()
+    with torch.no_grad():
+        model.last.bias[0] = value
+    assert model.sample(2).isnan().all()
+    known = torch.zeros(1, *model.shape[1:], dtype=torch.bool)
+    known[:, 0] = True
+    x = images(model, 2)
+    assert torch.equal(model.inpaint(x.double() / (model.grey_levels - 1), known).isnan(), ~known.expand(x.shape))
+    with pytest.raises(ValueError, match="every weight must be finite, got one that is not"):
+        model.inpaint(x, known)

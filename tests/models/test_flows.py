@@ -698,3 +698,97 @@ def test_a_logit_that_cannot_be_used_is_refused_and_none_is_recorded():
     with pytest.raises(ValueError, match="RealNVP: logit must be 0 for data without grey levels, .*, got 0.1"):
         models.RealNVP(shape=(1, 8, 8), grey_levels=None, logit=0.1)
     assert models.RealNVP(shape=(2,)).hparams["logit"] == 0
+
+
+# --- what a model is given --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("y", [None, [0] * 64, torch.zeros(3, dtype=torch.long), 1, torch.full((64,), 9)])
+def test_a_start_with_wrong_labels_leaves_the_model_as_it_was(y):
+    model, x = models.MAF(shape=(4,), transforms=1, hidden=8, num_classes=3), torch.randn(64, 4)
+    model.initialize(x, torch.zeros(64, dtype=torch.long))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="MAF: y must"):
+        model.initialize(x + 1, y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    models.MAF(shape=(4,), transforms=1, hidden=8).initialize(x, y)  # without classes labels play no part
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_classes_have_features(name):
+    with pytest.raises(ValueError, match="class_features must be at least 1 where there are classes, got 0"):
+        models.build(name, shape=(4,), num_classes=3, class_features=0)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("shape", [(1, 8, 4), (1, 8, 16), (32,), (4, 8)])
+def test_a_flow_takes_its_shape_and_no_other(name, shape):
+    """A convolutional flow would run on images of any size, and a flattening one on any arrangement of its values."""
+    model = models.build(name, shape=(1, 4, 8), **({"scales": 1} if name in ("glow", "realnvp") else {})).eval()
+    with pytest.raises(ValueError, match=r"x must be \[N, 1, 4, 8\], got"):
+        model(torch.rand(2, *shape))
+
+
+@pytest.mark.parametrize("name", ["glow", "maf", "pixelcnn"])
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_gradients_of_each_sample(name, num_classes):
+    """``torch.func``: what is checked for free elsewhere is not looked at inside a transform."""
+    model = models.MODELS[name].from_preset(
+        "digits", num_classes=num_classes, grey_levels=None if name == "maf" else 17
+    )
+    x, y = smooth_images(4, (1, 8, 8), 17).float() / 16, torch.tensor([0, 2, 1, 1])
+    model.loss(x, y)
+    model.eval()
+    model = torch.nn.ModuleDict({"model": model})
+    model.forward = lambda x, y: model["model"].loss(x, y, seeded())
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x, y):
+        return torch.func.functional_call(model, parameters, (x[None], y[None]))
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), randomness="same")(parameters, x, y)
+    found = torch.stack([torch.cat([g[i].flatten() for g in each.values()]) for i in range(4)])
+    for i in range(4):
+        one = torch.autograd.grad(loss(parameters, x[i], y[i]), list(parameters.values()), allow_unused=True)
+        zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(one, parameters.values(), strict=True)]
+        torch.testing.assert_close(found[i], torch.cat([g.flatten() for g in zeros]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_weights_assigned_to_a_model_without_storage(name):
+    source = models.MODELS[name].from_preset("digits").eval()
+    with torch.device("meta"):
+        model = models.MODELS[name].from_preset("digits").eval()
+    model.load_state_dict(source.state_dict(), assign=True)
+    x = smooth_images(2, (1, 8, 8), 17)
+    assert torch.equal(model.log_prob(x, generator=seeded()), source.log_prob(x, generator=seeded()))
+    assert torch.equal(model.sample(2, generator=seeded()), source.sample(2, generator=seeded()))
+
+
+def test_an_evaluation_by_hand_is_one():
+    """In evaluation mode: no dropout, and held-out data start no ActNorm."""
+    batches = [(torch.randn(8, 4) + 50, torch.zeros(8))]
+    model = models.MAF(shape=(4,), transforms=1, hidden=8)
+    model.flows[0][1].made.eval()
+    found = model.evaluate(batches)["nats"]
+    assert not any(layer.ready for layer in model.modules() if isinstance(layer, gnn.ActNorm))
+    assert model.training and not model.flows[0][1].made.training
+    assert found == model.eval().evaluate(batches)["nats"]
+    pixels = models.PixelCNN(shape=(1, 4, 4), grey_levels=4, width=8, layers=1, dropout=0.5)
+    batches = [(torch.randint(4, (8, 1, 4, 4), dtype=torch.uint8), torch.zeros(8))]
+    assert pixels.evaluate(batches) == pixels.evaluate(batches)
+
+
+def test_estimates():
+    nan, of = math.nan, models.Estimate.of
+    for values in (torch.ones(5, 2), torch.ones(5, 1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"Estimate: the values of a must be \[N\], one an example, got \["):
+            of("a", "", values)
+    values = 1e9 + torch.randn(1000, dtype=torch.float64)
+    whole = of("a", "", values)
+    assert whole.standard_error == pytest.approx(float(values.std(unbiased=False)) / 1000**0.5, rel=1e-6)
+    pooled = models.Estimate.pooled([of("a", "", values[:300]), of("a", "", values[:0]), of("a", "", values[300:])])
+    assert (pooled.value, pooled.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-6)
+    without = models.Estimate.pooled([models.Estimate("a", "", value, nan, 5) for value in (1.0, 2.0)])
+    assert without.value == 1.5 and math.isnan(without.standard_error) and str(without) == "1.5000"
+    assert math.isnan(of("a", "", torch.empty(0)).value)

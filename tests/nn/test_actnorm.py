@@ -219,8 +219,33 @@ def test_the_first_batch_under_activation_checkpointing():
         assert torch.equal(mine, theirs) and torch.equal(mine.grad, theirs.grad)
 
 
+def test_parameters_without_a_flag_are_a_start():
+    """A state dict of another library, loaded with ``strict=False``; one of zeros is none."""
+    layer = gnn.ActNorm(3)
+    layer(torch.randn(64, 3) * 5 + 3)
+    for state, started in ((layer.state_dict(), True), (gnn.ActNorm(3).state_dict(), False)):
+        del state["initialized"]
+        fresh = gnn.ActNorm(3)
+        fresh.load_state_dict(state, strict=False)
+        assert fresh.ready == bool(fresh.initialized) == started
+    with pytest.raises(RuntimeError, match="Missing key.*initialized"):
+        fresh.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("kind", [gnn.ActNorm, gnn.InvertibleConv1x1])
+def test_integers_are_refused(kind, dtype):
+    """The weights follow the dtype of x: as integers they would be cut to whole numbers."""
+    layer, x = kind(4), torch.ones(8, 4, dtype=dtype)
+    for flow in (layer, gnn.FlowSequential(layer, layer), gnn.FlowSequential(gnn.ActNorm(4), layer).eval()):
+        for run in (flow, flow.inverse):
+            with pytest.raises(TypeError, match=f"x must be floating point, got {dtype}"):
+                run(x)
+
+
 RANKS = """
 import sys, warnings, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from genkernels import nn as gnn
 rank = int(sys.argv[1])
@@ -264,6 +289,34 @@ if rank == 0:
     single = gnn.ActNorm(3)
     DDP(single, process_group=of_one[0])(mine)
     assert_started_from(single, mine)
+
+# what is written in place between two passes counts there too
+model = DDP(wrapped)
+model(mine)
+for _ in range(2):
+    wrapped.reset()
+    model(mine)
+    assert_started_from(wrapped, everything)
+torch.manual_seed(0)
+source, target = (gnn.MADE(6, 16, order="random") for _ in range(2))
+x, model = torch.randn(5, 6), DDP(target)
+for made in (source, gnn.MADE(6, 16), source):
+    model(x)
+    with torch.no_grad():
+        for name, value in made.state_dict().items():
+            target.state_dict()[name].copy_(value)
+    torch.testing.assert_close(model(x), made(x))
+
+# FSDP would lose what the start sets: it is refused there
+sharded = gnn.FlowSequential(gnn.ActNorm(3), gnn.ActNorm(3))
+fully_shard(sharded)
+for run in (lambda: sharded(mine), lambda: sharded[0].initialize(mine)):
+    try:
+        run()
+        raise SystemExit("not refused")
+    except RuntimeError as error:
+        assert "cannot happen under FSDP: run one batch in training mode, or initialize(x), before" in str(error), error
+assert not sharded[0].initialized
 dist.barrier()
 dist.destroy_process_group()
 """

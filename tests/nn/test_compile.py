@@ -95,3 +95,20 @@ def test_small_couplings_are_inlined_and_large_ones_call_the_operator(split, add
             for mine, theirs in zip(torch.compile(run, fullgraph=True, backend=keep)(x), run(x), strict=True):
                 torch.testing.assert_close(mine, theirs)
     assert ["genkernels" in graph for graph in graphs] == [False, True]
+
+
+@pytest.mark.parametrize("kind", [gk.models.Glow, gk.models.MAF])
+def test_loaded_weights_compile_as_one_graph_in_training(kind):
+    """Whether its ActNorms have started is known from the loading; written in place, from one break of the graph."""
+    torch._dynamo.reset()
+    x = torch.randn(64, 4)
+    source, loaded, copied = (kind(shape=(4,), hidden=8) for _ in range(3))
+    source.loss(x)
+    loaded.load_state_dict(source.state_dict())
+    expected = source.loss(x)
+    torch.testing.assert_close(torch.compile(loaded.loss, fullgraph=True, backend="eager")(x), expected)
+    with torch.no_grad():
+        for name, value in copied.state_dict().items():
+            value.copy_(source.state_dict()[name])
+    torch.compile(copied.loss, backend="eager")(x)
+    torch.testing.assert_close(torch.compile(copied.loss, fullgraph=True, backend="eager")(x), expected)

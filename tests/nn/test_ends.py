@@ -197,3 +197,42 @@ def test_temperature_multiplies_the_standard_deviation(kind, std):
         z = prior.sample((200_000, 2), temperature, generator).detach()
         torch.testing.assert_close(z.mean(0), mean.detach(), rtol=0, atol=0.02)
         torch.testing.assert_close(z.std(0), temperature * std * log_scale.exp().detach(), rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("shapes", [[(5, 4), (5, 4)], [(5, 3), (5, 1)], [(5, 2), (1, 2)], [(5,), (5,)]])
+def test_the_halves_of_a_split_are_counted(learned, shapes):
+    with pytest.raises(ValueError, match=r"Split: kept and latent must both be \[N, 2, ...\], got \[5"):
+        gnn.Split(4, learned).inverse(
+            *(torch.zeros(*shape, 2, 2)[(...,) + (0,) * 2 * (len(shape) == 1)] for shape in shapes)
+        )
+
+
+def test_a_tangent_that_rounding_makes_0_is_refused():
+    model, x = (
+        gk.models.Glow(shape=(1, 4, 4), grey_levels=17, scales=1, steps=1, hidden=4).eval(),
+        torch.zeros(2, 1, 4, 4),
+    )
+    pixels = gk.models.PixelCNN(shape=(1, 4, 4), grey_levels=17, width=4, layers=1)
+    z = torch.randn(2, 4, 2, 2)
+    for run, at in ((model.log_prob, x), (pixels.log_prob, x), (lambda z: model.decode((z,)), z)):
+        with pytest.raises(RuntimeError, match="grey levels, whose gradient is 0, and it asks for one"):
+            torch.func.jvp(run, (at,), (at,))
+    for run in (model, lambda x: pixels(x)):
+        torch.func.jvp(run, (x,), (x,))
+    weight = model.flows[0][1].bias.detach()
+    _, tangent = torch.func.jvp(
+        lambda w: torch.func.functional_call(Density(model), {"model.flows.0.1.bias": w}, (x,)),
+        (weight,),
+        (weight + 1,),
+    )
+    assert tangent.abs().min() > 0
+
+
+class Density(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments):
+        return self.model.log_prob(*arguments)

@@ -420,3 +420,51 @@ def test_which_layers_are_dense_products(monkeypatch):
     if not gk.backends.why_missing("cpu"):
         with gk.use_backend("cpu"):
             assert small._dense_dtype(x) is None
+
+
+# --- what follows from sizes and from the order ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handed", ["all buffers", "the state dict"])
+@pytest.mark.parametrize("order", ["natural", "random"])
+def test_an_ensemble_runs_under_vmap(order, handed):
+    first = network(5, 8, False, order)
+    members = [perturb(copy.deepcopy(first), 0.2, seed) for seed in range(3)]
+    parameters, buffers = torch.func.stack_module_state(members)
+    if handed == "the state dict":
+        buffers = {"order": buffers["order"]}
+    skeleton, x = network(5, 8, False, order, seed=9), torch.randn(4, 5, dtype=torch.float64)
+    for _ in range(2):
+        run = torch.func.vmap(lambda p, b: torch.func.functional_call(skeleton, (p, b), (x,)))
+        torch.testing.assert_close(run(parameters, buffers), torch.stack([member(x) for member in members]))
+
+
+def test_masks_outlive_storage_that_is_made_empty():
+    """``skip_init``, and ``to_empty`` of "meta" with ``reset_parameters``: no state dict has the masks."""
+    degrees = {"in_degrees": [3, 1, 2, 4], "out_degrees": [1, 2, 3, 4, 4]}
+    expected = MaskedLinear(4, 5, **degrees)
+    for _ in range(3):  # empty storage holds what was there before
+        rubbish = [torch.full((20,), 77) for _ in range(50)]
+        del rubbish
+        layer = torch.nn.utils.skip_init(MaskedLinear, 4, 5, **degrees)
+        assert torch.equal(layer.dead, expected.dead) and torch.equal(layer.in_degrees, expected.in_degrees)
+        with torch.device("meta"):
+            loaded = MaskedLinear(4, 5, **degrees)
+        loaded.to_empty(device="cpu").load_state_dict(expected.state_dict())
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(loaded(x), expected(x))
+        live = MaskedLinear(4, 5, **degrees).to_empty(device="cpu")
+        assert torch.equal(live.out_degrees, expected.out_degrees)
+
+
+def test_a_plain_layer_in_a_masked_one_s_place():
+    """Weights merged into a plain layer run; where the order changes it cannot follow."""
+    made = network(5, 8, False, "natural")
+    merged, first, x = copy.deepcopy(made), made.layers[0], torch.randn(3, 5, dtype=torch.float64)
+    merged.layers[0] = torch.nn.Linear(5, 8).double()
+    merged.layers[0].load_state_dict({"weight": first.masked_weight(), "bias": first.bias})
+    torch.testing.assert_close(merged(x), made(x))
+    merged.load_state_dict(merged.state_dict())
+    merged.order.copy_(torch.arange(4, -1, -1))
+    with pytest.raises(RuntimeError, match="its order has changed, and layer 0, a Linear, holds no MaskedLinear"):
+        merged(x)

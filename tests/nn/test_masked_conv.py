@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import genkernels as gk
 from genkernels.nn import masked_conv as masked_conv_layer
@@ -216,3 +217,20 @@ def test_bf16_by_torch_itself_says_what_is_wrong_as_the_operator_does(monkeypatc
         layer(x, torch.zeros(2, 1).bfloat16())
     with pytest.raises(TypeError, match="must have the dtype of x"):
         layer(x.float())
+
+
+def test_the_mask_outlives_storage_that_is_made_empty():
+    expected = gk.nn.MaskedConv2d("A", 4, 8, 3, 2, region="horizontal")
+    for _ in range(3):  # empty storage holds what was there before
+        rubbish = [torch.full((288,), True) for _ in range(50)]
+        del rubbish
+        layer = nn.utils.skip_init(gk.nn.MaskedConv2d, "A", 4, 8, 3, 2, region="horizontal")
+        assert torch.equal(layer.mask, expected.mask)
+        assert torch.equal(copy.deepcopy(expected).to_empty(device="cpu").mask, expected.mask)
+
+
+def test_a_pruned_layer_moves():
+    layer = gk.nn.MaskedConv2d("A", 1, 2, 3)
+    prune.random_unstructured(layer, "weight", 0.5)
+    layer.double()
+    assert layer(torch.zeros(1, 1, 4, 4, dtype=torch.float64)).dtype == torch.float64

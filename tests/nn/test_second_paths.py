@@ -3,10 +3,12 @@ reversible rule) gives what the call gives, whatever hangs on the layer or stand
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 import genkernels as gk
@@ -373,3 +375,96 @@ def test_an_inverse_sees_the_weights_that_the_next_pass_would(lu):
         getattr(flow[0], f"{name}_g").mul_(1.3)
     x_of_stale = flow.inverse(z := torch.randn(2, 4))[0]
     torch.testing.assert_close(flow(x_of_stale)[0], z, rtol=1e-4, atol=1e-4)
+
+
+# --- what the first list missed ---------------------------------------------------------------------------------------
+
+
+def test_an_inverse_of_its_own_is_asked():
+    layers, calls = [gnn.ActNorm(4), gnn.InvertibleConv1x1(4), gnn.ActNorm(4), gnn.ActNorm(4)], []
+    for layer in layers:
+        layer.inverse = lambda z, context=None, old=layer.inverse: (calls.append(1), old(z, context))[1]
+    gnn.FlowSequential(*layers).eval().inverse(torch.randn(2, 4))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("hang", [nn.utils.weight_norm, prune.identity])
+def test_a_prior_sees_its_weights_as_a_pass_would(hang):
+    """A prior has no ``forward``: what a hook before it would compute is computed where the table is read."""
+    prior, z = perturb(gnn.Prior(2, learned=True)), torch.randn(5, 2)
+    hang(prior, "table")
+    with torch.no_grad():
+        getattr(prior, "table_g" if hang is nn.utils.weight_norm else "table_orig").mul_(2)
+    expected = gnn.Prior(2, learned=True)
+    with torch.no_grad():
+        expected.table.copy_(2 * perturb(gnn.Prior(2, learned=True)).table)
+    torch.testing.assert_close(prior.log_prob(z), expected.log_prob(z))
+    for _ in range(2):
+        prior.log_prob(z).sum().backward()
+
+
+@pytest.mark.parametrize("how", ["inference", "compiled", "vmap", "jvp"])
+@pytest.mark.parametrize("net", ["announced later", "unannounced", "function"])
+def test_what_cannot_be_watched_is_given_a_copy(net, how):
+    """Tensors in inference mode and inside transforms have no versions that would tell a change in place."""
+    linear = nn.Linear(2, 4)
+    if net == "announced later":
+        coupling = gnn.AffineCoupling(nn.Sequential(nn.ReLU(), linear))
+        coupling.net[0].inplace = True
+    else:
+        coupling = gnn.AffineCoupling(
+            gnn.AffineCoupling(ReluInPlace()).net if net == "unannounced" else lambda x: linear(x.relu_())
+        )
+    plainly = copy.deepcopy(coupling)
+    plainly.net = nn.Sequential(nn.ReLU(), linear if net != "unannounced" else coupling.net.linear)
+    x = torch.randn(8, 4)
+    keep = x.clone()
+    with torch.no_grad():
+        expected = plainly(x)[0]
+        if how == "inference":
+            with torch.inference_mode():
+                x = keep.clone()
+                z = coupling(x)[0]
+        elif how == "compiled":
+            torch._dynamo.reset()
+            z = torch.compile(coupling, backend="eager")(x)[0]
+        elif how == "vmap":
+            z = torch.func.vmap(lambda row: coupling(row[None])[0][0])(x)
+        else:
+            z = torch.func.jvp(lambda x: coupling(x)[0], (x,), (torch.ones_like(x),))[0]
+    assert torch.equal(x, keep)
+    torch.testing.assert_close(z, expected)
+
+
+def test_another_thread_s_random_numbers_are_none_of_a_reversible_flow_s():
+    flow, stop = gnn.FlowSequential(hidden(nn.Tanh()), reversible=True), threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.rand(3)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(30):
+            flow(torch.zeros(16, 4))
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_shapes_alone(reversible):
+    flow = gnn.FlowSequential(gnn.ActNorm(4), gnn.InvertibleConv1x1(4), hidden(nn.Tanh()), reversible=reversible)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert flow(torch.zeros(2, 4))[1].shape == (2,)
+    assert flow.to("meta")(torch.zeros(2, 4, device="meta"))[1].shape == (2,)
+
+
+def test_a_sample_by_calls_is_of_the_whole_network():
+    """In training mode too, whatever kind of dropout a wrapper brings."""
+    model, layer = network("pixelcnn")
+    model.layers[0] = nn.Sequential(layer, nn.Dropout(0.9))
+    model.layers[0].forward = lambda x, condition, residual: model.layers[0][1](layer(x, condition, residual))
+    drawn = model.sample(40, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, by_definition(model.eval(), 40, 3))

@@ -2,6 +2,8 @@
 50 digits."""
 
 import itertools
+import math
+import warnings
 
 import mpmath
 import pytest
@@ -512,6 +514,26 @@ def test_losses_are_the_operators(implementation, device):
     both = torch.randn(2, 30, 4, 4, device=device)
     for channels in (1, 3):
         assert gk.losses.sample_logistic_mixture(both, channels=channels).shape == (2, channels, 4, 4)
+
+
+def test_x_off_its_levels_is_told():
+    """Images in [0, 1], where [−1, 1] is meant, have an ordinary loss."""
+    params, index = torch.randn(2, 9, 4, 4), torch.randint(256, (2, 1, 4, 4))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gk.losses.discretized_logistic_mixture_nll(params.to(dtype), (index / 127.5 - 1).to(dtype))
+    with pytest.warns(
+        UserWarning, match=r"off the levels 2 \* i / \(levels - 1\) - 1, levels=256: images in .0, 1. are 2"
+    ):
+        gk.losses.discretized_logistic_mixture_nll(params, index / 255)
+
+
+def test_a_draw_from_nan_is_nan():
+    params = torch.randn(2, 9, 4, 4)
+    params[0, 5, 1, 2] = math.nan
+    drawn = gk.losses.sample_logistic_mixture(params)
+    assert drawn[0, 0, 1, 2].isnan() and drawn.isnan().sum() == 1
 
 
 def test_a_loss_trains_under_compile():

@@ -6,8 +6,8 @@ from torch import nn
 
 from genkernels.cli.inpaint import inpaint
 from genkernels.models import PixelCNN
+from genkernels.nn._modes import in_mode
 from genkernels.training import TrainConfig, TrainingError, evaluate, fit, sample
-from genkernels.training.modes import in_mode
 from tests.training.tiny import Tiny, images
 
 

@@ -12,6 +12,7 @@ from genkernels import losses, ops
 from genkernels._options import Head
 from genkernels.models._model import LikelihoodModel
 from genkernels.nn import MaskedConv2d
+from genkernels.nn._modes import in_mode
 from genkernels.nn._plain import defined_together, plain
 from genkernels.nn._values import level_indices, readable
 from genkernels.nn.dequantize import uniform
@@ -127,7 +128,8 @@ class PixelModel(LikelihoodModel):
             progress: called as ``progress(rows_done, rows)`` after each row of pixels.
 
         Returns:
-            ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(grey_levels - 1)``.
+            ``[n, C, H, W]``, floats in [0, 1] at exact levels ``k/(grey_levels - 1)``; NaN throughout where a weight is
+            not finite.
         """
         self._check_sample(n, temperature, generator)
         return self._draw(n, None, None, temperature, generator, self._drawn_labels(y, n, generator), progress)
@@ -150,13 +152,15 @@ class PixelModel(LikelihoodModel):
 
         Args:
             x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]; unknown values may hold anything.
-            known: bool, broadcastable to x's shape. The others: as for `sample`.
+            known: bool, broadcastable to x's shape; three dimensions are ``[C, H, W]``, and refused where they may be
+                meant for N pictures. The others: as for `sample`.
 
         Returns:
             ``[N, C, H, W]`` as x, uint8 or floats; what was drawn lies at exact levels.
 
         Raises:
-            ValueError: a shape, or a known value that is no grey level (on the CPU). TypeError: known is not bool.
+            ValueError: a shape, or a known value that is no grey level (on the CPU); x is uint8, which cannot hold NaN,
+                and a weight is not finite. TypeError: known is not bool.
         """
         name = type(self).__name__
         self._check_shape(x)
@@ -164,6 +168,11 @@ class PixelModel(LikelihoodModel):
         if not isinstance(known, Tensor) or known.dtype != torch.bool:
             got = known.dtype if isinstance(known, Tensor) else type(known).__name__
             raise TypeError(f"{name}: known must be a bool tensor, True where a value is kept, got {got}")
+        if known.dim() == 3 and len(known) == len(x) > 1:
+            raise ValueError(
+                f"{name}: known must have four dimensions where three may be meant for {len(x)} pictures or for their "
+                f"channels, got {list(known.shape)}: known[:, None] or known[None]"
+            )
         try:
             known = known.to(x.device).expand(x.shape)
         except RuntimeError:
@@ -175,6 +184,8 @@ class PixelModel(LikelihoodModel):
             len(x), index, known, temperature, generator, self._drawn_labels(y, len(x), generator), progress
         )
         if x.dtype == torch.uint8:
+            if drawn.isnan().any():
+                raise ValueError(f"{name}: every weight must be finite, got one that is not")
             drawn = (drawn * (self.grey_levels - 1)).round()
         return torch.where(known, x, drawn.to(x.device, x.dtype))
 
@@ -185,21 +196,25 @@ class PixelModel(LikelihoodModel):
         noise = uniform(
             (n, channels + extra, height, width), torch.promote_types(like.dtype, torch.float32), like.device, generator
         )
-        if not self._as_written():
+        if self._as_written():
+            stages = self.stages(labels)
+            index = ops.autoregressive_sampling(
+                stages,
+                noise,
+                levels=self.grey_levels,
+                head=self.head,
+                image=image,
+                known=known,
+                temperature=temperature,
+                progress=progress,
+                rows_per_call=None if progress is None else 1,
+            )
+            weights = [w for s in stages for w in (*(w for _, w in s.inputs), s.bias, s.condition) if w is not None]
+        else:
             index = self._draw_by_calls(image, known, noise, temperature, labels, progress)
-            return index.to(noise.dtype) / (self.grey_levels - 1)
-        index = ops.autoregressive_sampling(
-            self.stages(labels),
-            noise,
-            levels=self.grey_levels,
-            head=self.head,
-            image=image,
-            known=known,
-            temperature=temperature,
-            progress=progress,
-            rows_per_call=None if progress is None else 1,
-        )
-        return index.to(noise.dtype) / (self.grey_levels - 1)
+            weights = list(self.parameters())
+        # a level cannot say that it was drawn from NaN: 0 times the weights does
+        return index.to(noise.dtype) / (self.grey_levels - 1) + sum((0 * w).sum() for w in weights)
 
     # --- helpers --------------------------------------------------------------------------------------------------
 
@@ -221,17 +236,11 @@ class PixelModel(LikelihoodModel):
             return self.forward(x.to(self._like.dtype), labels).to(noise.dtype)
 
         head = Head[self.head.upper()]
-        dropping = [layer for layer in self.modules() if isinstance(layer, nn.Dropout2d) and layer.training]
-        for layer in dropping:  # a sample is of the whole network
-            layer.eval()
-        try:
+        with in_mode(self, training=False):  # a sample is of the whole network
             for row in range(height):
                 draw_rows(network, drawn, noise, known, head, self.grey_levels, temperature, row, row + 1)
                 if progress is not None:
                     progress(row + 1, height)
-        finally:
-            for layer in dropping:
-                layer.train()
         return drawn
 
     def _scaled(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:

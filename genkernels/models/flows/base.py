@@ -55,6 +55,7 @@ class FlowModel(LikelihoodModel):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Continuous data (images: dequantised, in [0, 1)) to ``(latents, ldj)``; the last latent is the top one."""
+        self._check_shape(x)
         context = self._context(self._labels(y, x.shape[0]))
         latents, log_dets = [], []
         for flow, split in zip_longest(self.flows, self.splits):
@@ -121,14 +122,19 @@ class FlowModel(LikelihoodModel):
         gradient of exactly zero in exact arithmetic, rounding noise in fact, and Adam's first step turns noise into
         steps of full length.
 
+        Take many more examples than a datum has channels. Directions in which the batch does not vary are scaled up
+        again by each step of a `Glow`: 3 points in 2 dimensions start 32 steps at 1e17 nats (median of 12 seeds; 9
+        points: 3), and where that overflows gradients are NaN.
+
         Args:
             x, y, generator: as for `log_prob`. group: ranks of ``torch.distributed`` that call this together and whose
                 batches count as one; None: this process alone.
 
         Raises:
-            ValueError: x holds fewer than two different examples, or values that are not finite.
+            ValueError: x holds fewer than two different examples, or values that are not finite; y is wrong.
         """
         x = self._checked(x)
+        y = self._labels(y, len(x))
         self._actnorms = self._find_actnorms()
         if group is None and not _varies(x):
             raise ValueError(
@@ -275,6 +281,8 @@ def _shared(group) -> bool:
 
 def class_context(num_classes: int | None, class_features: int) -> tuple[nn.Embedding | None, int]:
     """What gives a flow its context where there are classes, and the context's size, 0 where there are none."""
+    if num_classes and class_features < 1:
+        raise ValueError(f"class_features must be at least 1 where there are classes, got {class_features}")
     return (nn.Embedding(num_classes, class_features), class_features) if num_classes else (None, 0)
 
 
