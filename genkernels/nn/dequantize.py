@@ -56,7 +56,7 @@ class Dequantize(nn.Module):
         check_batched("Dequantize", x)
         index = level_indices("Dequantize", x, self.levels, "the layers behind it take x as it is")
         work = work_dtype(self._like)
-        z = uniform(x.shape, work, x.device, generator).add_(index).mul_(1 / self.levels)
+        z = (uniform(x.shape, work, x.device, generator) + index) * (1 / self.levels)
         # where the sum or the product rounds up, z would be of the next level
         z = torch.where(self._level(z) > index, z * (1 - 4 * torch.finfo(work).eps), z)
         return self._narrowed(z, index), self._log_det(x, work, 1)

@@ -733,9 +733,8 @@ def test_a_flow_takes_its_shape_and_no_other(name, shape):
 @pytest.mark.parametrize("num_classes", [None, 3])
 def test_gradients_of_each_sample(name, num_classes):
     """``torch.func``: what is checked for free elsewhere is not looked at inside a transform."""
-    model = models.MODELS[name].from_preset(
-        "digits", num_classes=num_classes, grey_levels=None if name == "maf" else 17
-    )
+    options = {"grey_levels": None, "logit": 0.0} if name == "maf" else {"grey_levels": 17}
+    model = models.MODELS[name].from_preset("digits", num_classes=num_classes, **options)
     x, y = smooth_images(4, (1, 8, 8), 17).float() / 16, torch.tensor([0, 2, 1, 1])
     model.loss(x, y)
     model.eval()
