@@ -10,6 +10,7 @@ from genkernels.ops.autoregressive_sampling import Stage, autoregressive_samplin
 from genkernels.ops.logistic_mixture import logistic_mixture_nll, logistic_mixture_sample
 from genkernels.ops.made import made_inverse, masked_linear
 from genkernels.ops.masked_conv import masked_conv
+from genkernels.ops.spectral_norm import CIRCULAR, CONVOLUTION, MATRIX, Geometry, SpectralNorm, spectral_norm
 
 __all__ = ["FEATURES", "OPERATORS", "Operator", "checks", "transforms_active"]
 __all__ += [public.__name__ for operator in OPERATORS.values() for public in (*operator.functions, *operator.types)]

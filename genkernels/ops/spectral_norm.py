@@ -1,0 +1,217 @@
+"""Spectral norm of many weights at once: schema, checks, fakes, gradient. The maths is in
+`genkernels.reference.spectral_norm`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from genkernels.ops import _autocast as autocast
+from genkernels.ops import _checks as checks
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, transforms_active
+from genkernels.ops._operator import DIFFERENTIABLE, Operator
+from genkernels.reference import spectral_norm as reference
+from genkernels.reference.spectral_norm import CIRCULAR, CONVOLUTION, MATRIX, Geometry, as_plan
+
+NAME = "spectral_norm"
+
+
+class SpectralNorm(NamedTuple):
+    """What `spectral_norm` returns: lists of one entry a weight, and the norms ``[L]``."""
+
+    weights: list[Tensor]
+    u: list[Tensor]
+    v: list[Tensor]
+    sigma: Tensor
+
+
+def spectral_norm(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    geometries: Sequence[Geometry] | None = None,
+    *,
+    iterations: int = 1,
+    coefficient: float = 1.0,
+    at_most: bool = False,
+) -> SpectralNorm:
+    r"""Divides weights by their largest singular values, all of them in one call.
+
+    .. math:: u \leftarrow A v / \lVert A v\rVert,\quad v \leftarrow A^\top u / \lVert A^\top u\rVert,\quad
+        \sigma = \langle u, A v\rangle,\quad \hat W = c\, W / \sigma
+
+    A is what a weight does to its input: a matrix, or the convolution with its stride, padding and size of input, whose
+    norm is up to the root of the number of taps away from the matrix's. Power iteration gives a lower bound that grows
+    from call to call; `genkernels.nn.certify` gives an upper one.
+
+    Equivalent to (one matrix)::
+
+        with torch.no_grad():
+            for _ in range(iterations):
+                u = F.normalize(weight @ v, dim=0)
+                v = F.normalize(weight.T @ u, dim=0)
+        sigma = u @ weight @ v
+        weight = coefficient * weight / sigma       # at_most=True: weight / max(1, sigma / coefficient)
+
+    Args:
+        weights: L tensors of one dtype (fp64, fp32, bf16 or fp16; half is computed in fp32) and of at least two axes.
+        u, v: for each weight the output and the input of A, of one sample and without a batch: ``[M]`` and ``[K]`` for
+            a matrix, ``[C_out, *output]`` and ``[C_in, *input]`` for a convolution. Of length 1, unless zero.
+        geometries: how each weight acts; by default as a matrix whose rows are the first axis.
+        iterations: power iterations before the norm is taken, 0 or more.
+        coefficient: c > 0. at_most: leaves a weight alone whose norm is at most c.
+
+    Returns:
+        The normalised weights, u and v after the iterations, and sigma ``[L]``, fp32 (fp64 for fp64 weights). The
+        gradient takes u and v as constants, as the published method does; where a
+        kernel runs, the graph may be gone through more than once.
+        A weight of zeros has sigma 0 and comes back as it is, with its u and v, which a weight that is not finite
+        keeps too.
+
+    Raises:
+        ValueError: a shape or an option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot
+            run.
+
+    Source: Miyato et al., "Spectral normalization for generative adversarial networks", 2018; Gouk et al.,
+    "Regularisation of neural networks by enforcing Lipschitz continuity", 2018.
+    """
+    weights, u, v = list(weights), list(u), list(v)
+    if geometries is None:
+        geometries = [Geometry()] * len(weights)
+    _check(weights, u, v, geometries)
+    checks.integer(NAME, "iterations", iterations, 0)
+    if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 < coefficient < float("inf"):
+        raise ValueError(f"{NAME}: coefficient must be a positive number, got {coefficient!r}")
+    with autocast.kept_out(weights[0]):  # its products stay in fp32
+        out = NORMALISE(weights, u, v, as_plan(geometries), iterations, float(coefficient), bool(at_most))
+    count = len(weights)
+    return SpectralNorm(out[:count], out[count : 2 * count], out[2 * count : 3 * count], out[-1])
+
+
+def _check(weights: list, u: list, v: list, geometries: Sequence[Geometry]) -> None:
+    count = len(weights)
+    if not count or not len(u) == len(v) == len(geometries) == count:
+        raise ValueError(
+            f"{NAME}: weights, u, v and geometries must be lists of one length, 1 or more, got {count}, {len(u)}, "
+            f"{len(v)} and {len(geometries)}"
+        )
+    named = {}
+    for i in range(count):
+        named |= {f"weights[{i}]": weights[i], f"u[{i}]": u[i], f"v[{i}]": v[i]}
+    checks.tensors(NAME, named)
+    checks.same_dtype(NAME, named)
+    for i, (weight, left, right, g) in enumerate(zip(weights, u, v, geometries, strict=True)):
+        if weight.dim() < 2 or not weight.numel():
+            raise ValueError(
+                f"{NAME}: weights[{i}] must have two axes or more and no empty one, got {list(weight.shape)}"
+            )
+        if g.kind == MATRIX:
+            if not -weight.dim() <= g.axis < weight.dim():
+                raise ValueError(f"{NAME}: the axis of weights[{i}] must be one of its {weight.dim()}, got {g.axis}")
+            rows = weight.shape[g.axis]
+            checks.shape(NAME, f"u[{i}]", left, [rows], "[M]")
+            checks.shape(NAME, f"v[{i}]", right, [weight.numel() // rows], "[K]")
+        else:
+            _check_convolution(i, weight, left, right, g)
+
+
+def _check_convolution(i: int, weight: Tensor, u: Tensor, v: Tensor, g: Geometry) -> None:
+    dims = weight.dim() - 2
+    if g.kind not in (CONVOLUTION, CIRCULAR) or not 1 <= dims <= 3:
+        raise ValueError(
+            f"{NAME}: weights[{i}] must be a matrix, or a convolution's over 1 to 3 axes, got {g} for "
+            f"{list(weight.shape)}"
+        )
+    x, y = (u, v) if g.transposed else (v, u)
+    names = ("u", "v") if g.transposed else ("v", "u")
+    if weight.shape[0] % g.groups:
+        raise ValueError(f"{NAME}: weights[{i}] must have outputs for each of {g.groups} groups, got {weight.shape[0]}")
+    for name, value, channels in zip(names, (x, y), (weight.shape[1] * g.groups, weight.shape[0]), strict=True):
+        if value.dim() != dims + 1 or value.shape[0] != channels or not value.numel():
+            raise ValueError(
+                f"{NAME}: {name}[{i}] must be [{channels}, {', '.join(['*'] * dims)}], got {list(value.shape)}"
+            )
+    behind = reference._behind(weight, g, x.shape[1:], y.shape[1:])
+    if g.kind == CIRCULAR:
+        for n, before, after in zip(x.shape[1:], g.padding[3 - dims :], behind, strict=True):
+            if max(before, after) > n:
+                raise ValueError(
+                    f"{NAME}: {names[0]}[{i}] must be as large as its circular padding, {max(before, after)}, got "
+                    f"{list(x.shape)}"
+                )
+
+
+# --------------------------------------------------------------------------------------------------- gradient and fakes
+
+
+def _setup(ctx, inputs, output):
+    weights, _, _, ctx.plan, _, ctx.coefficient, ctx.at_most = inputs
+    count = len(weights)
+    vectors = output[count : 3 * count]
+    ctx.mark_non_differentiable(*vectors)
+    # Kept by hand, as autograd's own store is emptied by the first backward: layers share one normalised weight between
+    # passes (real and fake, micro-batches) that are differentiated one after the other. What autograd's store checks,
+    # that nobody wrote over them, `_backward` does.
+    ctx.weights, ctx.versions = weights, [w._version for w in weights]
+    ctx.vectors, ctx.sigma = [t.detach() for t in vectors], output[-1].detach()
+
+
+def _backward(ctx, grads):
+    count = len(ctx.weights)
+    for weight, version in zip(ctx.weights, ctx.versions, strict=True):
+        if weight._version != version:
+            raise RuntimeError(
+                f"{NAME}: a weight needed for the gradient, {list(weight.shape)}, must be as it was in the forward "
+                f"pass, got version {weight._version} of it where {version} was used: an in-place operation, such as "
+                "an optimiser's step, came between"
+            )
+    grad_sigma = grads[-1]
+    used = [i for i in range(count) if grads[i] is not None or grad_sigma is not None]
+    by_weight: list[Tensor | None] = [None] * count
+    if used:
+        plan = [n for i in used for n in ctx.plan[reference.RECORD * i : reference.RECORD * (i + 1)]]
+        picked = [ctx.weights[i] for i in used]
+        given = [w.new_zeros(w.shape) if grads[i] is None else grads[i] for i, w in zip(used, picked, strict=True)]
+        sigma = ctx.sigma if len(used) == count else ctx.sigma[used]
+        u, v = [ctx.vectors[i] for i in used], [ctx.vectors[count + i] for i in used]
+        # a recorded pass that is mapped over takes the reference: lists of tensors have no fallback under vmap
+        run = reference.spectral_norm_backward if transforms_active() else BACKWARD.dense
+        with autocast.kept_out(picked[0]):
+            found = run(given, grad_sigma, picked, u, v, sigma, plan, ctx.coefficient, ctx.at_most)
+        for i, grad in zip(used, found, strict=True):
+            by_weight[i] = grad
+    return by_weight, None, None, None, None, None, None
+
+
+def _fake(weights, u, v, plan, iterations, coefficient, at_most):
+    sigma = weights[0].new_empty((len(weights),), dtype=autocast.work_dtype(weights[0]))
+    return [*(t.new_empty(t.shape) for t in (*weights, *u, *v)), sigma]
+
+
+def _fake_backward(grads, grad_sigma, weights, u, v, sigma, plan, coefficient, at_most):
+    return [w.new_empty(w.shape) for w in weights]
+
+
+OPERATOR = Operator(
+    NAME,
+    functions=(spectral_norm,),
+    types=(Geometry, SpectralNorm),
+    kernels={"cpu": "not written yet", "triton": "not written yet", "cuda": "not written yet"},
+    composability=DIFFERENTIABLE,
+)
+NORMALISE = OPERATOR.define(
+    "spectral_norm(Tensor[] weights, Tensor[] u, Tensor[] v, int[] plan, int iterations, float coefficient, "
+    "bool at_most) -> Tensor[]",
+    reference.spectral_norm,
+    _fake,
+    gradient=Formula(_setup, _backward),
+)
+BACKWARD = OPERATOR.define(
+    "spectral_norm_backward(Tensor[] grads, Tensor? grad_sigma, Tensor[] weights, Tensor[] u, Tensor[] v, "
+    "Tensor sigma, int[] plan, float coefficient, bool at_most) -> Tensor[]",
+    reference.spectral_norm_backward,
+    _fake_backward,
+    gradient=THROUGH_REFERENCE,
+)

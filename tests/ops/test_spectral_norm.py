@@ -1,0 +1,322 @@
+"""spectral_norm on every implementation that runs here, against its definition in fp64, dense matrices and autograd."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.utils.parametrizations import spectral_norm as torchs
+
+from genkernels import ops
+from genkernels.ops import CIRCULAR, CONVOLUTION, Geometry
+from tests.checks import assert_as_accurate, bits, off_address
+from tests.implementations import reference_of
+
+reference = reference_of("spectral_norm")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+quick = pytest.mark.implementations(slow=False)
+
+
+def conv(kind=CONVOLUTION, groups=1, transposed=False, stride=(), padding=(), dilation=()):
+    fill = lambda values, other: (other,) * (3 - len(values)) + tuple(values)  # noqa: E731
+    return Geometry(kind, 0, groups, transposed, fill(stride, 1), fill(padding, 0), fill(dilation, 1))
+
+
+# (weight, geometry, v's sizes, u's sizes): each kind, odd and even kernels, 1 to 3 axes, what the taps do not reach
+MATRICES = [
+    ((5, 7), Geometry(), None, None),
+    ((1, 9), Geometry(), None, None),
+    ((33, 1), Geometry(), None, None),
+    ((64, 24, 3, 3), Geometry(), None, None),
+    ((4, 3, 5), Geometry(axis=1), None, None),
+    ((3, 70, 2, 2), Geometry(axis=1), None, None),
+    ((2, 3, 130), Geometry(axis=2), None, None),
+    ((70, 300), Geometry(), None, None),
+]
+CONVOLUTIONS = [
+    ((5, 3, 3, 3), conv(padding=(1, 1)), (6, 7), (6, 7)),
+    ((6, 2, 4, 4), conv(stride=(2, 2), padding=(1, 1)), (8, 6), (4, 3)),
+    ((4, 3, 3, 3), conv(stride=(2, 2)), (8, 8), (3, 3)),  # no tap reaches the last row
+    ((4, 3, 3, 2), conv(CIRCULAR, padding=(1, 1), dilation=(1, 2)), (5, 6), (5, 6)),
+    ((6, 2, 3, 3), conv(groups=3, padding=(1, 1)), (4, 5), (4, 5)),
+    ((3, 2, 5), conv(dilation=(2,), padding=(4,)), (9,), (9,)),
+    ((3, 2, 2, 3, 3), conv(padding=(0, 1, 1), stride=(1, 2, 1)), (3, 4, 4), (2, 2, 4)),
+    ((4, 3, 4, 4), conv(transposed=True, stride=(2, 2), padding=(1, 1)), (3, 4), (6, 8)),
+    ((4, 2, 3, 3), conv(groups=2, transposed=True, stride=(2, 2), padding=(1, 1)), (4, 3), (8, 5)),
+    ((2, 3, 1, 1), conv(), (3, 3), (3, 3)),
+    ((20, 17, 3, 3), conv(padding=(1, 1)), (5, 9), (5, 9)),
+]
+CASES = MATRICES + CONVOLUTIONS
+
+
+def vectors(weight, g, size, out):
+    """Shapes of u and v."""
+    if g.kind == ops.MATRIX:
+        rows = weight[g.axis]
+        return (rows,), (torch.Size(weight).numel() // rows,)
+    x, y = (weight[1] * g.groups, *(out if g.transposed else size)), (weight[0], *(size if g.transposed else out))
+    return (x, y) if g.transposed else (y, x)
+
+
+def make(cases, dtype=torch.float64, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weights, us, vs = [], [], []
+    for weight, g, size, out in cases:
+        u, v = vectors(weight, g, size, out)
+        weights.append(draw(weight))
+        us.append(torch.nn.functional.normalize(draw(u).flatten(), dim=0).view(u))
+        vs.append(torch.nn.functional.normalize(draw(v).flatten(), dim=0).view(v))
+    plan = [g for _, g, _, _ in cases]
+    return *([t.to(device, dtype) for t in some] for some in (weights, us, vs)), plan
+
+
+def sample(device="cpu", dtype=torch.float64):
+    """`(function of tensors, tensors)`; the function returns a tuple of tensors."""
+    cases = [MATRICES[4], CONVOLUTIONS[1]]
+    weights, u, v, geometries = make(cases, dtype, device)
+    at_most = {"iterations": 2, "coefficient": 0.9, "at_most": True}
+
+    def function(*weights):
+        # under vmap and in the tests of transforms u and v go with the weights that they are given
+        kinds = [t.to(weights[0].dtype) for t in (*u, *v)]
+        out = ops.spectral_norm(weights, kinds[:2], kinds[2:], geometries, **at_most)
+        return *out.weights, out.sigma
+
+    return function, tuple(weights)
+
+
+SAMPLES = {"spectral_norm": sample}
+
+
+def dense(weight, g, v_shape, u_shape):
+    """The map as a matrix, column by column."""
+    count = torch.Size(v_shape).numel()
+    columns = [reference.apply(weight, g, e.view(v_shape), u_shape).flatten() for e in torch.eye(count).to(weight)]
+    return torch.stack(columns, 1)
+
+
+# --- the definition -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_transpose_is_the_transpose_and_the_gradient_that_of_the_map(case):
+    (weight,), (u,), (v,), (g,) = make([case])
+    a = dense(weight, g, v.shape, u.shape)
+    torch.testing.assert_close(reference.apply_transpose(weight, g, u, v.shape).flatten(), a.T @ u.flatten())
+    weight.requires_grad_()
+    (by_weight,) = torch.autograd.grad((u * reference.apply(weight, g, v, u.shape)).sum(), weight)
+    torch.testing.assert_close(reference.outer(weight, g, u, v), by_weight)
+
+
+@quick
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sigma_is_the_largest_singular_value_of_the_dense_matrix(implementation, device, case):
+    weights, u, v, g = make([case], device=device)
+    out = ops.spectral_norm(weights, u, v, g, iterations=600)
+    exact = torch.linalg.svdvals(dense(weights[0].cpu(), g[0], v[0].shape, u[0].shape))[0]
+    torch.testing.assert_close(out.sigma.cpu()[0], exact, rtol=1e-3, atol=0)
+    assert out.sigma.cpu()[0] <= exact * (1 + 1e-12)  # from below
+
+
+def test_a_matrix_is_normalised_as_torch_normalises_it(implementation, device):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(5, 6, 3).double().to(device)
+    own = torchs(layer, n_power_iterations=2)
+    parts = own.parametrizations.weight
+    u, v = parts[0]._u.clone(), parts[0]._v.clone()
+    out = ops.spectral_norm([parts.original], [u], [v], iterations=2)
+    expected = own.weight  # in training mode this is an iteration
+    torch.testing.assert_close(out.weights[0], expected)
+    torch.testing.assert_close(out.u[0], parts[0]._u)
+    torch.testing.assert_close(out.v[0], parts[0]._v)
+    g = torch.randn_like(expected)
+    by_torch = torch.autograd.grad(expected, parts.original, g)[0]
+    torch.testing.assert_close(torch.autograd.grad(out.weights[0], parts.original, g)[0], by_torch)
+
+
+# --- kernels against the definition -------------------------------------------------------------------------------
+
+
+@pytest.mark.implementations(reference=False)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_is_as_accurate_as_the_reference(implementation, device, dtype):
+    for turn, iterations in enumerate((0, 1, 3)):
+        for coefficient, at_most in ((1.0, False), (2.5, True)):
+            weights, u, v, g = make(CASES, dtype, device, seed=turn)
+            arguments = (reference.as_plan(g), iterations, coefficient, at_most)
+            ours = implementation.functions.spectral_norm(weights, u, v, *arguments)
+            same = reference.spectral_norm(weights, u, v, *arguments)
+            exact = reference.spectral_norm(*[[t.double() for t in some] for some in (weights, u, v)], *arguments)
+            for i, (a, b, c) in enumerate(zip(ours, same, exact, strict=True)):
+                assert_as_accurate(f"{i} of {dtype}, {iterations}, {at_most}", a, b, c, beside=4)
+
+
+@pytest.mark.implementations(reference=False)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_is_as_accurate_as_the_reference(implementation, device, dtype):
+    for (coefficient, at_most), with_sigma in itertools.product(((1.0, False), (2.5, True)), (False, True)):
+        weights, u, v, g = make(CASES, dtype, device)
+        plan = reference.as_plan(g)
+        *_, sigma = reference.spectral_norm(weights, u, v, plan, 2, coefficient, at_most)
+        grads = [torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).to(w) for w in weights]
+        by_sigma = torch.linspace(-1, 1, len(weights)).to(sigma) if with_sigma else None
+        ours = implementation.functions.spectral_norm_backward(
+            grads, by_sigma, weights, u, v, sigma, plan, coefficient, at_most
+        )
+        same = reference.spectral_norm_backward(grads, by_sigma, weights, u, v, sigma, plan, coefficient, at_most)
+        double = [[t.double() for t in some] for some in (grads, weights, u, v)]
+        wide = None if by_sigma is None else by_sigma.double()
+        exact = reference.spectral_norm_backward(
+            double[0], wide, *double[1:], sigma.double(), plan, coefficient, at_most
+        )
+        for i, (a, b, c) in enumerate(zip(ours, same, exact, strict=True)):
+            assert_as_accurate(f"{i} of {dtype}, {at_most}, {with_sigma}", a, b, c, beside=4)
+
+
+# --- values that need care ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CONVOLUTIONS[0], CONVOLUTIONS[7]], ids=str)
+def test_a_weight_of_zeros_stays_finite_and_recovers(implementation, device, case):
+    weights, u, v, g = make([case], device=device)
+    zero = torch.zeros_like(weights[0]).requires_grad_()
+    out = ops.spectral_norm([zero], u, v, g, iterations=2)
+    assert out.sigma.item() == 0 and not out.weights[0].any()
+    assert torch.equal(out.u[0], u[0]) and torch.equal(out.v[0], v[0])
+    grad = torch.ones_like(zero)
+    assert torch.equal(torch.autograd.grad(out.weights[0], zero, grad)[0], grad)
+    again = ops.spectral_norm(weights, out.u, out.v, g, iterations=300)
+    exact = torch.linalg.svdvals(dense(weights[0].cpu(), g[0], v[0].shape, u[0].shape))[0]
+    torch.testing.assert_close(again.sigma.cpu()[0], exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", [CASES[0], CONVOLUTIONS[0]], ids=str)
+def test_a_weight_that_is_not_finite_leaves_its_vectors_and_the_other_weights_alone(implementation, device, case, bad):
+    weights, u, v, g = make([case, CASES[3]], torch.float32, device)
+    alone = ops.spectral_norm(weights[1:], u[1:], v[1:], g[1:])
+    weights[0].view(-1)[3] = bad
+    out = ops.spectral_norm(weights, u, v, g, iterations=2)
+    assert not out.sigma[0].isfinite() and not out.weights[0].isfinite().all()
+    assert torch.equal(out.u[0], u[0]) and torch.equal(out.v[0], v[0])
+    beside = ops.spectral_norm(weights, u, v, g)
+    assert torch.equal(bits(beside.weights[1]), bits(alone.weights[0]))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("case", [CASES[3], CONVOLUTIONS[0]], ids=str)
+def test_tiny_and_huge_weights_do_not_overflow(implementation, device, case, size):
+    weights, u, v, g = make([case], torch.float32, device)
+    plain = ops.spectral_norm(weights, u, v, g, iterations=3)
+    scaled = ops.spectral_norm([weights[0] * size], u, v, g, iterations=3)
+    torch.testing.assert_close(scaled.sigma / size, plain.sigma, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scaled.weights[0], plain.weights[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_whose_norm_is_at_most_the_coefficient_is_left_alone(implementation, device):
+    weights, u, v, g = make(CASES[:4], torch.float32, device)
+    weights = [w.requires_grad_() for w in weights]
+    out = ops.spectral_norm(weights, u, v, g, coefficient=1e4, at_most=True)
+    grads = [torch.randn_like(w) for w in weights]
+    found = torch.autograd.grad(out.weights, weights, grads)
+    assert all(torch.equal(bits(a.detach()), bits(b.detach())) for a, b in zip(out.weights, weights, strict=True))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, grads, strict=True))
+
+
+def test_rank_one_and_a_repeated_singular_value(implementation, device):
+    left, right = torch.randn(12, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    once = torch.outer(left, right).to(device)
+    twice = 3 * torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))[0].to(device)
+    unit = lambda n: torch.nn.functional.normalize(torch.randn(n, dtype=torch.float64), dim=0).to(device)  # noqa: E731
+    out = ops.spectral_norm([once, twice], [unit(12), unit(9)], [unit(9), unit(9)])
+    expected = torch.stack([left.norm() * right.norm(), torch.tensor(3.0, dtype=torch.float64)])
+    torch.testing.assert_close(out.sigma.cpu(), expected)
+
+
+# --- memory, repetition, gradients --------------------------------------------------------------------------------
+
+
+def test_same_bits_each_run_and_in_any_company(implementation, device):
+    weights, u, v, g = make(CASES, torch.float32, device)
+    runs = [ops.spectral_norm(weights, u, v, g, iterations=2) for _ in range(2)]
+    for a, b in zip(runs[0][0] + runs[0][1] + runs[0][2], runs[1][0] + runs[1][1] + runs[1][2], strict=True):
+        assert torch.equal(bits(a), bits(b))
+    for i in (0, 3, len(MATRICES), len(CASES) - 1):
+        alone = ops.spectral_norm([weights[i]], [u[i]], [v[i]], [g[i]], iterations=2)
+        assert torch.equal(bits(alone.weights[0]), bits(runs[0].weights[i]))
+        assert torch.equal(bits(alone.u[0]), bits(runs[0].u[i]))
+
+
+@pytest.mark.implementations(reference=False)
+def test_tensors_may_lie_anywhere_and_are_not_written(implementation, device):
+    weights, u, v, g = make(CASES, torch.float32, device)
+    dense_out = ops.spectral_norm(weights, u, v, g)
+    moved = [[off_address(t, 3) for t in some] for some in (weights, u, v)]
+    copies = [[t.clone() for t in some] for some in moved]
+    out = ops.spectral_norm(*moved, g)
+    turned = [w.transpose(0, -1).contiguous().transpose(0, -1) for w in weights]
+    strided = ops.spectral_norm(turned, u, v, g)
+    for i in range(len(CASES)):
+        assert torch.equal(bits(out.weights[i]), bits(dense_out.weights[i]))
+        assert torch.equal(bits(strided.weights[i]), bits(dense_out.weights[i]))
+    for some, before in zip(moved, copies, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(some, before, strict=True))
+
+
+@pytest.mark.implementations(reference=False)
+def test_the_graph_may_be_gone_through_twice_but_not_after_a_write(implementation, device):
+    weights, u, v, g = make(CASES[:3], torch.float32, device)
+    weights = [w.requires_grad_() for w in weights]
+    out = ops.spectral_norm(weights, u, v, g)
+    (2 * out.weights[0]).sum().backward()
+    first = weights[0].grad.clone()
+    (2 * out.weights[0]).sum().backward()
+    assert torch.equal(weights[0].grad, 2 * first)
+    assert weights[1].grad is None  # nothing asked for it
+    with torch.no_grad():
+        weights[0].add_(1)
+    with pytest.raises(RuntimeError, match="spectral_norm: a weight needed for the gradient, .* an optimiser's step"):
+        out.weights[0].sum().backward()
+
+
+@quick
+def test_gradients_of_first_and_second_order(implementation, device):
+    for case in (CASES[0], CASES[4], CONVOLUTIONS[1], CONVOLUTIONS[7]):
+        weights, u, v, g = make([case], device=device)
+        function = lambda w: (lambda out: (*out.weights, out.sigma))(  # noqa: E731
+            ops.spectral_norm([w], u, v, g, iterations=0)  # noqa: B023
+        )
+        leaf = weights[0].requires_grad_()
+        assert torch.autograd.gradcheck(function, (leaf,))
+        assert torch.autograd.gradgradcheck(function, (leaf,))
+
+
+def test_autocast_leaves_the_products_in_fp32(implementation, device):
+    weights, u, v, g = make(CASES, torch.float32, device)
+    plain = ops.spectral_norm(weights, u, v, g)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = ops.spectral_norm(weights, u, v, g)
+    assert torch.equal(bits(inside.sigma), bits(plain.sigma))
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_gets_one_sentence():
+    weights, u, v, g = make([CASES[0], CONVOLUTIONS[0]])
+
+    def refuses(kind, sentence, weights=weights, u=u, v=v, g=g, **options):
+        with pytest.raises(kind, match=sentence):
+            ops.spectral_norm(weights, u, v, g, **options)
+
+    refuses(ValueError, "must be lists of one length, 1 or more, got 0", [], [], [], [])
+    refuses(ValueError, "must be lists of one length, 1 or more, got 2, 1", u=u[:1])
+    refuses(TypeError, r"weights\[0\] must be .*got torch.int64", weights=[weights[0].long(), weights[1]])
+    refuses(TypeError, r"v\[1\] must have the dtype of weights\[0\]", v=[v[0], v[1].float()])
+    refuses(ValueError, r"weights\[0\] must have two axes or more", weights=[weights[0][0], weights[1]])
+    refuses(ValueError, r"u\[0\] must be \[M\] = \[5\], got \[7\]", u=[v[0], u[1]])
+    refuses(ValueError, r"v\[1\] must be \[3, \*, \*\], got \[5, 6, 7\]", v=[v[0], u[1]])
+    refuses(ValueError, "the axis of weights", g=[Geometry(axis=2), g[1]])
+    refuses(ValueError, "iterations must be an integer of at least 0, got -1", iterations=-1)
+    refuses(ValueError, "coefficient must be a positive number, got 0", coefficient=0)
+    refuses(ValueError, "as large as its circular padding", g=[g[0], conv(CIRCULAR, padding=(9, 9))])
