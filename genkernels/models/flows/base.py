@@ -159,15 +159,19 @@ class FlowModel(LikelihoodModel):
         rows = torch.randint(len(x), (len(x),), device=device, generator=generator).to(x.device)
         x, y = x[rows], None if y is None else y[rows.to(y.device)]
         x = x.to(self._like.dtype) if self.dequantize is None else self.dequantize(x, generator=generator)[0]
-        modes = [layer.training for layer in layers]
+        # the sequences too, by themselves: in training they let their layers start on a pass of its own, after which
+        # the rest of the model sees the same bits whatever the mode was
+        modes = [(module, module.training) for module in (*layers, *self.flows)]
+        for module, _ in modes:
+            module.training = True
         for layer in layers:
-            layer.train()
             layer.ranks = None if group is None and enclosing_ddp() else (group,)
         try:
             self.forward(x, y)
         finally:
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.train(mode)
+            for module, mode in modes:
+                module.training = mode
+            for layer in layers:
                 layer.ranks = None
         return True
 
