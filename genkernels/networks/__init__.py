@@ -1,0 +1,1 @@
+"""Algorithms over whole networks and over how their layers' weights act."""
