@@ -45,27 +45,31 @@ def geometry_of(layer: nn.Module) -> Geometry:
     )
 
 
-def sizes_of(layer: nn.Module, size: Sequence[int] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sizes_of(
+    layer: nn.Module, size: Sequence[int] = (), weight: Tensor | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of one sample's input and output, v's and u's: channels (features of a Linear) and what follows them.
 
     Args:
         layer: one that `geometry_of` takes.
         size: the input's size without channels, ``()`` for a Linear.
+        weight: what the shapes are read from, where the layer's own weight cannot be asked for yet.
 
     Raises:
         TypeError, ValueError: as `geometry_of`; a size of the wrong length, below 1, or too small for the kernel.
     """
     geometry = geometry_of(layer)
-    size = check_size("sizes_of", layer.weight, geometry, size, fits=False)
-    c_in, c_out = channels(layer.weight, geometry)
+    weight = layer.weight if weight is None else weight
+    size = check_size("sizes_of", weight, geometry, size, fits=False)
+    c_in, c_out = channels(weight, geometry)
     if geometry.kind == MATRIX:
         return (c_in,), (c_out,)
     if geometry.transposed:
-        usual = usual_output(layer.weight, geometry, size)
+        usual = usual_output(weight, geometry, size)
         out = [n + extra for n, extra in zip(usual, layer.output_padding, strict=True)]
     else:
-        out = output_size(geometry, layer.weight.shape[2:], size, _paddings(layer)[1])
-    _check_fit("sizes_of", layer.weight, geometry, size, out)
+        out = output_size(geometry, weight.shape[2:], size, _paddings(layer)[1])
+    _check_fit("sizes_of", weight, geometry, size, out)
     return (c_in, *size), (c_out, *out)
 
 
