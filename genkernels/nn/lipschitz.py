@@ -85,6 +85,8 @@ class LipschitzConv2d(_Picklable, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
             for `torch.nn.Conv2d`; of the padding modes, ``zeros`` and ``circular``.
+        input_size: H and W of x. Without it the first pass says it, and copies of the layer that are made before that
+            pass (an average of weights) cannot follow it.
         coefficient, n_power_iterations, tolerance: as for `LipschitzLinear`.
 
     Shapes:
@@ -111,6 +113,7 @@ class LipschitzConv2d(_Picklable, nn.Conv2d):
         bias: bool = True,
         padding_mode: str = "zeros",
         *,
+        input_size: tuple[int, int] | None = None,
         coefficient: float = 0.97,
         n_power_iterations: int = 1,
         tolerance: float = 1e-3,
@@ -122,6 +125,8 @@ class LipschitzConv2d(_Picklable, nn.Conv2d):
         spectral_norm_(
             self, n_power_iterations, operator="convolution", coefficient=coefficient, at_most=True, tolerance=tolerance
         )
+        if input_size is not None:
+            _size_of(self, input_size, "LipschitzConv2d")
 
     def forward(self, x: Tensor) -> Tensor:
         note_size(self, x)
@@ -208,7 +213,8 @@ def certify(layer: nn.Module, input_size: Sequence[int] | None = None) -> tuple[
     return low.item(), high.item()
 
 
-def _size_of(layer: nn.Module, input_size: Sequence[int] | None) -> tuple[int, ...]:
+def _size_of(layer: nn.Module, input_size: Sequence[int] | None, who: str = "certify") -> tuple[int, ...]:
+    """The size of a convolution's input; a layer that is normalised as one begins anew where it is another."""
     if isinstance(layer, nn.Linear):
         return ()
     parts = getattr(layer, "parametrizations", {})
@@ -221,12 +227,12 @@ def _size_of(layer: nn.Module, input_size: Sequence[int] | None) -> tuple[int, .
     try:
         size = tuple(int(n) for n in input_size)
     except TypeError:
-        raise ValueError(f"certify: input_size must be a list of integers, got {input_size!r}") from None
+        raise ValueError(f"{who}: input_size must be a list of integers, got {input_size!r}") from None
     dims = len(layer.kernel_size)
     if len(size) == dims + 1 and size[0] == layer.in_channels:
         size = size[1:]
     if len(size) != dims:
-        raise ValueError(f"certify: input_size must have {dims} numbers, or channels before them, got {list(size)}")
+        raise ValueError(f"{who}: input_size must have {dims} numbers, or channels before them, got {list(size)}")
     for part in held:
         if part.geometry.kind != MATRIX:
             part.resize(layer, size)

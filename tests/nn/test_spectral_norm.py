@@ -398,6 +398,19 @@ def test_another_size_of_input_starts_anew_and_says_so():
     assert true_norm(layer) == pytest.approx(0.97, rel=1e-3)
 
 
+def test_a_convolution_that_is_told_its_size_can_be_averaged_before_its_first_pass():
+    layer = gnn.LipschitzConv2d(2, 3, 3, padding=1, input_size=(8, 8)).double()
+    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    steps(layer, 2)
+    average.update_parameters(layer)
+    steps(layer, 2)
+    average.update_parameters(layer)
+    average.eval()(batch())
+    assert true_norm(average.module) <= 0.97 * (1 + 1e-3)
+    with pytest.raises(ValueError, match=r"LipschitzConv2d: input_size must have 2 numbers, or channels .* got \[8\]"):
+        gnn.LipschitzConv2d(2, 3, 3, input_size=[8])
+
+
 def test_a_loaded_convolution_knows_its_size():
     one, other = (gnn.LipschitzConv2d(2, 3, 3, padding=1).double() for _ in range(2))
     one(batch())

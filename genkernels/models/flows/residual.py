@@ -141,10 +141,11 @@ class ResidualNet(nn.Module):
             widths = [size[0], *[hidden] * hidden_layers, size[0]]
             linear = [LipschitzLinear(a, b, **of_layers) for a, b in zip(widths[:-1], widths[1:], strict=True)]
         else:
+            at = {"input_size": tuple(size[1:]), **of_layers}
             linear = [
-                LipschitzConv2d(size[0], hidden, 3, padding=1, **of_layers),
-                LipschitzConv2d(hidden, hidden, 1, **of_layers),
-                LipschitzConv2d(hidden, size[0], 3, padding=1, **of_layers),
+                LipschitzConv2d(size[0], hidden, 3, padding=1, **at),
+                LipschitzConv2d(hidden, hidden, 1, **at),
+                LipschitzConv2d(hidden, size[0], 3, padding=1, **at),
             ]
         self.first = linear[0]
         rest = [layer for after in linear[1:] for layer in (LipSwish(), after)]
