@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from genkernels.networks import log_det_series
+from genkernels.networks._outside import outside
 from genkernels.networks.invertible_residual import Solution, attach, solve
 from genkernels.networks.log_det_series import Series
 from genkernels.nn._draws import given_generator
 from genkernels.nn._log_det import wanted, zero_log_det
-from genkernels.nn._seen import outside
 from genkernels.nn.spectral_norm import join, parts_below
 from genkernels.ops import checks
 

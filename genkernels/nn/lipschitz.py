@@ -56,6 +56,8 @@ class LipschitzLinear(_Picklable, nn.Linear):
     "Invertible residual networks", 2019.
     """
 
+    genkernels_layer = nn.Linear  #: what `genkernels.networks` takes it for
+
     def __init__(
         self,
         in_features: int,
@@ -99,6 +101,7 @@ class LipschitzConv2d(_Picklable, nn.Conv2d):
     Source: as for `LipschitzLinear`.
     """
 
+    genkernels_layer = nn.Conv2d  #: what `genkernels.networks` takes it for
     notes_size = True  #: what `spectral_norm_` reads: no hook is needed for it
 
     def __init__(
@@ -146,12 +149,18 @@ class LipSwish(nn.Module):
     Source: Chen et al., "Residual flows for invertible generative modeling", 2019.
     """
 
+    genkernels_activation = ("lipswish", "steepness")
+
     def __init__(self, device=None, dtype=None):
         super().__init__()
         self.beta = nn.Parameter(torch.full((1,), 0.5, device=device, dtype=dtype))
 
+    @property
+    def steepness(self) -> Tensor:
+        return F.softplus(self.beta)
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(F.softplus(self.beta) * x) / 1.1
+        return x * torch.sigmoid(self.steepness * x) / 1.1
 
 
 class CLipSwish(LipSwish):
@@ -167,6 +176,8 @@ class CLipSwish(LipSwish):
 
     Source: Perugachi-Diaz et al., "Invertible DenseNets with concatenated LipSwish", 2021.
     """
+
+    genkernels_activation = ("clipswish", "steepness")
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(torch.cat([x, -x], 1)) / 1.004

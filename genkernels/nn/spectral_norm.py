@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from genkernels import ops
 from genkernels.networks import operator_norm
-from genkernels.nn._seen import Seen, outside, wrapped
+from genkernels.networks._outside import outside
+from genkernels.nn._seen import Seen, wrapped
 from genkernels.ops import MATRIX, Geometry, checks
 
 WHO = "spectral_norm_"

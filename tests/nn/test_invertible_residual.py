@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from genkernels import networks
 from genkernels import nn as gnn
 
 F64 = torch.float64
@@ -149,6 +150,28 @@ def test_compiled_it_gives_the_same_numbers():
         results.append([value, *torch.autograd.grad(value.sum(), list(flow.parameters()))])
         flow[1].decay.zero_()
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("activation", [gnn.LipSwish, gnn.CLipSwish])
+@pytest.mark.parametrize("make", [mlp, convolutions])
+def test_its_networks_are_data(make, activation):
+    """`genkernels.networks` takes Lipschitz layers for what they are, spectral norm included."""
+    torch.manual_seed(0)
+    net = make().eval()
+    if activation is gnn.CLipSwish:
+        wide = gnn.LipschitzLinear(32, 16) if make is mlp else gnn.LipschitzConv2d(16, 8, 1, input_size=(4, 5))
+        net[1], net[2] = activation().double(), wide.double().eval()
+    x = torch.randn(7, 3, dtype=F64) if make is mlp else torch.randn(7, 2, 4, 5, dtype=F64)
+    expected = net(x)  # and the convolutions know their size
+    steps = networks.traced(net, x)
+    at = networks.linearize(steps, x)
+    torch.testing.assert_close(at.values[-1], expected)
+    w = torch.randn_like(x)
+    leaf = x.clone().requires_grad_()
+    (by_x,) = torch.autograd.grad(net(leaf), leaf, w)
+    torch.testing.assert_close(networks.pullback(steps, at, w), by_x)
+    links, why = networks.chain(steps)
+    assert why == "" and len(links) == 3
 
 
 def test_what_does_not_converge_is_told():
