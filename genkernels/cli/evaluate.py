@@ -16,7 +16,7 @@ def run(arguments) -> int:
     from genkernels.backends import current_backend, use_backend
     from genkernels.cli.load import check_fits, load, options
     from genkernels.cli.train import data_root
-    from genkernels.training.judge import evaluate
+    from genkernels.training.judge import evaluate, report
 
     if arguments.json:
         refuse_unwritable(Path(arguments.json).expanduser())
@@ -38,6 +38,7 @@ def run(arguments) -> int:
         batch_size = arguments.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 64)
         seed = settings.get("seed", 0) if arguments.seed is None else arguments.seed
         estimates = evaluate(model, part, batch_size=batch_size, seed=seed, options=chosen)
+        lines = report(model, part, batch_size=batch_size, seed=seed)
     which = "held-out" if arguments.split == "test" else "training"
     for estimate in estimates.values():
         called = f"{estimate.name} " if len(estimates) > 1 else ""
@@ -45,9 +46,12 @@ def run(arguments) -> int:
             f"{name} on {bundle.name}: {called}{estimate}, "
             f"{estimate.examples:,} {which} examples, weights of step {state['step']}"
         )
+    for line in lines:
+        print(f"  {line}")
     if arguments.json:
         facts = {"run": str(arguments.run), "data": bundle.name, "split": arguments.split, "step": state["step"]}
         facts |= {"options": chosen, "estimates": {key: e.to_dict() for key, e in estimates.items()}}
+        facts |= {"report": lines} if lines else {}
         write_json(Path(arguments.json).expanduser(), facts)
     return 0
 

@@ -239,6 +239,11 @@ class Model(nn.Module):
         """Sheets beyond samples, by name, from held-out examples: reconstructions, translations, re-sampled levels."""
         return {}
 
+    def report(self, x: Tensor, y: Tensor) -> list[str]:
+        """Lines for ``genkernels eval`` beside the estimates, from one batch of examples: what else a reader must know
+        to trust them."""
+        return []
+
     # --- helpers --------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):

@@ -72,6 +72,15 @@ def evaluate(
     return _pooled(estimates, fabric.all_gather) if world_size > 1 else estimates
 
 
+def report(model: Model, dataset: Dataset, *, batch_size: int = 64, seed: int = 0) -> list[str]:
+    """What a model has to say beside its estimates, on the first batch of a data set, under the conditions of
+    `evaluate`."""
+    x, y = fetch(dataset, list(range(min(batch_size, len(dataset)))))
+    device = device_of(model)
+    with evaluating(model, derive_seed(seed, "evaluate", 0)), in_mode(model, training=False):
+        return model.report(x.to(device), y.to(device))
+
+
 class _Abandoned(Exception):
     """Leaves a model's `evaluate` from within the batches that it asks for."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from genkernels.models._model import Preset
@@ -17,9 +20,12 @@ from genkernels.nn import (
     LipSwish,
     Prior,
     Squeeze,
+    certify,
 )
 from genkernels.nn.spectral_norm import join, parts_below
 
+#: What `ResidualFlow.report` may spend on bounds.
+REPORT_SECONDS = 20.0
 _SIZES = {
     "digits": {"shape": (1, 8, 8), "grey_levels": 17, "scales": 2, "blocks": 4, "hidden": 32, "logit": 0.01},
     "photos32": {"shape": (3, 32, 32), "scales": 3, "blocks": 4, "hidden": 64},
@@ -124,6 +130,40 @@ class ResidualFlow(FlowModel):
 
     def residual_blocks(self) -> list[InvertibleResidual]:
         return [module for module in self.modules() if isinstance(module, InvertibleResidual)]
+
+    def lipschitz_bound(self, block: InvertibleResidual) -> tuple[float, list[tuple[float, float]]]:
+        """An upper bound of a block's Lipschitz constant, rounding included, and the two ends for each of its layers:
+        `LipSwish` adds nothing, so that it is the product of the upper ends (`genkernels.nn.certify`)."""
+        ends = [certify(layer) for layer in block.net.modules() if isinstance(layer, LipschitzLinear | LipschitzConv2d)]
+        return math.prod(high for _, high in ends), ends
+
+    @torch.no_grad()
+    def report(self, x: Tensor, y: Tensor) -> list[str]:
+        """Of each block: the iterations and the largest residual of its inverse on this batch, and its bound."""
+        outputs: dict[nn.Module, Tensor] = {}
+        blocks = self.residual_blocks()
+        hooks = [b.register_forward_hook(lambda block, _, out: outputs.__setitem__(block, out[0])) for b in blocks]
+        try:
+            self.encode(x, self._labels(y, len(x)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        context = self._context(self._labels(y, len(x)))
+        solved = [block.solve(outputs[block], context) for block in blocks]
+        lines = [
+            f"inverse: {max(int(s.iterations.max()) for s in solved)} iterations at most in a block, "
+            f"{sum(float(s.iterations.double().mean()) for s in solved):.1f} in all on average, largest residual "
+            f"{max(float(s.residual.max()) for s in solved):.1e}"
+        ]
+        began = time.monotonic()
+        for i, block in enumerate(blocks):
+            if time.monotonic() - began > REPORT_SECONDS:
+                lines.append(f"the bounds of {len(blocks) - i} more blocks are left out: they take too long")
+                break
+            bound, ends = self.lipschitz_bound(block)
+            layers = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in ends)
+            lines.append(f"block {i}: Lipschitz constant at most {bound:.3f}; norms of its layers {layers}")
+        return lines
 
 
 class ResidualNet(nn.Module):
