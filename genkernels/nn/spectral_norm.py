@@ -251,6 +251,7 @@ class SpectralNorm(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.group.forget(self)  # a norm that is taken again from u and v may differ in the last bit: here as there
         if hasattr(destination, "_metadata") and self.leads():
             updated = self._updated_for.holds(self.original())
             destination._metadata.setdefault(prefix[:-1], {})["updated"] = updated
