@@ -20,7 +20,12 @@ NAME = "spectral_norm"
 
 
 class SpectralNorm(NamedTuple):
-    """What `spectral_norm` returns: lists of one entry a weight, and the norms ``[L]``."""
+    """What `spectral_norm` returns.
+
+    Args:
+        weights: the normalised weights, a list like the one that was given. u, v: likewise, after the iterations.
+        sigma: ``[L]``, the norms before the weights were divided by them.
+    """
 
     weights: list[Tensor]
     u: list[Tensor]
