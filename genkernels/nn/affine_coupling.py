@@ -87,12 +87,14 @@ class AffineCoupling(nn.Module):
 
     @torch.no_grad()
     def reverse_backward(
-        self, z: Tensor, context: Tensor | None, grad_z: Tensor, grad_ldj: Tensor, wanted: list[Tensor]
+        self, z: Tensor, context: Tensor | None, grad_z: Tensor | None, grad_ldj: Tensor | None, wanted: list[Tensor]
     ):
         """Input and gradients from the output alone, with one pass through `net`: the half that it reads is part of z.
 
         Args:
-            z, grad_z: ``[N, C, *spatial]``. grad_ldj: ``[N]``. context: as for forward.
+            z, grad_z: ``[N, C, *spatial]``. grad_ldj: ``[N]``. A gradient is None where the loss does not depend on
+                that output.
+            context: as for forward.
             wanted: the parameters whose gradients are asked for.
 
         Returns:
@@ -108,11 +110,14 @@ class AffineCoupling(nn.Module):
                 leaves += [context] if context.requires_grad else []
             params = self.params(seen, context)
         x, grad_x, grad_params = ops.affine_coupling_reverse(grad_z, grad_ldj, z, params.detach(), **self.options)
-        if not params.requires_grad:  # a net that ignores all its inputs
-            return x, grad_x, None, [None] * len(wanted)
+        constant = self.options["scale_map"] == "additive"  # its log-determinant
+        if not params.requires_grad or (grad_z is None and (constant or grad_ldj is None)):
+            return x, None if grad_z is None else grad_x, None, [None] * len(wanted)
         grads = torch.autograd.grad(params, leaves + wanted, grad_params, allow_unused=True)
         if grads[0] is not None:
             self._passing(grad_x).add_(grads[0])
+        elif grad_z is None:
+            grad_x = None
         grad_context = grads[1] if len(leaves) == 2 else None
         return x, grad_x, grad_context, list(grads[len(leaves) :])
 

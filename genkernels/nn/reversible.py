@@ -5,7 +5,8 @@ rebuilds the layer's input from its output, asks for the layer's gradients there
 time is one layer's activations, whatever the depth (Gomez et al. 2017).
 
 A layer may bring its own ``reverse_backward(z, context, grad_z, grad_ldj, wanted) -> (x, grad_x, grad_context,
-grads)``; `invert_and_recompute` serves the others.
+grads)``; `invert_and_recompute` serves the others. A gradient that is absent, because nothing of the loss depends on
+that output, is None on its way in and out: a zero in its place would turn an infinite slope to NaN.
 """
 
 from __future__ import annotations
@@ -76,14 +77,13 @@ class _Reversible(torch.autograd.Function):
         if _versions([*ctx.parameters, *ctx.buffers]) != ctx.versions:
             raise RuntimeError(f"{_NAME}: a parameter or buffer was changed in place between forward and backward")
         z, context = ctx.saved_tensors
-        grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-        if grad_ldj is None:
-            grad_ldj = zero_log_det(z)
         place = {id(p): i for i, p in enumerate(ctx.parameters)}
         grads: list[Tensor | None] = [None] * len(place)
         grad_context = None
         with use_backend(ctx.backend), _autocast(*ctx.autocast):
             for step in reversed(ctx.steps):
+                if grad_z is None and grad_ldj is None:
+                    break
                 wanted = [p for p in step.parameters() if id(p) in place]
                 rule = step.reverse_backward if _has_rule(step) else None
                 z, grad_z, of_context, of_parameters = (
@@ -109,7 +109,9 @@ def _pass(ctx, x: Tensor, context) -> tuple[Tensor, list[Tensor]]:
 
 
 @torch.no_grad()
-def invert_and_recompute(step, z: Tensor, context, grad_z: Tensor, grad_ldj: Tensor, wanted: list[Tensor]):
+def invert_and_recompute(
+    step, z: Tensor, context, grad_z: Tensor | None, grad_ldj: Tensor | None, wanted: list[Tensor]
+):
     """``(x, grad_x, grad_context, grads)`` of any layer: its input by the inverse, then one pass with a graph."""
     x, _ = step.inverse(z, context)
     x = x.detach()
@@ -121,12 +123,17 @@ def invert_and_recompute(step, z: Tensor, context, grad_z: Tensor, grad_ldj: Ten
         outputs = step(x, context)
         if isinstance(step, nn.Module) and hooked(step):
             _check_rebuilt(step, outputs[0], z)
-        pairs = [(o, g) for o, g in zip(outputs, (grad_z, grad_ldj), strict=True) if o.requires_grad]
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, (grad_z, grad_ldj), strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        if not pairs:
+            return x.detach(), None, None, [None] * len(wanted)
         leaf_grads = torch.autograd.grad(
-            [o for o, _ in pairs], leaves + wanted, [g for _, g in pairs], allow_unused=True
+            [output for output, _ in pairs], leaves + wanted, [grad for _, grad in pairs], allow_unused=True
         )
-    grad_x = torch.zeros_like(x) if leaf_grads[0] is None else leaf_grads[0]
-    return x.detach(), grad_x, leaf_grads[1] if len(leaves) == 2 else None, list(leaf_grads[len(leaves) :])
+    return x.detach(), leaf_grads[0], leaf_grads[1] if len(leaves) == 2 else None, list(leaf_grads[len(leaves) :])
 
 
 def _has_rule(step) -> bool:

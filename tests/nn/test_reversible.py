@@ -103,6 +103,56 @@ def test_a_loss_of_one_output_alone(part):
     assert_same(gradients(reversible, x, loss=loss), gradients(stored, x, loss=loss))
 
 
+class Root(torch.nn.Module):
+    """z = ±√|x|: its slope at 0 is infinite."""
+
+    def forward(self, x, context=None):
+        return x.sign() * x.abs().sqrt(), x.new_zeros(len(x))
+
+    def inverse(self, z, context=None):
+        return z * z.abs(), z.new_zeros(len(z))
+
+
+class SteepVolume(torch.nn.Module):
+    """The identity with a log-determinant whose slope at 0 is infinite."""
+
+    def forward(self, x, context=None):
+        return x.clone(), x.abs().sqrt().flatten(1).sum(1)
+
+    def inverse(self, z, context=None):
+        return z.clone(), -z.abs().sqrt().flatten(1).sum(1)
+
+
+class RootNet(torch.nn.Module):
+    def forward(self, x, context=None):
+        return x.abs().sqrt()
+
+
+#: The part that the loss takes, and the layers between two couplings whose other part has an infinite slope.
+STEEP = {
+    "z by a layer": ("ldj", lambda: [Root()]),
+    "z by a coupling's network": ("ldj", lambda: [gnn.AffineCoupling(RootNet(), additive=True)]),
+    "z by a checkerboard's network": ("ldj", lambda: [gnn.AffineCoupling(RootNet(), "checkerboard", additive=True)]),
+    "z by layers that keep volumes": ("ldj", lambda: [gnn.Squeeze(), Root(), gnn.ActNorm(16), Root()]),
+    "ldj": ("z", lambda: [SteepVolume(), gnn.AffineCoupling(Net(2, 4)), SteepVolume()]),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+@pytest.mark.parametrize("name", STEEP)
+def test_an_output_that_the_loss_does_not_use_multiplies_nothing(name, backend):
+    part, between = STEEP[name]
+    stored, reversible = twins([gnn.AffineCoupling(Net(2, 4)), *between()])
+    x = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    x[0, :2] = 0  # the half that passes
+    loss = (lambda z, _: z.exp().sum()) if part == "z" else (lambda _, ldj: ldj.exp().sum())
+    with gk.use_backend(backend):
+        mine, theirs = gradients(reversible, x, loss=loss), gradients(stored, x, loss=loss)
+    assert_same(mine, theirs)
+    assert all(grad.isfinite().all() for grad in mine[2:] if grad is not None)
+    assert [grad is None for grad in mine] == [grad is None for grad in theirs]
+
+
 def test_64_layers_in_fp32():
     stored, reversible = twins([m for _ in range(16) for m in glow_steps(4, 1) + glow_steps(4, 1)[2:]], torch.float32)
     assert len(stored) == 64
