@@ -80,10 +80,10 @@ class AffineCoupling(nn.Module):
         }
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(x, self.params(self._seen(x), context), inverse=False)
+        return self._couple(x, self.params(self.seen(x), context), inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(z, self.params(self._seen(z), context), inverse=True)
+        return self._couple(z, self.params(self.seen(z), context), inverse=True)
 
     @torch.no_grad()
     def reverse_backward(
@@ -101,9 +101,9 @@ class AffineCoupling(nn.Module):
             ``(x, grad_x, grad_context, grads)``, a gradient being None where nothing depends on it.
         """
         with torch.enable_grad():
-            source = z if self.options["split"] == "checkerboard" else self._seen(z)
+            source = z if self.options["split"] == "checkerboard" else self.seen(z)
             leaf = source.detach().requires_grad_()
-            seen = self._seen(leaf) if source is z else leaf
+            seen = self.seen(leaf) if source is z else leaf
             leaves = [leaf]
             if context is not None:
                 context = context.detach().requires_grad_(context.is_floating_point())
@@ -177,7 +177,7 @@ class AffineCoupling(nn.Module):
         dtypes = x.dtype == params.dtype or (x.dtype == torch.float32 and params.dtype == torch.bfloat16)
         return x.numel() <= INLINED_VALUES and list(params.shape) == expected and dtypes
 
-    def _seen(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
         """What the network may look at."""
         if self.options["split"] == "checkerboard":
             if x.dim() != 4:
