@@ -80,39 +80,44 @@ class AffineCoupling(nn.Module):
         }
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(x, self.params(self._seen(x), context), inverse=False)
+        return self._couple(x, self.params(self.seen(x), context), inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(z, self.params(self._seen(z), context), inverse=True)
+        return self._couple(z, self.params(self.seen(z), context), inverse=True)
 
     @torch.no_grad()
     def reverse_backward(
-        self, z: Tensor, context: Tensor | None, grad_z: Tensor, grad_ldj: Tensor, wanted: list[Tensor]
+        self, z: Tensor, context: Tensor | None, grad_z: Tensor | None, grad_ldj: Tensor | None, wanted: list[Tensor]
     ):
         """Input and gradients from the output alone, with one pass through `net`: the half that it reads is part of z.
 
         Args:
-            z, grad_z: ``[N, C, *spatial]``. grad_ldj: ``[N]``. context: as for forward.
+            z, grad_z: ``[N, C, *spatial]``. grad_ldj: ``[N]``. A gradient is None where the loss does not depend on
+                that output.
+            context: as for forward.
             wanted: the parameters whose gradients are asked for.
 
         Returns:
             ``(x, grad_x, grad_context, grads)``, a gradient being None where nothing depends on it.
         """
         with torch.enable_grad():
-            source = z if self.options["split"] == "checkerboard" else self._seen(z)
+            source = z if self.options["split"] == "checkerboard" else self.seen(z)
             leaf = source.detach().requires_grad_()
-            seen = self._seen(leaf) if source is z else leaf
+            seen = self.seen(leaf) if source is z else leaf
             leaves = [leaf]
             if context is not None:
                 context = context.detach().requires_grad_(context.is_floating_point())
                 leaves += [context] if context.requires_grad else []
             params = self.params(seen, context)
         x, grad_x, grad_params = ops.affine_coupling_reverse(grad_z, grad_ldj, z, params.detach(), **self.options)
-        if not params.requires_grad:  # a net that ignores all its inputs
-            return x, grad_x, None, [None] * len(wanted)
+        constant = self.options["scale_map"] == "additive"  # its log-determinant
+        if not params.requires_grad or (grad_z is None and (constant or grad_ldj is None)):
+            return x, None if grad_z is None else grad_x, None, [None] * len(wanted)
         grads = torch.autograd.grad(params, leaves + wanted, grad_params, allow_unused=True)
         if grads[0] is not None:
             self._passing(grad_x).add_(grads[0])
+        elif grad_z is None:
+            grad_x = None
         grad_context = grads[1] if len(leaves) == 2 else None
         return x, grad_x, grad_context, list(grads[len(leaves) :])
 
@@ -172,7 +177,7 @@ class AffineCoupling(nn.Module):
         dtypes = x.dtype == params.dtype or (x.dtype == torch.float32 and params.dtype == torch.bfloat16)
         return x.numel() <= INLINED_VALUES and list(params.shape) == expected and dtypes
 
-    def _seen(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
         """What the network may look at."""
         if self.options["split"] == "checkerboard":
             if x.dim() != 4:

@@ -99,7 +99,9 @@ class AutoregressiveTransform(nn.Module):
             t, ell = self._params(x, context)
             here = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
             here[feature] = True
-            x = torch.where(here, ((z - t) * torch.exp(-ell)).to(z.dtype), x)
+            # this feature's column alone: a guess at another may overflow, and meet a gradient of 0
+            column = (z[:, feature] - t[:, feature]) * torch.exp(-ell[:, feature])
+            x = torch.where(here, column.to(z.dtype).unsqueeze(1), x)
             log_det = log_det - ell[:, feature]
         return x, log_det
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genkernels.networks._plain import plain
 from genkernels.nn.actnorm import ActNorm
+from genkernels.ops import transforms_active
 
 
 class JoinedActNorms:
@@ -55,12 +56,16 @@ class _Group:
         self.layers, self.inverse = layers, inverse
         self.pixels = [0] * len(layers)
         self._log_scales = torch.stack([layer.log_scale for layer in layers])
-        self._scales: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._scales: dict[torch.dtype, tuple[Tensor, ...] | list[Tensor]] = {}
 
-    def scales(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def scales(self, dtype: torch.dtype) -> tuple[Tensor, ...] | list[Tensor]:
         if dtype not in self._scales:
-            log_scales = self._log_scales.to(dtype)
-            self._scales[dtype] = (-log_scales if self.inverse else log_scales).exp().unbind(0)
+            # each by itself for autograd: the gradient of one that nothing uses is no 0, which meets an infinite scale
+            log_scales = [layer.log_scale.to(dtype) for layer in self.layers]
+            if self.inverse:
+                log_scales = [-each for each in log_scales]
+            one_by_one = transforms_active()  # vmap takes no lists
+            self._scales[dtype] = [e.exp() for e in log_scales] if one_by_one else torch._foreach_exp(log_scales)
         return self._scales[dtype]
 
     def total(self) -> Tensor:

@@ -218,8 +218,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_output, grad_ldj):
-    grads = BACKWARD.dense(grad_output, grad_ldj, *ctx.saved_tensors, *ctx.attributes)
-    return *grads, *[None] * len(ctx.attributes)
+    others = (None,) * len(ctx.attributes)
+    if grad_output is None and ctx.attributes[0] == ScaleMap.ADDITIVE:  # the log-determinant is a constant
+        return None, None, *others
+    by_input, by_params = BACKWARD.dense(grad_output, grad_ldj, *ctx.saved_tensors, *ctx.attributes)
+    return by_input if grad_output is not None else None, by_params, *others  # input has no part in the log-determinant
 
 
 # --------------------------------------------------------------------------------------------------------- registration

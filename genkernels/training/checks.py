@@ -11,6 +11,7 @@ import torch
 from genkernels._config import TrainConfig
 from genkernels._files import named_by
 from genkernels._words import UsageError, memory_ran_out
+from genkernels.nn.reversible import NotRebuilt
 from genkernels.training.order import fetch
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def explained(error: Exception, step: int, run) -> str | None:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if memory_ran_out(error):
         return f"memory ran out in step {step}: choose a smaller --batch-size, or --reversible where the model has it"
+    if isinstance(error, NotRebuilt):
+        return f"step {step} has no gradient with --reversible: {error}"
     if isinstance(error, DataError):  # from a loader process it comes with that process's traceback in front
         return f"the data could not be read in step {step}: {lines[-1].split('DataError: ')[-1]}"
     if isinstance(error, OSError):

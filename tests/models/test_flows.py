@@ -582,6 +582,14 @@ def test_continuous_images():
 # --- the start of the ActNorms ----------------------------------------------------------------------------------------
 
 
+def test_few_examples_are_a_start_even_where_one_alone_is_drawn():
+    x = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    for seed in range(8):  # half of the draws with replacement are of one point
+        model = models.Glow(shape=(2,), steps=2, hidden=4)
+        model.initialize(x, generator=torch.Generator().manual_seed(seed))
+        assert all(layer.ready for layer in model.modules() if isinstance(layer, gnn.ActNorm))
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_a_dry_run_is_no_start_and_initialize_sets_it_anew(train):
     fresh = gk.models.Glow(shape=(3, 8, 8), scales=2, steps=2, hidden=16)

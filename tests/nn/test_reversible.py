@@ -103,6 +103,137 @@ def test_a_loss_of_one_output_alone(part):
     assert_same(gradients(reversible, x, loss=loss), gradients(stored, x, loss=loss))
 
 
+class Root(torch.nn.Module):
+    """z = ±√|x|: its slope at 0 is infinite."""
+
+    def forward(self, x, context=None):
+        return x.sign() * x.abs().sqrt(), x.new_zeros(len(x))
+
+    def inverse(self, z, context=None):
+        return z * z.abs(), z.new_zeros(len(z))
+
+
+class SteepVolume(torch.nn.Module):
+    """The identity with a log-determinant whose slope at 0 is infinite."""
+
+    def forward(self, x, context=None):
+        return x.clone(), x.abs().sqrt().flatten(1).sum(1)
+
+    def inverse(self, z, context=None):
+        return z.clone(), -z.abs().sqrt().flatten(1).sum(1)
+
+
+class RootNet(torch.nn.Module):
+    def forward(self, x, context=None):
+        return x.abs().sqrt()
+
+
+#: The part that the loss takes, and the layers between two couplings whose other part has an infinite slope.
+STEEP = {
+    "z by a layer": ("ldj", lambda: [Root()]),
+    "z by a coupling's network": ("ldj", lambda: [gnn.AffineCoupling(RootNet(), additive=True)]),
+    "z by a checkerboard's network": ("ldj", lambda: [gnn.AffineCoupling(RootNet(), "checkerboard", additive=True)]),
+    "z by layers that keep volumes": ("ldj", lambda: [gnn.Squeeze(), Root(), gnn.ActNorm(16), Root()]),
+    "ldj": ("z", lambda: [SteepVolume(), gnn.AffineCoupling(Net(2, 4)), SteepVolume()]),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+@pytest.mark.parametrize("name", STEEP)
+def test_an_output_that_the_loss_does_not_use_multiplies_nothing(name, backend):
+    part, between = STEEP[name]
+    stored, reversible = twins([gnn.AffineCoupling(Net(2, 4)), *between()])
+    x = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    x[0, :2] = 0  # the half that passes
+    loss = (lambda z, _: z.exp().sum()) if part == "z" else (lambda _, ldj: ldj.exp().sum())
+    with gk.use_backend(backend):
+        mine, theirs = gradients(reversible, x, loss=loss), gradients(stored, x, loss=loss)
+    assert_same(mine, theirs)
+    assert all(grad.isfinite().all() for grad in mine[2:] if grad is not None)
+    assert [grad is None for grad in mine] == [grad is None for grad in theirs]
+
+
+def started(points, seed):
+    """A stored, a reversible and an exact Glow of two dimensions, their ActNorms started from so many points."""
+    torch.manual_seed(seed)
+    stored = gk.models.Glow(shape=(2,), steps=16, hidden=8)
+    stored.initialize(torch.randn(points, 2))
+    reversible = copy.deepcopy(stored)
+    reversible.flows[0].reversible = True
+    return stored, reversible, copy.deepcopy(stored).double(), torch.randn(64, 2)
+
+
+def gradient(model, x):
+    loss = model.loss(x)
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize(("points", "seeds"), [(3, 24), (64, 6)])
+def test_gradients_are_right_or_refused(points, seeds):
+    """Of 3 points some directions are flat, and each ActNorm scales them up again, until fp32 holds nothing beside
+    them: then the inverse is rounding alone. Either each parameter's gradient is that of fp64, as far as the stored
+    path's is, or there is none."""
+    refused = 0
+    for seed in range(seeds):
+        stored, reversible, exact, x = started(points, seed)
+        right, plain = gradient(exact, x.double()), gradient(stored, x)
+        misses = [(mine - true).norm() for mine, true in zip(plain, right, strict=True)]
+        assert torch.stack(misses).norm() <= 1e-5 * torch.stack([true.norm() for true in right]).norm()
+        try:
+            found = gradient(reversible, x)
+        except RuntimeError as error:
+            assert "came back wrong by" in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        for mine, true, miss in zip(found, right, misses, strict=True):
+            assert (mine - true).norm() <= 0.05 * true.norm() + 4 * miss, seed
+    assert 0 < refused < seeds if points == 3 else refused == 0
+
+
+def test_gradients_are_not_a_number_where_nobody_waits_to_look(monkeypatch):
+    monkeypatch.setattr("genkernels.nn._values.readable", lambda x: False)
+    stored, reversible, _, x = started(64, 0)
+    assert_same(gradient(reversible, x), gradient(stored, x), 1e-4)
+    _, reversible, _, x = started(3, 3)
+    x.requires_grad_()
+    reversible.loss(x).backward()
+    for tensor in (x, *reversible.flows.parameters()):
+        assert tensor.grad.isnan().all()
+
+
+def test_what_is_not_finite_by_itself_is_not_refused():
+    stored, reversible = twins(glow_steps(4, 2), torch.float32)
+    x = torch.randn(5, 4)
+    x[2, 1], x[3, 2] = float("nan"), 1e30  # which the loss squares
+    for flow in (stored, reversible):
+        leaf = x.clone().requires_grad_()
+        z, ldj = flow(leaf)
+        (z.square().sum(1) - ldj).mean().backward()
+        assert leaf.grad[[0, 1, 4]].isfinite().all() and not leaf.grad[[2, 3]].isfinite().all()
+
+
+def test_latents_that_overflow_are_refused_where_the_loss_does_not_use_them():
+    stored, reversible = twins([*glow_steps(4, 1), gnn.ActNorm(4), gnn.ActNorm(4)], torch.float32)
+    with torch.no_grad():
+        for flow in (stored, reversible):
+            flow[-1].log_scale.fill_(100)
+    x = torch.randn(5, 4)
+    found = gradients(stored, x, loss=lambda z, ldj: ldj.sum())
+    assert found[0].isinf().any() and all(grad is None or grad.isfinite().all() for grad in found[2:])
+    with pytest.raises(RuntimeError, match="came back wrong by"):
+        gradients(reversible, x, loss=lambda z, ldj: ldj.sum())
+
+
+def test_an_inverse_that_is_none_is_refused():
+    class Wrong(Root):
+        def inverse(self, z, context=None):
+            return 1.1 * z, z.new_zeros(len(z))
+
+    flow = gnn.FlowSequential(Wrong(), gnn.ActNorm(4), reversible=True).eval()
+    with pytest.raises(RuntimeError, match="x, of a mean size of .*, came back wrong by"):
+        flow(torch.randn(5, 4, requires_grad=True))[0].sum().backward()
+
+
 def test_64_layers_in_fp32():
     stored, reversible = twins([m for _ in range(16) for m in glow_steps(4, 1) + glow_steps(4, 1)[2:]], torch.float32)
     assert len(stored) == 64

@@ -320,6 +320,18 @@ def test_the_log_determinant_alone_where_the_output_overflows(implementation, de
     assert torch.equal(by_x, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("scale_map,inverse", [("exp", False), ("sigmoid", True), ("additive", False)])
+def test_the_log_determinant_gives_nothing_to_what_it_does_not_depend_on(implementation, device, scale_map, inverse):
+    """Not a zero, which an infinite slope before the operator would make NaN."""
+    function = ops.affine_coupling_inverse if inverse else ops.affine_coupling
+    far, near = (torch.zeros(1, 4, device=device, requires_grad=True) for _ in range(2))
+    params = near.sqrt()[:, :2] if scale_map == "additive" else near + 1
+    z, ldj = function(far.sqrt(), params, scale_map=scale_map)
+    loss = ldj.sum() + torch.zeros((), device=device, requires_grad=True)
+    by_far, by_near = torch.autograd.grad(loss, (far, near), allow_unused=True)
+    assert by_far is None and (by_near is None if scale_map == "additive" else by_near.isfinite().all())
+
+
 def test_expanded_gradients_and_inputs_are_left_alone(implementation, functions, device):
     case = Case((2, 4, 3, 3), dtypes=(F64, F64), spread=1.5)
     x, params, *_ = draw(case, device)

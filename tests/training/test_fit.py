@@ -15,6 +15,7 @@ import torch
 
 from genkernels import current_backend
 from genkernels._seeds import derive_seed, seed_everything
+from genkernels.models import Glow
 from genkernels.training import RunDirectory, TrainConfig, TrainingError, UsageError, evaluate, fit, load_model
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.order import Order, fetch
@@ -409,6 +410,15 @@ def test_memory_that_runs_out_is_told_in_a_sentence():
 
     with pytest.raises(TrainingError, match="memory ran out in step 0: choose a smaller --batch-size"):
         fit(Greedy(shape=(2,)), points(), config(), quiet=True)
+
+
+def test_a_reversible_flow_that_cannot_be_undone_is_told_in_a_sentence():
+    """Started from 3 points; torch's generator is seeded, the start draws of them."""
+    torch.manual_seed(3)
+    model = Glow(shape=(2,), steps=16, hidden=8, reversible=True)
+    model.initialize(torch.randn(3, 2))
+    with pytest.raises(TrainingError, match=r"step 0 has no gradient with --reversible: .* use reversible=False"):
+        fit(model, points(), config(), quiet=True)
 
 
 def test_some_held_out_images_judge_the_run_and_all_of_them_the_result(tmp_path, registered):

@@ -126,7 +126,8 @@ class FlowModel(LikelihoodModel):
 
         Take many more examples than a datum has channels. Directions in which the batch does not vary are scaled up
         again by each step of a `Glow`: 3 points in 2 dimensions start 32 steps at 1e17 nats (median of 12 seeds; 9
-        points: 3), and where that overflows gradients are NaN.
+        points: 3), where gradients overflow and a reversible flow, whose inverse is rounding alone, refuses to give
+        any.
 
         Args:
             x, y, generator: as for `log_prob`. group: ranks of ``torch.distributed`` that call this together and whose
@@ -159,7 +160,8 @@ class FlowModel(LikelihoodModel):
             return False
         device = x.device if generator is None else generator.device
         rows = torch.randint(len(x), (len(x),), device=device, generator=generator).to(x.device)
-        x, y = x[rows], None if y is None else y[rows.to(y.device)]
+        if torch.compiler.is_compiling() or _shared(group) or _varies(x[rows]):  # of few examples it may be one alone
+            x, y = x[rows], None if y is None else y[rows.to(y.device)]
         x = x.to(self._like.dtype) if self.dequantize is None else self.dequantize(x, generator=generator)[0]
         # the sequences too, by themselves: in training they let their layers start on a pass of its own, after which
         # the rest of the model sees the same bits whatever the mode was
