@@ -198,7 +198,7 @@ OPERATOR = Operator(
     NAME,
     functions=(spectral_norm,),
     types=(Geometry, SpectralNorm),
-    kernels={"cpu": "not written yet", "triton": "not written yet", "cuda": "not written yet"},
+    kernels={"cpu": "not written yet", "triton": "", "cuda": ""},
     composability=DIFFERENTIABLE,
 )
 NORMALISE = OPERATOR.define(
