@@ -155,8 +155,8 @@ def test_examples_in_docstrings_run(name):
 
 def test_the_python_in_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 4
-    drop_in, equivalent, deep, masked = blocks
+    assert len(blocks) == 5
+    drop_in, equivalent, deep, masked, lipschitz = blocks
     space: dict = {}
     exec(drop_in, space)
     fused = space["layer"](space["x"])
@@ -170,6 +170,9 @@ def test_the_python_in_the_readme_runs():
     exec(masked, space)
     torch.testing.assert_close(space["flow"].inverse(space["z"])[0], space["x"])
     assert torch.equal(space["completed"][..., :14, :], space["images"][..., :14, :]) and space["nll"].shape == (2,)
+    exec(lipschitz, space)
+    assert space["low"] <= space["high"] <= 0.91
+    torch.testing.assert_close(space["block"](space["x"])[0], space["z"], rtol=0, atol=2e-5)
 
 
 # --- the README ---------------------------------------------------------------------------------------------------

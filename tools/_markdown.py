@@ -296,7 +296,8 @@ def _signature(thing) -> tuple[list[str], str]:
             parameters.append("*")
         marked = marked or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
         # annotations are strings (they are never evaluated): shown without their quotes
-        text = re.sub(r": '([^']*)'", r": \1", str(p)).replace("<factory>", "...")
+        told = re.sub(r"ForwardRef\(('[^']*')\)", r"\1", str(p))  # as those of a named tuple are
+        text = re.sub(r": '([^']*)'", r": \1", told).replace("<factory>", "...")
         parameters.append(re.sub(r"'([^'\"]*)'", r'"\1"', text))
     returned = found.return_annotation
     if isinstance(thing, type) or returned is found.empty:

@@ -25,6 +25,17 @@ sys.path.insert(0, str(ROOT))
 
 MARK = "<!-- Written by tools/build_docs.py from the docstrings. -->"
 
+#: What the page of networks tells of, but for two tables.
+NETWORKS = ("trace", "traced", "Untraceable", "couples_samples", "Step", "chain", "Link", "is_piecewise_linear") + (
+    "forward",
+    "linearize",
+    "Linearization",
+    "parameters",
+    "pullback",
+    "pushforward",
+    "curvatures",
+)
+
 #: page: (title, the module whose docstring opens it, the module that lists the names, names or None for __all__).
 #: Operators and families of models are found; a family's page is named as its folder.
 ROOMS = {
@@ -36,6 +47,7 @@ ROOMS = {
     ),
     "layers": ("Layers", "genkernels.nn", "genkernels.nn", None),
     "losses": ("Losses", "genkernels.losses", "genkernels.losses", None),
+    "networks": ("Networks as data", "genkernels.networks", "genkernels.networks", NETWORKS),
     "data": ("Data", "genkernels.data", "genkernels.data", ("load", "DataBundle", "Form", "DataError")),
     "training": (
         "Training",
@@ -155,6 +167,20 @@ def pictures_page() -> str:
     return room_page(*ROOMS["pictures"]).rstrip() + "\n\n" + "\n\n".join(listed) + "\n"
 
 
+def networks_page() -> str:
+    from genkernels import networks
+    from genkernels.networks import activations
+
+    rows = [
+        (row.kind, ", ".join(row.layers), ", ".join(f"`{name}`" for name in row.functions), inline(row.condition))
+        for row in networks.SUPPORTED
+    ]
+    listed = ["## Supported layers", "As `print(genkernels.networks.SUPPORTED)` shows them."]
+    listed.append(table(rows, ("kind", "layers", "functions", "where")))
+    listed += ["## Activations", docstring(activations.__doc__)]
+    return room_page(*ROOMS["networks"]).rstrip() + "\n\n" + "\n\n".join(listed) + "\n"
+
+
 def index(built: dict[str, str]) -> str:
     """docs/README.md: every page by what it is about, in the order in which one would read them."""
     from genkernels.ops import OPERATORS
@@ -195,7 +221,8 @@ def pages() -> dict[str, str]:
 
     built = {name: operator_page(operator) for name, operator in OPERATORS.items()}
     built |= {name: room_page(*what) for name, what in {**families(), **ROOMS}.items()}
-    built |= {"data": data_page(), "pictures": pictures_page(), "speed": f"{MARK}\n\n{_speed.page()}"}
+    built |= {"data": data_page(), "pictures": pictures_page(), "networks": networks_page()}
+    built |= {"speed": f"{MARK}\n\n{_speed.page()}"}
     return {**built, "README": index(built)}
 
 

@@ -15,6 +15,7 @@ _LINES = {
     "glow": "flows.glow:Glow",
     "maf": "flows.maf:MAF",
     "iaf": "flows.maf:IAF",
+    "residualflow": "flows.residual:ResidualFlow",
     "pixelcnn": "autoregressive.pixelcnn:PixelCNN",
     "gatedpixelcnn": "autoregressive.gated:GatedPixelCNN",
 }

@@ -7,11 +7,14 @@ from genkernels.nn.autoregressive import AutoregressiveTransform, InverseAutoreg
 from genkernels.nn.conv_zeros import Conv2dZeros
 from genkernels.nn.dequantize import Dequantize, Logit
 from genkernels.nn.invertible_conv import InvertibleConv1x1
+from genkernels.nn.invertible_residual import InvertibleResidual
+from genkernels.nn.lipschitz import CLipSwish, LipschitzConv2d, LipschitzLinear, LipSwish, certify
 from genkernels.nn.made import MADE
 from genkernels.nn.masked_conv import MaskedConv2d
 from genkernels.nn.masked_linear import MaskedLinear
 from genkernels.nn.prior import Prior
 from genkernels.nn.sequential import FlowSequential
+from genkernels.nn.spectral_norm import spectral_norm_
 from genkernels.nn.split import Split
 from genkernels.nn.squeeze import EvenOdd, Squeeze
 
@@ -20,16 +23,23 @@ __all__ = [
     "ActNorm",
     "AffineCoupling",
     "AutoregressiveTransform",
+    "CLipSwish",
     "Conv2dZeros",
     "Dequantize",
     "EvenOdd",
     "FlowSequential",
     "InverseAutoregressiveTransform",
     "InvertibleConv1x1",
+    "InvertibleResidual",
+    "LipSwish",
+    "LipschitzConv2d",
+    "LipschitzLinear",
     "Logit",
     "MaskedConv2d",
     "MaskedLinear",
     "Prior",
     "Split",
     "Squeeze",
+    "certify",
+    "spectral_norm_",
 ]

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
+
+_WANTED = ContextVar("log-determinants are wanted", default=True)
+
+
+@contextlib.contextmanager
+def no_log_det() -> Iterator[None]:
+    """Within, nobody looks at a log-determinant: a layer that must estimate it may give zeros."""
+    token = _WANTED.set(False)
+    try:
+        yield
+    finally:
+        _WANTED.reset(token)
+
+
+def wanted() -> bool:
+    return torch.compiler.is_compiling() or _WANTED.get()
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

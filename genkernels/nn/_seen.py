@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -44,14 +41,6 @@ class Seen:
 def enclosing_ddp() -> DistributedDataParallel | None:
     """The wrapper whose forward pass is running, where one is: all ranks of its group are in that pass."""
     return getattr(DistributedDataParallel, "_active_ddp_module", None)
-
-
-def outside(run: Callable, *arguments) -> Any:
-    """Calls what reads a buffer from within a compiled pass, whose graph breaks there."""
-    return torch.compiler.disable(run)(*arguments)
-
-
-outside._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo from the start
 
 
 def wrapped(tensor: Tensor) -> bool:

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from genkernels.networks._outside import outside
+from genkernels.networks._plain import renew_weights
 from genkernels.nn._log_det import per_sample, work_dtype
-from genkernels.nn._plain import renew_weights
-from genkernels.nn._seen import Seen, enclosing_ddp, outside, unwrapped, wrapped
+from genkernels.nn._seen import Seen, enclosing_ddp, unwrapped, wrapped
 from genkernels.nn._values import check_channels
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkernels.networks._plain import plain
 from genkernels.nn._log_det import zero_log_det
-from genkernels.nn._plain import plain
 from genkernels.nn.affine_coupling import AffineCoupling
 
 

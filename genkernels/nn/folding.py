@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkernels.networks._plain import plain
 from genkernels.nn._log_det import work_dtype
 from genkernels.nn._pixelwise import pixelwise_linear
-from genkernels.nn._plain import plain
 from genkernels.nn.actnorm import ActNorm
 from genkernels.nn.invertible_conv import InvertibleConv1x1, assemble, assemble_inverse
 

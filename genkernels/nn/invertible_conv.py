@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from genkernels.networks._plain import renew_weights
 from genkernels.nn._log_det import per_sample
 from genkernels.nn._pixelwise import pixelwise_linear
-from genkernels.nn._plain import renew_weights
 from genkernels.nn._values import check_channels
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkernels.nn._plain import plain
+from genkernels.networks._plain import plain
 from genkernels.nn.actnorm import ActNorm
 
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkernels.networks._outside import outside
+from genkernels.networks._plain import plain
 from genkernels.nn._buffers import Derived, renew
-from genkernels.nn._plain import plain
-from genkernels.nn._seen import Seen, outside, unwrapped
+from genkernels.nn._seen import Seen, unwrapped
 from genkernels.nn.masked_linear import MaskedLinear
 from genkernels.ops import checks
 from genkernels.reference.made import plan

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkernels.networks._plain import renew_weights
 from genkernels.nn._log_det import work_dtype
-from genkernels.nn._plain import renew_weights
 from genkernels.nn.dequantize import normal, uniform
 
 KINDS = ("normal", "logistic")

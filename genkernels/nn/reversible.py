@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from genkernels.backends import current_backend, use_backend
+from genkernels.networks._plain import defined_together, hooked
 from genkernels.nn._context import check_context
 from genkernels.nn._log_det import check_log_det, zero_log_det
-from genkernels.nn._plain import defined_together, hooked
 from genkernels.nn._seen import unwrapped
 
 _NAME = "FlowSequential(reversible=True)"

@@ -97,17 +97,20 @@ def _behind(weight: Tensor, g: Geometry, size: Sequence[int], out: Sequence[int]
     ]
 
 
+def _padded(weight: Tensor, g: Geometry, x: Tensor, out: Sequence[int]) -> Tensor:
+    """``[1, C_in, *padded]``: what the taps of all outputs reach."""
+    pads = []
+    for before, behind in zip(g.padding[5 - weight.dim() :], _behind(weight, g, x.shape[1:], out), strict=True):
+        pads = [before, behind, *pads]
+    # first what is added: where outputs see padding alone, more is cut than there was
+    x = F.pad(x.unsqueeze(0), [max(p, 0) for p in pads], "circular" if g.kind == CIRCULAR else "constant")
+    return F.pad(x, [min(p, 0) for p in pads])
+
+
 def _convolve(weight: Tensor, g: Geometry, x: Tensor, out: Sequence[int]) -> Tensor:
     """``[C_in, *size]`` → ``[C_out, *out]``."""
     dims = weight.dim() - 2
-    pads = []
-    for before, after in zip(g.padding[3 - dims :], _behind(weight, g, x.shape[1:], out), strict=True):
-        pads = [before, after, *pads]
-    x = x.unsqueeze(0)
-    if g.kind == CIRCULAR:
-        x = F.pad(F.pad(x, [max(p, 0) for p in pads], "circular"), [min(p, 0) for p in pads])
-    else:
-        x = F.pad(x, pads)
+    x = _padded(weight, g, x, out)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     return convolution(x, weight, None, g.stride[3 - dims :], 0, g.dilation[3 - dims :], g.groups).squeeze(0)
 
@@ -159,14 +162,7 @@ def outer(weight: Tensor, g: Geometry, u: Tensor, v: Tensor) -> Tensor:
         return torch.outer(u, v).view(-1, *rest).movedim(0, g.axis)
     x, y = (u, v) if g.transposed else (v, u)
     dims = weight.dim() - 2
-    pads = []
-    for before, after in zip(g.padding[3 - dims :], _behind(weight, g, x.shape[1:], y.shape[1:]), strict=True):
-        pads = [before, after, *pads]
-    x = x.unsqueeze(0)
-    if g.kind == CIRCULAR:
-        x = F.pad(F.pad(x, [max(p, 0) for p in pads], "circular"), [min(p, 0) for p in pads])
-    else:
-        x = F.pad(x, pads)
+    x = _padded(weight, g, x, y.shape[1:])
     # Σ_o y[c, o]·x[i, o·stride + t·dilation]: a convolution of x by y, whose stride is the dilation and the reverse;
     # a group's input channels stand as samples
     convolution = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]

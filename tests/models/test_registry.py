@@ -136,7 +136,7 @@ def test_what_follows_from_the_data(name):
         assert sizes == {"shape": (2,), "grey_levels": None}
         assert kind(**sizes).sample(3).shape == (3, 2)
         return
-    others = "nice, realnvp, glow, maf or iaf"
+    others = "nice, realnvp, glow, maf, iaf or residualflow"
     with pytest.raises(UsageError, match=f"{kind.__name__} is a model of images, the data are points: try {others}$"):
         kind.fit_to(points)
 

@@ -20,7 +20,8 @@ SMALL = {
     "pixelcnn": {"layers": 1, "dropout": 0.0},
     "gatedpixelcnn": {"layers": 1, "dropout": 0.0},
 }
-IMAGES = [(name, "digits", "auto") for name in MODELS]
+#: residualflow differentiates inside its loss, where torch.compile breaks the graph.
+IMAGES = [(name, "digits", "auto") for name in MODELS if name != "residualflow"]
 POINTS = [(name, "points", "auto") for name in ("glow", "maf")]
 REFERENCE = [("nice", "digits", "reference"), ("maf", "points", "reference"), ("pixelcnn", "digits", "reference")]
 

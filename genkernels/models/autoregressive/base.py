@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from genkernels import losses, ops
 from genkernels._options import Head
 from genkernels.models._model import LikelihoodModel
+from genkernels.networks._plain import defined_together, plain
 from genkernels.nn import MaskedConv2d
 from genkernels.nn._modes import in_mode
-from genkernels.nn._plain import defined_together, plain
 from genkernels.nn._values import level_indices, readable
 from genkernels.nn.dequantize import uniform
 from genkernels.ops.autoregressive_sampling import HEADS

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from genkernels.models._model import LikelihoodModel
 from genkernels.nn import ActNorm, Dequantize, Logit, Prior
+from genkernels.nn._draws import drawing_from
+from genkernels.nn._log_det import no_log_det
 from genkernels.nn._seen import enclosing_ddp, unwrapped
 from genkernels.nn._values import refuse_gradient
 
@@ -159,15 +161,19 @@ class FlowModel(LikelihoodModel):
         rows = torch.randint(len(x), (len(x),), device=device, generator=generator).to(x.device)
         x, y = x[rows], None if y is None else y[rows.to(y.device)]
         x = x.to(self._like.dtype) if self.dequantize is None else self.dequantize(x, generator=generator)[0]
-        modes = [layer.training for layer in layers]
+        # the sequences too, by themselves: in training they let their layers start on a pass of its own, after which
+        # the rest of the model sees the same bits whatever the mode was
+        modes = [(module, module.training) for module in (*layers, *self.flows)]
+        for module, _ in modes:
+            module.training = True
         for layer in layers:
-            layer.train()
             layer.ranks = None if group is None and enclosing_ddp() else (group,)
         try:
             self.forward(x, y)
         finally:
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.train(mode)
+            for module, mode in modes:
+                module.training = mode
+            for layer in layers:
                 layer.ranks = None
         return True
 
@@ -183,7 +189,8 @@ class FlowModel(LikelihoodModel):
             if z.is_leaf:
                 why = f"{type(self).__name__}: decode rounds to grey levels"
                 refuse_gradient(z, why, "inverse(latents) gives the image before that, in [0, 1)")
-        x, _ = self.inverse(latents, y)
+        with no_log_det():
+            x, _ = self.inverse(latents, y)
         return x if self.dequantize is None else self.dequantize.inverse(x)[0]
 
     # --- likelihood -----------------------------------------------------------------------------------------------
@@ -197,14 +204,15 @@ class FlowModel(LikelihoodModel):
         Args:
             x: ``[N, C, H, W]`` uint8 level indices or floats in [0, 1]; or ``[N, D]``.
             y: ``[N]`` class indices, where the model has classes.
-            generator: of the dequantisation noise.
+            generator: of the dequantisation noise, and of log-determinants that are estimated.
 
         Raises:
             ValueError: a shape, a grey level (on the CPU) or a missing y. TypeError: integers other than uint8.
         """
         self._check_shape(x)
         labels = self._labels(y, x.shape[0])
-        latents, ldj = self.encode(x, labels, generator)
+        with drawing_from(generator):
+            latents, ldj = self.encode(x, labels, generator)
         terms = [prior.log_prob(z) for prior, z in zip(self.split_priors, latents[:-1], strict=True)]
         return torch.stack([ldj, *terms, self.prior.log_prob(latents[-1], labels)]).sum(0)
 

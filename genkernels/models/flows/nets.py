@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkernels.networks._plain import plain
 from genkernels.nn import Conv2dZeros, _small_grid
 from genkernels.nn._layout import convolution_layout
 from genkernels.nn._log_det import zero_log_det
-from genkernels.nn._plain import plain
 
 
 class ConvNet(nn.Module):

@@ -1,0 +1,200 @@
+"""The residual block of a flow: y = x + g(x) for a network g that contracts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genkernels.networks import log_det_series
+from genkernels.networks._outside import outside
+from genkernels.networks.invertible_residual import Solution, attach, solve
+from genkernels.networks.log_det_series import Series
+from genkernels.nn._draws import given_generator
+from genkernels.nn._log_det import wanted, zero_log_det
+from genkernels.nn.spectral_norm import join, parts_below
+from genkernels.ops import checks
+
+WHO = "InvertibleResidual"
+#: Of `adaptive`: the survival of the roulette over the ratio of two terms, and its bounds.
+MARGIN, LEAST, MOST = 1.1, 0.3, 0.98
+#: The weight of the newest step in the running ratio.
+NEWEST = 0.1
+
+
+class InvertibleResidual(nn.Module):
+    r"""y = x + g(x) for a network g of a Lipschitz constant below 1, such as one of `LipschitzLinear` or
+    `LipschitzConv2d` and `LipSwish`.
+
+    Its inverse is a fixed point, found by an accelerated iteration that stops sample by sample
+    (`genkernels.networks.invertible_residual`); its log-determinant a power series of traces
+    (`genkernels.networks.log_det_series`). Both take any network that mixes no samples and keeps the shape of x.
+
+    Equivalent to::
+
+        y = x + net(x)
+        log_det = torch.linalg.slogdet(jacobian_of(y, x))[1]
+
+    Args:
+        net: g, called as ``net(x)``, or ``net(x, context)`` where a context is given.
+        log_det: ``exact`` (the whole Jacobian, up to 256 features), ``series`` (`terms` terms) or ``unbiased``: `terms`
+            terms, then Russian roulette.
+        terms: see there. stop: of the roulette, ``geometric`` (another term follows with probability 1 − `p`),
+            ``adaptive`` (geometric, with the ratio that earlier steps have shown to be needed) or ``poisson``.
+        p: of ``geometric``, between 0 and 1; of ``poisson`` the mean.
+        probe: ``rademacher`` or ``gaussian``. probes: how many a sample.
+        rtol, atol: the inverse ends where no element of y − x − g(x) is above ``atol + rtol * max|y|``, of each sample
+            its own. max_iterations: of the inverse.
+        on_failure: of samples that did not get there, ``raise``, ``warn`` or ``ignore``.
+
+    Shapes:
+        x ``[N, ...]`` → y like x, log_det ``[N]``, nats.
+
+    Raises:
+        ValueError: an option is wrong, a layer of the network has a coefficient of 1 or more, or the network changes
+            the shape. RuntimeError: the inverse did not converge.
+
+    The number of terms and the probes come from torch's generator. The gradient of the log-determinant, of any order of
+    terms, costs one recorded product. A geometric roulette has a finite variance only where its survival 1 − p exceeds
+    the square of the ratio of two terms: where it does not, a warning says so.
+
+    Source: Behrmann et al., "Invertible residual networks", 2019; Chen et al., "Residual flows for invertible
+    generative modeling", 2019.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        log_det: str = "unbiased",
+        *,
+        terms: int = 2,
+        stop: str = "adaptive",
+        p: float = 0.5,
+        probe: str = "rademacher",
+        probes: int = 1,
+        rtol: float = 0.0,
+        atol: float = 1e-5,
+        max_iterations: int = 200,
+        on_failure: str = "raise",
+    ):
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"{WHO}: net must be a torch.nn.Module, got {type(net).__name__}")
+        for part in parts_below(net):
+            if part.settings.coefficient >= 1:
+                raise ValueError(
+                    f"{WHO}: the coefficient of each layer of net must be below 1 for an inverse to exist, got "
+                    f"{part.settings.coefficient:g}"
+                )
+        checks.option(WHO, "on_failure", on_failure, ("raise", "warn", "ignore"))
+        checks.integer(WHO, "max_iterations", max_iterations, 1)
+        for label, value in (("rtol", rtol), ("atol", atol)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{WHO}: {label} must be a number, 0 or more, got {value!r}")
+        if not rtol and not atol:
+            raise ValueError(f"{WHO}: rtol or atol must be above 0, got 0 for both")
+        self.net = net
+        self.on_failure = on_failure
+        self.options = {"rtol": rtol, "atol": atol, "max_iterations": max_iterations}
+        self.set_log_det(log_det, terms=terms, stop=stop, p=p, probe=probe, probes=probes)
+        self.register_buffer("decay", torch.zeros((), dtype=torch.float64))  #: ratio of two terms, over past steps
+        join(parts_below(net))
+
+    decay: Tensor
+
+    def set_log_det(
+        self,
+        log_det: str,
+        *,
+        terms: int = 2,
+        stop: str = "adaptive",
+        p: float = 0.5,
+        probe: str = "rademacher",
+        probes: int = 1,
+    ) -> None:
+        """Another estimator of the log-determinant; arguments as for the constructor."""
+        checks.option(WHO, "stop", stop, ("geometric", "poisson", "adaptive"))
+        self.adaptive = stop == "adaptive" and log_det == "unbiased"
+        kind = "geometric" if stop == "adaptive" else stop
+        self.series = Series(log_det, terms, kind, p, probe, probes).check(WHO)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # torch.compile differentiates but once, and the series differentiates inside of what is differentiated
+        value, log_det = (outside if torch.compiler.is_compiling() else _call)(self._log_det, x, context)
+        return x + value, log_det
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (outside if torch.compiler.is_compiling() else _call)(self._inverse, y, context)
+
+    def _inverse(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        solution = self.solve(y, context)
+        self._judge(solution)
+        x = solution.x
+        if torch.is_grad_enabled():
+            x = attach(lambda at: self._g(at, context), y, x, **self.options)
+        return x, -self._log_det(x, context)[1] if wanted() else zero_log_det(x)
+
+    def solve(self, y: Tensor, context: Tensor | None = None, start: Tensor | None = None) -> Solution:
+        """x of y, without a graph, with each sample's residual and iterations."""
+        checks.tensor(WHO, "y", y)
+
+        def g(x: Tensor, rows: Tensor | None) -> Tensor:
+            return self._g(x, context if rows is None or context is None else context[rows])
+
+        return solve(g, y, start, **self.options)
+
+    def _g(self, x: Tensor, context: Tensor | None) -> Tensor:
+        value = self.net(x) if context is None else self.net(x, context)
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{WHO}: net must keep the shape of x, {list(x.shape)}, got {got} from it")
+        return value
+
+    def _log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        checks.tensor(WHO, "x", x)
+        series = self.series
+        if series.estimator == "unbiased" and series.stop == "geometric":
+            ratio = float(self.decay)
+            if self.adaptive:
+                series = series._replace(p=1 - min(max(MARGIN * ratio, LEAST), MOST))
+            elif ratio * ratio >= 1 - series.p:
+                warnings.warn(
+                    f"{WHO}: the survival 1 - p of the roulette must exceed the square of the ratio of two terms for "
+                    f"its variance to be finite, got {1 - series.p:g} and {ratio:.3g}²; stop='adaptive' sees to it",
+                    stacklevel=3,
+                )
+        found = log_det_series.log_det_series(lambda at: self._g(at, context), x, series, generator=given_generator())
+        if self.training and found.decay and found.decay < float("inf"):
+            with torch.no_grad():
+                seen = self.decay * (1 - NEWEST) + NEWEST * found.decay
+                self.decay.copy_(torch.where(self.decay == 0, found.decay, torch.maximum(seen, self.decay * 0.99)))
+        return found.value, found.log_det
+
+    def _judge(self, solution: Solution) -> None:
+        if self.on_failure == "ignore" or bool(solution.converged.all()):
+            return
+        worst = int(torch.where(solution.converged, 0, solution.residual.nan_to_num(float("inf"))).argmax())
+        sentence = (
+            f"{WHO}: the inverse must reach a residual of {self._limit()} within "
+            f"{self.options['max_iterations']} iterations, {int((~solution.converged).sum())} of "
+            f"{len(solution.converged)} samples did not, the worst (sample {worst}) has "
+            f"{solution.residual[worst].item():.3g} after {int(solution.iterations[worst])}"
+        )
+        if self.on_failure == "raise":
+            raise RuntimeError(sentence)
+        warnings.warn(sentence, stacklevel=3)
+
+    def _limit(self) -> str:
+        atol, rtol = self.options["atol"], self.options["rtol"]
+        return f"{atol:g}" + (f" + {rtol:g}·max|y|" if rtol else "")
+
+    def extra_repr(self) -> str:
+        series: dict[str, Any] = self.series._asdict()
+        series["stop"] = "adaptive" if self.adaptive else series["stop"]
+        return ", ".join(f"{k}={v}" for k, v in series.items())
+
+
+def _call(run, *arguments):
+    return run(*arguments)

@@ -1,0 +1,443 @@
+"""Spectral norm of all layers below a module, by one update a training step."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from genkernels import ops
+from genkernels.networks import operator_norm
+from genkernels.networks._outside import outside
+from genkernels.nn._seen import Seen, wrapped
+from genkernels.ops import MATRIX, Geometry, checks
+
+WHO = "spectral_norm_"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *CONVOLUTIONS)
+OPERATORS = ("matrix", "convolution")
+#: Products with a weight that a search for its norm may take where nothing is known of it.
+PRODUCTS = 60
+#: How far below the norm the estimate of u and v may lie in evaluation before it is replaced, where no tolerance is
+#: asked for: one iteration a step lags behind by less.
+LAG = 0.02
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def spectral_norm_(
+    module: Module,
+    n_power_iterations: int = 1,
+    *,
+    operator: str = "matrix",
+    coefficient: float = 1.0,
+    at_most: bool = False,
+    tolerance: float | None = None,
+) -> Module:
+    r"""Divides the weight of every ``Linear`` and ``Conv*`` below a module by its spectral norm, in place.
+
+    All weights are normalised in one call of an operator, once a training step: every forward pass of that step (real
+    and fake batch, micro-batches, checkpointed blocks) reads the same weights. In evaluation nothing is written.
+
+    Equivalent to, but for the number of updates::
+
+        for layer in module.modules():
+            if isinstance(layer, LAYERS):
+                torch.nn.utils.parametrizations.spectral_norm(layer, n_power_iterations=n_power_iterations)
+
+    Args:
+        module: what lies below it, itself included, is normalised; an ``Embedding`` where it is the module itself.
+        n_power_iterations: power iterations an update, from where the last one ended.
+        operator: ``matrix``: the norm of the weight as a matrix of outputs against all else (SN-GAN). ``convolution``:
+            the norm of the convolution that the layer is, at its stride, padding and size of input (i-ResNet); another
+            size of input starts anew, with a warning.
+        coefficient: the norm that weights are given, c > 0. at_most: weights of a smaller norm stay as they are.
+        tolerance: in evaluation the norm is searched to this relative accuracy, from u and v as training left them. By
+            default they count as they are, as in torch, unless that is more than 2 % below the norm: then they belong
+            to other weights (an average of models, weights copied in place).
+
+    Returns:
+        The module. Its state dict is that of ``torch.nn.utils.parametrizations.spectral_norm``
+        (``parametrizations.weight.original``, ``.0._u``, ``.0._v``; as convolutions u and v have channels and sizes);
+        that of ``torch.nn.utils.spectral_norm`` (``weight_orig``, ``weight_u``, ``weight_v``) loads too. Taken off by
+        ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")``.
+
+    An update belongs to the weights that it was made for: it is made where a weight in training mode is another tensor
+    or has been written to since (an optimiser's step). Weights that were replaced, moved or loaded are searched until
+    their norm is known.
+
+    Raises:
+        ValueError: an option is wrong, nothing below the module can be normalised, a layer is normalised already, or
+            its padding is no linear map's (``reflect``, ``replicate`` as a convolution). TypeError: no module was
+            given.
+
+    Source: Miyato et al., "Spectral normalization for generative adversarial networks", 2018; Behrmann et al.,
+    "Invertible residual networks", 2019.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{WHO}: module must be a torch.nn.Module, got {type(module).__name__}")
+    checks.integer(WHO, "n_power_iterations", n_power_iterations, 1)
+    checks.option(WHO, "operator", operator, OPERATORS)
+    _positive("coefficient", coefficient)
+    if tolerance is not None:
+        _positive("tolerance", tolerance)
+    named = [(name, layer) for name, layer in module.named_modules() if _takes(layer, layer is module)]
+    if not named:
+        raise ValueError(
+            f"{WHO}: module must be or hold a Linear or a convolution, got {type(module).__name__} without any"
+        )
+    settings = Settings(n_power_iterations, float(coefficient), bool(at_most), tolerance)
+    for name, layer in named:
+        _check_layer(name or type(layer).__name__, layer)
+    parts = [_register(layer, operator, settings) for _, layer in named]
+    join(parts)
+    return module
+
+
+def _positive(label: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{WHO}: {label} must be a positive number, got {value!r}")
+
+
+def _takes(layer: nn.Module, is_root: bool) -> bool:
+    return isinstance(layer, LAYERS) or (is_root and isinstance(layer, nn.Embedding))
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    if parametrize.is_parametrized(layer, "weight"):
+        for part in layer.parametrizations.weight:
+            if isinstance(part, SpectralNorm) or type(part).__name__ == "_SpectralNorm":
+                raise ValueError(f"{WHO}: {name} must not be normalised twice, got a layer with spectral norm")
+        return
+    if any(type(hook).__name__ == "SpectralNorm" for hook in layer._forward_pre_hooks.values()):
+        raise ValueError(
+            f"{WHO}: {name} must not be normalised twice, got a layer with torch.nn.utils.spectral_norm; "
+            "torch.nn.utils.remove_spectral_norm takes it off"
+        )
+    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{WHO}: {name} must have its weight before it is normalised, got a lazy layer: call it once")
+    checks.tensor(WHO, f"the weight of {name}", layer.weight)
+
+
+def _register(layer: nn.Module, operator: str, settings: Settings) -> SpectralNorm:
+    convolution = operator == "convolution" and isinstance(layer, CONVOLUTIONS)
+    if convolution:
+        geometry = operator_norm.geometry_of(layer)
+    else:
+        geometry = Geometry(MATRIX, 1 if "Transpose" in type(layer).__name__ else 0)
+    part = SpectralNorm(geometry, settings)
+    part.begin(layer.weight)
+    # unsafe: the two passes over forward by which torch tests shapes would count as a step
+    parametrize.register_parametrization(layer, "weight", part, unsafe=True)
+    part.owner = (layer.parametrizations.weight,)
+    layer.register_load_state_dict_pre_hook(_rename_older_keys)
+    if convolution and not hasattr(layer, "notes_size"):
+        layer.register_forward_pre_hook(_note_size)
+    return part
+
+
+def _note_size(layer: nn.Module, arguments: tuple) -> None:
+    note_size(layer, arguments[0])
+
+
+def note_size(layer: nn.Module, x: Tensor) -> None:
+    """What a layer normalised as a convolution says before it reads its weight: the size of its input."""
+    size = tuple(x.shape[x.dim() - len(layer.kernel_size) :])
+    for part in layer.parametrizations.weight:
+        if isinstance(part, SpectralNorm) and part.geometry.kind != MATRIX:
+            part.resize(layer, size)
+
+
+def _rename_older_keys(layer, state_dict, prefix, *_) -> None:
+    """``torch.nn.utils.spectral_norm``'s names, into those of its parametrization."""
+    held = f"{prefix}parametrizations.weight."
+    if f"{prefix}weight_orig" in state_dict and f"{held}original" not in state_dict:
+        state_dict[f"{held}original"] = state_dict.pop(f"{prefix}weight_orig")
+        for letter in "uv":
+            if (value := state_dict.pop(f"{prefix}weight_{letter}", None)) is not None:
+                state_dict[f"{held}0._{letter}"] = value
+
+
+# ------------------------------------------------------------------------------------------------------------ one layer
+
+
+class Settings(NamedTuple):
+    iterations: int
+    coefficient: float
+    at_most: bool
+    tolerance: float | None
+
+
+class SpectralNorm(nn.Module):
+    """The parametrization of one weight: its u and v, and its place in a `Group`."""
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(self, geometry: Geometry, settings: Settings):
+        super().__init__()
+        self.geometry, self.settings = geometry, settings
+        self.owner: tuple[parametrize.ParametrizationList, ...] = ()  # in a tuple: it is no part of this module
+        self.group = Group([self])
+        self.register_buffer("_u", torch.empty(0))
+        self.register_buffer("_v", torch.empty(0))
+        self._updated_for = Seen()
+        self._alien = False  #: u and v are not this weight's: it was loaded without them
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return outside(self.group.normalised, self, weight)
+        return self.group.normalised(self, weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def begin(self, weight: Tensor, layer: nn.Module | None = None, size: tuple[int, ...] = ()) -> None:
+        """Fresh u and v, searched from the same start whatever was drawn before; those of a convolution are empty until
+        the size of its input is known."""
+        if self.geometry.kind == MATRIX:
+            rows = weight.shape[self.geometry.axis]
+            shapes = (rows,), (weight.numel() // rows,)
+        elif layer is None:
+            shapes = (0,), (0,)
+        else:
+            v, u = operator_norm.sizes_of(layer, size, weight)
+            shapes = u, v
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in zip(("_u", "_v"), shapes, strict=True):
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            setattr(self, name, (drawn / drawn.norm()).to(weight.device, weight.dtype))
+        if self._v.numel() and not weight.is_meta:
+            self.write(*_searched(self, weight))
+        self.group.forget(self)
+
+    def resize(self, layer: nn.Module, size: tuple[int, ...]) -> None:
+        """Begins anew where the input of a convolution has another size."""
+        held = tuple(self._v.shape[1:])
+        if held == size and self._v.numel():
+            return
+        if self._v.numel():
+            warnings.warn(
+                f"spectral_norm_: the norm of a convolution belongs to a size of input, {list(held)} so far, got "
+                f"{list(size)}: its power iteration starts anew",
+                stacklevel=4,
+            )
+        self.begin(self.original(), layer, size)
+
+    def original(self) -> Tensor:
+        return self.owner[0].original
+
+    def leads(self) -> bool:
+        """Whether it is given the original weight, not what another parametrization makes of it."""
+        return bool(self.owner) and self.owner[0][0] is self
+
+    @torch.no_grad()
+    def write(self, u: Tensor, v: Tensor) -> None:
+        self._u.copy_(u)
+        self._v.copy_(v)
+
+    def _apply(self, *arguments, **options):
+        super()._apply(*arguments, **options)
+        self.group.forget(self)
+        return self
+
+    # Whether u and v have been updated for the weights beside them decides what the next pass does, so that a run that
+    # is resumed goes on as it would have. It travels in the state dict's metadata: its keys are torch's.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and self.leads():
+            updated = self._updated_for.holds(self.original())
+            destination._metadata.setdefault(prefix[:-1], {})["updated"] = updated
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *arguments):
+        keys = [f"{prefix}_u", f"{prefix}_v"]
+        values = [state_dict.get(key) for key in keys]
+        self._alien = any(value is None for value in values)
+        if not self._alien and self.geometry.kind != MATRIX:
+            as_convolution = all(value.dim() == self.original().dim() - 1 or not value.numel() for value in values)
+            for key, value in zip(keys, values, strict=True):
+                held = getattr(self, key.removeprefix(prefix))
+                if not as_convolution:  # the vectors of the matrix: its own stay, and are searched anew
+                    state_dict[key], self._alien = held, True
+                elif value.shape != held.shape:  # of another size of input
+                    setattr(self, key.removeprefix(prefix), held.new_empty(value.shape))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        self._updated_for = Seen()
+        if local_metadata.get("updated") and self.leads():
+            self._updated_for.note(self.original())
+        self.group.forget(self)
+
+    def extra_repr(self) -> str:
+        kind = "matrix" if self.geometry.kind == MATRIX else "convolution"
+        return f"{kind}, " + ", ".join(f"{k}={v}" for k, v in self.settings._asdict().items())
+
+
+def parts_below(module: nn.Module) -> list[SpectralNorm]:
+    """The parametrizations of all layers below a module."""
+    return [part for part in module.modules() if isinstance(part, SpectralNorm)]
+
+
+def join(parts: Iterable[SpectralNorm]) -> None:
+    """Makes parts, and those that are with them already, one group."""
+    members = list(dict.fromkeys(member for part in parts for member in part.group.members))
+    group = Group(members)
+    for member in members:
+        member.group = group
+
+
+# -------------------------------------------------------------------------------------------------------- all of them
+
+#: What a kept weight can serve as.
+INFERENCE, PLAIN, GRAPH = 0, 1, 2
+
+
+class Kept(NamedTuple):
+    """A normalised weight, and what it was made of: tensors and their versions."""
+
+    normal: Tensor
+    grade: int
+    training: bool
+    tensors: tuple[Tensor, Tensor, Tensor]
+    versions: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, normal: Tensor, member: SpectralNorm, weight: Tensor) -> Kept:
+        tensors = weight, member._u, member._v
+        return cls(normal, _wanted(weight), member.training, tensors, tuple(t._version for t in tensors))
+
+    def fits(self, member: SpectralNorm, weight: Tensor) -> bool:
+        w, u, v = self.tensors
+        return (
+            w is weight
+            and self.versions[0] == w._version
+            and self.grade >= _wanted(weight)
+            and self.training == member.training
+            and u is member._u
+            and v is member._v
+            and self.versions[1:] == (u._version, v._version)
+        )
+
+
+class Group:
+    """Weights that are normalised together: by one call a step for all that changed."""
+
+    def __init__(self, members: list[SpectralNorm]):
+        self.members = members
+        self._kept: dict[SpectralNorm, Kept] = {}
+
+    def __deepcopy__(self, memo: dict) -> Group:
+        group = memo[id(self)] = Group([])
+        group.members += [copy.deepcopy(member, memo) for member in self.members]
+        return group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members, "_kept": {}}
+
+    def forget(self, member: SpectralNorm) -> None:
+        self._kept.pop(member, None)
+
+    def normalised(self, member: SpectralNorm, weight: Tensor) -> Tensor:
+        """What the layer of `member` multiplies by."""
+        if not member._v.numel():
+            raise ValueError(
+                "spectral_norm_: a convolution must know the size of its input, which its first pass gives, got none "
+                "yet: call the layer once"
+            )
+        if not _can_keep(weight):  # under transforms no vector is written either
+            return _call([(member, weight, member._u, member._v)], 0).weights[0]
+        kept = self._kept.get(member)
+        if kept is None or not kept.fits(member, weight):
+            self._renew(member, weight)
+            kept = self._kept[member]
+        if kept.grade == GRAPH:
+            if _wanted(weight) < GRAPH:
+                return kept.normal.detach()
+            if _by_reference(weight):  # autograd's own graph is gone after one backward pass: each pass has one
+                return _call([(member, weight, *_vectors(member, weight))], 0).weights[0]
+        return kept.normal
+
+    def _renew(self, asking: SpectralNorm, its_weight: Tensor) -> None:
+        """Normalises every weight that is not what was kept."""
+        buckets: dict[tuple, list] = {}
+        for member in self.members:
+            weight = its_weight if member is asking else member.original() if member.leads() else None
+            if weight is None or not member._v.numel() or not _can_keep(weight):
+                continue
+            kept = self._kept.get(member)
+            if member is asking or kept is None or not kept.fits(member, weight):
+                iterations = 0
+                if member.training and not member._updated_for.holds(weight):
+                    iterations = member.settings.iterations
+                alike = weight.dtype, weight.device, member.settings, iterations
+                buckets.setdefault(alike, []).append((member, weight, *_vectors(member, weight)))
+        for (*_, iterations), jobs in buckets.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not _by_reference(jobs[0][1])):
+                out = _call(jobs, iterations)
+            for (member, weight, _, _), normal, u, v in zip(jobs, out.weights, out.u, out.v, strict=True):
+                if iterations:
+                    member.write(u, v)
+                    member._updated_for.note(weight)
+                self._kept[member] = Kept.of(normal, member, weight)
+
+
+def _call(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:
+    members, weights, u, v = zip(*jobs, strict=True)
+    settings = members[0].settings
+    geometries = [member.geometry for member in members]
+    scaled = {"coefficient": settings.coefficient, "at_most": settings.at_most}
+    return ops.spectral_norm(weights, u, v, geometries, iterations=iterations, **scaled)
+
+
+def _can_keep(weight: Tensor) -> bool:
+    if ops.transforms_active() or wrapped(weight) or weight.is_inference() or weight.is_meta:
+        return False
+    return torch._guards.detect_fake_mode((weight,)) is None
+
+
+def _wanted(weight: Tensor) -> int:
+    """The least that a kept weight must serve as now."""
+    if torch.is_inference_mode_enabled():
+        return INFERENCE
+    return GRAPH if weight.requires_grad and torch.is_grad_enabled() else PLAIN
+
+
+def _by_reference(weight: Tensor) -> bool:
+    return ops.OPERATORS["spectral_norm"].torch_ops["spectral_norm"].runs_reference([weight])
+
+
+def _vectors(member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """u and v to begin from: in training those that are held, in evaluation those of the norm."""
+    if not member.training:
+        return _settled(member, weight)
+    if member._alien:
+        member.write(*_searched(member, weight))
+        member._alien = False
+    return member._u, member._v
+
+
+@torch.no_grad()
+def _searched(member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """u and v by a search that ends where the norm is known."""
+    tolerance = member.settings.tolerance or 1e-3
+    found = operator_norm.lanczos(
+        weight.detach(), member.geometry, member._u, member._v, tolerance=tolerance, products=PRODUCTS
+    )
+    return found[1].to(weight.dtype), found[2].to(weight.dtype)
+
+
+@torch.no_grad()
+def _settled(member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """u and v for evaluation, which writes neither."""
+    searched = _searched(member, weight)
+    if member.settings.tolerance is not None or member._alien:
+        return searched
+    held = member._u, member._v
+    norms = [_call([(member, weight.detach(), *pair)], 0).sigma for pair in (searched, held)]
+    unit = all(bool((t.double().norm() - 1).abs() < 1e-2) for t in held)
+    return held if unit and bool(norms[1] >= (1 - LAG) * norms[0]) else searched
