@@ -223,7 +223,9 @@ def _through(reference: Callable) -> Formula:
                 )
                 for i, grad in zip(wanted, by_input, strict=True):
                     grads[i] = grad
-        return tuple(pytree.tree_unflatten(grads, ctx.structure))
+        nested = pytree.tree_unflatten(grads, ctx.structure)
+        # a list of numbers, too, must have None for its gradient, not a list of them
+        return tuple(None if all(g is None for g in pytree.tree_leaves(value)) else value for value in nested)
 
     return Formula(setup, backward)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from genkernels.ops import _autocast as autocast
@@ -56,7 +57,8 @@ def spectral_norm(
         weight = coefficient * weight / sigma       # at_most=True: weight / max(1, sigma / coefficient)
 
     Args:
-        weights: L tensors of one dtype (fp64, fp32, bf16 or fp16; half is computed in fp32) and of at least two axes.
+        weights: L tensors of one dtype (fp64, fp32, bf16 or fp16; half is computed in fp32) and of at least two axes;
+            under autocast all are taken in the widest dtype of theirs and of u and v.
         u, v: for each weight the output and the input of A, of one sample and without a batch: ``[M]`` and ``[K]`` for
             a matrix, ``[C_out, *output]`` and ``[C_in, *input]`` for a convolution. Of length 1, unless zero.
         geometries: how each weight acts; by default as a matrix whose rows are the first axis.
@@ -80,6 +82,7 @@ def spectral_norm(
     weights, u, v = list(weights), list(u), list(v)
     if geometries is None:
         geometries = [Geometry()] * len(weights)
+    weights, u, v = _of_one_dtype(weights, u, v, geometries)
     _check(weights, u, v, geometries)
     checks.integer(NAME, "iterations", iterations, 0)
     if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 < coefficient < float("inf"):
@@ -90,7 +93,8 @@ def spectral_norm(
     return SpectralNorm(out[:count], out[count : 2 * count], out[2 * count : 3 * count], out[-1])
 
 
-def _check(weights: list, u: list, v: list, geometries: Sequence[Geometry]) -> None:
+def _of_one_dtype(weights: list, u: list, v: list, geometries: Sequence[Geometry]) -> tuple[list, list, list]:
+    """Tensors, as many as there must be; under autocast in the widest of their dtypes."""
     count = len(weights)
     if not count or not len(u) == len(v) == len(geometries) == count:
         raise ValueError(
@@ -101,7 +105,14 @@ def _check(weights: list, u: list, v: list, geometries: Sequence[Geometry]) -> N
     for i in range(count):
         named |= {f"weights[{i}]": weights[i], f"u[{i}]": u[i], f"v[{i}]": v[i]}
     checks.tensors(NAME, named)
+    if autocast.active(weights[0]):
+        dtype = autocast.widest(*named.values())
+        return [t.to(dtype) for t in weights], [t.to(dtype) for t in u], [t.to(dtype) for t in v]
     checks.same_dtype(NAME, named)
+    return weights, u, v
+
+
+def _check(weights: list, u: list, v: list, geometries: Sequence[Geometry]) -> None:
     for i, (weight, left, right, g) in enumerate(zip(weights, u, v, geometries, strict=True)):
         if weight.dim() < 2 or not weight.numel():
             raise ValueError(
@@ -176,6 +187,8 @@ def _backward(ctx, grads):
         given = [w.new_zeros(w.shape) if grads[i] is None else grads[i] for i, w in zip(used, picked, strict=True)]
         sigma = ctx.sigma if len(used) == count else ctx.sigma[used]
         u, v = [ctx.vectors[i] for i in used], [ctx.vectors[count + i] for i in used]
+        if torch.is_grad_enabled() and any(w.requires_grad for w in picked):
+            sigma = _sigma(picked, u, v, plan)
         # a recorded pass that is mapped over takes the reference: lists of tensors have no fallback under vmap
         run = reference.spectral_norm_backward if transforms_active() else BACKWARD.dense
         with autocast.kept_out(picked[0]):
@@ -183,6 +196,18 @@ def _backward(ctx, grads):
         for i, grad in zip(used, found, strict=True):
             by_weight[i] = grad
     return by_weight, None, None, None, None, None, None
+
+
+def _sigma(weights, u, v, plan):
+    """The norms as functions of the weights, which a gradient of the gradient goes through."""
+    work = autocast.work_dtype(weights[0])
+    with autocast.kept_out(weights[0]):
+        return torch.stack(
+            [
+                (left.to(work) * reference.apply(w.to(work), g, right.to(work), left.shape)).sum()
+                for w, left, right, g in zip(weights, u, v, reference.from_plan(plan), strict=True)
+            ]
+        )
 
 
 def _fake(weights, u, v, plan, iterations, coefficient, at_most):
@@ -198,7 +223,10 @@ OPERATOR = Operator(
     NAME,
     functions=(spectral_norm,),
     types=(Geometry, SpectralNorm),
-    kernels={"cpu": "not written yet", "triton": "", "cuda": ""},
+    kernels={"cpu": "", "triton": "", "cuda": ""},
+    # not timed on a GPU; the CUDA kernels take their addresses as arguments, where Triton's take a table that is copied
+    # for each call
+    prefers="cuda",
     composability=DIFFERENTIABLE,
 )
 NORMALISE = OPERATOR.define(

@@ -341,17 +341,24 @@ def gradients_of(name, tensors, **hooks):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_saved_tensors_come_back_in_any_order_of_memory(name):
-    """A hook that moves them away and back owes nobody their strides; their dtype it does."""
+    """A hook that moves them away and back owes nobody their strides; their dtype it does.
+
+    An operator that keeps its tensors by hand, so that its graph may be gone through more than once, shows hooks none
+    of them: what they would do to a dtype concerns it not.
+    """
     if not is_differentiable(name):
         pytest.skip("it has no backward pass")
     tensors = SAMPLES[name]()[1]
+    packed = []
 
     def back(t):
         return t[..., None].expand(*t.shape, 2).contiguous()[..., 0]
 
-    found = gradients_of(name, tensors, pack_hook=lambda t: t, unpack_hook=back)
+    found = gradients_of(name, tensors, pack_hook=lambda t: packed.append(t) or t, unpack_hook=back)
     expected = on_reference(lambda: grads_of(SAMPLES[name]()[0], tensors)[0])
     torch.testing.assert_close(tuple(found), tuple(expected))
+    if not packed:
+        return
     with pytest.raises(RuntimeError, match="must (be given contiguous|have one of the dtypes)"):
         gradients_of(name, tensors, pack_hook=lambda t: t, unpack_hook=lambda t: t.half() if t.dtype == F64 else t)
 
