@@ -774,23 +774,28 @@ __device__ __forceinline__ void multiply(Product product, const Geometry& g, con
     }
     if (base + kTileDepth < depth) fetch(base + kTileDepth);
     if (base < 0) continue;
+    A part[kMicroRows][kMicroColumns] = {};  // sums of a tile's depth first: fewer roundings one upon the other
 #pragma unroll 8
     for (int d = 0; d < kTileDepth; ++d) {
       const auto l = *reinterpret_cast<const Vector<A, kMicroRows>*>(&tiles.left[d][threadIdx.x / 16 * kMicroRows]);
       Vector<A, kMicroColumns> r;
       constexpr int kPart = 16 / sizeof(A);
 #pragma unroll
-      for (int part = 0; part < kMicroColumns / kPart; ++part) {
-        const auto some = *reinterpret_cast<const Vector<A, kPart>*>(
-            &tiles.right[d][threadIdx.x % 16 * kMicroColumns + part * kPart]);
+      for (int from = 0; from < kMicroColumns; from += kPart) {
+        const auto some =
+            *reinterpret_cast<const Vector<A, kPart>*>(&tiles.right[d][threadIdx.x % 16 * kMicroColumns + from]);
 #pragma unroll
-        for (int j = 0; j < kPart; ++j) r.lane[part * kPart + j] = some.lane[j];
+        for (int j = 0; j < kPart; ++j) r.lane[from + j] = some.lane[j];
       }
 #pragma unroll
       for (int i = 0; i < kMicroRows; ++i)
 #pragma unroll
-        for (int j = 0; j < kMicroColumns; ++j) sum[i][j] += l.lane[i] * r.lane[j];
+        for (int j = 0; j < kMicroColumns; ++j) part[i][j] += l.lane[i] * r.lane[j];
     }
+#pragma unroll
+    for (int i = 0; i < kMicroRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kMicroColumns; ++j) sum[i][j] += part[i][j];
   }
 }
 

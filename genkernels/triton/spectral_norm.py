@@ -49,7 +49,7 @@ from genkernels.triton._recording import SampleCalls, meta
 #: Tiles: of `_left_kernel`'s matrices, of `_right_kernel`'s, of products, of what goes number by number.
 ROWS, COLUMNS = tl.constexpr(8), tl.constexpr(512)
 PARTS, NARROW = tl.constexpr(32), tl.constexpr(64)
-TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = tl.constexpr(32), tl.constexpr(64), tl.constexpr(32)
+TILE_ROWS, TILE_COLUMNS = tl.constexpr(32), tl.constexpr(64)
 BLOCK = tl.constexpr(1024)
 PIECES = tl.constexpr(256)
 
@@ -254,6 +254,7 @@ def _multiply(p_left, p_product, block, wanted, p_given, p_found, given, first, 
     `inner` of them.
     """
     A: tl.constexpr = p_found.dtype.element_ty
+    TILE_DEPTH: tl.constexpr = 16 if A == tl.float64 else 32
     rows = tl.load(p_product + P_ROWS).to(tl.int32)
     columns = tl.load(p_product + P_COLUMNS).to(tl.int32)
     depth = tl.load(p_product + P_DEPTH).to(tl.int32)
@@ -312,7 +313,7 @@ def _multiply(p_left, p_product, block, wanted, p_given, p_found, given, first, 
                     m2 = m1 & (b_k >= 0) & (b_to2 * divisor2 == b_k) & (b_to2 < size2)
                     o_v = o_channel + (b_to0 * size1 + b_to1) * size2 + b_to2
                     b_right += _vector(p_given, p_found, given, first, second, o_v, m2)
-        b_sum = tl.dot(b_left, b_right, b_sum, input_precision="ieee", out_dtype=A)
+        b_sum += tl.dot(b_left, b_right, input_precision="ieee", out_dtype=A)
     o_out = (group * rows + o_row).to(tl.int64)[:, None] * columns + o_column[None, :]
     return b_sum, o_out, m_row[:, None] & m_column[None, :]
 
@@ -727,9 +728,9 @@ def _split(coefficient: float) -> tuple[float, float]:
 
 def _run(kernel, launch: int, tables: _Tables, addresses: Tensor, *arguments, dtype: torch.dtype) -> None:
     owners = tables.owners[launch]
-    # 8 warps: what is accumulated then fits into registers in fp64 too
+    # a product's factors stand in registers, which they fit into; ptxas alone settles for 128 and may spill
     kernel[(owners.numel(),)](
-        owners, tables.sizes, addresses, *arguments, T=_TYPES[dtype], num_warps=8, enable_fp_fusion=True
+        owners, tables.sizes, addresses, *arguments, T=_TYPES[dtype], num_warps=8, maxnreg=255, enable_fp_fusion=True
     )
 
 
