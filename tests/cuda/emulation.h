@@ -139,6 +139,10 @@ template <typename T>
 T __ldcs(const T* p) {
   return *p;
 }
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
 
 namespace genkernels {
 
