@@ -20,7 +20,13 @@ NAME = "spectral_norm"
 
 
 class SpectralNorm(NamedTuple):
-    """What `spectral_norm` returns: lists of one entry a weight, and the norms ``[L]``."""
+    """What `spectral_norm` returns.
+
+    Args:
+        weights: the normalised ones.
+        u, v: their vectors after the iterations.
+        sigma: their norms, ``[L]``.
+    """
 
     weights: list[Tensor]
     u: list[Tensor]
@@ -223,7 +229,7 @@ OPERATOR = Operator(
     NAME,
     functions=(spectral_norm,),
     types=(Geometry, SpectralNorm),
-    kernels={"cpu": "", "triton": "not written yet", "cuda": "not written yet"},
+    kernels={"cpu": "", "triton": "has not been written yet", "cuda": "has not been written yet"},
     composability=DIFFERENTIABLE,
 )
 NORMALISE = OPERATOR.define(
