@@ -2,7 +2,7 @@
 //
 // Matrices (spectral_norm/matrix.h): a whole power iteration in one read of the weight, which is then written
 // normalised, last rows first, while the inner caches still have them. Layers go together in groups of about kCache
-// bytes a thread, so that those which fit are read from memory once. Convolutions (spectral_norm/convolution.h): two
+// bytes a thread, so that those which fit come from memory once. Convolutions (spectral_norm/convolution.h): two
 // products over taps an iteration, all layers together, σ being a length that is known already. Gradients
 // (spectral_norm/gradient.h): an inner product a layer, then one pass that makes D as it goes.
 //
@@ -10,16 +10,19 @@
 // nor the company of other layers changes a bit. Half numbers are computed in fp32.
 //
 // Bytes, in units of the weights: forward reads W and writes Ŵ (2); backward reads G and W and writes the gradient (3).
-// A layer beyond the caches reads W a second time going forward, G a second time going back.
+// A layer beyond the inner caches reads W a second time going forward, G a second time going back. Matrices are bound
+// by them; convolutions by multiplications, unless they have fewer places than channels. Stores are ordinary ones: such
+// that pass the caches by gained a twentieth here, and cost whatever reads the weights next.
+#include "spectral_norm/convolutions.h"
 #include "spectral_norm/gradient.h"
-#include "spectral_norm/matrix.h"
+#include "spectral_norm/matrices.h"
 
 namespace genkernels {
 namespace spectral {
 namespace {
 
-constexpr int64_t kCache = 1024 * 1024;        // bytes of weights a thread has at a time
-constexpr int64_t kScratch = 8 * 1024 * 1024;  // and numbers of scratch, of convolutions
+constexpr int64_t kCache = 1536 * 1024;        // bytes of weights a thread has at a time
+constexpr int64_t kScratch = 8 * 1024 * 1024;  // numbers of scratch of the convolutions that go together
 
 std::vector<Record> records_of(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
                                const std::vector<Tensor>& v, const std::vector<int64_t>& plan) {
@@ -82,15 +85,19 @@ void normalise_matrices(Call& call, const std::vector<int64_t>& which, int64_t i
   for (size_t j = 0; j < which.size(); ++j) {
     const Tensor& w = call.weights[which[j]];
     const int64_t axis = call.records[which[j]].axis;
-    const S* from = data<S>(w);
-    if (axis) from = packed.emplace_back(rows_first<S>(w, axis)).get();
-    layers[j].shape(from, w.size(axis), w.numel() / w.size(axis));
+    const int64_t rows = w.size(axis), columns = w.numel() / rows;
+    layers[j].turned = axis > 0 && axis == w.dim() - 1;
+    if (layers[j].turned)
+      layers[j].shape(data<S>(w), columns, rows);
+    else
+      layers[j].shape(axis ? packed.emplace_back(rows_first<S>(w, axis)).get() : data<S>(w), rows, columns);
     layers[j].allocate(arena);
   }
   arena.make();
   for (size_t j = 0; j < which.size(); ++j) {
-    load(data<S>(call.u[which[j]]), layers[j].u, layers[j].rows);
-    load(data<S>(call.v[which[j]]), layers[j].v, layers[j].columns);
+    const bool turned = layers[j].turned;
+    load(data<S>((turned ? call.v : call.u)[which[j]]), layers[j].u, layers[j].rows);
+    load(data<S>((turned ? call.u : call.v)[which[j]]), layers[j].v, layers[j].columns);
   }
   Matrices<S> all(layers);
   all.iterate(iterations);
@@ -98,8 +105,8 @@ void normalise_matrices(Call& call, const std::vector<int64_t>& which, int64_t i
     Matrix<S>& m = layers[j];
     mutable_data<T>(call.sigma)[which[j]] = m.sigma;
     m.factor = call.rule.factor(m.sigma);
-    store(m.u, mutable_data<S>(call.out_u[which[j]]), m.rows);
-    store(m.v, mutable_data<S>(call.out_v[which[j]]), m.columns);
+    store(m.u, mutable_data<S>((m.turned ? call.out_v : call.out_u)[which[j]]), m.rows);
+    store(m.v, mutable_data<S>((m.turned ? call.out_u : call.out_v)[which[j]]), m.columns);
   }
   all.backwards([&](Matrix<S>& m, int64_t row, int64_t rows) {
     const int64_t layer = which[&m - layers.data()], at = row * m.columns;  // number by number, whatever the axis
@@ -144,7 +151,7 @@ void normalise(Call& call, int64_t iterations) {
   for (size_t j = 0; j < others.size(); ++j)
     layers[j].shape(call.records[others[j]], call.weights[others[j]], call.u[others[j]], call.v[others[j]]);
   const auto numbers = [&](int64_t j) { return layers[j].scratch_size(); };
-  in_groups(int64_t(others.size()), threads * kScratch, numbers, [&](int64_t begin, int64_t end) {
+  in_groups(int64_t(others.size()), kScratch, numbers, [&](int64_t begin, int64_t end) {
     std::vector<Convolution<S>> some(std::make_move_iterator(layers.begin() + begin),
                                      std::make_move_iterator(layers.begin() + end));
     normalise_convolutions<S>(call, some, others.data() + begin, iterations);
@@ -208,7 +215,7 @@ void differentiate(const Call& call, std::vector<Gradient<S>>& gradients, const 
     layers[j].gradient = &gradients[i];
   }
   const auto numbers = [&](int64_t j) { return layers[j].scratch_size(); };
-  in_groups(int64_t(others.size()), threads * kScratch, numbers, [&](int64_t begin, int64_t end) {
+  in_groups(int64_t(others.size()), kScratch, numbers, [&](int64_t begin, int64_t end) {
     std::vector<ConvolutionGradient<S>> some(std::make_move_iterator(layers.begin() + begin),
                                              std::make_move_iterator(layers.begin() + end));
     Arena<T> arena;

@@ -401,6 +401,20 @@ def test_gradients_of_first_and_second_order(implementation, device):
         assert torch.autograd.gradgradcheck(function, (leaf,))
 
 
+@pytest.mark.implementations(only=("cpu",))
+def test_torch_finds_nothing_amiss(implementation, device):
+    weights, u, v, g = make([CASES[0], CONVOLUTIONS[0]], torch.float32, device)
+    plan, weights = reference.as_plan(g), [w.requires_grad_() for w in weights]
+    torch.library.opcheck(torch.ops.genkernels.spectral_norm.default, (weights, u, v, plan, 1, 1.0, False))
+    out = [t.detach() for t in implementation.functions.spectral_norm(weights, u, v, plan, 1, 1.0, False)]
+    grads = [torch.randn_like(w, requires_grad=True) for w in weights]
+    for by_sigma in (None, torch.ones(2)):
+        torch.library.opcheck(
+            torch.ops.genkernels.spectral_norm_backward.default,
+            (grads, by_sigma, weights, out[2:4], out[4:6], out[6], plan, 1.0, False),
+        )
+
+
 def test_autocast_leaves_the_products_in_fp32(implementation, device):
     weights, u, v, g = make(implementation.some(CASES, interpreted=THIN[1:3]), torch.float32, device)
     plain = ops.spectral_norm(weights, u, v, g)

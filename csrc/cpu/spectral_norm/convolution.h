@@ -1,8 +1,8 @@
-// Power iteration on convolutions, and the weight's gradient D, by the product of product.h.
+// A convolution of one sample, and tiles of its two products, by the product of product.h.
 //
 // A task is a tile of kTile places by up to kRowBlock channels. Where rows of places are whole vectors, they are read
-// where they lie; else a tile's sources are laid side by side first, kRun of them at a time. Layers go together, one
-// phase after the other: A v; u and its border; Aᵀ u; v and its border; σ is ‖Aᵀ u‖, so that no third product is taken.
+// where they lie; else a tile's sources are laid side by side first, kRun of them at a time. The weight is read where
+// it lies, whichever way it is gone through.
 #pragma once
 
 #include "geometry.h"
@@ -11,7 +11,6 @@ namespace genkernels {
 namespace spectral {
 
 constexpr int64_t kRowBlock = 128;
-constexpr int64_t kElements = 16 * 1024;  // numbers of a vector that one task divides, lays or folds
 
 template <typename S>
 struct Convolution {
@@ -66,7 +65,7 @@ struct Convolution {
     spread = spread_map<T>(g, inputs, outputs, kernel, sx, sy);
   }
   int64_t scratch_size() const {
-    int64_t size = 2 * (x_count() + y_count()) + 2 * weights();
+    int64_t size = 2 * (x_count() + y_count()) + (std::is_same_v<S, T> ? 0 : weights());
     size += groups * inputs * (gather.source.plane() + (spread.folds ? count_of(spread.size) : 0));
     return size + groups * outputs * spread.source.plane();
   }
@@ -84,32 +83,7 @@ struct Convolution {
       arena.need(map->out, map == &gather ? y_count() : x_count());
       if (map->folds) arena.need(map->whole, groups * map->rows * count_of(map->size));
     }
-    for (Part<T>& p : spread.parts) arena.need(p.packed, groups * inputs * p.depth());
-  }
-
-  // The weight for both maps: rows of outputs as they are, rows of inputs packed; of output channels [begin, end).
-  void pack(int64_t begin, int64_t end) {
-    constexpr int64_t kTogether = 16;
-    const int64_t row = inputs * taps;
-    if constexpr (!std::is_same_v<S, T>) load(weight + begin * row, plain + begin * row, (end - begin) * row);
-    for (Part<T>& p : spread.parts) {
-      const int64_t some = int64_t(p.taps.size());
-      for (int64_t c0 = 0; c0 < inputs; c0 += kTogether)
-        for (int64_t channel = begin; channel < end; ++channel) {
-          const int64_t group = channel / outputs, o = channel % outputs, c1 = std::min(c0 + kTogether, inputs);
-          const T* from = gather.parts[0].weight + channel * row + c0 * taps;
-          T* to = p.packed + ((group * inputs + c0) * outputs + o) * some;
-          for (int64_t c = c0; c < c1; ++c, from += taps, to += outputs * some)
-            for (int64_t t = 0; t < some; ++t) to[t] = from[p.taps[t]];
-        }
-    }
-  }
-  void aim() {
-    if constexpr (std::is_same_v<S, T>)
-      gather.parts[0].weight = weight;
-    else
-      gather.parts[0].weight = plain;
-    for (Part<T>& p : spread.parts) p.weight = p.packed;
+    if constexpr (std::is_same_v<S, T>) gather.weight = spread.weight = weight;
   }
 };
 
@@ -143,14 +117,21 @@ Squares run(const Map<T>& map, const Task& task) {
   T* side = out + task.rows * kTile;
   const T* source = map.source.to + task.group * map.channels * map.source.plane();
   const std::vector<Stretch> places = stretches(p, task.place, task.places);
-  const T* w[kRowBlock];
-  for (int64_t r = 0; r < task.rows; ++r) w[r] = p.weight + (task.group * map.rows + task.row + r) * depth;
-  const T* lanes[kTile / L];
+  const T *w[kRowBlock], *lanes[kTile / L];
+  const T* weight = map.weight + task.group * map.group_step + task.row * map.row_step;
+  for (int64_t r = 0; r < task.rows; ++r) w[r] = weight + r * map.row_step;
+  // of products `deep` from k on, w's rows beginning there where they are not looked up
+  const auto multiply = [&](int64_t k, int64_t deep, const int64_t* at) {
+    if (p.at_w.empty())
+      product<T, false>({w, nullptr, lanes, at, deep}, k == 0, task.rows, vectors, out);
+    else
+      product<T, true>({w, p.at_w.data() + k, lanes, at, deep}, k == 0, task.rows, vectors, out);
+  };
   if (depth == 0) std::fill_n(out, task.rows * kTile, T(0));
   if (p.in_place) {
     for (const Stretch& s : places)
       for (int64_t j = 0; j < s.count; j += L) lanes[(s.at + j) / L] = source + s.from + j;
-    product<T, false>({w, nullptr, lanes, p.at.data(), depth}, true, task.rows, vectors, out);
+    multiply(0, depth, p.at.data());
   } else {
     int64_t at[kRun];
     for (int64_t k = 0; k < kRun; ++k) at[k] = k * kTile;
@@ -158,8 +139,8 @@ Squares run(const Map<T>& map, const Task& task) {
     for (int64_t k = 0; k < depth; k += kRun) {
       const int64_t deep = std::min(kRun, depth - k);
       fill_tile(p, places, source, k, k + deep, side);
-      product<T, false>({w, nullptr, lanes, at, deep}, k == 0, task.rows, vectors, out);
-      for (int64_t r = 0; r < task.rows; ++r) w[r] += deep;
+      multiply(k, deep, at);
+      for (int64_t r = 0; r < task.rows && p.at_w.empty(); ++r) w[r] += deep;
     }
   }
   T* to = map.destination() + (task.group * map.rows + task.row) * count_of(map.size);
@@ -198,165 +179,6 @@ Squares fold(const Map<T>& map, int64_t begin, int64_t end) {
       }
   return squares(map.out + begin * count_of(n), (end - begin) * count_of(n));
 }
-
-// ---- many convolutions at once ----------------------------------------------------------------------------------
-
-template <typename S>
-class Convolutions {
-  using T = arithmetic_t<S>;
-  using Layer = Convolution<S>;
-
- public:
-  explicit Convolutions(std::vector<Layer>& layers) : layers_(layers) {}
-
-  void iterate(int64_t iterations) {
-    prepare(iterations);
-    std::vector<int64_t> all, apart;
-    for (int64_t i = 0; i < int64_t(layers_.size()); ++i) all.push_back(i);
-    for (int64_t i = 0; i < iterations; ++i) {
-      apply(false, all);
-      settle(false, i == 0, false);
-      apply(true, all);
-      settle(true, i == 0, i + 1 == iterations);
-    }
-    for (int64_t i : all) {
-      if (iterations && has_direction<T>(layers_[i].length_v))
-        layers_[i].sigma = T(layers_[i].length_v);
-      else
-        apart.push_back(i);
-    }
-    if (apart.empty()) return;
-    apply(false, apart);
-    for (int64_t i : apart) {
-      Layer& c = layers_[i];
-      c.sigma = T(inner<T>(c.u(), c.forward().out, c.u_count()));
-    }
-  }
-
- private:
-  void prepare(int64_t iterations) {
-    std::vector<Task> tasks;
-    for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
-      Layer& c = layers_[i];
-      c.aim();
-      const int64_t channels = c.groups * c.outputs, each = std::max<int64_t>(1, kElements / (c.inputs * c.taps));
-      for (int64_t o = 0; o < channels; o += each) {
-        const int64_t some = std::min(each, channels - o);
-        tasks.push_back({i, 0, 0, o, some, 0, 0, 0, 4 * some * c.inputs * c.taps});
-      }
-    }
-    add_channels(tasks, false);
-    add_channels(tasks, true);
-    share_out(tasks, cost_of, false, [&](const Task& t) {
-      Layer& c = layers_[t.layer];
-      if (t.part == 0) {
-        c.pack(t.row, t.row + t.rows);
-      } else {
-        const Source<T>& source = (t.group ? c.transpose() : c.forward()).source;
-        if (!source.circular) source.clear(t.row, t.row + t.rows);
-        if (t.group == 0) take(t, source, c.given_v, c.v(), iterations == 0);
-        if (t.group == 1 && iterations == 0) take(t, source, c.given_u, c.u(), true);
-      }
-    });
-  }
-
-  // Channels of u or v as they were given, laid; `kept`: for good.
-  void take(const Task& t, const Source<T>& source, const S* given, T* to, bool kept) {
-    const int64_t plane = count_of(source.size);
-    for (int64_t c = t.row; c < t.row + t.rows; ++c) {
-      if constexpr (std::is_same_v<S, T>) {
-        if (kept) load(given + c * plane, to + c * plane, plane);
-        source.lay(given + c * plane, c);
-      } else {
-        load(given + c * plane, to + c * plane, plane);
-        source.lay(to + c * plane, c);
-      }
-    }
-  }
-
-  static int64_t cost_of(const Task& t) { return t.cost; }
-
-  // Tasks over the channels of v, or of u, which is group 1; part 1.
-  void add_channels(std::vector<Task>& tasks, bool of_u) {
-    for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
-      const Source<T>& source = (of_u ? layers_[i].transpose() : layers_[i].forward()).source;
-      const Map<T>& map = of_u ? layers_[i].transpose() : layers_[i].forward();
-      const int64_t channels = map.groups * map.channels;
-      const int64_t each = std::max<int64_t>(1, kElements / (source.plane() + count_of(source.size)));
-      for (int64_t c = 0; c < channels; c += each) {
-        const int64_t some = std::min(each, channels - c);
-        tasks.push_back({i, 1, of_u, c, some, 0, 0, 0, some * (source.plane() + count_of(source.size))});
-      }
-    }
-  }
-
-  // A v, or Aᵀ u: tiles, and where they are circular, their ends.
-  void apply(bool transpose, const std::vector<int64_t>& which) {
-    std::vector<Task> tasks, folds;
-    for (int64_t i : which) {
-      const Map<T>& map = transpose ? layers_[i].transpose() : layers_[i].forward();
-      const int64_t blocks = divide_up(map.rows, kRowBlock), rows = divide_up(map.rows, blocks);
-      int64_t length = 0;
-      for (int64_t part = 0; part < int64_t(map.parts.size()); ++part) {
-        const Part<T>& p = map.parts[part];
-        const int64_t places = count_of(p.places);
-        for (int64_t group = 0; group < map.groups; ++group)
-          for (int64_t place = 0; place < places; place += kTile)
-            for (int64_t row = 0; row < map.rows; row += rows) {
-              const int64_t high = std::min(rows, map.rows - row), wide = std::min(kTile, places - place);
-              tasks.push_back({i, part, group, row, high, place, wide, length++, high * wide * (p.depth() + 1)});
-            }
-      }
-      if (map.folds) {
-        length = 0;
-        const int64_t channels = map.groups * map.rows, each = std::max<int64_t>(1, kElements / count_of(map.size));
-        for (int64_t c = 0; c < channels; c += each, ++length) {
-          const int64_t some = std::min(each, channels - c);
-          folds.push_back({i, 0, 0, c, some, 0, 0, length, some * count_of(map.size)});
-        }
-      }
-      layers_[i].lengths.assign(length, Squares{});
-    }
-    const auto map_of = [&](const Task& t) -> const Map<T>& {
-      return transpose ? layers_[t.layer].transpose() : layers_[t.layer].forward();
-    };
-    share_out(tasks, cost_of, false, [&](const Task& t) {
-      const Squares found = run(map_of(t), t);
-      if (!map_of(t).folds) layers_[t.layer].lengths[t.length] = found;
-    });
-    share_out(folds, cost_of, false,
-              [&](const Task& t) { layers_[t.layer].lengths[t.length] = fold(map_of(t), t.row, t.row + t.rows); });
-  }
-
-  // The product becomes u, or v, of length 1, where it has a direction; and, unless it is the last, what the other map
-  // reads.
-  void settle(bool of_v, bool first, bool last) {
-    std::vector<double> lengths;
-    for (Layer& c : layers_) {
-      lengths.push_back(length(c.lengths.data(), int64_t(c.lengths.size())));
-      if (of_v) c.length_v = lengths.back();
-    }
-    std::vector<Task> tasks;
-    add_channels(tasks, !of_v);
-    share_out(tasks, cost_of, false, [&](const Task& t) {
-      Layer& c = layers_[t.layer];
-      const Source<T>& source = (of_v ? c.forward() : c.transpose()).source;
-      const int64_t plane = count_of(source.size);
-      T* to = of_v ? c.v() : c.u();
-      const T* from = (of_v ? c.transpose() : c.forward()).out;
-      if (!has_direction<T>(lengths[t.layer])) {
-        if (first) take(t, source, of_v ? c.given_v : c.given_u, to, true);
-        return;
-      }
-      for (int64_t n = t.row; n < t.row + t.rows; ++n) {
-        divide(from + n * plane, lengths[t.layer], to + n * plane, plane);
-        if (!last) source.lay(to + n * plane, n);
-      }
-    });
-  }
-
-  std::vector<Layer>& layers_;
-};
 
 }  // namespace spectral
 }  // namespace genkernels

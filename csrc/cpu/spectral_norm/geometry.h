@@ -81,7 +81,7 @@ struct Source {
   }
 };
 
-// The places of `out` that have the same taps.
+// Places of the destination that have the same taps.
 template <typename T>
 struct Part {
   Shape places;               // how many along each axis
@@ -89,10 +89,8 @@ struct Part {
   Shape to;                   // and in the destination,
   int64_t to_first;           // where the first one is here
   std::vector<int64_t> at;    // of each channel of a group and tap, in the laid source: [depth]
-  std::vector<int64_t> taps;  // which these are
-  const T* weight = nullptr;  // [groups, rows, depth]
-  T* packed = nullptr;
-  bool in_place = false;  // whether lanes of places are neighbours in the source, too
+  std::vector<int64_t> at_w;  // and in a row of the weight; none: one after the other
+  bool in_place = false;      // whether lanes of places are neighbours in the source, too
 
   int64_t depth() const { return int64_t(at.size()); }
 };
@@ -102,7 +100,9 @@ template <typename T>
 struct Map {
   Source<T> source;
   int64_t groups, channels, rows;  // of a group: those read and those written
-  Shape size;                      // of the destination, or of the whole that is folded onto it
+  const T* weight = nullptr;
+  int64_t group_step, row_step;  // in the weight
+  Shape size;                    // of the destination, or of the whole that is folded onto it
   std::vector<Part<T>> parts;
   bool folds = false;
   Shape folded, before;
@@ -132,11 +132,19 @@ std::vector<Stretch> stretches(const Part<T>& p, int64_t begin, int64_t count) {
 
 // ---- the two maps of a convolution ------------------------------------------------------------------------------
 
+struct Tap {
+  int64_t at, index;  // in the laid source, and among the kernel's
+};
+
 template <typename T>
-void finish_part(const Map<T>& map, Part<T>& p, const std::vector<int64_t>& tap_at) {
+void add_part(Map<T>& map, Part<T> p, const std::vector<Tap>& taps, int64_t channel_step) {
   for (int64_t c = 0; c < map.channels; ++c)
-    for (int64_t at : tap_at) p.at.push_back(c * map.source.plane() + at);
+    for (const Tap& t : taps) {
+      p.at.push_back(c * map.source.plane() + t.at);
+      if (channel_step) p.at_w.push_back(c * channel_step + t.index);
+    }
   p.in_place = p.step[2] == 1 && p.places[2] % kLanes<T> == 0;
+  map.parts.push_back(std::move(p));
 }
 
 // x → y
@@ -146,6 +154,8 @@ Map<T> gather_map(const Record& g, int64_t inputs, int64_t rows, const Shape& ke
   map.groups = g.groups;
   map.channels = inputs;
   map.rows = rows;
+  map.row_step = inputs * count_of(kernel);
+  map.group_step = rows * map.row_step;
   map.size = y;
   map.source.size = x;
   map.source.before = g.padding;
@@ -157,24 +167,18 @@ Map<T> gather_map(const Record& g, int64_t inputs, int64_t rows, const Shape& ke
   p.to = strides_of(y);
   p.to_first = 0;
   for (int a = 0; a < 3; ++a) p.step[a] = g.stride[a] * pitch[a];
-  std::vector<int64_t> tap_at;
+  std::vector<Tap> taps;
   for (int64_t t0 = 0; t0 < kernel[0]; ++t0)
     for (int64_t t1 = 0; t1 < kernel[1]; ++t1)
-      for (int64_t t2 = 0; t2 < kernel[2]; ++t2) {
-        tap_at.push_back(t0 * g.dilation[0] * pitch[0] + t1 * g.dilation[1] * pitch[1] + t2 * g.dilation[2]);
-        p.taps.push_back(int64_t(p.taps.size()));
-      }
-  finish_part(map, p, tap_at);
-  map.parts.push_back(std::move(p));
+      for (int64_t t2 = 0; t2 < kernel[2]; ++t2)
+        taps.push_back({t0 * g.dilation[0] * pitch[0] + t1 * g.dilation[1] * pitch[1] + t2 * g.dilation[2], 0});
+  add_part(map, std::move(p), taps, 0);
   return map;
 }
 
 // y → x
 template <typename T>
 Map<T> spread_map(const Record& g, int64_t inputs, int64_t rows, const Shape& kernel, const Shape& x, const Shape& y) {
-  struct Tap {
-    int64_t index, at;
-  };
   struct Remainder {
     int64_t first, count;
     std::vector<Tap> taps;
@@ -183,6 +187,8 @@ Map<T> spread_map(const Record& g, int64_t inputs, int64_t rows, const Shape& ke
   map.groups = g.groups;
   map.channels = rows;
   map.rows = inputs;
+  map.row_step = count_of(kernel);
+  map.group_step = rows * inputs * map.row_step;
   map.folds = g.kind == kCircular;
   map.folded = x;
   map.before = g.padding;
@@ -197,7 +203,7 @@ Map<T> spread_map(const Record& g, int64_t inputs, int64_t rows, const Shape& ke
       for (int64_t t = 0; t < kernel[a]; ++t) {
         const int64_t distance = first + padding - t * g.dilation[a];
         if (distance % s) continue;
-        r.taps.push_back({t, distance / s});
+        r.taps.push_back({distance / s, t});
         lowest = std::min(lowest, distance / s);
         highest = std::max(highest, distance / s + r.count - 1);
       }
@@ -216,15 +222,13 @@ Map<T> spread_map(const Record& g, int64_t inputs, int64_t rows, const Shape& ke
         p.step = pitch;
         p.to = {g.stride[0] * to[0], g.stride[1] * to[1], g.stride[2]};
         p.to_first = r0.first * to[0] + r1.first * to[1] + r2.first;
-        std::vector<int64_t> tap_at;
+        std::vector<Tap> taps;
         for (const Tap& t0 : r0.taps)
           for (const Tap& t1 : r1.taps)
-            for (const Tap& t2 : r2.taps) {
-              tap_at.push_back(origin + t0.at * pitch[0] + t1.at * pitch[1] + t2.at);
-              p.taps.push_back((t0.index * kernel[1] + t1.index) * kernel[2] + t2.index);
-            }
-        finish_part(map, p, tap_at);
-        map.parts.push_back(std::move(p));
+            for (const Tap& t2 : r2.taps)
+              taps.push_back({origin + t0.at * pitch[0] + t1.at * pitch[1] + t2.at,
+                              (t0.index * kernel[1] + t1.index) * kernel[2] + t2.index});
+        add_part(map, std::move(p), taps, inputs * map.row_step);
       }
   return map;
 }

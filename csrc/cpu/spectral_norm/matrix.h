@@ -1,10 +1,10 @@
 // Power iteration on matrices in one read of each weight.
 //
-// A layer's rows are cut into blocks. For a block b, a few rows at a time: u'_m = ⟨W_m, v⟩, then, those rows being in
-// the inner caches still, v'_b += s u'_m W_m, s being a power of two that keeps the products within range: u' is as
-// large as the weights are, and its square need not be a number. Lengths and s are put right where the blocks are added
-// up: u = u'/‖u'‖, v' = Σ_b v'_b / (s ‖u'‖) = Wᵀu, σ = ‖v'‖ (which is ⟨u, W v⟩ for v = v'/‖v'‖), in an order that
-// depends on the layer's shape alone.
+// A layer's rows are cut into blocks. For a block b, a few rows at a time: u'_m = ⟨W_m, v⟩, and in the next pass, those
+// rows being in the inner caches still, v'_b += s u'_m W_m, s being a power of two that keeps the products within
+// range: u' is as large as the weights are, and its square need not be a number. Lengths and s are put right where the
+// blocks are added up: u = u'/‖u'‖, v' = Σ_b v'_b / (s ‖u'‖) = Wᵀu, σ = ‖v'‖ (which is ⟨u, W v⟩ for v = v'/‖v'‖), in an
+// order that depends on the layer's shape alone.
 //
 // Where u' or v' has no direction (a weight of zeros, or not finite), the vector stays what it was, and each product is
 // taken by itself.
@@ -31,6 +31,7 @@ struct Matrix {
   std::vector<int> exponent;      // s = 2^-exponent of each block
   std::vector<T> join;            // what each block's v' is multiplied by
   std::vector<Squares> lengths;   // of each tile of v'
+  bool turned = false;            // the map is the transpose: u here is its v, and the reverse
   double length_u = 0, length_v = 0;
   T sigma = 0, factor = 1;
 
@@ -55,124 +56,120 @@ struct Matrix {
   }
 };
 
-// ---- arithmetic -------------------------------------------------------------------------------------------------
+// ---- a block of rows --------------------------------------------------------------------------------------------
 
-// sums[r] = ⟨w_r, v⟩
-template <typename T, int R>
-void dots(const T* const* w, const T* v, int64_t n, T* sums) {
+// One pass over the columns: to += Σ_r c_r added_r, and sums[r] = ⟨dotted_r, v⟩. While the rows of the one product come
+// out of the inner caches, those of the other are on their way from memory.
+template <typename T, int A, int D>
+void pass(const T* const* added, const T* c, T* to, const T* const* dotted, const T* v, T* sums, int64_t n) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t L = kLanes<T>;
-  double total[R] = {};
+  const T *x[A + 1], *w[D + 1];
+  Vec by[A + 1];
+  for (int r = 0; r < A; ++r) {
+    x[r] = added[r];
+    by[r] = c[r] - Vec{};
+  }
+  for (int r = 0; r < D; ++r) w[r] = dotted[r];
+  double total[D + 1] = {};
   for (int64_t k = 0; k < n;) {
     const int64_t end = std::min(n, k + kChunk);
-    Vec a[R] = {}, b[R] = {};
-    for (; k + 2 * L <= end; k += 2 * L) {
-      const Vec v0 = load_vector(v + k), v1 = load_vector(v + k + L);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        a[r] += load_vector(w[r] + k) * v0;
-        b[r] += load_vector(w[r] + k + L) * v1;
+    Vec sum[D + 1] = {};
+    for (; k + L <= end; k += L) {
+      if constexpr (D > 0) {
+        const Vec vk = load_vector(v + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < D; ++r) sum[r] += load_vector(w[r] + k) * vk;
+      }
+      if constexpr (A > 0) {
+        Vec t = load_vector(to + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < A; ++r) t += by[r] * load_vector(x[r] + k);
+        store_vector<T>(t, to + k);
       }
     }
-    for (; k + L <= end; k += L) {
-      const Vec v0 = load_vector(v + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) a[r] += load_vector(w[r] + k) * v0;
+    T rest[D + 1] = {};
+    for (; k < end; ++k) {
+      for (int r = 0; r < D; ++r) rest[r] += w[r][k] * v[k];
+      if constexpr (A > 0) {
+        T t = to[k];
+        for (int r = 0; r < A; ++r) t += by[r][0] * x[r][k];
+        to[k] = t;
+      }
     }
-    T rest[R] = {};
-    for (; k < end; ++k)
-      for (int r = 0; r < R; ++r) rest[r] += w[r][k] * v[k];
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < D; ++r) {
       alignas(64) T lane[L];
-      store_vector<T>(a[r] + b[r], lane);
+      store_vector<T>(sum[r], lane);
       for (int64_t width = L / 2; width; width /= 2)
         for (int64_t j = 0; j < width; ++j) lane[j] += lane[j + width];
       total[r] += double(lane[0]) + double(rest[r]);
     }
   }
-  for (int r = 0; r < R; ++r) sums[r] = T(total[r]);
+  for (int r = 0; r < D; ++r) sums[r] = T(total[r]);
 }
 
-// to (+)= Σ_r c_r w_r, the next rows being fetched meanwhile.
-template <typename T, int R, bool First, bool Ahead>
-void add_rows(const T* const* w, const T* c, int64_t n, const char* ahead, int64_t row_bytes, T* to) {
-  using Vec = typename Vector<T>::type;
-  constexpr int64_t L = kLanes<T>;
-  const T* row[R];
-  Vec by[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    row[r] = w[r];
-    by[r] = c[r] - Vec{};
-  }
-  int64_t k = 0;
-  for (; k + L <= n; k += L) {
-    Vec sum = First ? Vec{} : load_vector(to + k);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      sum += by[r] * load_vector(row[r] + k);
-      if constexpr (Ahead) __builtin_prefetch(ahead + r * row_bytes + k * int64_t(sizeof(T)), 0, 2);
-    }
-    store_vector<T>(sum, to + k);
-  }
-  for (; k < n; ++k) {
-    T sum = First ? T(0) : to[k];
-    for (int r = 0; r < R; ++r) sum += by[r][0] * row[r][k];
-    to[k] = sum;
-  }
+// The same for groups of no row, one, or kRows.
+template <typename T>
+void pass(int added, const T* const* x, const T* c, T* to, int dotted, const T* const* w, const T* v, T* sums,
+          int64_t n) {
+  const auto with = [&]<int A>() {
+    if (dotted == kRows) return pass<T, A, kRows>(x, c, to, w, v, sums, n);
+    if (dotted == 1) return pass<T, A, 1>(x, c, to, w, v, sums, n);
+    return pass<T, A, 0>(x, c, to, w, v, sums, n);
+  };
+  if (added == kRows) return with.template operator()<kRows>();
+  if (added == 1) return with.template operator()<1>();
+  return with.template operator()<0>();
 }
 
-// ---- a block of rows --------------------------------------------------------------------------------------------
+// Brings u' of a group of rows in range, and v' along.
+template <typename S>
+void scale(Matrix<S>& m, int64_t b, bool first, int count, arithmetic_t<S>* c) {
+  using T = arithmetic_t<S>;
+  T largest = 0;
+  for (int r = 0; r < count; ++r) largest = std::max(largest, std::fabs(c[r]));
+  if (!(largest > 0) || !std::isfinite(largest)) return;
+  int& e = m.exponent[b];
+  const int own = std::max(std::ilogb(largest), std::numeric_limits<T>::min_exponent - 1);
+  if (first || own > e + 10) {
+    T* to = m.parts + b * m.columns;
+    const T by = first ? T(1) : std::ldexp(T(1), e - own);
+    for (int64_t k = 0; k < m.columns && !first; ++k) to[k] *= by;
+    e = own;
+  }
+  for (int r = 0; r < count; ++r) c[r] = std::ldexp(c[r], -e);
+}
 
 enum class Sweep { kBoth, kForward, kTranspose };  // u' and v'; u' alone; v' = Wᵀu for the u that there is
 
-template <typename S, int R>
-void sweep_rows(Matrix<S>& m, int64_t b, int64_t row, Sweep what, bool& first) {
-  using T = arithmetic_t<S>;
-  const int64_t n = m.columns;
-  const T* w[R];
-  T* buffer = std::is_same_v<S, T> ? nullptr : scratch<T>(1, kRows * n);
-  for (int r = 0; r < R; ++r) w[r] = as_arithmetic(m.weight + (row + r) * n, buffer ? buffer + r * n : nullptr, n);
-  if (what != Sweep::kTranspose) dots<T, R>(w, m.v, n, m.raw + row);
-  if (what == Sweep::kForward) return;
-  T c[R], largest = 0;
-  for (int r = 0; r < R; ++r) {
-    c[r] = what == Sweep::kTranspose ? m.u[row + r] : m.raw[row + r];
-    largest = std::max(largest, std::fabs(c[r]));
-  }
-  if (what == Sweep::kBoth && largest == 0) return;
-  T* to = m.parts + b * n;
-  int& e = m.exponent[b];
-  if (what == Sweep::kBoth && std::isfinite(largest)) {
-    constexpr int kLowest = std::numeric_limits<T>::min_exponent - 1;
-    const int own = std::max(std::ilogb(largest), kLowest);
-    if (first) {
-      e = own;
-    } else if (own > e + 10) {
-      const T by = std::ldexp(T(1), e - own);
-      for (int64_t k = 0; k < n; ++k) to[k] *= by;
-      e = own;
-    }
-    for (int r = 0; r < R; ++r) c[r] = std::ldexp(c[r], -e);
-  }
-  const bool more = std::is_same_v<S, T> && row + R + kRows <= m.rows;
-  const char* ahead = more ? reinterpret_cast<const char*>(m.weight + (row + R) * n) : nullptr;
-  const auto add = first ? (more ? add_rows<T, R, true, true> : add_rows<T, R, true, false>)
-                         : (more ? add_rows<T, R, false, true> : add_rows<T, R, false, false>);
-  add(w, c, n, ahead, n * int64_t(sizeof(S)), to);
-  first = false;
-}
-
 template <typename S>
 void sweep(Matrix<S>& m, int64_t b, Sweep what) {
-  const int64_t end = std::min(m.rows, (b + 1) * m.each);
+  using T = arithmetic_t<S>;
+  constexpr bool kPlain = std::is_same_v<S, T>;
+  const int64_t n = m.columns, end = std::min(m.rows, (b + 1) * m.each);
+  T* to = m.parts + b * n;
+  T* room = kPlain ? nullptr : scratch<T>(1, 2 * kRows * n);
+  const T *w[kRows] = {}, *x[kRows] = {};
+  T c[kRows] = {};
+  int added = 0;
+  bool first = true;  // no u' but 0 so far
   m.exponent[b] = 0;
-  bool first = true;
-  int64_t row = b * m.each;
-  for (; row + kRows <= end; row += kRows) sweep_rows<S, kRows>(m, b, row, what, first);
-  for (; row + 2 <= end; row += 2) sweep_rows<S, 2>(m, b, row, what, first);
-  for (; row < end; ++row) sweep_rows<S, 1>(m, b, row, what, first);
-  if (what != Sweep::kForward && first) std::fill_n(m.parts + b * m.columns, m.columns, arithmetic_t<S>(0));
+  if (what != Sweep::kForward) std::fill_n(to, n, T(0));
+  for (int64_t row = b * m.each; row < end || added;) {
+    const int count = row + kRows <= end ? kRows : row < end ? 1 : 0;
+    for (int r = 0; r < count; ++r) w[r] = as_arithmetic(m.weight + (row + r) * n, kPlain ? nullptr : room + r * n, n);
+    pass<T>(added, x, c, to, what == Sweep::kTranspose ? 0 : count, w, m.v, m.raw + row, n);
+    added = 0;
+    if (what != Sweep::kForward && count) {
+      std::copy_n((what == Sweep::kBoth ? m.raw : m.u) + row, count, c);
+      if (what == Sweep::kBoth) scale(m, b, first, count, c);
+      first = first && std::all_of(c, c + count, [](T value) { return value == 0; });
+      std::copy_n(w, count, x);
+      added = count;
+    }
+    if (!kPlain) room = room == scratch<T>(1, 2 * kRows * n) ? room + kRows * n : scratch<T>(1, 2 * kRows * n);
+    row += count;
+  }
 }
 
 // Tile t of v' = Σ_b join_b v'_b.
@@ -190,110 +187,6 @@ void join(Matrix<S>& m, int64_t t) {
   }
   m.lengths[t] = squares(to, count);
 }
-
-// ---- many matrices at once --------------------------------------------------------------------------------------
-
-template <typename S>
-class Matrices {
-  using T = arithmetic_t<S>;
-
- public:
-  explicit Matrices(std::vector<Matrix<S>>& layers) : layers_(layers) {
-    for (size_t i = 0; i < layers.size(); ++i) {
-      all_.push_back(int64_t(i));
-      for (int64_t b = 0; b < layers[i].blocks; ++b) blocks_.push_back({int64_t(i), b});
-    }
-  }
-
-  // Power iterations and the norm; of none, that of the vectors given.
-  void iterate(int64_t iterations) {
-    for (int64_t i = 0; i < iterations; ++i) once(i + 1 == iterations);
-    if (iterations == 0) norms_of_vectors(all_);
-  }
-
-  // f(layer, first row, rows) for every block, as the threads had them, the last one first.
-  template <typename F>
-  void backwards(F f) {
-    each_block(blocks_, true,
-               [&](Matrix<S>& m, int64_t b) { f(m, b * m.each, std::min(m.each, m.rows - b * m.each)); });
-  }
-
- private:
-  template <typename F>
-  void each_block(const std::vector<Piece>& blocks, bool reversed, F f) {
-    const auto cost = [&](const Piece& p) { return layers_[p.layer].each * layers_[p.layer].columns; };
-    share_out(blocks, cost, reversed, [&](const Piece& p) { f(layers_[p.layer], p.index); });
-  }
-
-  void once(bool last) {
-    each_block(blocks_, false, [](Matrix<S>& m, int64_t b) { sweep(m, b, Sweep::kBoth); });
-    for (Matrix<S>& m : layers_) {
-      const Squares s = squares(m.raw, m.rows);
-      m.length_u = length(&s, 1);
-      int exponent = 0;
-      const double part = std::frexp(m.length_u, &exponent);
-      const bool fine = has_direction<T>(m.length_u);
-      for (int64_t b = 0; b < m.blocks; ++b)
-        m.join[b] = fine ? T(std::ldexp(1.0 / part, m.exponent[b] - exponent)) : T(0);
-    }
-    join_all(all_);
-    std::vector<int64_t> apart;
-    for (int64_t i : all_) {
-      Matrix<S>& m = layers_[i];
-      if (has_direction<T>(m.length_u)) divide(m.raw, m.length_u, m.u, m.rows);
-      if (has_direction<T>(m.length_u) && has_direction<T>(m.length_v)) {
-        divide(m.next, m.length_v, m.v, m.columns);
-        m.sigma = T(m.length_v);
-      } else {
-        apart.push_back(i);
-      }
-    }
-    if (apart.empty()) return;
-    each_block(blocks_of(apart), false, [](Matrix<S>& m, int64_t b) { sweep(m, b, Sweep::kTranspose); });
-    for (int64_t i : apart) std::fill(layers_[i].join.begin(), layers_[i].join.end(), T(1));
-    join_all(apart);
-    std::vector<int64_t> without;
-    for (int64_t i : apart) {
-      Matrix<S>& m = layers_[i];
-      m.sigma = T(m.length_v);
-      if (has_direction<T>(m.length_v))
-        divide(m.next, m.length_v, m.v, m.columns);
-      else
-        without.push_back(i);
-    }
-    if (last && !without.empty()) norms_of_vectors(without);
-  }
-
-  void join_all(const std::vector<int64_t>& which) {
-    std::vector<Piece> tiles;
-    for (int64_t i : which)
-      for (size_t t = 0; t < layers_[i].lengths.size(); ++t) tiles.push_back({i, int64_t(t)});
-    const auto cost = [&](const Piece& p) {
-      return (layers_[p.layer].blocks + 4) * std::min(kColumns, layers_[p.layer].columns);
-    };
-    share_out(tiles, cost, false, [&](const Piece& p) { join(layers_[p.layer], p.index); });
-    for (int64_t i : which) layers_[i].length_v = length(layers_[i].lengths.data(), int64_t(layers_[i].lengths.size()));
-  }
-
-  void norms_of_vectors(const std::vector<int64_t>& which) {
-    each_block(blocks_of(which), false, [](Matrix<S>& m, int64_t b) { sweep(m, b, Sweep::kForward); });
-    for (int64_t i : which) {
-      Matrix<S>& m = layers_[i];
-      m.sigma = T(inner(m.u, m.raw, m.rows));
-    }
-  }
-
-  std::vector<Piece> blocks_of(const std::vector<int64_t>& which) const {
-    std::vector<Piece> some;
-    for (int64_t i : which)
-      for (int64_t b = 0; b < layers_[i].blocks; ++b) some.push_back({i, b});
-    return some;
-  }
-
-  std::vector<Matrix<S>>& layers_;
-  std::vector<int64_t> all_;
-  std::vector<Piece> blocks_;
-};
 
 }  // namespace spectral
 }  // namespace genkernels

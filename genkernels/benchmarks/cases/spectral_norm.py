@@ -31,7 +31,7 @@ BLOCKS = [(128, 12, 3, 3), (128, 128, 1, 1), (12, 128, 3, 3)]
 
 def cases(device: str, quick: bool) -> list[Case]:
     both = "forward+backward"
-    critic = [(8, 3, 3, 3), (16, 8, 4, 4), (1, 256)] if quick else CRITIC
+    critic = [(8, 3, 3, 3), (16, 8, 4, 4), (2, 256)] if quick else CRITIC
     blocks, size = ([(8, 4, 3, 3), (4, 8, 3, 3)], (4, 4)) if quick else (BLOCKS * 4, (16, 16))
     rows = [case("critic", critic, None, both), case("convolutions", blocks, size, both)]
     return rows if quick else [*rows, case("critic", critic, None, "forward")]
