@@ -102,8 +102,7 @@ void run(const std::vector<Geometry>& shapes, const std::vector<Tensor>& weights
   const Launcher launch("spectral_norm", weights[0]);
   const int64_t count = static_cast<int64_t>(shapes.size());
   std::vector<int64_t> rooms = {0};
-  for (const Geometry& g : shapes)
-    rooms.push_back(rooms.back() + Room<T>::round(Room<T>().place(static_cast<A*>(nullptr), g)));
+  for (const Geometry& g : shapes) rooms.push_back(rooms.back() + Room<T>::size(g));
   const Tensor workspace = empty(weights[0], {rooms.back()}, arithmetic_dtype(weights[0]));
   A* numbers = mutable_data<A>(workspace);
   for (int64_t begin = 0; begin < count; begin += kLayers) {

@@ -27,10 +27,13 @@
 // No atomics; sums in an order that depends on the layer's shape alone, not on addresses nor on the other layers: the
 // same bits each run and in any company. The host waits for nothing and copies nothing, so a CUDA graph may capture it.
 //
-// Bytes, W being those of the weights: forward W read once by `left`, once by `finish` (out of the second-level cache
-// where the weights fit there, as the 12 MB of an SN-GAN critic do) and Ŵ written once, beside W / 8 written and read
-// of partial sums: 3 W and a quarter. Backward G twice, W once, the gradient once: 4 W. Less than a multiplication a
-// byte: memory-bound. Convolutions read little and compute much, 2 numbers · positions flops each product.
+// Bytes, W being those of the weights: forward W read by `left` and, out of the second-level cache where the weights
+// fit there (the 12 MB of an SN-GAN critic do), by `finish`, and Ŵ written: 3 W, beside partial sums, W / 8 written and
+// read (W / 4 for half numbers). Backward G twice, W once, the gradient: 4 W. `left` has 8 loads of 16 bytes of a
+// thread in flight for 32 multiply-adds (fp32), one fused operation for each 4 bytes: memory-bound, as the rest is.
+// Convolutions read little and compute much, rows · columns · depth multiply-adds a product; a thread's 256 of a tile
+// take some 340 instructions and its 12 numbers of the next tile, which are found by index, some 600: bound by the
+// arithmetic of integers, at a quarter of the fp32 rate.
 #pragma once
 
 #include <limits>
@@ -346,8 +349,7 @@ struct Room {
 
   static GK_HOST_DEVICE inline int64_t round(int64_t n) { return (n + 7) / 8 * 8; }
 
-  // Its size, beginning at `base`.
-  GK_HOST_DEVICE inline int64_t place(A* base, int u_numbers, int v_numbers, int lefts, int rights, bool matrix) {
+  GK_HOST_DEVICE inline void place(A* base, int u_numbers, int v_numbers, int lefts, int rights) {
     a = base;
     u = a + round(u_numbers);
     b = u + round(u_numbers);
@@ -357,10 +359,15 @@ struct Room {
     right = left + round(lefts);
     partial = reinterpret_cast<A*>(right + round(rights));
     pitch = static_cast<int>(round(v_numbers));
-    return partial - base + (matrix ? static_cast<int64_t>(lefts) * pitch : 0);
   }
-  GK_HOST_DEVICE inline int64_t place(A* base, const Geometry& g) {
-    return place(base, g.u_numbers(), g.v_numbers(), left_blocks<T>(g), right_blocks<T>(g), g.kind == kMatrix);
+  GK_HOST_DEVICE inline void place(A* base, const Geometry& g) {
+    place(base, g.u_numbers(), g.v_numbers(), left_blocks<T>(g), right_blocks<T>(g));
+  }
+  // All of it.
+  static int64_t size(const Geometry& g) {
+    const int64_t u = round(g.u_numbers()), v = round(g.v_numbers());
+    const int64_t pieces = round(left_blocks<T>(g)) + round(right_blocks<T>(g));
+    return 2 * u + 2 * v + 8 + 3 * pieces + (g.kind == kMatrix ? left_blocks<T>(g) * v : 0);
   }
 };
 
@@ -972,7 +979,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kRuns; ++i) w[i] = load_run<true, V>(layer.weight, first + i * kThreads * V, layer.numbers, wide);
 
   Room<T> room;
-  room.place(workspace + layer.room, layer.u_numbers, layer.v_numbers, layer.left_blocks, layer.right_blocks, false);
+  room.place(workspace + layer.room, layer.u_numbers, layer.v_numbers, layer.left_blocks, layer.right_blocks);
   A sigma;
   Source<T> u{layer.u, nullptr}, v{layer.v, nullptr};
   if (iterations > 0) {
