@@ -23,14 +23,8 @@ class SpectralNorm(NamedTuple):
     """What `spectral_norm` returns.
 
     Args:
-<<<<<<< HEAD
         weights: the normalised weights, a list like the one that was given. u, v: likewise, after the iterations.
         sigma: ``[L]``, the norms before the weights were divided by them.
-=======
-        weights: the normalised ones.
-        u, v: their vectors after the iterations.
-        sigma: their norms, ``[L]``.
->>>>>>> cpukernel
     """
 
     weights: list[Tensor]
@@ -234,14 +228,10 @@ OPERATOR = Operator(
     NAME,
     functions=(spectral_norm,),
     types=(Geometry, SpectralNorm),
-<<<<<<< HEAD
     kernels={"cpu": "", "triton": "", "cuda": ""},
     # not timed on a GPU; the CUDA kernels take their addresses as arguments, where Triton's take a table that is copied
     # for each call
     prefers="cuda",
-=======
-    kernels={"cpu": "", "triton": "has not been written yet", "cuda": "has not been written yet"},
->>>>>>> cpukernel
     composability=DIFFERENTIABLE,
 )
 NORMALISE = OPERATOR.define(
