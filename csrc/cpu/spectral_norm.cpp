@@ -3,8 +3,7 @@
 // Matrices (spectral_norm/matrix.h): a whole power iteration in one read of the weight, which is then written
 // normalised, last rows first, while the inner caches still have them. Layers go together in groups of about kCache
 // bytes a thread, so that those which fit come from memory once. Convolutions (spectral_norm/convolution.h): two
-// products over taps an iteration, on kernels of this file's own, all layers together, σ being a length that is known
-// already. Gradients
+// products over taps an iteration, all layers together, σ being a length that is known already. Gradients
 // (spectral_norm/gradient.h): an inner product a layer, then one pass that makes D as it goes.
 //
 // Work is cut by each layer's shape alone and its sums are added up in one order, so that neither the number of threads
@@ -12,13 +11,11 @@
 //
 // Bytes, in units of the weights: forward reads W and writes Ŵ (2); backward reads G and W and writes the gradient (3).
 // A layer beyond the inner caches reads W a second time going forward, G a second time going back. Matrices are bound
-// by them; convolutions by multiplications, unless they have fewer places than channels. Results that the inner caches
-// do not hold are stored past them: on the 12 MB of a critic a quarter less time, and an eighth less together with
-// whatever reads the result next (a sum, an optimiser's step), from memory then.
+// by them; convolutions by multiplications, unless they have fewer places than channels. Stores are ordinary ones: such
+// that pass the caches by gained a twentieth here, and cost whatever reads the weights next.
 #include "spectral_norm/convolutions.h"
 #include "spectral_norm/gradient.h"
 #include "spectral_norm/matrices.h"
-#include "spectral_norm/results.h"
 
 namespace genkernels {
 namespace spectral {
@@ -53,17 +50,10 @@ std::vector<int64_t> layers_of(const std::vector<Record>& records, bool matrices
   return found;
 }
 
-Stores stores_for(const std::vector<Tensor>& weights) {
-  int64_t bytes = 0;
-  for (const Tensor& w : weights) bytes += w.numel() * int64_t(w.element_size());
-  return stores_of(bytes);
-}
-
 struct Call {
   const std::vector<Tensor>&weights, &u, &v;
   const std::vector<Record> records;
   Rule rule;
-  Stores stores;
   std::vector<Tensor> out_weights, out_u, out_v;
   Tensor sigma;
 };
@@ -121,7 +111,7 @@ void normalise_matrices(Call& call, const std::vector<int64_t>& which, int64_t i
   all.backwards([&](Matrix<S>& m, int64_t row, int64_t rows) {
     const int64_t layer = which[&m - layers.data()], at = row * m.columns;  // number by number, whatever the axis
     multiply(data<S>(call.weights[layer]) + at, m.factor, mutable_data<S>(call.out_weights[layer]) + at,
-             rows * m.columns, call.stores);
+             rows * m.columns);
   });
 }
 
@@ -144,7 +134,7 @@ void normalise_convolutions(Call& call, std::vector<Convolution<S>>& layers, con
       store(c.u(), mutable_data<S>(call.out_u[i]), c.u_count());
       store(c.v(), mutable_data<S>(call.out_v[i]), c.v_count());
     }
-    multiply(c.weight, call.rule.factor(c.sigma), mutable_data<S>(call.out_weights[i]), c.weights(), call.stores);
+    multiply(c.weight, call.rule.factor(c.sigma), mutable_data<S>(call.out_weights[i]), c.weights());
   });
 }
 
@@ -170,8 +160,7 @@ void normalise(Call& call, int64_t iterations) {
 
 std::vector<Tensor> spectral_norm(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> v,
                                   std::vector<int64_t> plan, int64_t iterations, double coefficient, bool at_most) {
-  Call call{weights, u,  v, records_of(weights, u, v, plan), {coefficient, at_most}, stores_for(weights), {},
-            {},      {}, {}};
+  Call call{weights, u, v, records_of(weights, u, v, plan), {coefficient, at_most}, {}, {}, {}, {}};
   std::vector<Tensor> out;
   for (auto [from, to] : {std::pair{&weights, &call.out_weights}, {&u, &call.out_u}, {&v, &call.out_v}})
     for (const Tensor& t : *from) out.push_back(to->emplace_back(empty(t)));
@@ -199,7 +188,7 @@ template <typename S>
 void differentiate(const Call& call, std::vector<Gradient<S>>& gradients, const arithmetic_t<S>* by_sigma) {
   using T = arithmetic_t<S>;
   const int64_t threads = torch::stable::get_num_threads();
-  Gradients<S> all(gradients, by_sigma, call.stores);
+  Gradients<S> all(gradients, by_sigma);
   const std::vector<int64_t> matrices = layers_of(call.records, true);
   const auto bytes = [&](int64_t j) { return 3 * call.weights[matrices[j]].numel() * int64_t(sizeof(S)); };
   in_groups(int64_t(matrices.size()), threads * kCache, bytes, [&](int64_t begin, int64_t end) {
@@ -239,8 +228,7 @@ void differentiate(const Call& call, std::vector<Gradient<S>>& gradients, const 
 std::vector<Tensor> spectral_norm_backward(std::vector<Tensor> grads, std::optional<Tensor> grad_sigma,
                                            std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> v,
                                            Tensor sigma, std::vector<int64_t> plan, double coefficient, bool at_most) {
-  Call call{weights, u,  v,    records_of(weights, u, v, plan), {coefficient, at_most}, stores_for(weights), {},
-            {},      {}, sigma};
+  Call call{weights, u, v, records_of(weights, u, v, plan), {coefficient, at_most}, {}, {}, {}, sigma};
   const int64_t count = int64_t(weights.size());
   require(int64_t(grads.size()) == count && sigma.numel() == count &&
               (!grad_sigma.has_value() || grad_sigma->numel() == count),

@@ -24,7 +24,7 @@ struct Convolution {
   T *x, *y, *plain = nullptr;  // what u and v become: the results themselves, or scratch beside half numbers
   std::vector<Squares> lengths;
   double length_v = 0;
-  T sigma = 0;
+  T sigma = 0, factor = 1;
 
   Map<T>& forward() { return transposed ? spread : gather; }
   Map<T>& transpose() { return transposed ? gather : spread; }

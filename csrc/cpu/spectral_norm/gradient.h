@@ -7,7 +7,6 @@
 #pragma once
 
 #include "convolution.h"
-#include "results.h"
 
 namespace genkernels {
 namespace spectral {
@@ -57,6 +56,23 @@ double inner_product(const S* g, const S* w, arithmetic_t<S> factor, int64_t n) 
   return total;
 }
 
+// to = f g + s x
+template <typename S>
+void combine(const S* g, arithmetic_t<S> f, arithmetic_t<S> s, const arithmetic_t<S>* x, S* to, int64_t n) {
+  using T = arithmetic_t<S>;
+  if constexpr (std::is_same_v<S, T>) {
+    for (int64_t i = 0; i < n; ++i) to[i] = f * g[i] + s * x[i];
+  } else {
+    T buffer[512];
+    for (int64_t i = 0; i < n; i += 512) {
+      const int64_t count = std::min<int64_t>(512, n - i);
+      load(g + i, buffer, count);
+      for (int64_t j = 0; j < count; ++j) buffer[j] = f * buffer[j] + s * x[i + j];
+      store(buffer, to + i, count);
+    }
+  }
+}
+
 // A matrix [before, rows, after], its rows the axis in the middle, so that column (a, b) lies at [a, ·, b].
 template <typename T>
 struct Outer {
@@ -88,8 +104,7 @@ class Gradients {
   using T = arithmetic_t<S>;
 
  public:
-  Gradients(std::vector<Gradient<S>>& layers, const T* by_sigma, Stores stores)
-      : layers_(layers), by_sigma_(by_sigma), stores_(stores) {}
+  Gradients(std::vector<Gradient<S>>& layers, const T* by_sigma) : layers_(layers), by_sigma_(by_sigma) {}
 
   // s of layers `which`.
   void scales(const std::vector<int64_t>& which) {
@@ -124,9 +139,9 @@ class Gradients {
         [&](const Piece& p) {
           const Gradient<S>& l = layers_[p.layer];
           const int64_t begin = p.index * kPiece;
-          if (l.copies()) return multiply(l.grad + begin, T(1), l.out + begin, size(p), stores_);
+          if (l.copies()) return multiply(l.grad + begin, T(1), l.out + begin, size(p));
           outer_of(p.layer).each_row(begin, begin + size(p), [&](int64_t at, int64_t count, T u, const T* v) {
-            combine(l.grad + at, l.factor, l.scale * u, v, l.out + at, count, stores_);
+            combine(l.grad + at, l.factor, l.scale * u, v, l.out + at, count);
           });
         });
   }
@@ -136,7 +151,6 @@ class Gradients {
 
   std::vector<Gradient<S>>& layers_;
   const T* by_sigma_;
-  Stores stores_;
   std::vector<Piece> pieces_;
 };
 
@@ -211,8 +225,7 @@ struct ConvolutionGradient {
     for (int64_t o = 0; o < columns; ++o) {
       const int64_t begin = (group * layer.outputs + column + o) * depth + row;
       for (int64_t r = 0; r < rows; ++r) line_of_d[r] = d[r * kTile + o];
-      combine(gradient->grad + begin, gradient->factor, gradient->scale, line_of_d, gradient->out + begin, rows,
-              Stores::kCached);
+      combine(gradient->grad + begin, gradient->factor, gradient->scale, line_of_d, gradient->out + begin, rows);
     }
   }
 };
@@ -243,7 +256,7 @@ void convolution_gradients(std::vector<ConvolutionGradient<S>>& layers) {
   share_out(prepare, cost, false, [&](const Task& t) {
     ConvolutionGradient<S>& c = layers[t.layer];
     if (t.part)
-      multiply(c.gradient->grad + t.row, arithmetic_t<S>(1), c.gradient->out + t.row, t.rows, Stores::kCached);
+      multiply(c.gradient->grad + t.row, arithmetic_t<S>(1), c.gradient->out + t.row, t.rows);
     else
       c.prepare();
   });

@@ -10,10 +10,6 @@
 #include <memory>
 #include <new>
 
-#if defined(__AVX2__)
-#  include <immintrin.h>
-#endif
-
 namespace genkernels {
 namespace spectral {
 
@@ -88,13 +84,6 @@ const T* as_arithmetic(const S* from, T* buffer, int64_t n) {
   }
 }
 
-// What was stored past the caches is there for everybody.
-inline void publish() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
 // ---- threads ----------------------------------------------------------------------------------------------------
 
 constexpr int64_t kGrain = 32 * 1024;  // multiplications below which a second thread does not pay
@@ -124,7 +113,6 @@ void share_out(const std::vector<Item>& items, Cost cost, bool backwards, F f) {
   const auto run = [&](int64_t begin, int64_t end) {
     const size_t first = first_of(begin), last = first_of(end);
     for (size_t i = first; i < last; ++i) f(items[backwards ? last - 1 - (i - first) : i]);
-    publish();
   };
   if (shares == 1) return run(0, 1);
   torch::stable::parallel_for(0, shares, 1, run);
@@ -244,6 +232,25 @@ struct Rule {
     return divides(sigma) ? T(coefficient) / sigma : T(1);
   }
 };
+
+// to = factor · from; a factor of 1 copies.
+template <typename S>
+void multiply(const S* from, arithmetic_t<S> factor, S* to, int64_t n) {
+  using T = arithmetic_t<S>;
+  if (factor == T(1)) {
+    std::memcpy(static_cast<void*>(to), from, n * sizeof(S));
+  } else if constexpr (std::is_same_v<S, T>) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i] * factor;
+  } else {
+    T buffer[512];
+    for (int64_t i = 0; i < n; i += 512) {
+      const int64_t count = std::min<int64_t>(512, n - i);
+      load(from + i, buffer, count);
+      for (int64_t j = 0; j < count; ++j) buffer[j] *= factor;
+      store(buffer, to + i, count);
+    }
+  }
+}
 
 }  // namespace spectral
 }  // namespace genkernels

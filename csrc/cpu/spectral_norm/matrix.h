@@ -46,6 +46,7 @@ struct Matrix {
     join.resize(blocks);
     lengths.resize(divide_up(columns, kColumns));
   }
+  int64_t scratch_size() const { return 2 * rows + (2 + blocks) * columns; }
   void allocate(Arena<T>& arena) {
     arena.need(u, rows);
     arena.need(raw, rows);
