@@ -21,7 +21,7 @@ CHOSEN = (
     ("affine_coupling/exp,checkerboard", "64×48×32×32", "float32", "forward+backward"),
     ("affine_coupling/exp", "64×48×32×32", "float32", "forward"),
     ("masked_conv/3x3B", "16×64×32×32×64", "float32", "forward+backward"),
-    ("masked_conv/1x1", "16×64×28×28×256", "float32", "forward+backward"),
+    ("spectral_norm/critic", "8×2934464", "float32", "forward+backward"),
     ("made/affine", "100×784×1024×1024", "float32", "forward+backward"),
     ("made/affine", "100×784×1024×1024", "float32", "inverse"),
     ("autoregressive_sampling/plain", "16×1×28×28", "float32", "sample"),
