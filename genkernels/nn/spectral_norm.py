@@ -350,7 +350,8 @@ class Group:
                 "spectral_norm_: a convolution must know the size of its input, which its first pass gives, got none "
                 "yet: call the layer once"
             )
-        if not _can_keep(weight):  # under transforms no vector is written either
+        # under transforms no vector is written either; a replica of `DataParallel` is in no group, and soon gone
+        if not _can_keep(weight) or (member not in self._kept and member not in self.members):
             return _call([(member, weight, member._u, member._v)], 0).weights[0]
         kept = self._kept.get(member)
         if kept is None or not kept.fits(member, weight):

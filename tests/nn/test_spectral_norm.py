@@ -359,6 +359,16 @@ def test_evaluation_between_steps_changes_nothing():
     assert runs[0] == runs[1]
 
 
+def test_a_replica_of_data_parallel_reads_the_vectors_and_leaves_nothing_behind():
+    model = gnn.spectral_norm_(torch.nn.Linear(5, 4).double())
+    expected = model(torch.eye(5).double())
+    (part,) = parts_below(model)
+    before, kept = vectors(model), len(part.group._kept)
+    replica = part._replicate_for_data_parallel()
+    torch.testing.assert_close(replica(model.parametrizations.weight.original).T + model.bias, expected)
+    assert same(vectors(model), before) and len(part.group._kept) == kept
+
+
 def test_copies_are_on_their_own():
     model = gnn.spectral_norm_(critic())
     steps(model, 1)
