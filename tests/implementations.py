@@ -56,6 +56,10 @@ class Implementation(NamedTuple):
         """Whether a thread's work takes a function call or more."""
         return self.name in ("triton interpreted", "cuda emulated")
 
+    @property
+    def is_interpreted(self) -> bool:
+        return self.name == "triton interpreted"
+
     def some(self, cases: Sequence[Chosen], turn: int = 0, interpreted: Sequence[Chosen] | None = None, **others):
         """Of cases that meet the same paths: all; where each is a compilation, one, another for another `turn`.
 
@@ -67,6 +71,18 @@ class Implementation(NamedTuple):
             return [cases[turn % len(cases)]]
         chosen = {"triton interpreted": interpreted, "cuda emulated": others.get("emulated"), "cpu": others.get("cpu")}
         return cases if chosen.get(self.name) is None else chosen[self.name]
+
+
+def interpreted_few(rows: Sequence[tuple], *names: str):
+    """For ``when`` (tests/ops/conftest.py): Triton's interpreter takes the cases whose parameters of those names begin a
+    row, others take all.
+
+    A row may go on, with what the test itself goes through (`tests.checks.behind`).
+    """
+    begun = {row[: len(names)] for row in rows}
+    return lambda implementation, **given: (
+        not implementation.is_interpreted or tuple(given[name] for name in names) in begun
+    )
 
 
 def reference_of(operator: str):

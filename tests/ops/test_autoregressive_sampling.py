@@ -12,7 +12,7 @@ from genkernels import backends, ops
 from genkernels.ops import Stage
 from genkernels.ops.autoregressive_sampling import HEADS
 from genkernels.reference._stages import flatten
-from tests.checks import beside_forbidden_memory
+from tests.checks import behind, beside_forbidden_memory, pairwise
 from tests.ops.causal_networks import Maker, any_network, assert_same_draws, cast, mask, plain, two_stacks, uniform
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
@@ -214,14 +214,18 @@ def test_channel_groups(device, slow, dtype):
     check(device, plain(channels=2, width=8, levels=2, seed=8), uniform(1, 2, 6, 6, seed=9), dtype, levels=2)
 
 
+TEMPERATURES = [0.0, 0.7, 1.0]
+MET = pairwise([F32, F64], [1, 3], TEMPERATURES)
+
+
 @pytest.mark.every_build
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("channels,out", [(1, 9), (3, 40)])
-def test_logistic_mixture(device, slow, dtype, channels, out):
+def test_logistic_mixture(device, slow, interpreted, dtype, channels, out):
     if slow:
         stages = plain(channels=channels, out=out, groups=1, seed=9, layers=1)
         noise = uniform(2, 1 + channels, 3, 3, seed=2)
-        for temperature in (0.0, 0.7, 1.0):
+        for temperature in behind(MET, dtype, channels) if interpreted else TEMPERATURES:
             options = {"levels": 64, "head": "logistic_mixture", "temperature": temperature}
             check(device, stages, noise, dtype, **options)
         return
@@ -481,22 +485,29 @@ def test_nan_weights_draw_as_the_definition(device, temperature):
         assert (drawn == 0).all()
 
 
+NOT_FINITE, KNOWN = [math.nan, math.inf], ["nothing said", "none", "some"]
+MET_NOT_FINITE = pairwise(HEADS, [0.0, 1.0], NOT_FINITE, KNOWN)
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_parameters_that_are_not_finite_give_level_0(device, head, temperature):
+def test_parameters_that_are_not_finite_give_level_0(device, interpreted, head, temperature):
     """NaN and infinite ones, as the definition has it, whatever is known."""
     mixture = head == "logistic_mixture"
     stages = plain(channels=3, levels=4, layers=0, out=10 if mixture else 12, groups=1 if mixture else 3)
     noise = uniform(2, 4 if mixture else 3, 2, 2, dtype=F32)
-    for bad in (math.nan, math.inf):
+    every = itertools.product(NOT_FINITE, KNOWN)
+    if interpreted:
+        every = [row[2:] for row in MET_NOT_FINITE if row[:2] == (head, temperature)]
+    for bad, which in every:
         stages[-1].bias[1] = bad
-        image = torch.randint(0, 4, (2, 3, 2, 2))
-        for known in (None, torch.zeros(1, 3, 1, 1, dtype=torch.bool), torch.rand(2, 3, 2, 2) < 0.5):
-            given = {"levels": 4, "head": head, "temperature": temperature}
-            given |= {} if known is None else {"image": image, "known": known}
-            there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-            ours = sample(cast(stages, F32, device), noise.to(device), **there).cpu()
-            assert torch.equal(ours, naive(cast(stages, F32), noise, **given))
+        given = {"levels": 4, "head": head, "temperature": temperature}
+        if which != "nothing said":
+            known = torch.zeros(1, 3, 1, 1, dtype=torch.bool) if which == "none" else torch.rand(2, 3, 2, 2) < 0.5
+            given |= {"image": torch.randint(0, 4, (2, 3, 2, 2)), "known": known}
+        there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        ours = sample(cast(stages, F32, device), noise.to(device), **there).cpu()
+        assert torch.equal(ours, naive(cast(stages, F32), noise, **given))
 
 
 def test_a_mean_that_is_not_a_number_passes_on_to_later_channels(device):

@@ -11,7 +11,8 @@ import genkernels as gk
 from genkernels import ops
 from genkernels.ops.made import METHODS, SCALE_MAPS
 from genkernels.reference.made import degree_mask, degrees_of, made_forward, plan
-from tests.checks import assert_as_accurate, beside_forbidden_memory
+from tests.checks import assert_as_accurate, behind, beside_forbidden_memory, pairwise
+from tests.implementations import interpreted_few
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -252,6 +253,12 @@ SMALL = [
 ]
 
 
+#: The gradients that are given: of both outputs, of x alone, of the log-determinant alone.
+GIVEN = [(True, True), (True, False), (False, True)]
+MET = pairwise(range(len(SMALL)), SCALE_MAPS, [F64, F32, BF16], GIVEN)
+
+
+@pytest.mark.implementations(when=interpreted_few(MET, "size", "scale_map", "dtype"))
 @pytest.mark.implementations(when=lambda i, size, **_: not i.is_slow or size < len(SMALL))
 @inverse
 @compiled
@@ -268,7 +275,9 @@ def test_inverse_and_gradients(implementation, device, poisoned_memory, size, sc
     case = network(**net, dtype=dtype, device=device, scale=0.7)
     z = case[0]
     grads = torch.randn_like(z), torch.randn(len(z), dtype=torch.promote_types(dtype, F32), device=device)
-    for given_grads in [grads, (grads[0], None), (None, grads[1])][: 3 if net["features"] < 10 else 1]:
+    given = behind(MET, size, scale_map, dtype) if implementation.is_interpreted else GIVEN
+    for some in given if net["features"] < 10 else GIVEN[:1]:
+        given_grads = [grad if wanted else None for grad, wanted in zip(grads, some, strict=True)]
         ours = run_inverse(*case, scale_map, grads=given_grads)
         with gk.use_backend("reference"):
             same = run_inverse(*case, scale_map, grads=given_grads)

@@ -8,6 +8,8 @@ import torch
 
 from genkernels.ops.affine_coupling import LAYOUTS, SPLITS
 from genkernels.triton import affine_coupling as kernels
+from tests.checks import pairwise
+from tests.implementations import INTERPRETED
 from tests.ops.coupling import Case, draw, run_all
 from tests.ops.test_affine_coupling import LARGE
 
@@ -37,8 +39,11 @@ def test_partial_sums_of_many_tiles(device):
     torch.testing.assert_close(ldj.double(), partial.double().sum(1), rtol=0, atol=2e-5)
 
 
+FENCED = [(2, 4, 5, 7), (2, 4, 4, 8), (1, 4, 40, 64)]
+
+
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (2, 4, 4, 8), (1, 4, 40, 64)])
+@pytest.mark.parametrize("shape", FENCED)
 def test_nothing_outside_the_tensors_is_read_or_written(device, monkeypatch, shape, split):
     """NaN lies around every input, a sentinel around every output."""
     guard, sentinel, nan = 64, 12345.0, float("nan")
@@ -58,10 +63,11 @@ def test_nothing_outside_the_tensors_is_read_or_written(device, monkeypatch, sha
     plain = torch.Tensor.new_empty
     monkeypatch.setattr(kernels, "_empty_like", allocate)
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: allocate(plain(*a, **k)))
-    for layout, flip in itertools.product(LAYOUTS, (False, True)):
+    options = [row for row in pairwise(LAYOUTS, (False, True), FENCED, SPLITS) if row[2:] == (shape, split)]
+    for layout, flip, *_ in options if INTERPRETED else itertools.product(LAYOUTS, (False, True)):
         case = Case(shape, split, "exp", layout, flip)
         for t in run_all(kernels, case, draw(case, device).map(lambda t: fenced(t, nan)[1])).values():
             assert t.isfinite().all()
-    assert len(owners) >= 4 * 11
+    assert len(owners) >= (len(options) if INTERPRETED else 4) * 11 > 0
     for owner in owners:
         assert (owner[:guard] == sentinel).all() and (owner[-guard:] == sentinel).all()
