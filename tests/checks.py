@@ -1,5 +1,5 @@
-"""What tests of kernels share: one rule of accuracy, places in memory where a wrong access shows, and few combinations of
-many options."""
+"""What tests of kernels share: one rule of accuracy, places in memory where a wrong access shows, and few combinations
+of many options."""
 
 from __future__ import annotations
 

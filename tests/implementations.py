@@ -74,8 +74,8 @@ class Implementation(NamedTuple):
 
 
 def interpreted_few(rows: Sequence[tuple], *names: str):
-    """For ``when`` (tests/ops/conftest.py): Triton's interpreter takes the cases whose parameters of those names begin a
-    row, others take all.
+    """For ``when`` (tests/ops/conftest.py): Triton's interpreter takes the cases whose parameters of those names begin
+    a row, others take all.
 
     A row may go on, with what the test itself goes through (`tests.checks.behind`).
     """
