@@ -72,3 +72,15 @@ class Head(Option):
 
     CATEGORICAL = 0
     LOGISTIC_MIXTURE = 1
+
+
+class Nonlinearity(Option):
+    """`log_det_series`, `invertible_residual`: what stands between two layers of a residual block."""
+
+    RELU = 0
+    LEAKY_RELU = 1
+    ELU = 2
+    SILU = 3
+    TANH = 4
+    LIPSWISH = 5
+    CLIPSWISH = 6

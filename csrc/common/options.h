@@ -21,4 +21,15 @@ enum class Region : int { kRaster = 0, kVertical = 1, kHorizontal = 2 };
 // autoregressive_sampling: what the last plane parametrises.
 enum class Head : int { kCategorical = 0, kLogisticMixture = 1 };
 
+// log_det_series and invertible_residual: what stands between two layers of a residual block.
+enum class Nonlinearity : int {
+  kRelu = 0,
+  kLeakyRelu = 1,
+  kElu = 2,
+  kSilu = 3,
+  kTanh = 4,
+  kLipswish = 5,
+  kClipswish = 6
+};
+
 }  // namespace genkernels

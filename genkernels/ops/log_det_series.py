@@ -1,0 +1,201 @@
+"""The log-determinant of a residual block: schema, checks, fakes, gradient. The maths is in
+`genkernels.reference.log_det_series`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from genkernels.ops import _autocast as autocast
+from genkernels.ops import _block_checks as block_checks
+from genkernels.ops import _checks as checks
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, transforms_active
+from genkernels.ops._operator import DIFFERENTIABLE, Operator
+from genkernels.reference import _block
+from genkernels.reference import log_det_series as reference
+
+NAME = "log_det_series"
+#: Features of the largest Jacobian that is taken whole: it costs as many passes.
+MOST_FEATURES = 256
+FIRST_TERMS = ("probe", "exact")
+
+
+class LogDetSeries(NamedTuple):
+    """What `log_det_series` returns.
+
+    Args:
+        value: g(x), like x. log_det: ``[N]``, fp32 (fp64 for fp64). shrink: ``[P, N]``, the norm of the last vector of
+            the series over that of the probe, to the power 1/n for n terms: near the ratio of two terms.
+    """
+
+    value: Tensor
+    log_det: Tensor
+    shrink: Tensor
+
+
+def log_det_series(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    activation: str = "lipswish",
+    parameters: Tensor | None = None,
+    *,
+    probes: Tensor | None,
+    terms: Sequence[float] = (),
+    first_term: str = "probe",
+) -> LogDetSeries:
+    r"""log\|det(I + J)\| of y = x + g(x), J the Jacobian of an alternation of linear maps and one activation.
+
+    .. math:: \log\lvert\det(I + J)\rvert \approx \sum_k c_k \frac{(-1)^{k+1}}{k}\, v^\top J^k v
+
+    The slopes of the activations are computed once; each term is one chain of transposed maps with them, without a
+    graph. The gradient is one product more, whatever the number of terms, and so is its memory.
+
+    Equivalent to (one probe, c = 1, fully connected)::
+
+        value = g(x)
+        w, log_det = v, 0
+        for k in range(1, n + 1):
+            (w,) = torch.autograd.grad(value, x, w, retain_graph=True)
+            log_det = log_det + (-1) ** (k + 1) / k * (w * v).sum(1)
+
+    Args:
+        x: ``[N, D]`` or ``[N, C, H, W]``, fp64, fp32, bf16 or fp16 (computed in fp32).
+        weights: of two maps or more, ``[outputs, inputs]``, or ``[outputs, inputs, k, k]`` with k = 1 or 3, of
+            convolutions with zeros around and stride 1. All tensors are of one dtype; under autocast the widest is taken.
+        biases: of each map, None for none.
+        activation: between any two maps: ``relu``, ``leaky_relu``, ``elu``, ``silu``, ``tanh``, ``lipswish`` or
+            ``clipswish`` (which has twice as many outputs as inputs).
+        parameters: ``[maps − 1]``, of each activation: the slope below 0 of leaky_relu, alpha of elu, the steepness of
+            lipswish and clipswish; 1 by default.
+        probes: v, ``[P, N, ...]``: their mean is taken. None: the whole Jacobian and its determinant, of up to 256
+            features; then there are no terms.
+        terms: c, a number for each term: 1 for a plain series, 1 over the probability that a roulette gets there.
+        first_term: ``exact`` takes the trace of J itself, for three maps of which the middle one is a matrix or a 1×1
+            convolution; ``probe`` as the others.
+
+    Returns:
+        `LogDetSeries`: value, log_det and shrink. Each sample's log-determinant has a gradient of its own, so that
+        samples may weigh as they like. It takes the probes and what the series sums up as constants, which is right in
+        the mean over probes; a gradient of the gradient goes through the sums.
+
+    Raises:
+        ValueError: a shape or an option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot
+            run.
+
+    Source: Behrmann et al., "Invertible residual networks", 2019; Chen et al., "Residual flows for invertible
+    generative modeling", 2019 (the gradient).
+    """
+    number, x, weights, biases, parameters, (probes,) = block_checks.settled(
+        NAME, "x", x, weights, biases, parameters, activation, {"probes": probes}
+    )
+    terms = [float(c) for c in terms]
+    checks.option(NAME, "first_term", first_term, FIRST_TERMS)
+    if probes is None:
+        if terms or first_term == "exact":
+            raise ValueError(f"{NAME}: terms and first_term need probes, got None for these")
+        features = x.shape[1:].numel()
+        if features > MOST_FEATURES:
+            raise ValueError(
+                f"{NAME}: without probes x may have up to {MOST_FEATURES} features a sample, got {features}; a series "
+                "with probes takes any number"
+            )
+    elif probes.shape[1:] != x.shape or not len(probes):
+        raise ValueError(
+            f"{NAME}: probes must be [P, {', '.join(map(str, x.shape))}] with P of at least 1, got {list(probes.shape)}"
+        )
+    exact = first_term == "exact" and terms
+    if exact and not block_checks.takes_exact_first(weights, x.shape[2:]):
+        raise ValueError(
+            f"{NAME}: first_term 'exact' needs three maps, the middle one a matrix or a 1x1 convolution and the others of "
+            f"one size, on images of at least 2x2, got weights {[list(w.shape) for w in weights]} for {list(x.shape)}"
+        )
+    with autocast.kept_out(x):
+        trace_map = _trace_map(weights, biases, parameters, number) if exact else None
+        value, log_det, _, shrink = SERIES(x, weights, biases, parameters, trace_map, probes, terms, number)
+    return LogDetSeries(value, log_det, shrink)
+
+
+def _trace_map(weights, biases, parameters, number):
+    block = _block.Block(weights, biases, parameters, number)
+    dtype = block_checks.work(weights[0])
+    return _block.trace_map(block.to(dtype)).to(weights[0].dtype)
+
+
+# --------------------------------------------------------------------------------------------------- gradient and fakes
+
+
+def _setup(ctx, inputs, output):
+    x, weights, biases, parameters, trace_map, probes, ctx.terms, ctx.activation = inputs
+    ctx.count = len(weights)
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.save_for_backward(x, parameters, trace_map, probes, output[2], *weights, *biases)
+
+
+def _backward(ctx, grad_value, grad_log_det, *_):
+    if grad_value is None and grad_log_det is None:
+        return (None,) * 8
+    x, parameters, trace_map, probes, sums, *both = ctx.saved_tensors
+    weights, biases = both[: ctx.count], both[ctx.count :]
+    if torch.is_grad_enabled() and grad_log_det is not None:
+        sums = _sums(x, weights, biases, parameters, trace_map, probes, ctx.terms, ctx.activation).to(sums.dtype)
+    first = ctx.terms[0] if ctx.terms else 0.0
+    run = reference.log_det_series_backward if transforms_active() else BACKWARD.dense
+    with autocast.kept_out(x):
+        found = run(
+            *(grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, first, ctx.activation)
+        )
+    by_x, by_weights, by_biases = found[0], found[1 : 1 + ctx.count], found[1 + ctx.count : 1 + 2 * ctx.count]
+    by_parameters, by_map = found[1 + 2 * ctx.count], found[-1] if trace_map is not None else None
+    return by_x, by_weights, by_biases, by_parameters, by_map, None, None, None
+
+
+def _sums(x, weights, biases, parameters, trace_map, probes, terms, activation):
+    """The sums as functions of the rest, which a gradient of the gradient goes through."""
+    work = block_checks.work(x)
+    with autocast.kept_out(x):
+        block, x = _block.Block(weights, biases, parameters, activation).to(work), x.to(work)
+        to = [None if t is None else t.to(work) for t in (trace_map, probes)]
+        return reference.series(block, _block.linearize(block, x), x, *to, terms)[1]
+
+
+def _fake(x, weights, biases, parameters, trace_map, probes, terms, activation):
+    features = x.shape[1:].numel()
+    lead = features if probes is None else probes.shape[0]
+    work = block_checks.work(x)
+    log_det, shrink = x.new_empty((x.shape[0],), dtype=work), x.new_empty((lead, x.shape[0]), dtype=work)
+    return x.new_empty(x.shape), log_det, x.new_empty((lead, *x.shape)), shrink
+
+
+def _fake_backward(
+    grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, first, activation
+):
+    found = block_checks.fakes(x, weights, biases, parameters)
+    return found if trace_map is None else [*found, trace_map.new_empty(trace_map.shape)]
+
+
+NO_GPU = "not written yet: the maps are torch's products there, by the reference"
+OPERATOR = Operator(
+    NAME,
+    functions=(log_det_series,),
+    types=(LogDetSeries,),
+    kernels={"cpu": "", "triton": NO_GPU, "cuda": NO_GPU},
+    composability=DIFFERENTIABLE,
+)
+SERIES = OPERATOR.define(
+    "log_det_series(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, Tensor? probes, "
+    "float[] terms, int activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.log_det_series,
+    _fake,
+    gradient=Formula(_setup, _backward),
+)
+BACKWARD = OPERATOR.define(
+    "log_det_series_backward(Tensor? grad_value, Tensor? grad_log_det, Tensor x, Tensor[] weights, Tensor[] biases, "
+    "Tensor parameters, Tensor? trace_map, Tensor? probes, Tensor sums, float first, int activation) -> Tensor[]",
+    reference.log_det_series_backward,
+    _fake_backward,
+    gradient=THROUGH_REFERENCE,
+)
