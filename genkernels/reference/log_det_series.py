@@ -119,7 +119,7 @@ def _whole(block, at, x) -> tuple[Tensor, Tensor, Tensor]:
     matrix = _block.jacobian(block, at, x)
     matrix = matrix + torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     rows = torch.linalg.inv(matrix).transpose(0, 1)  # row i of the inverse is column i of its transpose
-    sums = rows.reshape(matrix.shape[1], *x.shape)
+    sums = rows.reshape(matrix.shape[1], *x.shape).contiguous()
     return torch.linalg.slogdet(matrix)[1], sums, sums.new_zeros(sums.shape[:2])
 
 

@@ -1,0 +1,155 @@
+// Gradients of a residual block's maps, biases and parameters, summed tile by tile.
+#pragma once
+
+#include "tile.h"
+
+namespace genkernels {
+namespace block {
+
+// Σ over columns of g[o][q]·x[i][q + away(tap)], in a layout of its own: [entries][outputs].
+template <typename T>
+struct Outer {
+  int64_t outputs = 0, inputs = 0, taps = 1, stride = 0;
+  std::vector<int64_t> at;  // [entries + 8]
+  std::vector<T> sums;      // [entries + 8][stride]
+  bool fresh = true;
+
+  template <typename Away>
+  void shape(int64_t to, int64_t from, int64_t tap_count, int64_t plane, Away&& away) {
+    outputs = to, inputs = from, taps = tap_count, stride = round_up(to, Vector<T>::kLanes);
+    const int64_t entries = inputs * taps;
+    at.assign(entries + 8, 0);
+    for (int64_t i = 0; i < inputs; ++i)
+      for (int64_t t = 0; t < taps; ++t) at[i * taps + t] = i * plane + away(t);
+    sums.assign((entries + 8) * stride, T(0));
+  }
+
+  // `turned` is scratch of `columns`·stride numbers and 16 more vectors.
+  void add(const T* g, int64_t plane, const T* x, int64_t columns, T* turned) {
+    constexpr int64_t L = Vector<T>::kLanes, kGroup = masked::kOuterVectors * L;
+    for (int64_t o = 0; o < stride; o += kGroup) turn(g, plane, o, std::min(kGroup, stride - o), columns, turned + o * columns);
+    const int64_t entries = inputs * taps;
+    const int64_t few = std::max<int64_t>(16, 24 * 1024 / (std::min(kGroup, stride) * int64_t(sizeof(T))));
+    for (int64_t q = 0; q < columns; q += few, fresh = false)
+      for (int64_t o = 0; o < stride; o += kGroup) {
+        const int64_t across = std::min(kGroup, stride - o);
+        const int vectors = int(across / L), together = masked::entries_beside(vectors);
+        for (int64_t e = 0; e < entries; e += together) {
+          const T* from[8];
+          for (int j = 0; j < together; ++j) from[j] = x + q + at[e + j];
+          masked::outer<masked::Single<T>>(vectors, from, columns, turned + o * columns + q * across, across, int64_t(1),
+                                           std::min(few, columns - q), &sums[e * stride + o], stride, fresh);
+        }
+      }
+  }
+
+  // to [outputs, inputs, taps] += the sums
+  void give(T* to) const {
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t e = 0; e < inputs * taps; ++e) to[o * inputs * taps + e] += sums[e * stride + o];
+  }
+
+ private:
+  // to[q][c] = g[first + c][q] for c < across, 0 beyond the outputs
+  void turn(const T* g, int64_t plane, int64_t first, int64_t across, int64_t columns, T* to) const {
+    for (int64_t q = 0; q < columns; q += 16) {
+      const int64_t n = std::min<int64_t>(16, columns - q);
+      for (int64_t c = 0; c < across; c += 16) {
+        T square[16][16];
+        for (int64_t k = 0; k < 16; ++k) {
+          if (first + c + k < outputs && c + k < across)
+            std::copy_n(g + (first + c + k) * plane + q, n, square[k]);
+          else
+            std::fill_n(square[k], 16, T(0));
+        }
+        masked::transpose(square, to + q * across + c, across, n, std::min<int64_t>(16, across - c));
+      }
+    }
+  }
+};
+
+template <typename T>
+struct Sums {
+  std::vector<Outer<T>> maps;
+  std::vector<std::vector<T>> biases;
+  std::vector<double> parameters;
+  std::vector<T> turned, row;
+
+  void shape(const Network<T>& net) {
+    const Grid& grid = net.grid;
+    int64_t widest = 0;
+    for (const Map<T>& m : net.maps) {
+      maps.emplace_back().shape(m.outputs, m.inputs, m.taps(), grid.plane(),
+                                [&](int64_t t) { return m.away(t, grid.pitch()); });
+      biases.emplace_back(m.outputs, T(0));
+      widest = std::max(widest, maps.back().stride);
+    }
+    parameters.assign(net.maps.size() - 1, 0.0);
+    row.resize(grid.columns());
+    turned.resize((grid.columns() + 16) * (widest + 64));
+  }
+
+  void outer(int64_t map, const Tile<T>& tile, const T* g, const T* x) {
+    maps[map].add(g, tile.plane, x, tile.columns, turned.data());
+  }
+};
+
+// Adds to `sums` the gradients of ⟨by_value, g(x)⟩ + Σ_i ⟨by_slope[i], slopes of activation i⟩ of a linearized tile, and
+// leaves that of x in `by_value`. by_slope[i] null: none.
+template <typename T>
+void differentiate(Tile<T>& tile, Sums<T>& sums, T* by_value, const std::vector<T*>& by_slope, bool wants_x = true) {
+  const Network<T>& net = tile.net;
+  const T* from = by_value;
+  for (int64_t i = tile.last(); i >= 0; --i) {
+    const Map<T>& m = net.maps[i];
+    sums.outer(i, tile, from, tile.input(i));
+    for (int64_t c = 0; c < m.outputs; ++c) sums.biases[i][c] += T(sum_of(from + c * tile.plane, tile.columns));
+    if (i == 0 && !wants_x) return;
+    if (i == 0) {
+      m.transposed.run(from, nullptr, by_value, tile.plane, tile.columns);  // two maps or more: `from` is another plane
+      return tile.mask(by_value, net.features());
+    }
+    T* next = tile.room(i % 2);
+    m.transposed.run(from, nullptr, next, tile.plane, tile.columns);
+    const int64_t h = net.arguments(i - 1);
+    const T *z = tile.argument(i - 1), *d = tile.slope(i - 1), *s = by_slope[i - 1];
+    const T a = net.parameters[i - 1];
+    for (int64_t c = 0; c < h; ++c) {
+      T* row = next + c * tile.plane;
+      sums.parameters[i - 1] += bend(net.activation, z + c * tile.plane, T(1), a, tile.keep(), d + c * tile.plane, row,
+                                     s ? s + c * tile.plane : nullptr, false, row, sums.row.data(), tile.columns);
+      if (!net.mirrored()) continue;
+      const int64_t other = (h + c) * tile.plane;
+      sums.parameters[i - 1] += bend(net.activation, z + c * tile.plane, T(-1), a, tile.keep(), d + other, next + other,
+                                     s ? s + other : nullptr, true, row, sums.row.data(), tile.columns);
+    }
+    from = next;
+  }
+}
+
+// Adds the parts up, first to last, into zeros.
+template <typename T>
+void give(std::vector<Sums<T>>& parts, const std::vector<T*>& by_weight, const std::vector<T*>& by_bias,
+          T* by_parameters) {
+  const int64_t count = int64_t(by_weight.size());
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (const Sums<T>& part : parts) {
+        part.maps[i].give(by_weight[i]);
+        for (size_t c = 0; c < part.biases[i].size(); ++c) by_bias[i][c] += part.biases[i][c];
+      }
+  });
+  for (int64_t i = 0; i + 1 < count; ++i) {
+    double total = 0;
+    for (const Sums<T>& part : parts) total += part.parameters[i];
+    by_parameters[i] = T(total);
+  }
+}
+
+// Into how many parts the tiles of a batch go: sums are kept for each, and added up in the end.
+inline int64_t parts_of(int64_t tiles) {
+  return std::min<int64_t>(16, std::max(std::min<int64_t>(tiles, 4), tiles / 4));
+}
+
+}  // namespace block
+}  // namespace genkernels
