@@ -17,6 +17,7 @@ never imported here: what must be known of one, the layer tells.
 """
 
 from genkernels.networks.activations import ACTIVATIONS
+from genkernels.networks.native import NativeBlock, native_block
 from genkernels.networks.passes import Linearization, curvatures, forward, linearize, parameters, pullback, pushforward
 from genkernels.networks.properties import Link, chain, couples_samples, is_piecewise_linear
 from genkernels.networks.steps import Source, Step
@@ -27,6 +28,7 @@ __all__ = [
     "SUPPORTED",
     "Linearization",
     "Link",
+    "NativeBlock",
     "Source",
     "Step",
     "Untraceable",
@@ -36,6 +38,7 @@ __all__ = [
     "forward",
     "is_piecewise_linear",
     "linearize",
+    "native_block",
     "parameters",
     "pullback",
     "pushforward",

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genkernels.reference._block import CLIPSWISH, LIPSWISH
+
 
 class Activation(NamedTuple):
     """One activation: three functions of ``(x, *parameters)``, and the parameters' names."""
@@ -97,11 +99,6 @@ def _swish_curvature(x: Tensor, beta=1.0) -> Tensor:
     a = beta * x
     up, down = torch.sigmoid(a), torch.sigmoid(-a)
     return beta * (up * down) * (2 + a * (down - up))
-
-
-#: LipSwish is Swish over the largest slope that it may have (Chen et al. 2019); CLipSwish is LipSwish of [x, -x] over
-#: the norm of its slopes (Perugachi-Diaz et al. 2021).
-LIPSWISH, CLIPSWISH = 1.1, 1.1 * 1.004
 
 
 def _scaled(function: Callable[..., Tensor], divisor: float) -> Callable[..., Tensor]:

@@ -100,6 +100,7 @@ def log_det_series(
     weights: list[float] | None = None,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> LogDet:
     """g(x) and log|det(I + J)| of each sample, with gradients by x and by what g holds where gradients are recorded.
 
@@ -107,6 +108,11 @@ def log_det_series(
         g: a function of ``[N, ...]`` that mixes no samples. x: ``[N, ...]``.
         series: how. weights: of the terms, as ``series.draw()`` gives them; drawn by default.
         generator: of the draws; torch's own by default. noise: the probes ``[P, N, ...]``; drawn by default.
+        first: tr J ``[N]`` where it is known, with its own gradient: the first term then needs no probe.
+
+    Raises:
+        RuntimeError: a gradient of the gradient is asked for. Of an estimate it would leave out what the sums of the
+            series depend on; that of `exact` is right.
     """
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -120,7 +126,7 @@ def log_det_series(
             log_det, decay = _exact(value, at, recording), 0.0
         else:
             weights = series.draw(generator) if weights is None else weights
-            log_det, decay = _estimate(value, at, series, weights, generator, noise, recording)
+            log_det, decay = _estimate(value, at, series, weights, generator, noise, first, recording)
     return LogDet(value if recording else value.detach(), log_det if recording else log_det.detach(), decay)
 
 
@@ -142,26 +148,42 @@ def _exact(value: Tensor, x: Tensor, recording: bool) -> Tensor:
     return torch.linalg.slogdet(jacobian + torch.eye(features, dtype=work, device=x.device))[1]
 
 
-def _estimate(value, x, series, weights, generator, noise, recording) -> tuple[Tensor, float]:
+def _estimate(value, x, series, weights, generator, noise, first, recording) -> tuple[Tensor, float]:
     work = torch.promote_types(x.dtype, torch.float32)
     total, decay = x.new_zeros((len(x),), dtype=work), 0.0
+    known = None if first is None or not weights else weights[0] * first.to(work)
     for i in range(series.probes if noise is None else len(noise)):
-        v = _probe(x, series.probe, generator) if noise is None else noise[i]
+        v = probe(x, series.probe, generator) if noise is None else noise[i]
         w, summed = v, torch.zeros_like(v)
         value_of = torch.zeros_like(total)
         for k, weight in enumerate(weights, start=1):
             sign = 1 if k % 2 else -1
-            summed = summed + sign * weight * w
+            estimated = known is None or k > 1
+            if estimated:
+                summed = summed + sign * weight * w
             w = _pulled(value, x, w, record=False)
-            value_of = value_of + sign * weight / k * _dot(w, v)
+            if estimated:
+                value_of = value_of + sign * weight / k * _dot(w, v)
         if weights and len(x):
             ratio = (_dot(w, w) / _dot(v, v)).clamp(min=0).amax().sqrt().item()
             decay = max(decay, ratio ** (1 / len(weights)))
         if recording:  # the value of the series with the gradient of summedᵀ J v
             through = _dot(_pulled(value, x, summed, record=True), v)
+            if through.requires_grad:
+                through.register_hook(_once)
             value_of = value_of + (through - through.detach())
         total = total + value_of
-    return total / (series.probes if noise is None else len(noise)), decay
+    total = total / (series.probes if noise is None else len(noise))
+    return total if known is None else total + known, decay
+
+
+def _once(grad: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "log_det_series: the gradient of an estimated log-determinant cannot be differentiated again by this path; "
+            "estimator 'exact' can be, and so can blocks of alternating maps and one activation "
+            "(genkernels.ops.log_det_series)"
+        )
 
 
 def _pulled(value: Tensor, x: Tensor, cotangent: Tensor | None, record: bool) -> Tensor:
@@ -175,7 +197,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(work) * b.to(work)).reshape(len(a), math.prod(a.shape[1:])).sum(1)
 
 
-def _probe(x: Tensor, kind: str, generator: torch.Generator | None) -> Tensor:
+def probe(x: Tensor, kind: str, generator: torch.Generator | None) -> Tensor:
+    """One probe a sample, like x."""
     if kind == "gaussian":
         return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     drawn = torch.randint(0, 2, x.shape, dtype=torch.int8, device=x.device, generator=generator)

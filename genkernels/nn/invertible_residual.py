@@ -8,29 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genkernels.networks import log_det_series
+from genkernels import ops
+from genkernels.networks import NativeBlock, log_det_series, native_block
 from genkernels.networks._outside import outside
 from genkernels.networks.invertible_residual import Solution, attach, solve
 from genkernels.networks.log_det_series import Series
 from genkernels.nn._draws import given_generator
 from genkernels.nn._log_det import wanted, zero_log_det
 from genkernels.nn.spectral_norm import join, parts_below
-from genkernels.ops import checks
+from genkernels.ops import OPERATORS, checks, transforms_active
+from genkernels.ops.log_det_series import takes_exact_first, trace
 
 WHO = "InvertibleResidual"
 #: Of `adaptive`: the survival of the roulette over the ratio of two terms, and its bounds.
 MARGIN, LEAST, MOST = 1.1, 0.3, 0.98
 #: The weight of the newest step in the running ratio.
 NEWEST = 0.1
+FIRST_TERMS = ("auto", "exact", "probe")
 
 
 class InvertibleResidual(nn.Module):
     r"""y = x + g(x) for a network g of a Lipschitz constant below 1, such as one of `LipschitzLinear` or
     `LipschitzConv2d` and `LipSwish`.
 
-    Its inverse is a fixed point, found by an accelerated iteration that stops sample by sample
-    (`genkernels.networks.invertible_residual`); its log-determinant a power series of traces
-    (`genkernels.networks.log_det_series`). Both take any network that mixes no samples and keeps the shape of x.
+    Its inverse is a fixed point, found by an accelerated iteration that stops sample by sample; its log-determinant a
+    power series of traces. Both take any network that mixes no samples and keeps the shape of x. Alternations of linear
+    maps, or of 1×1 and 3×3 convolutions, and one activation (LipSwish, CLipSwish, ELU, SiLU, tanh, ReLU, LeakyReLU)
+    have kernels (`genkernels.ops.log_det_series`, `genkernels.ops.invertible_residual`); others run through autograd,
+    and so does whatever is given a context.
 
     Equivalent to::
 
@@ -45,6 +50,9 @@ class InvertibleResidual(nn.Module):
             ``adaptive`` (geometric, with the ratio that earlier steps have shown to be needed) or ``poisson``.
         p: of ``geometric``, between 0 and 1; of ``poisson`` the mean.
         probe: ``rademacher`` or ``gaussian``. probes: how many a sample.
+        first_term: of a series, ``exact`` takes the trace of the Jacobian by its closed form, which three maps have
+            whose middle one is a matrix or a 1×1 convolution; ``probe`` estimates it as the others; ``auto`` takes the
+            closed form where there is one.
         rtol, atol: the inverse ends where no element of y − x − g(x) is above ``atol + rtol * max|y|``, of each sample
             its own. max_iterations: of the inverse.
         on_failure: of samples that did not get there, ``raise``, ``warn`` or ``ignore``.
@@ -74,6 +82,7 @@ class InvertibleResidual(nn.Module):
         p: float = 0.5,
         probe: str = "rademacher",
         probes: int = 1,
+        first_term: str = "auto",
         rtol: float = 0.0,
         atol: float = 1e-5,
         max_iterations: int = 200,
@@ -98,7 +107,7 @@ class InvertibleResidual(nn.Module):
         self.net = net
         self.on_failure = on_failure
         self.options = {"rtol": rtol, "atol": atol, "max_iterations": max_iterations}
-        self.set_log_det(log_det, terms=terms, stop=stop, p=p, probe=probe, probes=probes)
+        self.set_log_det(log_det, terms=terms, stop=stop, p=p, probe=probe, probes=probes, first_term=first_term)
         self.register_buffer("decay", torch.zeros((), dtype=torch.float64))  #: ratio of two terms, over past steps
         join(parts_below(net))
 
@@ -113,9 +122,12 @@ class InvertibleResidual(nn.Module):
         p: float = 0.5,
         probe: str = "rademacher",
         probes: int = 1,
+        first_term: str = "auto",
     ) -> None:
         """Another estimator of the log-determinant; arguments as for the constructor."""
         checks.option(WHO, "stop", stop, ("geometric", "poisson", "adaptive"))
+        checks.option(WHO, "first_term", first_term, FIRST_TERMS)
+        self.first_term = first_term
         self.adaptive = stop == "adaptive" and log_det == "unbiased"
         kind = "geometric" if stop == "adaptive" else stop
         self.series = Series(log_det, terms, kind, p, probe, probes).check(WHO)
@@ -129,21 +141,42 @@ class InvertibleResidual(nn.Module):
         return (outside if torch.compiler.is_compiling() else _call)(self._inverse, y, context)
 
     def _inverse(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        solution = self.solve(y, context)
-        self._judge(solution)
-        x = solution.x
-        if torch.is_grad_enabled():
-            x = attach(lambda at: self._g(at, context), y, x, **self.options)
+        block = self._block(y, context)[0]
+        if block is not None and _has_kernels("invertible_residual", y):
+            solution = ops.invertible_residual(y, *block, **self.options)
+            self._judge(solution)
+            x = solution.x
+        else:
+            solution = self.solve(y, context)
+            self._judge(solution)
+            x = solution.x
+            if torch.is_grad_enabled():
+                x = attach(lambda at: self._g(at, context), y, x, **self.options)
         return x, -self._log_det(x, context)[1] if wanted() else zero_log_det(x)
 
+    @torch.no_grad()
     def solve(self, y: Tensor, context: Tensor | None = None, start: Tensor | None = None) -> Solution:
         """x of y, without a graph, with each sample's residual and iterations."""
         checks.tensor(WHO, "y", y)
+        block = self._block(y, context)[0]
+        if block is not None and _has_kernels("invertible_residual", y):
+            return ops.invertible_residual(y, *block, start=start, **self.options)
 
         def g(x: Tensor, rows: Tensor | None) -> Tensor:
             return self._g(x, context if rows is None or context is None else context[rows])
 
         return solve(g, y, start, **self.options)
+
+    def _block(self, x: Tensor, context: Tensor | None) -> tuple[NativeBlock | None, str]:
+        """The network as kernels take it, or None and why it is none."""
+        if context is not None:
+            return None, "it is given a context"
+        if x.dim() not in (2, 4):
+            return None, f"samples of {x.dim() - 1} axes have none"
+        block, reason = native_block(self.net, x)
+        if block is not None and len(block.weights[-1]) != x.shape[1]:
+            return None, "it changes the shape"
+        return block, reason
 
     def _g(self, x: Tensor, context: Tensor | None) -> Tensor:
         value = self.net(x) if context is None else self.net(x, context)
@@ -165,12 +198,27 @@ class InvertibleResidual(nn.Module):
                     f"its variance to be finite, got {1 - series.p:g} and {ratio:.3g}²; stop='adaptive' sees to it",
                     stacklevel=3,
                 )
-        found = log_det_series.log_det_series(lambda at: self._g(at, context), x, series, generator=given_generator())
-        if self.training and found.decay and found.decay < float("inf"):
+        block, why = self._block(x, context)
+        exact_first = False
+        if series.estimator != "exact" and self.first_term != "probe":
+            exact_first = block is not None and takes_exact_first(block.weights, x.shape[2:])
+            if self.first_term == "exact" and not exact_first:
+                raise ValueError(
+                    f"{WHO}: first_term 'exact' needs a network of three maps, the middle one a matrix or a 1x1 "
+                    f"convolution: {why or 'this one is of another form'}"
+                )
+        if block is not None and _has_kernels("log_det_series", x):
+            value, log_det, decay = _by_kernels(x, block, series, exact_first)
+        else:
+            first = trace(x, *block) if exact_first else None
+            value, log_det, decay = log_det_series.log_det_series(
+                lambda at: self._g(at, context), x, series, generator=given_generator(), first=first
+            )
+        if self.training and decay and decay < float("inf"):
             with torch.no_grad():
-                seen = self.decay * (1 - NEWEST) + NEWEST * found.decay
-                self.decay.copy_(torch.where(self.decay == 0, found.decay, torch.maximum(seen, self.decay * 0.99)))
-        return found.value, found.log_det
+                seen = self.decay * (1 - NEWEST) + NEWEST * decay
+                self.decay.copy_(torch.where(self.decay == 0, decay, torch.maximum(seen, self.decay * 0.99)))
+        return value, log_det
 
     def _judge(self, solution: Solution) -> None:
         if self.on_failure == "ignore" or bool(solution.converged.all()):
@@ -198,3 +246,20 @@ class InvertibleResidual(nn.Module):
 
 def _call(run, *arguments):
     return run(*arguments)
+
+
+def _has_kernels(operator: str, x: Tensor) -> bool:
+    return not transforms_active() and OPERATORS[operator].backend_on(x.device.type) != "reference"
+
+
+def _by_kernels(x: Tensor, block: NativeBlock, series: Series, exact_first: bool) -> tuple[Tensor, Tensor, float]:
+    """The draws of `networks.log_det_series`, in their order, and the operator."""
+    if series.estimator == "exact":
+        value, log_det, _ = ops.log_det_series(x, *block, probes=None)
+        return value, log_det, 0.0
+    generator = given_generator()
+    terms = series.draw(generator)
+    probes = torch.stack([log_det_series.probe(x, series.probe, generator) for _ in range(series.probes)])
+    first_term = "exact" if exact_first else "probe"
+    value, log_det, shrink = ops.log_det_series(x, *block, probes=probes, terms=terms, first_term=first_term)
+    return value, log_det, float(shrink.max()) if shrink.numel() and terms else 0.0

@@ -54,8 +54,8 @@ def invertible_residual(
             iteration) to 5.
 
     Returns:
-        `Solution`: x, and of each sample the residual, the iterations and whether it converged. The gradient by y and by
-        what g holds is that of the implicit function, solved for in the same way, and costs no more memory for more
+        `Solution`: x, and of each sample the residual, the iterations and whether it converged. The gradient by y and
+        by what g holds is that of the implicit function, solved for in the same way, and costs no more memory for more
         iterations.
 
     Raises:

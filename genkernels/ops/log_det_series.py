@@ -65,7 +65,8 @@ def log_det_series(
     Args:
         x: ``[N, D]`` or ``[N, C, H, W]``, fp64, fp32, bf16 or fp16 (computed in fp32).
         weights: of two maps or more, ``[outputs, inputs]``, or ``[outputs, inputs, k, k]`` with k = 1 or 3, of
-            convolutions with zeros around and stride 1. All tensors are of one dtype; under autocast the widest is taken.
+            convolutions with zeros around and stride 1. All tensors are of one dtype; under autocast the widest is
+            taken.
         biases: of each map, None for none.
         activation: between any two maps: ``relu``, ``leaky_relu``, ``elu``, ``silu``, ``tanh``, ``lipswish`` or
             ``clipswish`` (which has twice as many outputs as inputs).
@@ -110,13 +111,30 @@ def log_det_series(
     exact = first_term == "exact" and terms
     if exact and not block_checks.takes_exact_first(weights, x.shape[2:]):
         raise ValueError(
-            f"{NAME}: first_term 'exact' needs three maps, the middle one a matrix or a 1x1 convolution and the others of "
-            f"one size, on images of at least 2x2, got weights {[list(w.shape) for w in weights]} for {list(x.shape)}"
+            f"{NAME}: first_term 'exact' needs three maps, the middle one a matrix or a 1x1 convolution and the others "
+            f"of one size, on images of at least 2x2, got weights {[list(w.shape) for w in weights]} for "
+            f"{list(x.shape)}"
         )
     with autocast.kept_out(x):
         trace_map = _trace_map(weights, biases, parameters, number) if exact else None
         value, log_det, _, shrink = SERIES(x, weights, biases, parameters, trace_map, probes, terms, number)
     return LogDetSeries(value, log_det, shrink)
+
+
+def takes_exact_first(weights: Sequence[Tensor], size: Sequence[int]) -> bool:
+    """Whether a block of these weights, on images of this size, takes ``first_term="exact"``."""
+    return block_checks.takes_exact_first(weights, size)
+
+
+def trace(x: Tensor, weights, biases, activation: str, parameters) -> Tensor:
+    """tr J ``[N]`` by its closed form, in plain PyTorch: the exact first term beside a series by other means."""
+    number, x, weights, biases, parameters, _ = block_checks.settled(
+        NAME, "x", x, weights, biases, parameters, activation, {}
+    )
+    work = block_checks.work(x)
+    with autocast.kept_out(x):
+        block, x = _block.Block(weights, biases, parameters, number).to(work), x.to(work)
+        return reference.exact_trace(block, _block.linearize(block, x), x, _block.trace_map(block))
 
 
 def _trace_map(weights, biases, parameters, number):

@@ -166,7 +166,7 @@ def _channels(vector: Tensor, weight: Tensor) -> Tensor:
     return vector if weight.dim() == 2 else vector[:, None, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------- passes
+# --------------------------------------------------------------------------------------------------------------- passes
 
 
 class Linearized(NamedTuple):

@@ -1,16 +1,16 @@
 r"""x from y = x + g(x) for the network of a residual block: the definition, the oracle and the fallback.
 
-The iteration is `_fixed_point.solve`: Anderson's, with plain steps as a safeguard, every sample stopping by itself where
-no element of y − x − g(x) is above ``atol + rtol * max|y|``. The gradient is that of the implicit function: with J the
-Jacobian of g at x,
+The iteration is `_fixed_point.solve`: Anderson's, with plain steps as a safeguard, every sample stopping by itself
+where no element of y − x − g(x) is above ``atol + rtol * max|y|``. The gradient is that of the implicit function: with
+J the Jacobian of g at x,
 
 .. math:: w = (I + J)^{-\top} \nabla_x,\qquad \nabla_y = w,\qquad \nabla_\theta = -w^\top\,\partial_\theta g(x)
 
-where w is the fixed point of :math:`w = \nabla_x - J^\top w`, found in the same way. Here, where it is the oracle, it is
-solved for directly, which takes no more than `MOST_FEATURES`.
+where w is the fixed point of :math:`w = \nabla_x - J^\top w`, found in the same way. Here, in the oracle, it is
+solved for directly where there are no more than `MOST_FEATURES`.
 
-Shapes: y ``[N, D]`` or ``[N, C, H, W]``, x like y; residual (fp32, fp64 for fp64), iterations and converged ``[N]``. Half
-numbers are computed in fp32. Saved for backward: x and the network's arguments.
+Shapes: y ``[N, D]`` or ``[N, C, H, W]``, x like y; residual (fp32, fp64 for fp64), iterations and converged ``[N]``.
+Half numbers are computed in fp32. Saved for backward: x and the network's arguments.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def invertible_residual(
     """``(x, residual, iterations, converged)``; see above."""
     work = _block.work_dtype(y)
     block, target = Block(weights, biases, parameters, activation).to(work), y.to(work)
-    fixed = Block([w.detach() for w in block.weights], [b.detach() for b in block.biases], block.parameters.detach(), activation)
+    fixed = Block(
+        [w.detach() for w in block.weights], [b.detach() for b in block.biases], block.parameters.detach(), activation
+    )
     with torch.no_grad():
         found = solve(
             lambda x, _: linearize(fixed, x).value,
@@ -57,7 +59,7 @@ def invertible_residual(
             depth=depth,
         )
     x = found.x
-    if torch.is_grad_enabled() and x.numel():
+    if torch.is_grad_enabled():
         x = x + _unmoved(block, target, x)
     return x.to(y.dtype), found.residual, found.iterations, found.converged
 
@@ -65,10 +67,11 @@ def invertible_residual(
 def _unmoved(block: Block, y: Tensor, x: Tensor) -> Tensor:
     """0, as a function of y and the block: what two steps of Newton's method add, whose derivatives up to the second
     are the solution's, less itself."""
-    if x[0].numel() > MOST_FEATURES:
+    features = x.shape[1:].numel()
+    if features > MOST_FEATURES:
         if y.requires_grad or any(t.requires_grad for t in (*block.weights, *block.biases, block.parameters)):
             raise ValueError(
-                f"invertible_residual: the reference differentiates up to {MOST_FEATURES} features, got {x[0].numel()}"
+                f"invertible_residual: the reference differentiates up to {MOST_FEATURES} features, got {features}"
             )
         return torch.zeros_like(x)
     at_x = x

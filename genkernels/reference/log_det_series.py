@@ -84,7 +84,7 @@ def log_det_series(
     if torch.is_grad_enabled():
         through = _Through.apply(_block.pushed(block, at, vectors)[2], sums).sum(0)
         if trace_map is not None and terms:
-            through = through + terms[0] * _trace(block, at, at_x, trace_map)
+            through = through + terms[0] * exact_trace(block, at, at_x, trace_map)
         log_det = log_det.detach() + (through - through.detach())
     dtype = x.dtype
     return at.value.to(dtype), log_det, sums.to(dtype), shrink.detach()
@@ -98,7 +98,7 @@ def series(block, at, x, trace_map, probes, terms) -> tuple[Tensor, Tensor, Tens
     log_det = x.new_zeros(len(x))
     exact = trace_map is not None
     if exact and terms:
-        log_det = log_det + terms[0] * _trace(block, at, x, trace_map)
+        log_det = log_det + terms[0] * exact_trace(block, at, x, trace_map)
     w, sums = probes, torch.zeros_like(probes)
     for k, weight in enumerate(terms, start=1):
         sign = 1 if k % 2 else -1
@@ -127,7 +127,8 @@ def _where(x: Tensor, trace_map: Tensor) -> Tensor | None:
     return None if x.dim() == 2 else _block.classes(x, len(trace_map))
 
 
-def _trace(block, at, x, trace_map) -> Tensor:
+def exact_trace(block, at, x, trace_map) -> Tensor:
+    """tr J, by sample."""
     d1, d2 = at.slopes
     return dot(d2, _block.traced(trace_map, d1, _where(x, trace_map)), x.dim() - 1)
 
@@ -163,9 +164,7 @@ def log_det_series_backward(
         vectors = _block.basis(x) if probes is None else probes.to(work)
         tangents, tangent_inputs, _ = _block.pushed(block, at, vectors)
         outputs, arguments, _ = _block.pulled(block, at, each * sums.to(work))
-        by_weight = [
-            _block.outer(w, g, t) for w, g, t in zip(block.weights, arguments, tangent_inputs, strict=True)
-        ]
+        by_weight = [_block.outer(w, g, t) for w, g, t in zip(block.weights, arguments, tangent_inputs, strict=True)]
         by_slope = [(b * t).sum(0) for b, t in zip(outputs, tangents, strict=True)]
         if trace_map is not None:
             (d1, d2), m = at.slopes, trace_map.to(work)

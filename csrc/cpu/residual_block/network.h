@@ -139,7 +139,8 @@ class Numbers {
   Numbers() = default;
   explicit Numbers(const Tensor& t) {
     with_dtype<float, double, BFloat16, Half>("genkernels: a residual block's tensors", t, [&]<typename S>() {
-      require((std::is_same_v<arithmetic_t<S>, T>), "genkernels: a residual block's tensors must be of one dtype");
+      require((std::is_same_v<arithmetic_t<S>, T>), "genkernels: a kernel must be given contiguous ", Dtype<T>::kName,
+              " here, or what is computed in it, got another dtype");
       if constexpr (std::is_same_v<S, T>) {
         at_ = data<T>(t);
       } else if constexpr (std::is_same_v<arithmetic_t<S>, T>) {

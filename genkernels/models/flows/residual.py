@@ -47,7 +47,7 @@ class ResidualFlow(FlowModel):
             fully connected for points. hidden_layers: of the latter.
         coefficient: the Lipschitz constant that each layer is held to, below 1.
         n_power_iterations: of the spectral norm, a training step.
-        log_det, terms, stop, p, probes: of the log-determinant, as for `InvertibleResidual`.
+        log_det, terms, stop, p, probes, first_term: of the log-determinant, as for `InvertibleResidual`.
         atol: the largest residual that the inverse leaves.
         logit: above 0: images are taken from [0, 1] to the real line by ``logit(α + (1 - 2α)x)`` with this α.
         learned_prior: mean and scale of the latents are learned.
@@ -82,6 +82,7 @@ class ResidualFlow(FlowModel):
         stop: str = "adaptive",
         p: float = 0.5,
         probes: int = 1,
+        first_term: str = "auto",
         atol: float = 1e-5,
         logit: float = 0.0,
         learned_prior: bool = True,
@@ -108,8 +109,8 @@ class ResidualFlow(FlowModel):
                 size = (size[0] * 4, size[1] // 2, size[2] // 2)
             for _ in range(blocks):
                 net = ResidualNet(size, hidden, hidden_layers, context, of_layers)
-                estimator = {"terms": terms, "stop": stop, "p": p, "probes": probes, "atol": atol}
-                layers += [ActNorm(size[0]), InvertibleResidual(net, log_det, **estimator)]
+                estimator = {"terms": terms, "stop": stop, "p": p, "probes": probes, "first_term": first_term}
+                layers += [ActNorm(size[0]), InvertibleResidual(net, log_det, **estimator, atol=atol)]
         layers.append(ActNorm(size[0]))
         super().__init__(
             [FlowSequential(*layers)],

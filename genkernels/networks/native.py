@@ -1,0 +1,92 @@
+"""Networks of residual blocks that have kernels of their own: what `genkernels.ops.log_det_series` and
+`invertible_residual` take, read from a module."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from genkernels._options import Nonlinearity
+from genkernels.networks.passes import parameters
+from genkernels.networks.properties import Link, chain
+from genkernels.networks.trace import Untraceable, traced
+
+WORDS = Nonlinearity.words()
+
+
+class NativeBlock(NamedTuple):
+    """The arguments of both operators behind x, in their order.
+
+    Attributes:
+        weights, biases: of each map, a bias None where there is none. activation: between any two of them. parameters:
+            ``[maps − 1]``, None where the activation has none.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    activation: str
+    parameters: Tensor | None
+
+
+def native_block(module: nn.Module, x: Tensor) -> tuple[NativeBlock | None, str]:
+    """The network as an alternation of linear maps, or of 1×1 and 3×3 convolutions of stride 1 with zeros around, and
+    one activation; its weights read now.
+
+    Args:
+        module: of one input. x: ``[N, ...]``.
+
+    Returns:
+        the block and "", or None and the reason why the network is none.
+    """
+    try:
+        steps = traced(module, x)
+    except Untraceable as refusal:
+        return None, str(refusal)
+    links, reason = chain(steps)
+    if links is None:
+        return None, reason
+    if reason := _why_not(links, x.dim()):
+        return None, reason
+    try:
+        read = dict(zip(map(id, steps), parameters(steps), strict=True))
+    except ValueError as refusal:  # a normalised convolution that its first call will tell the size of its input
+        return None, str(refusal)
+    maps = [read[id(link.map)] for link in links]
+    weights, biases = [own["weight"] for own in maps], [own.get("bias") for own in maps]
+    if any(t is not None and t.dtype != x.dtype for t in (*weights, *biases)):
+        return None, f"its tensors are not all {x.dtype}, as x is"
+    activations = [link.activation for link in links[:-1]]
+    given = [list(read[id(step)].values()) for step in activations]
+    return NativeBlock(weights, biases, activations[0].name, _together(given, x)), ""
+
+
+def _why_not(links: tuple[Link, ...], axes: int) -> str:
+    if len(links) < 2 or any(link.activation is None for link in links[:-1]) or links[-1].activation is not None:
+        return "it is no alternation of two maps or more with activations between them"
+    for link in links:
+        step = link.map
+        if step is None:
+            return "it begins with an activation"
+        if step.kind == "conv":
+            kernels = (((0, 0), (0, 0)), ((1, 1), (1, 1)))
+            fits = step.groups == 1 and not step.circular and step.stride == step.dilation == (1, 1)
+            if axes != 4 or not fits or tuple(map(tuple, step.padding)) not in kernels:
+                return f"{step.label} is no 1×1 or 3×3 convolution of stride 1 with zeros around"
+    names = {link.activation.name for link in links[:-1]}
+    if len(names) > 1 or not names <= set(WORDS):
+        return f"its activations must be one of {', '.join(WORDS)}, got {', '.join(sorted(names))}"
+    for before, after in zip(links[:-1], links[1:], strict=True):
+        if before.map.shape[1:] != after.map.shape[1:]:
+            return f"{after.map.label} changes the size of the image"
+    return ""
+
+
+def _together(given: list[list], x: Tensor) -> Tensor | None:
+    if not given[0]:
+        return None
+    values = [value for (value,) in given]
+    if all(isinstance(value, Tensor) for value in values):
+        return torch.stack([value.reshape(()) for value in values]).to(x.dtype)
+    return x.new_tensor([float(value) for value in values])
