@@ -22,6 +22,7 @@ from genkernels.nn import (
     Squeeze,
     certify,
 )
+from genkernels.nn._log_det import wanted, zero_log_det
 from genkernels.nn.spectral_norm import join, parts_below
 
 #: What `ResidualFlow.report` may spend on bounds.
@@ -109,7 +110,7 @@ class ResidualFlow(FlowModel):
             for _ in range(blocks):
                 net = ResidualNet(size, hidden, hidden_layers, context, of_layers)
                 estimator = {"terms": terms, "stop": stop, "p": p, "probes": probes, "atol": atol}
-                layers += [ActNorm(size[0]), InvertibleResidual(net, log_det, **estimator)]
+                layers += [ActNorm(size[0]), ResidualBlock(net, log_det, **estimator)]
         layers.append(ActNorm(size[0]))
         super().__init__(
             [FlowSequential(*layers)],
@@ -164,6 +165,15 @@ class ResidualFlow(FlowModel):
             layers = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in ends)
             lines.append(f"block {i}: Lipschitz constant at most {bound:.3f}; norms of its layers {layers}")
         return lines
+
+
+class ResidualBlock(InvertibleResidual):
+    """Without the series where nobody looks at its log-determinant, as in the training of a classifier alone."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if wanted():
+            return super().forward(x, context)
+        return x + self._g(x, context), zero_log_det(x)
 
 
 class ResidualNet(nn.Module):
