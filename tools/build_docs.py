@@ -166,6 +166,11 @@ def pictures_page() -> str:
     for title, command, room in (("Figures", "figure", figures), ("Tables", "table", tables)):
         rows = [(f"`genkernels {command} {name}`", inline(room.find(name).TITLE)) for name in room.names()]
         listed += [f"## {title}", docstring(room.__doc__), table(rows, ("command", "shows"))]
+    for name in tables.names():
+        file = f"../benchmarks/results/{name}"
+        if (ROOT / "docs" / f"{file}.csv").exists():
+            listed.append(f"`genkernels table {name}` as it was run last ([{name}.csv]({file}.csv)):")
+            listed.append(f"![{tables.find(name).TITLE}]({file}.png)")
     return room_page(*ROOMS["pictures"]).rstrip() + "\n\n" + "\n\n".join(listed) + "\n"
 
 

@@ -41,6 +41,8 @@ class HybridFlow(LikelihoodModel):
     .. math:: L = \lambda \ln p(x) + \ln p(y\mid x)
 
     is maximised: the loss is −L, nats an example. The classifier sees all latents, D values, of the dequantised image.
+    The presets have the flows' own sizes: ``digits-realnvp``, ``digits-glow`` (also ``digits``),
+    ``digits-residualflow``, and so on for the other data.
 
     Args:
         shape: as the flow takes it.
@@ -48,8 +50,8 @@ class HybridFlow(LikelihoodModel):
         flow: ``realnvp`` (affine couplings), ``glow`` (couplings and 1×1 convolutions), ``residualflow``; ``nice`` and
             ``maf`` will do too.
         weight: λ, a number of at least 0, or ``1/D``: bits/dim and cross-entropy then weigh about alike. 1: the joint
-            likelihood, in which D values count against one label. 0: the classifier alone, by an invertible network
-            whose log-determinant is not computed in training.
+            likelihood, in which D values count against one label. 0: the classifier alone, on an invertible network
+            whose log-determinant nobody estimates in training.
         grey_levels: how many values a pixel can take, None for images of real numbers. Images only.
         **sizes: what else the flow's constructor takes.
 
