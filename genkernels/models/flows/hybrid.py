@@ -165,7 +165,8 @@ class HybridFlow(LikelihoodModel):
             ValueError: y is given, which p(x) does not know.
         """
         if y is not None:
-            raise ValueError(f"HybridFlow: y must be None, samples are of p(x), which knows no class, got {y!r}")
+            got = y if isinstance(y, int) else type(y).__name__
+            raise ValueError(f"HybridFlow: y must be None, samples are of p(x), which knows no class, got {got}")
         self._check_sample(n, temperature, generator)
         return self.flow.sample(n, temperature, generator)
 
@@ -180,8 +181,8 @@ class HybridFlow(LikelihoodModel):
     def _passed(self, x: Tensor, generator, density: bool = True) -> tuple[Tensor | None, Tensor]:
         """ln p(x), or None, and the logits, from one pass through the flow."""
         self._check_shape(x)
-        free = density or torch.compiler.is_compiling()
-        with drawing_from(generator), nullcontext() if free else no_log_det():
+        leave_out = not density and not torch.compiler.is_compiling()
+        with drawing_from(generator), no_log_det() if leave_out else nullcontext():
             latents, log_det = self.flow.encode(x, generator=generator)
         logits = self.classifier(torch.cat([z.flatten(1) for z in latents], 1))
         return self.flow.density(latents, log_det) if density else None, logits
