@@ -195,9 +195,9 @@ def test_the_names_and_places_in_the_readme_are_there():
 
 
 def test_the_commands_in_the_readme_are_understood(tmp_path):
-    from genkernels import figures, models
+    from genkernels import figures, models, tables
     from genkernels.cli.arguments import parse
-    from genkernels.cli.figure import _options
+    from genkernels.cli.rooms import own_options
 
     blocks = [
         body for language, body in re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.S | re.M) if not language
@@ -213,8 +213,9 @@ def test_the_commands_in_the_readme_are_understood(tmp_path):
             arguments = parse(words)
             if words[0] == "train":
                 assert arguments.model in models.MODELS
-            if words[0] == "figure":
-                _options(arguments.name, figures.find(arguments.name), arguments.options)
+            if words[0] in ("figure", "table"):
+                room = figures if words[0] == "figure" else tables
+                own_options(words[0], arguments.name, room.find(arguments.name), arguments.options)
         elif program == "make":
             assert words[0] in targets
         else:

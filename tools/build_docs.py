@@ -55,7 +55,7 @@ ROOMS = {
         "genkernels.training",
         ("fit", "TrainConfig", "Result", "load_model"),
     ),
-    "pictures": ("Pictures and figures", "genkernels.pictures", "genkernels.pictures", None),
+    "pictures": ("Pictures, figures and tables", "genkernels.pictures", "genkernels.pictures", None),
 }
 
 #: Pages that tell of a base class say what its models have in common.
@@ -160,10 +160,17 @@ def data_page() -> str:
 
 
 def pictures_page() -> str:
-    from genkernels import figures
+    from genkernels import figures, tables
 
-    rows = [(f"`genkernels figure {name}`", inline(figures.find(name).TITLE)) for name in figures.names()]
-    listed = ["## Figures", docstring(figures.__doc__), table(rows, ("command", "shows"))]
+    listed = []
+    for title, command, room in (("Figures", "figure", figures), ("Tables", "table", tables)):
+        rows = [(f"`genkernels {command} {name}`", inline(room.find(name).TITLE)) for name in room.names()]
+        listed += [f"## {title}", docstring(room.__doc__), table(rows, ("command", "shows"))]
+    for name in tables.names():
+        file = f"../benchmarks/results/{name}"
+        if (ROOT / "docs" / f"{file}.csv").exists():
+            listed.append(f"`genkernels table {name}` as it was run last ([{name}.csv]({file}.csv)):")
+            listed.append(f"![{tables.find(name).TITLE}]({file}.png)")
     return room_page(*ROOMS["pictures"]).rstrip() + "\n\n" + "\n\n".join(listed) + "\n"
 
 

@@ -12,7 +12,7 @@ from genkernels._config import TrainConfig
 from genkernels._words import nearest
 from genkernels.models._registry import MODELS
 
-COMMANDS = ("info", "train", "sample", "eval", "bench", "figure")
+COMMANDS = ("info", "train", "sample", "eval", "bench", "figure", "table")
 SUPPRESS = argparse.SUPPRESS  # settings that were not given do not appear: a resume keeps what it was begun with
 
 _EPILOG = """\
@@ -77,7 +77,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         ("sample", "sample", _sample, "draw samples from a trained model"),
         ("eval", "evaluate", _evaluate, "held-out figures of merit of a trained model"),
         ("bench", "bench", _bench, "speed of the operators against PyTorch and other libraries"),
-        ("figure", "figure", _figure, "draw a figure of a run; without a name, list them"),
+        ("figure", "figure", _figure, "draw a figure; without a name, list them"),
+        ("table", "table", _table, "train and compare: a table as CSV and picture; without a name, list them"),
     ):
         parsers[name] = sub = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(module=module)
@@ -230,6 +231,14 @@ def _bench(sub: Parser) -> None:
 
 
 def _figure(sub: Parser) -> None:
-    sub.usage = "genkernels figure [NAME [--out F.png] [options]]\n       genkernels figure NAME --help"
+    _of_a_room(sub, "figure", "png")
+
+
+def _table(sub: Parser) -> None:
+    _of_a_room(sub, "table", "csv")
+
+
+def _of_a_room(sub: Parser, command: str, ending: str) -> None:
+    sub.usage = f"genkernels {command} [NAME [--out F.{ending}] [options]]\n       genkernels {command} NAME --help"
     sub.add_argument("name", metavar="NAME", nargs="?", help="which (default: lists them)")
-    sub.add_argument("options", nargs=argparse.REMAINDER, help=SUPPRESS)  # each figure has its own: cli/figure.py
+    sub.add_argument("options", nargs=argparse.REMAINDER, help=SUPPRESS)  # each has its own: cli/rooms.py

@@ -54,15 +54,17 @@ def model_kwargs(
     allowed = _parameters(kind)
     facts = kind.fit_to(bundle.form)
     arguments |= facts
+    who = "--class-conditional" if classes else name
+    classes = classes or "num_classes" in facts
     if classes:
         if not bundle.form.num_classes:
             why = next(
                 (f" ({note})" for note in bundle.notes if note.startswith(("no classes", "labels are left"))), ""
             )
-            raise UsageError(f"--class-conditional needs labels: the data {bundle.name} have none{why}")
+            raise UsageError(f"{who} needs labels: the data {bundle.name} have none{why}")
         if bundle.untrained:
             raise UsageError(
-                f"--class-conditional needs an example of every class to train on: in {bundle.name} all those of "
+                f"{who} needs an example of every class to train on: in {bundle.name} all those of "
                 f"{listed(bundle.untrained)} are held out (give parts of your own, train and test)"
             )
         _needs(allowed, "num_classes", name, "--class-conditional")

@@ -74,7 +74,7 @@ def check_fits(bundle, model, config: dict, part: str | None = None):
         strange = [name for name in bundle.classes or () if name not in known]
         if strange or not bundle.classes:
             raise UsageError(
-                f"the model is class-conditional, the data must have labels, and no class beside {listed(known)}: got "
+                f"the model has classes, the data must have labels, and no class beside {listed(known)}: got "
                 f"{bundle.name} with {listed(strange) if strange else 'no labels'}"
             )
         bundle = bundle.counted_by(known)

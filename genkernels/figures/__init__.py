@@ -16,27 +16,9 @@ its title what it shows: model, data, step, and what was varied. What it cannot 
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from types import ModuleType
-
-from genkernels._words import UsageError, nearest
+from genkernels._named_files import NamedFiles
 
 __all__ = ["find", "names"]
 
-
-def names() -> list[str]:
-    """The figures that there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-
-
-def find(name: str) -> ModuleType:
-    """The module of a figure.
-
-    Raises:
-        UsageError: there is none of this name; says the nearest.
-    """
-    if name not in names():
-        hint = nearest(name, names(), listed=True)
-        raise UsageError(f"figure: NAME must be one of {', '.join(names())}, got {name!r}{hint}")
-    return importlib.import_module(f"{__name__}.{name}")
+_FILES = NamedFiles(__name__, __path__, "figure")
+names, find = _FILES.names, _FILES.find

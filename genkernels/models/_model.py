@@ -152,9 +152,11 @@ class Model(nn.Module):
             model.
         takes: ``images``, ``points`` or both.
         presets: by name, for `from_preset` and ``genkernels train --preset``.
+        samples_by_class: whether `sample` takes a class, where there are classes.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images", "points")
+    samples_by_class: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {}
     hparams: dict[str, Any]
 
@@ -295,6 +297,15 @@ class Model(nn.Module):
 class LikelihoodModel(Model):
     """A model with ``log_prob(x, y, generator)``, ``[N]`` in nats: trained and judged by it."""
 
+    @property
+    def measure(self) -> str:
+        """What `cost` is called: ``bits_per_dim`` of images, ``nats`` of points."""
+        return "bits_per_dim" if len(self.shape) == 3 else "nats"
+
+    @property
+    def unit(self) -> str:
+        return "bits/dim" if len(self.shape) == 3 else "nats"
+
     def log_prob(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         raise NotImplementedError
 
@@ -302,11 +313,13 @@ class LikelihoodModel(Model):
         """``-log_prob / (D ln 2)``, ``[N]``: the bits that each value costs."""
         return self.log_prob(x, y, generator) / (-self.dim * math.log(2))
 
+    def cost(self, log_prob: Tensor) -> Tensor:
+        """A log-density as it is judged: in bits/dim for images, negative for points."""
+        return log_prob / (-self.dim * math.log(2)) if len(self.shape) == 3 else -log_prob
+
     def loss(self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """What training minimises: the mean bits/dim of images, the mean negative log-density (nats) of points."""
-        if len(self.shape) == 3:
-            return self.bits_per_dim(x, y, generator).mean()
-        return -self.log_prob(x, y, generator).mean()
+        return self.cost(self.log_prob(x, y, generator)).mean()
 
     def losses(self, player: str, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
         return {"loss": self.loss(x, y)}
@@ -314,8 +327,7 @@ class LikelihoodModel(Model):
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
         """``bits_per_dim`` of images, ``nats`` (the mean negative log-density) of points; in evaluation mode, without a
         graph."""
-        image = len(self.shape) == 3
         with in_mode(self, training=False), torch.no_grad():
-            values = [self.bits_per_dim(x, y) if image else -self.log_prob(x, y) for x, y in batches]
-        name, unit = ("bits_per_dim", "bits/dim") if image else ("nats", "nats")
-        return {name: Estimate.of(name, unit, torch.cat(values) if values else torch.empty(0))}
+            values = [self.cost(self.log_prob(x, y)) for x, y in batches]
+        values = torch.cat(values) if values else torch.empty(0)
+        return {self.measure: Estimate.of(self.measure, self.unit, values)}

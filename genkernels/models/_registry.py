@@ -16,6 +16,7 @@ _LINES = {
     "maf": "flows.maf:MAF",
     "iaf": "flows.maf:IAF",
     "residualflow": "flows.residual:ResidualFlow",
+    "hybridflow": "flows.hybrid:HybridFlow",
     "pixelcnn": "autoregressive.pixelcnn:PixelCNN",
     "gatedpixelcnn": "autoregressive.gated:GatedPixelCNN",
 }

@@ -133,6 +133,8 @@ class InvertibleResidual(nn.Module):
         self.series = Series(log_det, terms, kind, p, probe, probes).check(WHO)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not wanted():
+            return x + self._g(x, context), zero_log_det(x)
         # torch.compile differentiates but once, and the series differentiates inside of what is differentiated
         value, log_det = (outside if torch.compiler.is_compiling() else _call)(self._log_det, x, context)
         return x + value, log_det

@@ -37,10 +37,9 @@ def scatter(
     lines = math.ceil(len(panels) / columns)
     side = 5.0 if len(panels) <= 2 else 3.6  # inches
     width, height = side * columns, (side + 0.3 * (lines > 1)) * lines  # square panels, and room for their titles
-    text = [(part, 12, "bold", "#222222") for part in textwrap.wrap(title, round(9 * width))]
-    text += [(part, 10, "normal", "#606060") for part in textwrap.wrap(note, round(12 * width))]
+    text = heading(title, note, width)
     head = 0.25 * len(text)  # inches
-    figure = _figure(width, height + head)
+    figure = figure_of(width, height + head)
     *_, frame = panels.values()
     frame = frame[np.isfinite(frame).all(1)]
     for i, (name, x) in enumerate(panels.items()):
@@ -58,7 +57,8 @@ def scatter(
     for i, (part, size, weight, colour) in enumerate(text):
         y = 1 - (0.08 + 0.25 * i) / (height + head)
         figure.text(0.1 / width, y, part, fontsize=size, weight=weight, color=colour, va="top")
-    return _pixels(figure, top=height / (height + head))
+    figure.tight_layout(rect=(0, 0, 1, height / (height + head)))
+    return pixels_of(figure)
 
 
 def curves(
@@ -88,7 +88,7 @@ def curves(
     """
     from matplotlib.ticker import LogLocator
 
-    figure = _figure(8.0, 4.8)
+    figure = figure_of(8.0, 4.8)
     axes = figure.add_subplot()
     colours: dict[str, str] = {}
     shown = []
@@ -128,7 +128,8 @@ def curves(
     axes.legend(frameon=False)
     if title:
         axes.set_title(title, loc="left", fontsize=12, weight="bold")
-    return _pixels(figure)
+    figure.tight_layout()
+    return pixels_of(figure)
 
 
 def _plain_number(value: float, _) -> str:
@@ -155,7 +156,7 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
         return (totals[end] - totals[first]) / (counts[end] - counts[first])
 
 
-def _figure(width: float, height: float):
+def figure_of(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -164,7 +165,12 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _pixels(figure, top: float = 1.0) -> np.ndarray:
-    figure.tight_layout(rect=(0, 0, 1, top))
+def heading(title: str, note: str, width: float) -> list[tuple[str, int, str, str]]:
+    """A title and a note in lines for `width` inches: words, size, weight, colour."""
+    lines = [(part, 12, "bold", "#222222") for part in textwrap.wrap(title, round(9 * width))]
+    return lines + [(part, 10, "normal", "#606060") for part in textwrap.wrap(note, round(12 * width))]
+
+
+def pixels_of(figure) -> np.ndarray:
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

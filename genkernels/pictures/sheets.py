@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkernels.pictures._text import FAINT, INK, typeface, wrapped
+
 _TILE = 64  # pixels that a tile is enlarged to at least; by whole factors, so that every source pixel stays a square
 _SHEET = 2048  # pixels of a sheet's side at most, where the factor can still be reduced
 _LINE = 96  # grey of the lines between tiles: told apart from black and from white pictures
-_INK, _FAINT = (34, 34, 34), (96, 96, 96)  # of a title and of what stands below it
 
 
 def sheet(
@@ -75,11 +76,11 @@ def _labelled(grid: np.ndarray, step_y: int, step_x: int, title: str, note: str,
 
     height, width = grid.shape[:2]
     size = max(14, width // 64)
-    bold, plain = _font(round(1.15 * size), bold=True), _font(size)
+    bold, plain = typeface(round(1.15 * size), bold=True), typeface(size)
     gap = size // 2
     left = gap + (max(round(plain.getlength(label)) for label in rows) + gap if rows else 0)
-    lines = [(line, bold, _INK) for line in _wrapped(title, bold, left + width - gap)]
-    lines += [(line, plain, _FAINT) for line in _wrapped(note, plain, left + width - gap)]
+    lines = [(line, bold, INK) for line in wrapped(title, bold, left + width - gap)]
+    lines += [(line, plain, FAINT) for line in wrapped(note, plain, left + width - gap)]
     head = gap + sum(round(1.35 * font.size) for _, font, _ in lines) + (gap if lines else 0)
     top = head + (round(1.5 * size) if headings else 0)
     page = Image.new("RGB", (left + width + gap, top + height + gap), "white")
@@ -89,26 +90,7 @@ def _labelled(grid: np.ndarray, step_y: int, step_x: int, title: str, note: str,
         pen.text((gap, y), text, font=font, fill=ink)
         y += round(1.35 * font.size)
     for i, label in enumerate(rows):
-        pen.text((left - gap, top + round((i + 0.5) * step_y)), label, font=plain, fill=_INK, anchor="rm")
+        pen.text((left - gap, top + round((i + 0.5) * step_y)), label, font=plain, fill=INK, anchor="rm")
     for i, label in enumerate(headings):
-        pen.text((left + round((i + 0.5) * step_x), top - gap), label, font=plain, fill=_INK, anchor="ms")
+        pen.text((left + round((i + 0.5) * step_x), top - gap), label, font=plain, fill=INK, anchor="ms")
     return np.asarray(page)
-
-
-def _font(size: int, bold: bool = False):
-    """matplotlib's own font: Pillow's has no letters beyond ASCII."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' * bold}.ttf", size)
-
-
-def _wrapped(text: str, font, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels; a longer word has a line of its own."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines

@@ -41,7 +41,9 @@ def sample(
     Returns:
         ``[n, C, H, W]`` in [0, 1] or ``[n, D]``, on the CPU. A UsageError where the label is none of the model's.
     """
-    classes, labels, parts = model.num_classes, None, []
+    classes, labels, parts = model.num_classes if model.samples_by_class else None, None, []
+    if label is not None and not model.samples_by_class:
+        raise UsageError(f"{type(model).__name__} draws from p(x), of which no class can be chosen")
     if label is not None and not classes:
         raise UsageError("the model has no classes to choose from: it was not trained with --class-conditional")
     if label is not None and not 0 <= label < classes:

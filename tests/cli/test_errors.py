@@ -48,7 +48,7 @@ def run_folder(tmp_path_factory):
     ("line", "words"),
     [
         ("trian glow", "unknown command 'trian'; did you mean train?"),
-        ("frobnicate", "unknown command 'frobnicate'; choose from info, train, sample, eval, bench, figure"),
+        ("frobnicate", "unknown command 'frobnicate'; choose from info, train, sample, eval, bench, figure, table"),
         ("info --opps", "info: unknown argument '--opps'; did you mean --ops?"),
         ("train", "train needs a model and data"),
         ("train glow", "train needs a model and data"),
@@ -63,6 +63,14 @@ def run_folder(tmp_path_factory):
         ("train nice --data digits --set hidden=-3", "NICE: hidden must be at least 0, got -3"),
         ("train nice --data digits --set prior=uniform", "normal, logistic, got 'uniform'"),
         ("train glow --data digits --set scales=7", "Glow: height and width must be multiples of"),
+        ("train hybridflow --data checkerboard", "hybridflow needs labels: the data checkerboard have none"),
+        ("train hybridflow --data digits --set num_classes=3", "it follows from the data digits, 10, got 3"),
+        ("train hybridflow --data digits --set flow=glwo", "residualflow, got 'glwo'; did you mean glow?"),
+        (
+            "train hybridflow --data digits --set hiden=3",
+            "HybridFlow: glow has no argument 'hiden'; did you mean hidden",
+        ),
+        ("train hybridflow --data digits --set weight=-1", "weight must be a number of at least 0, or '1/D', got -1"),
         ("train nice --data digits --backend tritn", "did you mean triton"),
         ("train nice --data digits --precision bf16", "did you mean bf16-mixed"),
         ("train nice --data digits --max-steps 0", "max_steps must be an integer of at least 1, got 0"),

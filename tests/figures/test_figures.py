@@ -135,7 +135,10 @@ def test_a_run_that_was_killed_is_drawn_without_its_half_row(drawn, runs, tmp_pa
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("figure temprature", "NAME must be one of losses, temperature, got 'temprature'; did you mean temperature?"),
+        (
+            "figure temprature",
+            "NAME must be one of jacobians, losses, temperature, got 'temprature'; did you mean temperature?",
+        ),
         ("figure temperature", "the following arguments are required: --run"),
         ("figure temperature --rum x --run DIGITS", "figure temperature: unknown argument '--rum'; did you mean --run"),
         ("figure temperature --run DIGITSS", "there is no run in"),

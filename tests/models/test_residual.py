@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from genkernels import data, models
+from genkernels import data, models, training
 
 STEPS = 20
 
@@ -43,6 +43,21 @@ def test_every_block_is_certified_after_training_and_after_loading(trained):
             assert all(high <= 0.97 * 1.005 for _, high in ends)
     seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
     assert torch.equal(*(m.log_prob(test, generator=g) for m, g in zip((model, other), seeds, strict=True)))
+
+
+def test_a_run_trains_the_weights_that_it_evaluates():
+    pytest.importorskip("lightning")
+    torch.manual_seed(0)
+    model = models.ResidualFlow.from_preset("digits", hidden=16, blocks=1)
+    bundle = data.load("digits")
+    config = training.TrainConfig(max_steps=40, lr=5e-3, ema=0.0, eval_every=0)
+    result = training.fit(model, bundle, config, quiet=True)
+    x = bundle.train.tensors[0][:512]
+    with torch.no_grad():
+        again = model.train().loss(x)
+    last = sum(result.losses[-5:]) / 5
+    assert last < result.losses[2] - 0.2
+    assert abs(again - last) < 0.1 and abs(result.held_out["bits_per_dim"].value - last) < 0.15
 
 
 @torch.no_grad()

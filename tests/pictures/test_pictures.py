@@ -162,3 +162,29 @@ def test_what_is_missing_is_named_early(monkeypatch):
     assert pictures.why_not(points=True) == "matplotlib is not installed: pip install 'genkernels[train]'"
     absent.add("PIL")
     assert pictures.why_not(points=False) == "Pillow is not installed: pip install 'genkernels[train]'"
+
+
+def test_a_table_has_a_place_for_every_cell():
+    pytest.importorskip("matplotlib")
+    blocks = {"one": [["a", "1", "2"], ["b", "3", "4"]], "two": [["c", "5", "6"]]}
+    plain = pictures.table(["", "x", "y"], blocks)
+    spanned = pictures.table(["", "x", "y"], blocks, spans=[("", 1), ("a span that is wider than its columns", 2)])
+    assert plain.ndim == 3 and spanned.shape[0] == plain.shape[0] + 50 and spanned.shape[1] > 2 * plain.shape[1]
+    assert (pictures.table(["", "x", "y"], {**blocks, "two": [["c", "5", "7"]]}) != plain).any()
+    with pytest.raises(ValueError, match="a row must be of 3 columns, as the header, got 2"):
+        pictures.table(["", "x", "y"], {"one": [["a", "1", "2"], ["b", "3"]]})
+    with pytest.raises(ValueError, match="spans must be of 3 columns, as the header, got 2"):
+        pictures.table(["", "x", "y"], blocks, spans=[("", 2)])
+
+
+def test_heatmaps_leave_exact_zeros_white():
+    pytest.importorskip("matplotlib")
+    matrix = torch.tensor([[1.0, 0.0], [1e-12, -1.0]])
+    page = pictures.heatmaps({"J": matrix})
+    box = np.argwhere((page == (0x0B, 0x2F, 0x57)).all(2))  # where |J| is largest
+    (top, left), (bottom, _) = box.min(0), box.max(0)
+    at = lambda row, column: tuple(page[top + (bottom - top) * (1 + 2 * row) // 4, left + 40 + 140 * column])  # noqa: E731
+    assert at(0, 0) == at(1, 1) == (0x0B, 0x2F, 0x57) and at(0, 1) == (255, 255, 255) != at(1, 0)
+    for wrong in ({}, {"J": torch.ones(3)}):
+        with pytest.raises(ValueError, match="heatmaps: matrices must be"):
+            pictures.heatmaps(wrong)

@@ -215,8 +215,12 @@ class FlowModel(LikelihoodModel):
         labels = self._labels(y, x.shape[0])
         with drawing_from(generator):
             latents, ldj = self.encode(x, labels, generator)
+        return self.density(latents, ldj, labels)
+
+    def density(self, latents: tuple[Tensor, ...], ldj: Tensor, y: Tensor | None = None) -> Tensor:
+        """`log_prob` of the data that `encode` has taken to these latents, with this log-determinant."""
         terms = [prior.log_prob(z) for prior, z in zip(self.split_priors, latents[:-1], strict=True)]
-        return torch.stack([ldj, *terms, self.prior.log_prob(latents[-1], labels)]).sum(0)
+        return torch.stack([ldj, *terms, self.prior.log_prob(latents[-1], y)]).sum(0)
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
