@@ -11,7 +11,7 @@ from torch import Tensor
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _block_checks as block_checks
 from genkernels.ops import _checks as checks
-from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, transforms_active
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, mapped_over, transforms_active
 from genkernels.ops._operator import DIFFERENTIABLE, RAISES, Operator
 from genkernels.reference import invertible_residual as reference
 from genkernels.reference._fixed_point import Solution
@@ -73,15 +73,13 @@ def invertible_residual(
     rtol, atol = block_checks.number(NAME, "rtol", rtol), block_checks.number(NAME, "atol", atol)
     checks.integer(NAME, "max_iterations", max_iterations, 1)
     checks.integer(NAME, "depth", depth, 0, MOST_DEPTH)
+    if transforms_active() and mapped_over():
+        raise RuntimeError(
+            f"{NAME}: cannot be mapped over, for each sample decides when it stops; call it on the whole batch"
+        )
+    run = SOLVE.run if y.is_meta else SOLVE  # without values the reference cannot decide when to stop
     with autocast.kept_out(y):
-        try:
-            found = SOLVE(y, start, weights, biases, parameters, rtol, atol, max_iterations, depth, number)
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
-            raise RuntimeError(
-                f"{NAME}: cannot be mapped over, for each sample decides when it stops; call it on the whole batch"
-            ) from None
+        found = run(y, start, weights, biases, parameters, rtol, atol, max_iterations, depth, number)
     return Solution(*found)
 
 

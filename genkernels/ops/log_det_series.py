@@ -159,7 +159,9 @@ def _backward(ctx, grad_value, grad_log_det, *_):
     x, parameters, trace_map, probes, sums, *both = ctx.saved_tensors
     weights, biases = both[: ctx.count], both[ctx.count :]
     if torch.is_grad_enabled() and grad_log_det is not None:
-        sums = _sums(x, weights, biases, parameters, trace_map, probes, ctx.terms, ctx.activation).to(sums.dtype)
+        # as functions of the rest, which a gradient of the gradient goes through
+        run = reference.log_det_series_sums if transforms_active() else SUMS.dense
+        sums = run(x, weights, biases, parameters, trace_map, probes, ctx.terms, ctx.activation)
     first = ctx.terms[0] if ctx.terms else 0.0
     run = reference.log_det_series_backward if transforms_active() else BACKWARD.dense
     with autocast.kept_out(x):
@@ -171,21 +173,16 @@ def _backward(ctx, grad_value, grad_log_det, *_):
     return by_x, by_weights, by_biases, by_parameters, by_map, None, None, None
 
 
-def _sums(x, weights, biases, parameters, trace_map, probes, terms, activation):
-    """The sums as functions of the rest, which a gradient of the gradient goes through."""
-    work = block_checks.work(x)
-    with autocast.kept_out(x):
-        block, x = _block.Block(weights, biases, parameters, activation).to(work), x.to(work)
-        to = [None if t is None else t.to(work) for t in (trace_map, probes)]
-        return reference.series(block, _block.linearize(block, x), x, *to, terms)[1]
-
-
 def _fake(x, weights, biases, parameters, trace_map, probes, terms, activation):
     features = x.shape[1:].numel()
     lead = features if probes is None else probes.shape[0]
     work = block_checks.work(x)
     log_det, shrink = x.new_empty((x.shape[0],), dtype=work), x.new_empty((lead, x.shape[0]), dtype=work)
     return x.new_empty(x.shape), log_det, x.new_empty((lead, *x.shape)), shrink
+
+
+def _fake_sums(x, weights, biases, parameters, trace_map, probes, terms, activation):
+    return x.new_empty((x.shape[1:].numel() if probes is None else probes.shape[0], *x.shape))
 
 
 def _fake_backward(
@@ -216,4 +213,12 @@ BACKWARD = OPERATOR.define(
     reference.log_det_series_backward,
     _fake_backward,
     gradient=THROUGH_REFERENCE,
+)
+SUMS = OPERATOR.define(
+    "log_det_series_sums(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, "
+    "Tensor? probes, float[] terms, int activation) -> Tensor",
+    reference.log_det_series_sums,
+    _fake_sums,
+    gradient=THROUGH_REFERENCE,
+    kernels=dict.fromkeys(("cpu", "triton", "cuda"), "a gradient of the gradient alone asks for them"),
 )

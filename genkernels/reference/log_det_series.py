@@ -39,28 +39,29 @@ from genkernels.reference._block import Block, dot, linearize
 
 
 class _Through(torch.autograd.Function):
-    """⟨J v, s⟩ ``[P, N]`` with s a constant of the first derivative, and none of the second."""
+    """The estimate ``[N]`` with the derivatives of Σ ⟨J v, s⟩ in which s is a constant of the first, and of no further
+    one."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(product, sums):
-        return dot(product, sums, product.dim() - 2)
+    def forward(estimate, product, sums):
+        return estimate.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad):
-        product, sums = ctx.saved_tensors
-        return grad.reshape(*grad.shape, *[1] * (sums.dim() - 2)) * sums, None
+        _, sums = ctx.saved_tensors
+        return None, grad.reshape(*grad.shape, *[1] * (sums.dim() - 2)) * sums, None
 
     @staticmethod
-    def jvp(ctx, tangent, _):
-        product, sums = ctx.saved_tensors
-        return dot(tangent, sums, product.dim() - 2)
+    def jvp(ctx, _, tangent, __):
+        _, sums = ctx.saved_tensors
+        return dot(tangent, sums, sums.dim() - 2).sum(0)
 
 
 def log_det_series(
@@ -81,24 +82,28 @@ def log_det_series(
     at = linearize(block, at_x)
     log_det, sums, shrink = series(block, at, at_x, trace_map, probes, terms)
     vectors = _block.basis(at_x) if probes is None else probes
-    if torch.is_grad_enabled():
-        through = _Through.apply(_block.pushed(block, at, vectors)[2], sums).sum(0)
-        if trace_map is not None and terms:
-            through = through + terms[0] * exact_trace(block, at, at_x, trace_map)
-        log_det = log_det.detach() + (through - through.detach())
+    log_det = _Through.apply(log_det, _block.pushed(block, at, vectors)[2], sums)
+    if trace_map is not None and terms:
+        log_det = log_det + terms[0] * exact_trace(block, at, at_x, trace_map)
     dtype = x.dtype
     return at.value.to(dtype), log_det, sums.to(dtype), shrink.detach()
 
 
+def log_det_series_sums(x, weights, biases, parameters, trace_map, probes, terms, activation) -> Tensor:
+    """The sums alone."""
+    work = _block.work_dtype(x)
+    block, at_x = Block(weights, biases, parameters, activation).to(work), x.to(work)
+    trace_map, probes = (None if t is None else t.to(work) for t in (trace_map, probes))
+    return series(block, linearize(block, at_x), at_x, trace_map, probes, terms)[1].to(x.dtype)
+
+
 def series(block, at, x, trace_map, probes, terms) -> tuple[Tensor, Tensor, Tensor]:
-    """``(log_det, sums, shrink)``, as functions of everything."""
+    """``(log_det, sums, shrink)``, as functions of everything; log_det without the exact first term."""
     axes = x.dim() - 1
     if probes is None:
         return _whole(block, at, x)
     log_det = x.new_zeros(len(x))
     exact = trace_map is not None
-    if exact and terms:
-        log_det = log_det + terms[0] * exact_trace(block, at, x, trace_map)
     w, sums = probes, torch.zeros_like(probes)
     for k, weight in enumerate(terms, start=1):
         sign = 1 if k % 2 else -1
