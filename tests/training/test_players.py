@@ -19,10 +19,11 @@ import torch
 import genkernels
 from genkernels._seeds import derive_seed, seed_everything
 from genkernels.cli import main
+from genkernels.data.batches import fetch
 from genkernels.models import Player
 from genkernels.training import TrainConfig, TrainingError, UsageError, evaluate, fit, load_model, read_checkpoint
 from genkernels.training.checkpoint import step_path
-from genkernels.training.order import Order, fetch
+from genkernels.training.order import Order
 from tests.training.tiny import images, points
 from tests.training.toys import ToyGAN, ToyVAE
 
