@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 
 from genkernels._words import UsageError, nearest
@@ -131,6 +132,11 @@ class TrainConfig:
 
     def changed(self, **values) -> TrainConfig:
         return replace(self, **values)
+
+    @property
+    def world_size(self) -> int:
+        """How many processes will train."""
+        return self.devices * int(os.environ.get("NNODES", "1") or 1)
 
     def total_steps(self, examples: int, world_size: int = 1) -> int:
         """Steps of the whole run: `max_steps`, or what `epochs` passes over `examples` take.

@@ -1,8 +1,9 @@
-"""What a run took place on: device, commit, versions."""
+"""What a run takes place on: device, process, commit, versions."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -28,6 +29,12 @@ def device_name(device: torch.device | str) -> str:
 def cpu_text() -> str:
     """How torch uses the processor: ``CPU, 2 threads, AVX512``."""
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0: under DDP Fabric starts the others by running the same command again."""
+    ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name, "0") or 0) == 0 for name in ranks)
 
 
 def versions(packages: Iterable[str] = ("triton", "lightning", "numpy")) -> dict[str, str]:

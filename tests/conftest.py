@@ -7,14 +7,19 @@ import torch
 
 #: Tests that are left out here, by the reason: told once, at the end, instead of a skip each.
 LEFT_OUT: Counter[str] = Counter()
+#: Files of tests that take many seconds each. They are begun first: at the end one would keep a worker busy alone.
+LONG = {"test_adding_an_operator", "test_builds", "test_compile", "test_compiled", "test_kills", "test_runs"}
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.is_relative_to(config.rootpath / "tests" / "benchmarks") or item.path.stem == "test_gpu_check":
             item.add_marker("threads")  # they time what they run
     if not torch.cuda.is_available():
         leave_out(config, items, lambda item: item.get_closest_marker("gpu"), "no CUDA device is available")
+    yield  # to -m and -k, and to the folders' own choices
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if shard := os.environ.get("GENKERNELS_TEST_SHARD"):
         share_out(config, items, *map(int, shard.split("/")))
 

@@ -29,6 +29,8 @@ from genkernels import backends, ops
 from tests.cuda import emulation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+#: The CPU library is not the build that this processor would choose (tests/ops/test_builds.py).
+OTHER_BUILD = "ATEN_CPU_CAPABILITY" in os.environ
 
 Chosen = TypeVar("Chosen")
 
@@ -73,16 +75,24 @@ class Implementation(NamedTuple):
         return cases if chosen.get(self.name) is None else chosen[self.name]
 
 
-def interpreted_few(rows: Sequence[tuple], *names: str):
-    """For ``when`` (tests/ops/conftest.py): Triton's interpreter takes the cases whose parameters of those names begin
-    a row, others take all.
-
-    A row may go on, with what the test itself goes through (`tests.checks.behind`).
-    """
+def few(rows: Sequence[tuple], *names: str):
+    """Whether parameters of those names begin a row. A row may go on, with what the test itself goes through
+    (`tests.checks.behind`)."""
     begun = {row[: len(names)] for row in rows}
-    return lambda implementation, **given: (
-        not implementation.is_interpreted or tuple(given[name] for name in names) in begun
-    )
+    return lambda **given: tuple(given[name] for name in names) in begun
+
+
+def interpreted_few(rows: Sequence[tuple], *names: str):
+    """For ``when`` (tests/ops/conftest.py): Triton's interpreter takes the cases that are among a `few`, others take
+    all."""
+    chosen = few(rows, *names)
+    return lambda implementation, **given: not implementation.is_interpreted or chosen(**given)
+
+
+def slow_few(rows: Sequence[tuple], *names: str):
+    """The same for Triton's interpreter and the emulated CUDA kernels."""
+    chosen = few(rows, *names)
+    return lambda implementation, **given: not implementation.is_slow or chosen(**given)
 
 
 def reference_of(operator: str):

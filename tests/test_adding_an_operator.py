@@ -109,10 +109,11 @@ def test_its_triton_kernel_runs_in_the_interpreter(copy):
 
 def test_info_benchmarks_and_pages_find_it_by_its_name(copy):
     python = sys.executable
-    shown = run(python, "-m", "genkernels", "info", "--ops", at=copy)
+    both = "from genkernels.benchmarks import cases; print(*(c.title for c in cases.find(['scale'], quick=True)));"
+    both += "from genkernels.cli import main; main(['info', '--ops'])"
+    title, shown = run(python, "-c", both, at=copy).split("\n", 1)
+    assert title.startswith("scale  64×96")
     assert re.search(r"^scale +reference", shown, flags=re.M)
     assert re.search(r"^ +cpu +on CPU", shown.split("\nscale ")[1], flags=re.M)
-    found = "from genkernels.benchmarks import cases; print(*(c.title for c in cases.find(['scale'], quick=True)))"
-    assert run(python, "-c", found, at=copy).startswith("scale  64×96")
     run(python, "tools/build_docs.py", at=copy)
     assert "Every column of x times its own factor." in (copy / "docs/scale.md").read_text()

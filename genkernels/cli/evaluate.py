@@ -58,7 +58,7 @@ def run(arguments) -> int:
 
 def _notes(bundle, config: dict, arguments) -> list[str]:
     """What is to be known of data that are not the run's own, or are no more."""
-    from genkernels.training.provenance import change
+    from genkernels.data.provenance import change
 
     same = bundle.name == config["data"].get("spec")
     changed = change(config["data"], bundle, arguments.split) if same else None

@@ -63,7 +63,7 @@ def check_fits(bundle, model, config: dict, part: str | None = None):
             are not among the run's, or they are its own data and have changed.
     """
     from genkernels.data.bundle import listed
-    from genkernels.training.provenance import check_part, classes_of
+    from genkernels.data.provenance import check_part, classes_of
 
     data, form = config["data"], bundle.form
     ours, theirs = _words(data.get("shape"), data.get("grey_levels")), _words(list(form.shape), form.grey_levels)

@@ -13,9 +13,9 @@ DEFAULT_STEPS = 2000
 
 
 def run(arguments) -> int:
+    from genkernels._machine import is_main_process
     from genkernels.backends import current_backend, use_backend
     from genkernels.training.checkpoint import list_checkpoints
-    from genkernels.training.checks import is_main_process
     from genkernels.training.loop import fit
 
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(arguments, f.name)}
@@ -50,7 +50,7 @@ def run(arguments) -> int:
 
 
 def _report(result, directory, noun: str) -> None:
-    from genkernels.training.bar import duration, rate_text
+    from genkernels._bar import duration, rate_text
 
     speed = f", {rate_text(result.examples_per_second, noun)} (median step)" if result.examples_per_second else ""
     print(
@@ -66,9 +66,9 @@ def _report(result, directory, noun: str) -> None:
 def _begun(arguments, given: dict):
     """A new run's folder, settings, data and model."""
     from genkernels import data
+    from genkernels._machine import is_main_process
     from genkernels._seeds import derive_seed, fixed_seed
     from genkernels.cli.build import build, model_class, model_kwargs
-    from genkernels.training.checks import is_main_process
     from genkernels.training.rundir import RunDirectory
 
     if arguments.model is None or arguments.data is None:

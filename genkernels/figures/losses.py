@@ -66,7 +66,7 @@ def _columns(path: Path, wanted: list[str] | None) -> dict[str, tuple[list[float
     did not move."""
     if not path.is_file():
         raise UsageError(f"{path} cannot be read: no such file")
-    from genkernels.training.report import LossFile
+    from genkernels._loss_file import LossFile
 
     rows = LossFile.read(path)
     columns = [name for name in rows[0] if name != "step"] if rows else []

@@ -56,7 +56,7 @@ def draw(arguments):
 
 def _real(config: dict, n: int):
     from genkernels import data
-    from genkernels.training.provenance import check_part
+    from genkernels.data.provenance import check_part
 
     bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
     check_part(config["data"], bundle, "test")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,10 +10,6 @@ from genkernels._config import TrainConfig
 from genkernels._files import named_by
 from genkernels._words import UsageError, memory_ran_out
 from genkernels.nn.reversible import NotRebuilt
-from genkernels.training.order import fetch
-
-if TYPE_CHECKING:
-    from genkernels.data import DataBundle
 
 
 def check_model(model: torch.nn.Module) -> None:
@@ -28,24 +22,6 @@ def check_model(model: torch.nn.Module) -> None:
     for name, player in model.players().items():
         if not any(p.requires_grad for p in player.module.parameters()):
             raise UsageError(f"{type(model).__name__}: player {name!r} must have a parameter to train, it has none")
-
-
-def check_data(bundle: DataBundle) -> None:
-    """That there are some, and no NaN among them."""
-    for part, dataset in (("train", bundle.train), ("test", bundle.test)):
-        if not len(dataset):
-            raise UsageError(f"data {bundle.name}: the {part} part must hold at least 1 example, got 0")
-        if not fetch(dataset, [0])[0].is_floating_point():
-            continue
-        # A second or two for 100,000 points; what lies beyond is left to the guard that watches the losses.
-        for first in range(0, min(len(dataset), 100_000), 1024):
-            x = fetch(dataset, list(range(first, min(first + 1024, len(dataset)))))[0]
-            fine = x.isfinite().flatten(1).all(1)
-            if not fine.all():
-                example = first + int((~fine).nonzero()[0])
-                raise UsageError(
-                    f"data {bundle.name}: every value must be finite, {part} example {example} holds NaN or infinity"
-                )
 
 
 def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:
@@ -63,7 +39,7 @@ def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:
     most = max(examples, 65536)
     if config.batch_size > most:
         raise UsageError(f"batch_size must be at most {most:,} for {examples:,} examples, got {config.batch_size:,}")
-    tenth = max(1, config.total_steps(examples, world_size(config)) // 10)
+    tenth = max(1, config.total_steps(examples, config.world_size) // 10)
     evaluate_every = tenth if config.eval_every is None else config.eval_every
     look = 1 if accelerator == "cpu" and config.devices == 1 else 20
     return config.changed(
@@ -75,17 +51,6 @@ def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:
         eval_examples=(512 if is_image else 0) if config.eval_examples is None else config.eval_examples,
         samples=config.samples or (64 if is_image else 2000),
     )
-
-
-def world_size(config: TrainConfig) -> int:
-    """How many processes will train."""
-    return config.devices * int(os.environ.get("NNODES", "1") or 1)
-
-
-def is_main_process() -> bool:
-    """Whether this is process 0: under DDP Fabric starts the others by running the same command again."""
-    ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
-    return all(int(os.environ.get(name, "0") or 0) == 0 for name in ranks)
 
 
 def explained(error: Exception, step: int, run) -> str | None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from genkernels._seeds import derive_seed, fixed_seed
+from genkernels.data.batches import fetch
 from genkernels.nn._modes import in_mode
 from genkernels.training.average import applied
-from genkernels.training.order import fetch
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

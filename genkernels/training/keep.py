@@ -6,15 +6,8 @@ import time
 from pathlib import Path
 
 from genkernels._words import UsageError
-from genkernels.training.checkpoint import (
-    CheckpointError,
-    TrainingError,
-    keep_newest,
-    list_checkpoints,
-    read_checkpoint,
-    step_path,
-    write_checkpoint,
-)
+from genkernels.training import checkpoint as ckpt
+from genkernels.training.checkpoint import CheckpointError, TrainingError
 
 KEPT = 2
 
@@ -28,7 +21,7 @@ class Keeper:
 
     def __init__(self, session, state: dict) -> None:
         self.session, self._saved_step, self.saved_at = session, -1, time.monotonic()
-        found = list_checkpoints(session.run.checkpoints) if session.run else []
+        found = ckpt.list_checkpoints(session.run.checkpoints) if session.run else []
         self.saved: Path | None = found[0] if found else None
         if "optimizers" in state:
             _check_trained(state, session.players)
@@ -46,7 +39,7 @@ class Keeper:
         """``best.ckpt`` must be what the checkpoint at hand says: it may be ahead of it, or lost."""
         s, path = self.session, self.session.run.best
         try:
-            found = read_checkpoint(path)["step"]
+            found = ckpt.read_checkpoint(path)["step"]
         except CheckpointError as error:
             if step == s.start:
                 return self.save_best(step)
@@ -65,7 +58,7 @@ class Keeper:
         """Writes ``best.ckpt``: weights alone."""
         s = self.session
         if s.run and s.fabric.is_global_zero:
-            write_checkpoint(s.run.best, self._weights(step))
+            ckpt.write_checkpoint(s.run.best, self._weights(step))
         s.fabric.barrier()
 
     def save(self, due) -> None:
@@ -75,16 +68,16 @@ class Keeper:
             return
         if s.run and s.fabric.is_global_zero and self._saved_step != due.step:
             s.report.file.flush(to_disk=True)  # no checkpoint must be ahead of the losses
-            path = step_path(s.run.checkpoints, due.step)
+            path = ckpt.step_path(s.run.checkpoints, due.step)
             optimizers = {name: player.optimizer.state_dict() for name, player in s.players.items()}
             state = {"optimizers": optimizers, "precision": s.fabric.strategy.precision.state_dict()}
             try:
-                write_checkpoint(path, {**self._weights(due.step), **state})
+                ckpt.write_checkpoint(path, {**self._weights(due.step), **state})
             except OSError as error:
                 kept = f"the last good checkpoint is {self.saved}" if self.saved else "none was written before it"
                 reason = error.strerror or error
                 raise TrainingError(f"checkpoint {path} cannot be written: {reason}; {kept}") from error
-            keep_newest(s.run.checkpoints, KEPT)
+            ckpt.keep_newest(s.run.checkpoints, KEPT)
             self.saved = path
         self._saved_step, self.saved_at = due.step, time.monotonic()
         s.fabric.barrier()

@@ -3,26 +3,27 @@ processes and devices."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from typing import TYPE_CHECKING
 
-from genkernels._config import CHANGEABLE, TrainConfig
+from genkernels._config import TrainConfig
 from genkernels._files import write_json
+from genkernels._machine import is_main_process
 from genkernels._seeds import derive_seed, fixed_seed, seed_everything
 from genkernels._words import UsageError, notice
 from genkernels.backends import current_backend, use_backend
+from genkernels.data.batches import check_data
+from genkernels.data.provenance import data_facts
 from genkernels.nn._modes import in_mode
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.checkpoint import TrainingError
-from genkernels.training.checks import check_data, check_model, explained, is_main_process, resolved
+from genkernels.training.checks import check_model, explained, resolved
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.lightning_guard import import_lightning, quiet_lightning
 from genkernels.training.order import make_loader
-from genkernels.training.provenance import check_same, data_facts
 from genkernels.training.results import Result, metrics
-from genkernels.training.resume import going_on
+from genkernels.training.resume import going_on, refuse_changes
 from genkernels.training.rundir import RunDirectory, describe_model, load_weights
 from genkernels.training.session import Session
 
@@ -189,7 +190,7 @@ def _restore(run, model, description, bundle, config, data, resume, main) -> tup
     data = {"spec": bundle.name, **(data or {}), **facts}
     state, notes = {}, []
     if resume:
-        _check_same(run, model, description, bundle, data, config.to_dict())
+        refuse_changes(run, model, description, bundle, data, config.to_dict())
     if resume and not ckpt.list_checkpoints(run.checkpoints):
         notes = [f"{run} was stopped before its first checkpoint: starting at step 0"]
     elif resume:
@@ -206,20 +207,3 @@ def _restore(run, model, description, bundle, config, data, resume, main) -> tup
     if run and main:
         run.write_config(model=description, data=data, train=config.to_dict())
     return state, config, notes
-
-
-def _check_same(
-    run: RunDirectory, model: Model, description: dict, bundle: DataBundle, data: dict, settings: dict
-) -> None:
-    """Refuses what a resume cannot change."""
-    old = run.read_config()
-    kind, size = ("name", "hparams") if description["name"] else ("class", "parameters")  # of one's own, all there is
-    pairs = {"model": (old["model"].get(kind), description[kind])}
-    pairs |= {size: (old["model"].get(size, description[size]), description[size])}
-    pairs |= {f"data {key}": (old["data"].get(key), data[key]) for key in ("spec", "shape", "grey_levels")}
-    fixed = sorted(set(settings) - CHANGEABLE)
-    pairs |= {key: (old["train"].get(key, settings[key]), settings[key]) for key in fixed}
-    for name, (before, now) in pairs.items():
-        if json.loads(json.dumps(before)) != json.loads(json.dumps(now)):  # to JSON, tuples are lists
-            raise UsageError(f"{run} was begun with {name} {before!r}, which a resume cannot change, got {now!r}")
-    check_same(run, old["data"], bundle, conditional=bool(model.num_classes))

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from genkernels._seeds import derive_seed, seed_everything
+from genkernels.data.batches import fetch
 
 
 class Order(Sampler):
@@ -76,15 +77,6 @@ class _SeededDataset(Dataset):
         step, indices = key
         seed_everything(derive_seed(self.seed, "data", step, self.rank))
         return fetch(self.dataset, indices)
-
-
-def fetch(dataset: Dataset, indices: list[int]):
-    """One batch ``(x, y)`` of tensors: by indexing data in memory, else by ``__getitems__`` or one by one."""
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        x, y = dataset.tensors
-        return x[indices], y[indices]
-    many = getattr(dataset, "__getitems__", None)
-    return default_collate(many(indices) if many else [dataset[i] for i in indices])
 
 
 def _as_it_is(batch):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from genkernels._config import TrainConfig
+from genkernels._loss_file import term_of
 from genkernels._machine import cpu_text, versions
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Result:
     @property
     def losses(self) -> list[float]:
         """The first player's loss in every step in which it moved."""
-        names = (name for name in self.history if name.rpartition("/")[2] == "loss")
+        names = (name for name in self.history if term_of(name) == "loss")
         return [value for value in self.history.get(next(names, ""), []) if value is not None]
 
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from genkernels._config import TrainConfig
 from genkernels._seeds import derive_seed, seed_everything
 from genkernels._words import notice
+from genkernels.data.batches import fetch
 from genkernels.training.average import Average
 from genkernels.training.interrupt import Interrupt
 from genkernels.training.judge import Judge
 from genkernels.training.keep import Keeper
-from genkernels.training.order import Order, fetch
+from genkernels.training.order import Order
 from genkernels.training.report import Report
 from genkernels.training.resume import stopped_early
 from genkernels.training.rundir import RunDirectory

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from genkernels._loss_file import RESERVED
 from genkernels._words import UsageError
+from genkernels.data.batches import fetch, not_finite
 from genkernels.training.checkpoint import TrainingError, list_checkpoints, step_of
-from genkernels.training.order import fetch
-from genkernels.training.report import RESERVED
 
 
 class Watch:
@@ -83,8 +83,8 @@ class Watch:
         for rank in range(self.session.fabric.world_size):
             indices = self.session.order(rank).batch(step)
             x, _ = fetch(self.session.bundle.train, indices)
-            if x.is_floating_point() and not (fine := x.isfinite().flatten(1).all(1)).all():
-                return f" (training example {indices[int((~fine).nonzero()[0])]} holds a value that is not finite)"
+            if (at := not_finite(x)) is not None:
+                return f" (training example {indices[at]} holds a value that is not finite)"
         return ""
 
 

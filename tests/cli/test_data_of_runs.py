@@ -214,7 +214,7 @@ def test_what_the_data_seem_is_told_once(tmp_path, monkeypatch, capsys):
 
 def test_a_folder_that_an_earlier_version_read_otherwise(tmp_path):
     """It took ``Train`` and ``Test`` for classes and held a tenth of both out."""
-    from genkernels.training.provenance import change
+    from genkernels.data.provenance import change
 
     for name in ("Train/1", "Train/2", "Test/1"):
         write(tmp_path / f"{name}.png")

@@ -4,12 +4,11 @@
 """
 
 import csv
+import functools
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,34 +16,29 @@ import pytest
 
 from genkernels.cli import main
 from genkernels.training.checkpoint import list_checkpoints, read_checkpoint
+from tests.processes import Command
 
 pytest.importorskip("lightning")
 
-ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("GENKERNELS_TEST_KILLS", "2"))
 STEPS = 240
 TRAIN = ["train", "nice", "--data", "digits", "--set", "hidden=8", "--set", "couplings=2", "--accelerator", "cpu"]
 TRAIN += ["--max-steps", str(STEPS), "--eval-every", "40", "--checkpoint-every", "30", "--seed", "3", "--samples", "9"]
 TRAIN += ["--schedule", "cosine", "--quiet"]
 
-#: Kills itself when the file of that number is half written, before it takes its place.
-DRIVER = """
-import os, signal, sys
 
-at, replace, seen = int(sys.argv.pop(1)), os.replace, []
+def cut(at: int) -> None:
+    """The process kills itself when the file of that number is half written, before it takes its place."""
+    replace, seen = os.replace, []
 
-def cut(source, target):
-    seen.append(target)
-    if len(seen) == at:
-        os.truncate(source, os.path.getsize(source) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
+    def cut_short(source, target):
+        seen.append(target)
+        if len(seen) == at:
+            os.truncate(source, os.path.getsize(source) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
 
-os.replace = cut
-from genkernels.cli import main
-
-sys.exit(main())
-"""
+    os.replace = cut_short
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +61,6 @@ def facts(run: Path) -> dict:
     }
 
 
-def start(*argv, at: int = 0) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(at), *argv],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-
-
 def steps_done(run: Path) -> int:
     """Whole rows of ``losses.csv``."""
     path = run / "losses.csv"
@@ -97,11 +81,11 @@ def goes_on(run: Path, whole: dict, killed: str) -> None:
 def test_killed_at_a_random_moment(tmp_path, whole, k):
     draw, run = random.Random(k), tmp_path / "run"
     target = draw.randrange(1, 25) if k % 3 == 0 else draw.randrange(1, STEPS - 20)  # a third before any checkpoint
-    process = start(*TRAIN, "--out", str(run))
+    process = Command(*TRAIN, "--out", str(run))
     while process.poll() is None and steps_done(run) < target:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert process.wait() == -signal.SIGKILL, process.stderr
     goes_on(run, whole, f"at {target} rows")
 
 
@@ -109,6 +93,6 @@ def test_killed_at_a_random_moment(tmp_path, whole, k):
 @pytest.mark.parametrize("at", [1, 4] if KILLS < 10 else [1, 2, 3, 4, 5, 6, 12, 20, 22, 23])
 def test_killed_in_the_midst_of_writing(tmp_path, whole, at):
     run = tmp_path / "run"
-    process = start(*TRAIN, "--out", str(run), at=at)
-    assert process.wait(120) == -signal.SIGKILL, process.stderr.read()
+    process = Command(*TRAIN, "--out", str(run), before=functools.partial(cut, at))
+    assert process.wait(120) == -signal.SIGKILL, process.stderr
     goes_on(run, whole, f"in file {at}")

@@ -14,6 +14,7 @@ import pytest
 
 from genkernels import data
 from genkernels.cli import main
+from tests.processes import Command, end_with_parent
 
 pytest.importorskip("lightning")
 
@@ -155,7 +156,14 @@ def test_info_names_each_backend_and_operator(capsys):
 def start(*argv) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "genkernels", *argv]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=end_with_parent,
+    )
 
 
 def wait_for_steps(process, run, steps):
@@ -163,7 +171,7 @@ def wait_for_steps(process, run, steps):
         if (Path(run) / "losses.csv").exists() and len(losses(run)) >= steps:
             return
         time.sleep(0.01)
-    raise AssertionError(f"the process ended by itself: {process.stderr.read()}")
+    raise AssertionError(f"the process ended by itself: {process.stderr}")
 
 
 def test_kill_minus_nine_and_ctrl_c_lose_nothing():
@@ -183,23 +191,21 @@ def test_kill_minus_nine_and_ctrl_c_lose_nothing():
     ]
     base += ["--checkpoint-every", "5"]
     long = ["--max-steps", "100000"]
-    process = start(*base, *long, "--out", "cut", "--quiet")
+    process = Command(*base, *long, "--out", "cut", "--quiet")
     wait_for_steps(process, "cut", 12)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not Path("cut/metrics.json").exists()
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not Path("cut/metrics.json").exists()
 
-    process = start("train", "--out", "cut", "--resume", "--quiet")
+    process = Command("train", "--out", "cut", "--resume", "--quiet")
     wait_for_steps(process, "cut", len(losses("cut")) + 20)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130
+    assert process.wait() == 130
     done = len(losses("cut"))
     saved = Path("cut/checkpoints") / f"step-{done:08d}.ckpt"
     words = (
         f"genkernels: interrupted after step {done}: saved {saved}; go on with: genkernels train --out cut --resume\n"
     )
-    assert err == words and saved.exists()
+    assert process.stderr == words and saved.exists()
 
     total = done + 15
     assert main([*base, "--max-steps", str(total), "--out", "whole", "--quiet"]) == 0

@@ -28,18 +28,19 @@ def build_flags():
 
 
 @functools.cache
-def binding(source: str, variant: str):
-    """The module made of ``tests/native/<source>.cpp`` for one CPU variant of setup.py, or without any (``plain``)."""
+def binding(variant: str):
+    """The module made of ``bindings.cpp`` for one CPU variant of setup.py, or without any (``plain``)."""
     import pybind11
 
     setup = build_flags()
     flags = [*setup.COMMON_FLAGS, *setup.CPU_FLAGS, *setup.CPU_VARIANTS.get(variant, [])]
     include = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    inputs = [HERE / f"{source}.cpp", *(p for p in sorted((ROOT / "csrc" / "common").rglob("*")) if p.is_file())]
+    own, bound = sorted(HERE.glob("*.h")), sorted((ROOT / "csrc" / "common").rglob("*"))
+    inputs = [HERE / "bindings.cpp", *own, *(path for path in bound if path.is_file())]
 
     def command(name: str, output: Path) -> list[str]:
-        sources = [f"-DMODULE_NAME={name}", *(f"-I{folder}" for folder in include), str(HERE / f"{source}.cpp")]
+        sources = [f"-DMODULE_NAME={name}", *(f"-I{folder}" for folder in include), str(HERE / "bindings.cpp")]
         return [os.environ.get("CXX", "g++"), *flags, "-shared", *sources, "-o", str(output)]
 
-    library = compile_once(f"{source}_{variant}", sysconfig.get_config_var("EXT_SUFFIX"), inputs, command)
+    library = compile_once(f"bindings_{variant}", sysconfig.get_config_var("EXT_SUFFIX"), inputs, command)
     return load_module(library.name.removesuffix(sysconfig.get_config_var("EXT_SUFFIX")), library)

@@ -14,7 +14,7 @@ EDGES = sorted({max(1, min(LARGEST, 2**k + o)) for k in range(64) for o in (-1, 
 
 @pytest.fixture(scope="module")
 def module():
-    return binding("divisor_binding", "plain")
+    return binding("plain")
 
 
 def test_edges(module):

@@ -21,7 +21,7 @@ def variants() -> list[str]:
 
 @pytest.fixture(params=variants())
 def module(request):
-    return binding("logistic_mixture_binding", request.param)
+    return binding(request.param)
 
 
 def call(module, name, dtype, *arguments):
@@ -57,9 +57,7 @@ def exact(i, mean, log_scale, levels):
 def test_log_probability_and_its_derivatives(dtype, levels):
     """Of every build, against digits that take their time once."""
     i, mean, log_scale = cases(levels, dtype)
-    builds = {
-        v: call(binding("logistic_mixture_binding", v), "level", dtype, i, mean, log_scale, levels) for v in variants()
-    }
+    builds = {v: call(binding(v), "level", dtype, i, mean, log_scale, levels) for v in variants()}
     eps = float(np.finfo(dtype).eps)
     with mpmath.workdps(600):  # 1,200 scales away a sigmoid differs from 1 in the 521st digit
         for t in range(len(i)):
@@ -140,7 +138,7 @@ def test_logit(dtype):
             logs = [(mpmath.log(mpmath.mpf(x)), mpmath.log(1 - mpmath.mpf(x))) for x in u.tolist()]
         larger = np.array([float(max(abs(a), abs(b))) for a, b in logs])
     for variant in variants():
-        module = binding("logistic_mixture_binding", variant)
+        module = binding(variant)
         found = call(module, "logit", dtype, u)
         assert found.dtype == dtype and (found[u == 0.5] == 0).all()
         if dtype == F32:

@@ -19,15 +19,15 @@ def test_every_option_has_the_same_numbers_in_python_and_in_cpp():
         for kind in vars(_options).values()
         if isinstance(kind, type) and issubclass(kind, _options.Option) and kind is not _options.Option
     }
-    assert binding("options_binding", "plain").options == options
+    assert binding("plain").options == options
 
 
 def test_no_option_of_the_header_is_left_out_of_the_binding():
     header = (ROOT / "csrc" / "common" / "options.h").read_text()
     names = set(re.findall(r"enum class (\w+)", header))
-    assert names == set(binding("options_binding", "plain").options)
+    assert names == set(binding("plain").options)
     in_header = sum(len(re.findall(r"\bk[A-Z]\w* = \d", line)) for line in header.splitlines())
-    assert in_header == sum(len(numbers) for numbers in binding("options_binding", "plain").options.values())
+    assert in_header == sum(len(numbers) for numbers in binding("plain").options.values())
 
 
 def test_words_are_the_names_of_users():

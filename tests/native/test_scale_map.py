@@ -53,7 +53,7 @@ def variants() -> list[str]:
 
 @pytest.fixture(params=variants())
 def module(request):
-    return binding("scale_map_binding", request.param)
+    return binding(request.param)
 
 
 def grid(dtype) -> np.ndarray:

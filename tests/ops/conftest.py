@@ -35,6 +35,9 @@ def pytest_collection_modifyitems(config, items):
         implementation, others = item.callspec.params["implementation"], item.callspec.params.items()
         given = {name: value for name, value in others if name != "implementation"}
         asked = [m.kwargs["when"] for m in item.iter_markers("implementations") if "when" in m.kwargs]
+        builds = item.get_closest_marker("every_build")
+        if implementations.OTHER_BUILD and builds and builds.args:
+            return not implementations.few(builds.kwargs["rows"], *builds.args)(**given)
         return not all(when(implementation, **given) for when in asked)
 
     mine = [item for item in items if item.path.is_relative_to(config.rootpath / "tests" / "ops")]

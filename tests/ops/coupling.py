@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -144,12 +144,3 @@ def check_values(
         size = sums if name.endswith("ldj") else None
         assert_as_accurate(where, value.cpu(), same[name], exact[name], **luck, size=size)
     return found
-
-
-def cases(shapes: dict[str, list], scale_maps=SCALE_MAPS, dtypes=tuple(DTYPES)) -> Iterator[Case]:
-    """Every option with every dtype, on every shape of its split."""
-    for split, scale_map, layout, flip, pair in itertools.product(SPLITS, scale_maps, LAYOUTS, (False, True), dtypes):
-        if scale_map == "additive" and layout == "interleaved":
-            continue  # one kind of parameter: nothing to interleave
-        for shape in shapes[split]:
-            yield Case(shape, split, scale_map, layout, flip, pair)

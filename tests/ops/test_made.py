@@ -12,7 +12,7 @@ from genkernels import ops
 from genkernels.ops.made import METHODS, SCALE_MAPS
 from genkernels.reference.made import degree_mask, degrees_of, made_forward, plan
 from tests.checks import assert_as_accurate, behind, beside_forbidden_memory, pairwise
-from tests.implementations import interpreted_few
+from tests.implementations import slow_few
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -258,8 +258,7 @@ GIVEN = [(True, True), (True, False), (False, True)]
 MET = pairwise(range(len(SMALL)), SCALE_MAPS, [F64, F32, BF16], GIVEN)
 
 
-@pytest.mark.implementations(when=interpreted_few(MET, "size", "scale_map", "dtype"))
-@pytest.mark.implementations(when=lambda i, size, **_: not i.is_slow or size < len(SMALL))
+@pytest.mark.implementations(when=slow_few(MET, "size", "scale_map", "dtype"))
 @inverse
 @compiled
 @pytest.mark.every_build
@@ -275,7 +274,7 @@ def test_inverse_and_gradients(implementation, device, poisoned_memory, size, sc
     case = network(**net, dtype=dtype, device=device, scale=0.7)
     z = case[0]
     grads = torch.randn_like(z), torch.randn(len(z), dtype=torch.promote_types(dtype, F32), device=device)
-    given = behind(MET, size, scale_map, dtype) if implementation.is_interpreted else GIVEN
+    given = behind(MET, size, scale_map, dtype) if implementation.is_slow else GIVEN
     for some in given if net["features"] < 10 else GIVEN[:1]:
         given_grads = [grad if wanted else None for grad, wanted in zip(grads, some, strict=True)]
         ours = run_inverse(*case, scale_map, grads=given_grads)

@@ -15,10 +15,11 @@ import torch
 
 from genkernels import current_backend
 from genkernels._seeds import derive_seed, seed_everything
+from genkernels.data.batches import fetch
 from genkernels.models import Glow
 from genkernels.training import RunDirectory, TrainConfig, TrainingError, UsageError, evaluate, fit, load_model
 from genkernels.training import checkpoint as ckpt
-from genkernels.training.order import Order, fetch
+from genkernels.training.order import Order
 from tests.training.tiny import Pairs, Tiny, images, model_for, points
 
 pytest.importorskip("lightning")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from genkernels._seeds import derive_seed, fixed_seed, seed_everything
-from genkernels.training.order import Order, fetch, make_loader
+from genkernels.data.batches import fetch
+from genkernels.training.order import Order, make_loader
 
 
 @settings(max_examples=60, deadline=None)

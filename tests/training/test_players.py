@@ -19,10 +19,13 @@ import torch
 import genkernels
 from genkernels._seeds import derive_seed, seed_everything
 from genkernels.cli import main
+from genkernels.data.batches import fetch
 from genkernels.models import Player
 from genkernels.training import TrainConfig, TrainingError, UsageError, evaluate, fit, load_model, read_checkpoint
 from genkernels.training.checkpoint import step_path
-from genkernels.training.order import Order, fetch
+from genkernels.training.order import Order
+from tests.processes import Command, end_with_parent
+from tests.training import toys
 from tests.training.tiny import images, points
 from tests.training.toys import ToyGAN, ToyVAE
 
@@ -370,10 +373,9 @@ import sys
 
 sys.path[:0] = [{tests!r}, {root!r}]
 from tests.training import toys
-from genkernels import models
-
-models.MODELS["toygan"] = toys.ToyGAN
 from genkernels.cli import main
+
+toys.register()
 
 sys.exit(main())
 """
@@ -381,19 +383,13 @@ sys.exit(main())
 
 def test_kill_minus_nine_loses_nothing(tmp_path, toys_registered, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("driver.py").write_text(DRIVER.format(tests=str(Path(__file__).parent), root=str(ROOT)))
     base = ["train", "toygan", "--data", "moons", "--accelerator", "cpu", "--eval-every", "0", "--warmup", "5"]
     base += ["--checkpoint-every", "5", "--samples", "9", "--quiet"]
-    process = subprocess.Popen(
-        [sys.executable, "driver.py", *base, "--max-steps", "100000", "--out", "cut"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Command(*base, "--max-steps", "100000", "--out", "cut", before=toys.register)
     while process.poll() is None and not (Path("cut/losses.csv").exists() and len(table("cut")) > 12):
         time.sleep(0.01)
-    process.kill()
-    assert process.communicate()[1] == "" and process.returncode == -signal.SIGKILL
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and process.stderr == ""
     total = len(table("cut")) + 8
     assert main(["train", "--out", "cut", "--resume", "--max-steps", str(total), "--quiet"]) == 0
     assert main([*base, "--max-steps", str(total), "--out", "whole"]) == 0
@@ -424,7 +420,12 @@ def test_two_processes_move_both_players_alike(tmp_path, monkeypatch):
     argv += ["--devices", "2", "--ema", "0", "--eval-every", "3", "--samples", "9", "--out", "pair"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "driver.py", *argv], env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, "driver.py", *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        preexec_fn=end_with_parent,
     )
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(f"rank{rank}.pt") for rank in range(2))

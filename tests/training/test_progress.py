@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from genkernels._bar import Bar, bar_on, duration, number, rate_text
+from genkernels._loss_file import LossFile
 from genkernels._words import UsageError
-from genkernels.training.bar import Bar, bar_on, duration, number, rate_text
 from genkernels.training.interrupt import Interrupt
-from genkernels.training.report import LossFile, history_of, remember
+from genkernels.training.report import history_of, remember
 from genkernels.training.watch import LossRecord, StepClock, check_terms, first_bad, weights_are_finite
 
 
@@ -48,7 +49,7 @@ def test_time_between_restarts_is_left_out(monkeypatch):
 @pytest.fixture
 def now(monkeypatch):
     value = [0.0]
-    monkeypatch.setattr("genkernels.training.bar.time", SimpleNamespace(monotonic=lambda: value[0]))
+    monkeypatch.setattr("genkernels._bar.time", SimpleNamespace(monotonic=lambda: value[0]))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     return value

@@ -1,4 +1,6 @@
 // Binds csrc/common/options.h for test_options.py: each option's names and numbers.
+#pragma once
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,12 +9,14 @@
 
 #include "common/options.h"
 
+namespace options_binding {
+
 using Numbers = std::map<std::string, int>;
 using namespace genkernels;
 
 #define NUMBER(option, name) {#name, static_cast<int>(option::name)}
 
-PYBIND11_MODULE(MODULE_NAME, m) {
+inline void bind_module(pybind11::module_& m) {
   const std::map<std::string, Numbers> options{
       {"ScaleMap",
        {NUMBER(ScaleMap, kExp), NUMBER(ScaleMap, kSigmoid), NUMBER(ScaleMap, kTanh), NUMBER(ScaleMap, kAdditive)}},
@@ -25,3 +29,5 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   };
   m.attr("options") = options;
 }
+
+}  // namespace options_binding

@@ -1,9 +1,13 @@
 // Binds csrc/common/scale_map.h for test_scale_map.py: element by element, and as the plain loop that a compiler
 // vectorises.
+#pragma once
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "common/scale_map.h"
+
+namespace scale_map_binding {
 
 namespace py = pybind11;
 using genkernels::ScaleMap;
@@ -41,7 +45,9 @@ void bind_all(py::module_& m, const std::string& type) {
   bind<ScaleMap::kAdditive, T>(m, "additive_" + type);
 }
 
-PYBIND11_MODULE(MODULE_NAME, m) {
+inline void bind_module(pybind11::module_& m) {
   bind_all<float>(m, "float32");
   bind_all<double>(m, "float64");
 }
+
+}  // namespace scale_map_binding

@@ -4,13 +4,8 @@ one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from genkernels._words import UsageError
-from genkernels.data.bundle import listed
-
-if TYPE_CHECKING:
-    from genkernels.data import DataBundle
+from genkernels.data.bundle import DataBundle, listed
 
 PARTS = {"train": "part to train on", "test": "held-out part"}
 

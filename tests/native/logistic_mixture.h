@@ -1,10 +1,14 @@
 // Binds csrc/common/logistic_mixture.h and draw.h for test_logistic_mixture.py, as the plain loops that a
 // compiler vectorises.
+#pragma once
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "common/draw.h"
 #include "common/logistic_mixture.h"
+
+namespace logistic_mixture_binding {
 
 namespace py = pybind11;
 namespace mixture = genkernels::mixture;
@@ -76,7 +80,7 @@ py::tuple draw(const Array<T>& mean, const Array<T>& log_scale, const Array<T>& 
   return py::make_tuple(loop, alone);
 }
 
-PYBIND11_MODULE(MODULE_NAME, m) {
+inline void bind_module(pybind11::module_& m) {
   m.def("level_float32", level<float>);
   m.def("level_float64", level<double>);
   m.def("logit_float32", logit<float>);
@@ -86,3 +90,5 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("functions_float32", functions<float>);
   m.def("functions_float64", functions<double>);
 }
+
+}  // namespace logistic_mixture_binding

@@ -1,0 +1,83 @@
+"""A command line in a process of its own, for tests that kill or interrupt it."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+_HEAVY = ["genkernels.cli", "genkernels.data", "genkernels.models", "genkernels.training", "lightning.fabric"]
+_HEAVY += ["torch.utils.tensorboard"]
+
+
+def end_with_parent() -> None:
+    """For `subprocess`, as ``preexec_fn``: kills this process when the one that started it ends, killed or not
+    (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _end_with_test() -> None:
+    """The same where the test's process is not the parent, which is the one that forks."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Command:
+    """``genkernels ARGV``, as `subprocess.Popen` has it, but forked from a process that has imported, once for all
+    tests, what takes seconds. It ends with the test's process.
+
+    Args:
+        argv: of the command line.
+        before: called first, in the new process; pickled by name.
+    """
+
+    def __init__(self, *argv: str, before: Callable[[], None] | None = None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_HEAVY)
+        handle, name = tempfile.mkstemp(suffix=".stderr")
+        os.close(handle)
+        self._stderr = Path(name)
+        self._process = context.Process(target=_run, args=(argv, before, name, os.getcwd()))
+        self._process.start()
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return self._stderr.read_text()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """What it ends with, as `subprocess.Popen` gives it; a TimeoutError where it does not end."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutError(f"the process did not end within {timeout} s")
+        return self._process.exitcode
+
+
+def _run(argv: tuple[str, ...], before: Callable[[], None] | None, stderr: str, folder: str) -> None:
+    threading.Thread(target=_end_with_test, daemon=True).start()
+    os.chdir(folder)
+    for path, number in ((os.devnull, 1), (stderr, 2)):
+        handle = os.open(path, os.O_WRONLY)
+        os.dup2(handle, number)
+        os.close(handle)
+    import torch
+
+    from genkernels.cli import main
+
+    torch.set_num_threads(1)
+    if before:
+        before()
+    sys.exit(main(list(argv)))
