@@ -63,12 +63,6 @@ def transforms_active() -> bool:
     return forward_mode_active() or torch._C._are_functorch_transforms_active()
 
 
-def mapped_over() -> bool:
-    """Whether ``vmap`` is running: what decides by a value cannot."""
-    running = torch._C._functorch.get_interpreter_stack() or ()
-    return any(one.key() == torch._C._functorch.TransformType.Vmap for one in running)
-
-
 def with_gradient(name: str, run: Any, reference: Callable, gradient: Gradient) -> Callable:
     """What torch calls where autograd may be recording."""
     schema = run._schema

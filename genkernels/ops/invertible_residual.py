@@ -11,8 +11,8 @@ from torch import Tensor
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _block_checks as block_checks
 from genkernels.ops import _checks as checks
-from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, mapped_over, transforms_active
-from genkernels.ops._operator import DIFFERENTIABLE, RAISES, Operator
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, transforms_active
+from genkernels.ops._operator import DIFFERENTIABLE, Operator
 from genkernels.reference import invertible_residual as reference
 from genkernels.reference._fixed_point import Solution
 
@@ -59,8 +59,10 @@ def invertible_residual(
         iterations.
 
     Raises:
-        ValueError: a shape or an option is wrong. TypeError: a dtype is. RuntimeError: under ``torch.func.vmap``.
-        BackendUnavailable: a forced backend cannot run.
+        ValueError: a shape or an option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot
+            run.
+
+    Under ``torch.func.vmap`` all samples take `max_iterations` plain steps.
 
     Source: Behrmann et al., "Invertible residual networks", 2019; Walker and Ni, "Anderson acceleration for fixed-point
     iterations", 2011; Bai et al., "Deep equilibrium models", 2019 (implicit gradient).
@@ -73,10 +75,6 @@ def invertible_residual(
     rtol, atol = block_checks.number(NAME, "rtol", rtol), block_checks.number(NAME, "atol", atol)
     checks.integer(NAME, "max_iterations", max_iterations, 1)
     checks.integer(NAME, "depth", depth, 0, MOST_DEPTH)
-    if transforms_active() and mapped_over():
-        raise RuntimeError(
-            f"{NAME}: cannot be mapped over, for each sample decides when it stops; call it on the whole batch"
-        )
     run = SOLVE.run if y.is_meta else SOLVE  # without values the reference cannot decide when to stop
     with autocast.kept_out(y):
         found = run(y, start, weights, biases, parameters, rtol, atol, max_iterations, depth, number)
@@ -120,7 +118,7 @@ OPERATOR = Operator(
     functions=(invertible_residual,),
     types=(Solution,),
     kernels={"cpu": "", "triton": NO_GPU, "cuda": NO_GPU},
-    composability=DIFFERENTIABLE | {"vmap": RAISES},
+    composability=DIFFERENTIABLE,
 )
 SOLVE = OPERATOR.define(
     "invertible_residual(Tensor y, Tensor? start, Tensor[] weights, Tensor[] biases, Tensor parameters, float rtol, "

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genkernels._options import Nonlinearity
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _block_checks as block_checks
 from genkernels.ops import _checks as checks
@@ -108,6 +109,8 @@ def log_det_series(
         raise ValueError(
             f"{NAME}: probes must be [P, {', '.join(map(str, x.shape))}] with P of at least 1, got {list(probes.shape)}"
         )
+    if transforms_active() and torch.compiler.is_compiling():
+        torch._dynamo.graph_break()  # which forgets there what a derivative of one's own says about forward mode
     exact = first_term == "exact" and terms
     if exact and not block_checks.takes_exact_first(weights, x.shape[2:]):
         raise ValueError(
@@ -116,7 +119,7 @@ def log_det_series(
             f"{list(x.shape)}"
         )
     with autocast.kept_out(x):
-        trace_map = _trace_map(weights, biases, parameters, number) if exact else None
+        trace_map = TRACE_MAP(weights, number) if exact else None
         value, log_det, _, shrink = SERIES(x, weights, biases, parameters, trace_map, probes, terms, number)
     return LogDetSeries(value, log_det, shrink)
 
@@ -137,12 +140,6 @@ def trace(x: Tensor, weights, biases, activation: str, parameters) -> Tensor:
         return reference.exact_trace(block, _block.linearize(block, x), x, _block.trace_map(block))
 
 
-def _trace_map(weights, biases, parameters, number):
-    block = _block.Block(weights, biases, parameters, number)
-    dtype = block_checks.work(weights[0])
-    return _block.trace_map(block.to(dtype)).to(weights[0].dtype)
-
-
 # --------------------------------------------------------------------------------------------------- gradient and fakes
 
 
@@ -158,13 +155,14 @@ def _backward(ctx, grad_value, grad_log_det, *_):
         return (None,) * 8
     x, parameters, trace_map, probes, sums, *both = ctx.saved_tensors
     weights, biases = both[: ctx.count], both[ctx.count :]
-    if torch.is_grad_enabled() and grad_log_det is not None:
-        # as functions of the rest, which a gradient of the gradient goes through
-        run = reference.log_det_series_sums if transforms_active() else SUMS.dense
-        sums = run(x, weights, biases, parameters, trace_map, probes, ctx.terms, ctx.activation)
     first = ctx.terms[0] if ctx.terms else 0.0
-    run = reference.log_det_series_backward if transforms_active() else BACKWARD.dense
+    as_reference = transforms_active()
     with autocast.kept_out(x):
+        if torch.is_grad_enabled() and grad_log_det is not None:
+            # as functions of the rest, which a gradient of the gradient goes through
+            again = reference.log_det_series_sums if as_reference else SUMS.dense
+            sums = again(x, weights, biases, parameters, trace_map, probes, ctx.terms, ctx.activation)
+        run = reference.log_det_series_backward if as_reference else BACKWARD.dense
         found = run(
             *(grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, first, ctx.activation)
         )
@@ -173,12 +171,29 @@ def _backward(ctx, grad_value, grad_log_det, *_):
     return by_x, by_weights, by_biases, by_parameters, by_map, None, None, None
 
 
+def _setup_trace_map(ctx, inputs, output):
+    weights, ctx.activation = inputs
+    ctx.save_for_backward(*weights)
+
+
+def _backward_trace_map(ctx, grad):
+    run = reference.log_det_series_trace_map_backward if transforms_active() else TRACE_MAP_BACKWARD.dense
+    with autocast.kept_out(grad):
+        return run(grad, list(ctx.saved_tensors), ctx.activation), None
+
+
 def _fake(x, weights, biases, parameters, trace_map, probes, terms, activation):
     features = x.shape[1:].numel()
     lead = features if probes is None else probes.shape[0]
     work = block_checks.work(x)
     log_det, shrink = x.new_empty((x.shape[0],), dtype=work), x.new_empty((lead, x.shape[0]), dtype=work)
     return x.new_empty(x.shape), log_det, x.new_empty((lead, *x.shape)), shrink
+
+
+def _fake_trace_map(weights, activation):
+    twice = 2 if activation == Nonlinearity.CLIPSWISH else 1
+    classes = 9 if weights[0].dim() == 4 and weights[0].shape[-1] == 3 else 1
+    return weights[0].new_empty((classes, twice * weights[1].shape[0], twice * weights[0].shape[0]))
 
 
 def _fake_sums(x, weights, biases, parameters, trace_map, probes, terms, activation):
@@ -221,4 +236,18 @@ SUMS = OPERATOR.define(
     _fake_sums,
     gradient=THROUGH_REFERENCE,
     kernels=dict.fromkeys(("cpu", "triton", "cuda"), "a gradient of the gradient alone asks for them"),
+)
+TRACE_MAP = OPERATOR.define(
+    "log_det_series_trace_map(Tensor[] weights, int activation) -> Tensor",
+    reference.log_det_series_trace_map,
+    _fake_trace_map,
+    gradient=Formula(_setup_trace_map, _backward_trace_map),
+    kernels=dict.fromkeys(("cpu", "triton", "cuda"), "a product of weights, once a call, which torch has"),
+)
+TRACE_MAP_BACKWARD = OPERATOR.define(
+    "log_det_series_trace_map_backward(Tensor grad, Tensor[] weights, int activation) -> Tensor[]",
+    reference.log_det_series_trace_map_backward,
+    lambda grad, weights, activation: [w.new_empty(w.shape) for w in weights],
+    gradient=THROUGH_REFERENCE,
+    kernels=dict.fromkeys(("cpu", "triton", "cuda"), "products of weights, once a call, which torch has"),
 )

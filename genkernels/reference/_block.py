@@ -291,6 +291,29 @@ def trace_map(block: Block) -> Tensor:
     return middle.flatten(1) * (valid @ taps.flatten(1)).unflatten(1, taps.shape[1:])
 
 
+def trace_map_backward(block: Block, grad: Tensor) -> list[Tensor]:
+    """Gradients of the three weights for that of M."""
+    first, middle, last = block.weights
+    if block.mirrored:
+        first, middle = torch.cat([first, first]), torch.cat([middle, middle])
+    if first.dim() == 2:
+        grad = grad[0]
+        by_product = (grad * middle).T
+        found = [by_product @ last.T, grad * (first @ last).T, first.T @ by_product]
+    else:
+        w1, w2, w3 = first.flatten(2), middle.flatten(1), last.flip(2, 3).flatten(2)
+        taps = torch.einsum("jct,cit->tij", w1, w3)
+        valid = _valid(first.shape[-1]).to(taps)
+        by_taps = (valid.T @ (grad * w2).flatten(1)).unflatten(1, taps.shape[1:])
+        by_middle = (grad * (valid @ taps.flatten(1)).unflatten(1, taps.shape[1:])).sum(0)
+        by_first = torch.einsum("tij,cit->jct", by_taps, w3)
+        by_last = torch.einsum("tij,jct->cit", by_taps, w1)
+        found = [by_first.reshape(first.shape), by_middle.reshape(middle.shape), by_last.reshape(last.shape).flip(2, 3)]
+    if block.mirrored:
+        found[:2] = [sum(g.chunk(2)) for g in found[:2]]
+    return found
+
+
 def traced(trace_map: Tensor, d: Tensor, where: Tensor | None) -> Tensor:
     """M d, at each pixel with the M of its class."""
     if where is None:

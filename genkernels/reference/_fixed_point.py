@@ -74,9 +74,26 @@ def solve(
         torch.zeros(count, dtype=torch.int64, device=y.device),
         torch.zeros(count, dtype=torch.bool, device=y.device),
     )
+    if flat.numel() and mapped_over():
+        return _mapped(g, y, solution.x.view(shape), rtol, atol, max_iterations)
     if flat.numel():
         _iterate(g, flat, shape, solution, rtol, atol, max_iterations, depth, max(1, interval))
     return solution._replace(x=solution.x.view(shape))
+
+
+def mapped_over() -> bool:
+    """Whether ``torch.func.vmap`` is running, under which nothing can be decided by a value."""
+    running = torch._C._functorch.get_interpreter_stack() or ()
+    return any(one.key() == torch._C._functorch.TransformType.Vmap for one in running)
+
+
+def _mapped(g, y, x, rtol, atol, max_iterations) -> Solution:
+    """All of the plain iterations, for all samples."""
+    for _ in range(max_iterations):
+        x = y - g(x, None)
+    residual = (y - x - g(x, None)).flatten(1).abs().amax(1)
+    limit = atol + rtol * y.flatten(1).abs().amax(1)
+    return Solution(x, residual, torch.full_like(residual, max_iterations, dtype=torch.int64), residual <= limit)
 
 
 def _iterate(g, y, shape, solution, rtol, atol, max_iterations, depth, interval) -> None:

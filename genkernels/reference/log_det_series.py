@@ -50,17 +50,22 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:])
         ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad):
+        if grad is None:
+            return None, None, None
         _, sums = ctx.saved_tensors
         return None, grad.reshape(*grad.shape, *[1] * (sums.dim() - 2)) * sums, None
 
     @staticmethod
     def jvp(ctx, _, tangent, __):
         _, sums = ctx.saved_tensors
+        if tangent is None:
+            return sums.new_zeros(sums.shape[1])
         return dot(tangent, sums, sums.dim() - 2).sum(0)
 
 
@@ -95,6 +100,21 @@ def log_det_series_sums(x, weights, biases, parameters, trace_map, probes, terms
     block, at_x = Block(weights, biases, parameters, activation).to(work), x.to(work)
     trace_map, probes = (None if t is None else t.to(work) for t in (trace_map, probes))
     return series(block, linearize(block, at_x), at_x, trace_map, probes, terms)[1].to(x.dtype)
+
+
+def log_det_series_trace_map(weights: Sequence[Tensor], activation: int) -> Tensor:
+    """M of the exact first term, of the weights alone (`_block.trace_map`)."""
+    work = _block.work_dtype(weights[0])
+    block = Block([w.to(work) for w in weights], [], weights[0], activation)
+    return _block.trace_map(block).to(weights[0].dtype).contiguous()
+
+
+def log_det_series_trace_map_backward(grad: Tensor, weights: Sequence[Tensor], activation: int) -> list[Tensor]:
+    """Gradients of the weights."""
+    work = _block.work_dtype(weights[0])
+    block = Block([w.to(work) for w in weights], [], weights[0], activation)
+    found = _block.trace_map_backward(block, grad.to(work))
+    return [g.to(w.dtype).contiguous() for g, w in zip(found, weights, strict=True)]
 
 
 def series(block, at, x, trace_map, probes, terms) -> tuple[Tensor, Tensor, Tensor]:
