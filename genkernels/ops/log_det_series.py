@@ -119,7 +119,9 @@ def log_det_series(
             f"{list(x.shape)}"
         )
     with autocast.kept_out(x):
-        trace_map = TRACE_MAP(weights, number) if exact else None
+        # as an operator, so that autocast reaches no gradient of it either
+        map_of = reference.log_det_series_trace_map if transforms_active() else TRACE_MAP.dense
+        trace_map = map_of(weights, number) if exact else None
         value, log_det, _, shrink = SERIES(x, weights, biases, parameters, trace_map, probes, terms, number)
     return LogDetSeries(value, log_det, shrink)
 
