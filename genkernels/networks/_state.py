@@ -4,7 +4,8 @@ when it has changed.
 Counted are the modules themselves, their classes and their ``forward``, training mode, hooks, which parameters and
 buffers there are and of what shape, and every plain attribute: numbers, strings, arrays, containers, and objects with
 attributes of their own, three deep. Values of tensors do not count: what branches on them is not traced. Not seen are
-globals, attributes of classes, closures, and what objects hold in other ways.
+globals, attributes of classes, closures, what objects hold in other ways, and the attributes of objects whose class
+says ``genkernels_remembers = True``: they keep what follows from tensors (normalised weights), which a call may renew.
 """
 
 from __future__ import annotations
@@ -113,6 +114,8 @@ def _add_object(state: State, value, seen: dict[int, int], depth: int) -> None:
         state.objects.append(weakref.ref(value))
     except TypeError:
         state.objects.append(_strongly(value))
+    if getattr(type(value), "genkernels_remembers", False):
+        return
     if depth < _DEPTH and not isinstance(value, (Tensor, types.ModuleType, types.FunctionType, type)):
         for name, attribute in getattr(value, "__dict__", {}).items():
             state.signs.append(name)

@@ -21,6 +21,8 @@ class Seen:
     of a fused optimiser counts as one here, which torch (2.13) leaves out.
     """
 
+    genkernels_remembers = True  #: see `genkernels.networks._state`
+
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
         self._version = -1

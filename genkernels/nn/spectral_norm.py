@@ -328,6 +328,8 @@ class Kept(NamedTuple):
 class Group:
     """Weights that are normalised together: by one call a step for all that changed."""
 
+    genkernels_remembers = True  #: see `genkernels.networks._state`
+
     def __init__(self, members: list[SpectralNorm]):
         self.members = members
         self._kept: dict[SpectralNorm, Kept] = {}

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+import genkernels as gk
 from genkernels import networks
 from genkernels import nn as gnn
 
@@ -221,3 +222,96 @@ def test_bad_input_gets_one_sentence():
     for call in (wrong, wrong.inverse):
         with pytest.raises(ValueError, match=r"must keep the shape of x, \[5, 3\], got \[5, 2\]"):
             call(torch.zeros(5, 3, dtype=F64))
+
+
+# --- kernels and autograd -----------------------------------------------------------------------------------------
+
+
+def both_ways(layer, x, inverse=False):
+    """Values and gradients by the kernels and by autograd, of the same draws."""
+    found = []
+    for backend in ("auto", "reference"):
+        own = copy.deepcopy(layer)
+        at = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        with gk.use_backend(backend):
+            y, log_det = own.inverse(at) if inverse else own(at)
+            loss = (y * y).sum() + (log_det * torch.arange(len(x))).sum()
+            leaves = [at, *own.parameters()]
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found.append(
+            [y, log_det, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
+        )
+    return found
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("estimator", ["exact", "series", "unbiased"])
+@pytest.mark.parametrize("make", [mlp, convolutions])
+def test_kernels_and_autograd_agree_draw_by_draw(make, estimator, inverse):
+    torch.manual_seed(0)
+    options = {} if estimator == "exact" else {"terms": 4, "probes": 2}
+    layer = gnn.InvertibleResidual(make(), estimator, atol=1e-10, **options)
+    x = torch.randn((5, 3) if make is mlp else (5, 2, 4, 3), dtype=F64)
+    layer(x)
+    kernels, autograd = both_ways(layer, x, inverse)
+    for ours, theirs in zip(kernels, autograd, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [mlp, convolutions])
+def test_the_exact_first_term_changes_the_variance_and_not_the_mean(make):
+    torch.manual_seed(0)
+    layer = gnn.InvertibleResidual(make(), "series", terms=12).eval()
+    x = torch.randn((6, 3) if make is mlp else (6, 2, 3, 3), dtype=F64)
+    truth = exact(layer, x)
+    spread = {}
+    with torch.no_grad():
+        for first_term in ("exact", "probe"):
+            layer.set_log_det("series", terms=12, probes=2000, first_term=first_term)
+            torch.testing.assert_close(layer(x)[1], truth, rtol=0, atol=0.02)
+            layer.set_log_det("series", terms=12, first_term=first_term)
+            spread[first_term] = torch.stack([layer(x)[1] for _ in range(100)]).var(0).mean()
+    assert spread["exact"] < spread["probe"] / 4
+
+
+def test_a_network_is_traced_once_for_all_steps_of_training():
+    """What spectral norm remembers between steps is no change of the network."""
+    layer = gnn.InvertibleResidual(mlp(), "series", terms=2)
+    optimizer = torch.optim.Adam(layer.parameters(), fused=True)
+    x = torch.randn(4, 3, dtype=F64)
+    layer(x)[1].sum().backward()
+    steps = networks.traced(layer.net, x)
+    for _ in range(3):
+        optimizer.step()
+        layer(x)[1].sum().backward()
+        assert networks.traced(layer.net, x) is steps
+    layer.net[2] = gnn.LipschitzLinear(16, 16).double()
+    assert networks.traced(layer.net, x) is not steps
+
+
+def test_an_estimate_by_autograd_alone_refuses_a_second_derivative_which_would_be_wrong():
+    class Own(torch.nn.Module):
+        def forward(self, x):
+            return 0.3 * torch.sin(x)
+
+    x = torch.randn(4, 3, dtype=F64, requires_grad=True)
+    layer = gnn.InvertibleResidual(Own(), "series", terms=3)
+    (score,) = torch.autograd.grad(gnn.InvertibleResidual(Own(), "exact")(x)[1].sum(), x, create_graph=True)
+    expected = torch.log(1 + 0.3 * torch.cos(x)).sum()
+    (by_hand,) = torch.autograd.grad(expected, x, create_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(score.square().sum(), x), torch.autograd.grad(by_hand.square().sum(), x)
+    )
+    with pytest.raises(RuntimeError, match="cannot be differentiated again by this path; estimator 'exact' can be"):
+        torch.autograd.grad(layer(x)[1].sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.nn.Linear(3, 3), WithContext])
+def test_says_where_there_is_no_exact_first_term(make):
+    layer = gnn.InvertibleResidual(make().double(), "series", terms=2, first_term="exact")
+    arguments = (torch.randn(2, 3, dtype=F64), torch.randn(2, 2, dtype=F64))[
+        : 2 if isinstance(layer.net, WithContext) else 1
+    ]
+    with pytest.raises(ValueError, match="first_term 'exact' needs a network of three maps"):
+        layer(*arguments)
