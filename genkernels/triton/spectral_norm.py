@@ -28,8 +28,8 @@ launch's programs combine them in one order. u and v are divided where they are 
 leaves them what they were, and then `_right_kernel` reads W once more.
 
 No atomics, sums in an order that depends on the layer's shape alone: the same bits each run and in any company. Offsets
-are 64-bit. Bytes as in csrc/cuda/spectral_norm.cuh: forward three reads and writes of the weights and a quarter,
-backward four. Addresses from a table come without a promise of alignment, so accesses are of one number each.
+are 64-bit, but those in a vector. Bytes: forward two reads and one write of the weights and a quarter of partial sums,
+backward three reads and one write. Addresses from a table come without a promise of alignment, so accesses are of one number each.
 """
 
 from __future__ import annotations
@@ -656,8 +656,15 @@ def _tables(weights, u, v, plan) -> _Tables:
     return _KEPT[key]
 
 
+#: Of u and of v: places in a vector are computed in 32 bits.
+MOST_NUMBERS = 2**30
+
+
 def _row(weight: Tensor, u: Tensor, v: Tensor, record, room: int, sums: int) -> tuple[list[int], list[int], int, int]:
     """A layer's row of the table but for its first programs, its programs, and where the next one's numbers begin."""
+    most = max(u.numel(), v.numel())
+    if most > MOST_NUMBERS:
+        raise ValueError(f"spectral_norm: the Triton kernels take at most 2^30 numbers of u and v, got {most}")
     kind, axis, groups, transposed, *rest = record
     stride, padding, dilation = rest[:3], rest[3:6], rest[6:9]
     if kind == 0:
