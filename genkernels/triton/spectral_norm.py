@@ -29,7 +29,8 @@ leaves them what they were, and then `_right_kernel` reads W once more.
 
 No atomics, sums in an order that depends on the layer's shape alone: the same bits each run and in any company. Offsets
 are 64-bit, but those in a vector. Bytes: forward two reads and one write of the weights and a quarter of partial sums,
-backward three reads and one write. Addresses from a table come without a promise of alignment, so accesses are of one number each.
+backward three reads and one write. Addresses from a table come without a promise of alignment, so accesses are of one
+number each.
 """
 
 from __future__ import annotations
