@@ -2,9 +2,9 @@
 //
 // Launches. Matrices: one for all passes of up to 32 terms, each block going with its 8 samples (64 of 8192 or more)
 // through everything. Convolutions: one for each map, and one for each map of each term. Beside them: weights arranged,
-// x and probes loaded and results stored (not for fp32 and fp64 images, which lie right), the end. Backward: in the same
-// way maps − 1 forward, as many for tangents and for cotangents, maps for the gradient, two for an exact trace; then
-// three for all weights, biases and parameters. The host waits for nothing; a CUDA graph may capture it all.
+// x and probes loaded and results stored (not for fp32 and fp64 images, which lie right), the end. Backward: in the
+// same way maps − 1 forward, as many for tangents and for cotangents, maps for the gradient, two for an exact trace;
+// then three for all weights, biases and parameters. The host waits for nothing; a CUDA graph may capture it all.
 //
 // Without probes, the determinant and the inverse of the D×D Jacobians are torch's.
 #include "log_det_series.cuh"

@@ -121,7 +121,7 @@ OPERATOR = Operator(
     NAME,
     functions=(invertible_residual,),
     types=(Solution,),
-    kernels={"cpu": "", "triton": NO_GPU, "cuda": NO_GPU},
+    kernels={"cpu": "", "triton": NO_GPU, "cuda": ""},
     composability=DIFFERENTIABLE | {"vmap": RAISES},
 )
 SOLVE = OPERATOR.define(

@@ -182,7 +182,7 @@ OPERATOR = Operator(
     NAME,
     functions=(log_det_series,),
     types=(LogDetSeries,),
-    kernels={"cpu": "", "triton": NO_GPU, "cuda": NO_GPU},
+    kernels={"cpu": "", "triton": NO_GPU, "cuda": ""},
     composability=DIFFERENTIABLE,
 )
 SERIES = OPERATOR.define(

@@ -1,4 +1,5 @@
-// The host's side of the operators of residual blocks: sizes, the workspace, weights and samples in the kernels' layout.
+// The host's side of the operators of residual blocks: sizes, the workspace, weights and samples in the kernels'
+// layout.
 #pragma once
 
 #include <algorithm>
@@ -70,7 +71,8 @@ class Call {
       width = int64_t(m.outputs) * (net.mirrored ? 2 : 1);
       size(std::max<int64_t>(width, m.inputs) * pixels, "numbers of a layer for one image");
     }
-    require(width == x.size(1) * (net.mirrored ? 2 : 1), name, ": the last map must have as many outputs as x has channels");
+    require(width == x.size(1) * (net.mirrored ? 2 : 1), name,
+            ": the last map must have as many outputs as x has channels");
   }
 
   // Vectors of `probes` for each sample, whose columns are counted in 32 bits.
@@ -83,9 +85,7 @@ class Call {
   int64_t numbers(int64_t channels) const { return channels * net.pixels(); }  // of an image
   int values(int i) const { return net.map[i + 1].inputs; }                    // of activation i
   int half(int i) const { return net.mirrored ? net.map[i].outputs : 0; }
-  Batch batch(int64_t vectors) const {
-    return {vectors, samples, net.images, features(), net.lanes};
-  }
+  Batch batch(int64_t vectors) const { return {vectors, samples, net.images, features(), net.lanes}; }
 
   // ---- weights ----
 
@@ -119,8 +119,9 @@ class Call {
     int64_t blocks = 0;
     const auto add = [&](const S* from, const A* to, int rows, int channels, int taps, int row_stride,
                          int channel_stride, int tap_stride, int row_half, int channel_half) {
-      work.all[work.count++] = {from, const_cast<A*>(to), rows, channels, taps, row_stride, channel_stride, tap_stride,
-                                row_half, channel_half, static_cast<int>(blocks)};
+      work.all[work.count++] = {
+          from,         const_cast<A*>(to),      rows, channels, taps, row_stride, channel_stride, tap_stride, row_half,
+          channel_half, static_cast<int>(blocks)};
       blocks += ceil_div(int64_t(taps) * channels * padded(rows), kArranged);
     };
     for (int i = 0; i < net.maps; ++i) {
@@ -232,7 +233,8 @@ class Call {
     int64_t most = net.images;
     for (int i = begin; i < phases && !alone; ++i) most = std::max(most, tiles_of<kLarge>(g, step_of(g, net.maps, i)));
     g.slots = static_cast<int>(most);
-    const Tensor by_parameter = torch::stable::new_zeros(like_, std::vector<int64_t>{3, net.maps - 1, most}, Dtype<A>::kType);
+    const Tensor by_parameter =
+        torch::stable::new_zeros(like_, std::vector<int64_t>{3, net.maps - 1, most}, Dtype<A>::kType);
     g.by_parameter = mutable_data<A>(by_parameter);
     if (by_x && direct()) g.grad_x = reinterpret_cast<A*>(mutable_data<S>(grads[0]));
     const dim3 block(kThreads);
@@ -240,7 +242,8 @@ class Call {
       launch(gradient_passes<A, kLarge>, net.images, block, net, g, true, begin, phases);
     } else {
       for (int i = begin; i < phases; ++i)
-        launch(gradient_passes<A, kLarge>, tiles_of<kLarge>(g, step_of(g, net.maps, i)), block, net, g, false, i, i + 1);
+        launch(gradient_passes<A, kLarge>, tiles_of<kLarge>(g, step_of(g, net.maps, i)), block, net, g, false, i,
+               i + 1);
     }
     if (by_x && !direct()) store(g.grad_x, 1, mutable_data<S>(grads[0]));
     sum_up(g, grads);
@@ -279,12 +282,14 @@ class Call {
       const Map<A>& m = net.map[i];
       add({m.out, m.in, nullptr, nullptr, m.outputs, m.inputs, m.kernel, 0, i > 0 ? half(i - 1) : 0, 0, 0, 0, all},
           mutable_data<S>(grads[1 + i]));
-      rows.all[rows.count++] = {m.out, mutable_data<S>(grads[1 + net.maps + i]), net.pixels(), net.images, m.outputs,
-                                static_cast<int>(row_blocks)};
+      rows.all[rows.count++] = {m.out,        mutable_data<S>(grads[1 + net.maps + i]),
+                                net.pixels(), net.images,
+                                m.outputs,    static_cast<int>(row_blocks)};
       row_blocks += m.outputs;
     }
-    rows.all[rows.count++] = {g.by_parameter, mutable_data<S>(grads[1 + 2 * net.maps]), g.slots, 3, net.maps - 1,
-                              static_cast<int>(row_blocks)};
+    rows.all[rows.count++] = {g.by_parameter, mutable_data<S>(grads[1 + 2 * net.maps]),
+                              g.slots,        3,
+                              net.maps - 1,   static_cast<int>(row_blocks)};
     row_blocks += net.maps - 1;
     for (int c = 0; g.traced() && c < g.trace.classes; ++c)
       add({net.map[1].slope, net.map[0].slope, nullptr, g.each, values(1), values(0), 1, half(1), half(0), 0, 0, 0,

@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(kThreads) arrange(const __grid_constant__ Arra
   }
 }
 
-// Sizes of a batch of vectors: [vectors, samples, features] as tensors have it, [vectors · images, features, lanes] here.
+// Sizes of a batch of vectors: [vectors, samples, features] as tensors have it, [vectors · images, features, lanes]
+// here.
 struct Batch {
   int64_t vectors, samples, images, features;
   int lanes;
@@ -101,15 +102,15 @@ __global__ void __launch_bounds__(kThreads)
 // matrix [samples, D, D] = 1 + J: row p is vector p of the images.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    jacobian_rows(const __grid_constant__ Batch b, const __grid_constant__ BatchDivisors by,
-                  const A* __restrict__ from, A* __restrict__ matrix, const int64_t count) {
+    jacobian_rows(const __grid_constant__ Batch b, const __grid_constant__ BatchDivisors by, const A* __restrict__ from,
+                  A* __restrict__ matrix, const int64_t count) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (e >= count) return;
   const int64_t line = by.features.divide(e), feature = e - line * b.features;
   const int64_t sample = by.features.divide(line), vector = line - sample * b.features;
   const int64_t image = by.lanes.divide(sample), lane = sample - image * b.lanes;
-  matrix[e] = from[((vector * b.images + image) * b.features + feature) * b.lanes + lane] +
-              (feature == vector ? A(1) : A(0));
+  matrix[e] =
+      from[((vector * b.images + image) * b.features + feature) * b.lanes + lane] + (feature == vector ? A(1) : A(0));
 }
 
 // rows [D, samples, D] = those of the matrices [samples, D, D].

@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kThreads) outer_products(const __grid_constant
       const int row = row0 + across + l * kAcross;
       held_left[l] = live && row < o.outputs ? factor * l_from[row * pixels] : A(0);
       const int y = at.y + shift_y[l], x = at.x + shift_x[l];
-      const bool inside = live && column0 + across + l * kAcross < all && y >= 0 && y < work.height && x >= 0 &&
-                          x < work.width;
+      const bool inside =
+          live && column0 + across + l * kAcross < all && y >= 0 && y < work.height && x >= 0 && x < work.width;
       held_right[l] = inside ? r_from[source[l]] : A(0);
     }
     position += kDepth;
@@ -202,11 +202,11 @@ __global__ void __launch_bounds__(kThreads) sum_images(const __grid_constant__ R
 
 template <typename A>
 struct Gradient {
-  int probes;    // 0 where the log-determinant has no gradient
+  int probes;  // 0 where the log-determinant has no gradient
   Trace<A> trace;
-  const A* each;  // [G, lanes] gradients of log-determinants
-  A first;        // the weight of the first term
-  A* grad_x;      // [G, channels], or null
+  const A* each;    // [G, lanes] gradients of log-determinants
+  A first;          // the weight of the first term
+  A* grad_x;        // [G, channels], or null
   A* by_parameter;  // [3, maps − 1, slots]
   int slots;
 
@@ -248,7 +248,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto keep = [&](int kind, int layer, A value) {  // what the parameter of a layer gets of this block
     const double sum = lane_sum(static_cast<double>(value), 1, sums);
     if (threadIdx.x == 0)
-      g.by_parameter[(static_cast<int64_t>(kind) * (net.maps - 1) + layer) * g.slots + blockIdx.x] = static_cast<A>(sum);
+      g.by_parameter[(static_cast<int64_t>(kind) * (net.maps - 1) + layer) * g.slots + blockIdx.x] =
+          static_cast<A>(sum);
   };
   for (int phase = begin; phase < end; ++phase) {
     const Step step = step_of(g, net.maps, phase);

@@ -3,8 +3,8 @@
 // Layout. Everything is [image, channel, pixel]. An image of a convolution is a sample; of matrices it is a tile of
 // `lanes` samples, one a pixel (8, or 64 for many of them; absent ones are 0), so that a matrix is a 1×1 convolution. A
 // batch of vectors has P images for each image of samples: vector p·G + g. Of an activation with two outputs a number
-// (CLipSwish), φ(z_j) and φ(−z_j) are the channels 2j and 2j + 1: the weights are arranged so (`arrange`), and one thread
-// has both to fold.
+// (CLipSwish), φ(z_j) and φ(−z_j) are the channels 2j and 2j + 1: the weights are arranged so (`arrange`), and one
+// thread has both to fold.
 //
 // The product. rows × columns, columns being the pixels of some images and depth (tap, channel): an implicit GEMM that
 // reads its left factor as [depth, rows] (arranged so, rows padded to 4) and gathers its right one from images with
@@ -34,11 +34,11 @@ GK_HOST_DEVICE inline int padded(int rows) {
 // One map. With G images of samples and V = G, or (1 + P)·G where a gradient has P probes:
 template <typename A>
 struct Map {
-  const A *push, *pull;           // [taps · inputs, padded outputs], [taps · outputs, padded inputs], taps mirrored
-  const A* bias;                  // [outputs]
-  A *in, *out;                    // [V, inputs], [V, outputs]: what it is applied to; cotangents of what it gives
-  A *z, *slope, *bent;            // [G, outputs], [G, values], [slots · G, outputs]: of the activation behind it
-  int inputs, outputs, kernel;    // channels; 1 or 3
+  const A *push, *pull;         // [taps · inputs, padded outputs], [taps · outputs, padded inputs], taps mirrored
+  const A* bias;                // [outputs]
+  A *in, *out;                  // [V, inputs], [V, outputs]: what it is applied to; cotangents of what it gives
+  A *z, *slope, *bent;          // [G, outputs], [G, values], [slots · G, outputs]: of the activation behind it
+  int inputs, outputs, kernel;  // channels; 1 or 3
 };
 
 template <typename A>
@@ -130,8 +130,8 @@ template <typename A>
 using Narrow = Tile<A, 1, 8>;
 
 template <typename A, bool kLarge>
-constexpr int kNumbers = kLarge ? (Flat<A>::kNumbers > Square<A>::kNumbers ? Flat<A>::kNumbers : Square<A>::kNumbers)
-                                : Narrow<A>::kNumbers;
+constexpr int kNumbers =
+    kLarge ? (Flat<A>::kNumbers > Square<A>::kNumbers ? Flat<A>::kNumbers : Square<A>::kNumbers) : Narrow<A>::kNumbers;
 
 template <typename A, bool kLarge>
 GK_HOST_DEVICE inline int tiles(int rows, int columns) {

@@ -13,8 +13,8 @@ __device__ __forceinline__ int64_t cell(const Network<A>& net, int image, int ch
   return (static_cast<int64_t>(image) * channels + channel) * net.pixels() + pixel;
 }
 
-// f(r, up, down, values): for each argument z_r of an activation among 4 rows its outputs' numbers; down where there are
-// two outputs.
+// f(r, up, down, values): for each argument z_r of an activation among 4 rows its outputs' numbers; down where there
+// are two outputs.
 template <typename A, typename F>
 __device__ __forceinline__ void each_argument(bool mirrored, int row, const A (&found)[4], int rows, F&& f) {
   if (mirrored) {
@@ -79,7 +79,8 @@ struct Store {
   __device__ __forceinline__ void operator()(int image, int pixel, int row, const A (&found)[4], int rows) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      if (r < rows) to[cell(net, image, channels, row + r, pixel)] = found[r] + (bias != nullptr ? bias[row + r] : A(0));
+      if (r < rows)
+        to[cell(net, image, channels, row + r, pixel)] = found[r] + (bias != nullptr ? bias[row + r] : A(0));
     }
   }
 };
@@ -100,8 +101,9 @@ struct Pull {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Of gradients. bent: [slots · G, outputs]: first tangents of an activation's arguments, in the end what the slopes give
-// to the arguments' gradient, a slot for each probe and the last one for the trace; images of probes are G + those.
+// Of gradients. bent: [slots · G, outputs]: first tangents of an activation's arguments, in the end what the slopes
+// give to the arguments' gradient, a slot for each probe and the last one for the trace; images of probes are G +
+// those.
 
 // t = W q: a tangent of arguments, and the next map's input.
 template <typename A>
