@@ -5,8 +5,8 @@ r"""The network of a residual block on the GPU: products with its maps and what 
 Layout. Inside everything is rows of channels in fp32 (fp64 for fp64): a sample is one row, or a row for each pixel of
 an image, so fully connected maps and convolutions differ in nothing but the taps. A buffer holds a *plane*
 ``[rows, channels]`` for each map, one behind the other: `inputs` those that the maps read (the first is x), `outputs`
-those of what they give or of its cotangents (the last is that of g). Maps lie packed twice, as ``[taps · in, out]`` and,
-mirrored, as ``[taps · out, in]``: Wt and Wᵀw are one code, which reads either along its rows.
+those of what they give or of its cotangents (the last is that of g). Maps lie packed twice, as ``[taps · in, out]``
+and, mirrored, as ``[taps · out, in]``: W t and Wᵀ w are one code, which reads either along its rows.
 
 A *tile* is BR rows by BC channels of one map: the product over taps and channels, then in registers bias, activation
 and slope, or a product with slopes, or the gradient of the activation. [z, −z] takes a tile twice, once for each half.
@@ -41,6 +41,7 @@ SILU = tl.constexpr(Nonlinearity.SILU.value)
 TANH = tl.constexpr(Nonlinearity.TANH.value)
 LIPSWISH = tl.constexpr(Nonlinearity.LIPSWISH.value)
 CLIPSWISH = tl.constexpr(Nonlinearity.CLIPSWISH.value)
+ONE = tl.constexpr(1.0)
 OVER_LIPSWISH, OVER_CLIPSWISH = tl.constexpr(1 / LIPSWISH_DIVISOR), tl.constexpr(1 / CLIPSWISH_DIVISOR)
 
 # a map's row in the table of sizes: channels in and out, where its packed matrices, its bias and its planes begin
@@ -72,7 +73,7 @@ def _steepness(parameter, ACTIVATION: tl.constexpr):
     elif ACTIVATION == CLIPSWISH:
         return parameter, OVER_CLIPSWISH
     else:
-        return parameter * 0.0 + 1.0, tl.constexpr(1.0)
+        return tl.full((), 1.0, parameter.dtype), ONE
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def curve(b_z, parameter, ACTIVATION: tl.constexpr):
         b_slope = tl.where(b_z > 0, 1.0, 0.0).to(b_z.dtype)
     elif ACTIVATION == LEAKY_RELU:
         b_value = tl.where(b_z > 0, b_z, parameter * b_z)
-        b_slope = tl.where(b_z > 0, 1.0, parameter + 0.0 * b_z)
+        b_slope = tl.where(b_z > 0, 1.0, tl.zeros_like(b_z) + parameter)
     elif ACTIVATION == ELU:
         b_low = tl.minimum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_value = tl.where(b_z > 0, b_z, parameter * _expm1(b_low))
@@ -937,7 +938,7 @@ def _outer_kernel(
 ):
     """parts ``[parts, taps · in, out]``: sums over this part's rows of gathered inputs times g, and of g itself.
 
-    CLASSES: the rows of one class a part of the grid, ``[classes, parts, in, out]``; each row times its sample's number.
+    CLASSES: of the rows of each class, ``[classes, parts, in, out]``, each row times its sample's number.
     """
     ACC: tl.constexpr = p_in.dtype.element_ty
     o_k = tl.program_id(0).to(tl.int64) * BK + tl.arange(0, BK)
@@ -1033,22 +1034,28 @@ class Tiles(NamedTuple):
     BK: int
     num_warps: int
     num_stages: int
+    #: ptxas alone settles for fewer registers, and spills
+    maxnreg: int = 255
 
 
 def _power(n: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(n)))
 
 
-def map_tiles(itemsize: int, columns: int) -> Tiles:
+def map_tiles(itemsize: int, columns: int, rows: int = 64) -> Tiles:
     """Of a launch for one map."""
     if itemsize == 8:
         return Tiles(32, _power(columns, 16, 32), 16, 4, 1)
-    return Tiles(64, _power(columns, 16, 64), 16, 4 if columns <= 32 else 8, 2)
+    return Tiles(rows, _power(columns, 16, 64), 16, 4 if columns <= 32 else 8, 2)
+
+
+#: Rows of a tile of the gradient by z, which holds more at once.
+DELTA_ROWS = 32
 
 
 def chain_tiles(itemsize: int) -> Tiles:
     """Of a program that goes through all maps."""
-    return Tiles(16, 32, 16, 4, 1) if itemsize == 8 else Tiles(16, 64, 32, 4, 1)
+    return Tiles(16, 32, 16, 4, 1) if itemsize == 8 else Tiles(16, 64, 16, 8, 1)
 
 
 class Map(NamedTuple):
@@ -1141,17 +1148,18 @@ class Network:
 
     # launches of a map
 
-    def launch(self, kernel, map_: Map, columns: int, rows: int, arguments: tuple, **options) -> None:
+    def launch(self, kernel, map_: Map, columns: int, rows: int, arguments: tuple, tile: int = 64, **options) -> None:
         """`columns`: that a program's tiles go over."""
-        tiles = map_tiles(self.parameters.element_size(), columns)
+        tiles = map_tiles(self.parameters.element_size(), columns, tile)
         grid = (triton.cdiv(rows, tiles.BR), triton.cdiv(columns, tiles.BC))
         kernel[grid](*arguments, TAPS=map_.taps, **tiles._asdict(), **options, enable_fp_fusion=True)
 
     def column_tiles(self, columns: int) -> int:
         return triton.cdiv(columns, map_tiles(self.parameters.element_size(), columns).BC)
 
-    def row_tiles(self, columns: int) -> int:
-        return triton.cdiv(self.rows, map_tiles(self.parameters.element_size(), columns).BR)
+    def delta_tiles(self, columns: int) -> int:
+        tiles = map_tiles(self.parameters.element_size(), columns, DELTA_ROWS)
+        return triton.cdiv(self.rows, tiles.BR) * triton.cdiv(columns, tiles.BC)
 
     def forward(self, i: int, into: Tensor, z: Tensor | None, a: Tensor, d: Tensor | None, done=None) -> None:
         m = self.maps[i]
@@ -1282,13 +1290,13 @@ def run_deltas(net: Network, at: Passed, probed: Probed | None, deltas: tuple[Te
     by = []
     for i in range(net.layers - 1, 0, -1):
         m, h = net.maps[i], net.out_widths[i - 1]
-        parts = grad.new_empty((net.row_tiles(h) * net.column_tiles(h),))
+        parts = grad.new_empty((net.delta_tiles(h),))
         beta, t = (None, None) if probed is None else (probed.beta[1][i - 1], probed.t[1][i - 1])
         traced = None if probed is None or probed.by is None else probed.by[1][i - 1]
         arguments = (deltas[1][i], m.pull, net.parameters, at.z[1][i - 1], at.d[1][i - 1], beta, t, traced)
         arguments += (deltas[1][i - 1], parts, net.rows, 1 if probed is None else probed.count)
         arguments += (i - 1, m.outputs, h, net.height, net.width)
-        net.launch(_delta_kernel, m, h, net.rows, arguments, ACTIVATION=net.activation)
+        net.launch(_delta_kernel, m, h, net.rows, arguments, DELTA_ROWS, ACTIVATION=net.activation)
         by.insert(0, parts.sum())
     net.pull_out(deltas[1][0], grad)
     return grad, torch.stack(by)
@@ -1353,7 +1361,7 @@ def _splits(rows: int, programs: int, tile: int) -> tuple[int, int]:
 def _outer_tiles(itemsize: int, depth: int, columns: int) -> Tiles:
     if itemsize == 8:
         return Tiles(16, 16, 16, 4, 1)
-    return Tiles(32, _power(columns, 16, 64), _power(depth, 16, 32), 4, 2)
+    return Tiles(16, _power(columns, 16, 64), _power(depth, 16, 32), 8 if columns > 32 else 4, 2)
 
 
 def map_gradients(net: Network, at: Passed, probed: Probed | None, deltas, weights, biases) -> list[Tensor]:

@@ -110,9 +110,10 @@ def _gamma(b_0, b_1, b_2, b_3, b_4):
 
 
 @triton.jit
-def _products(b_row, b_history, p_dr, o, m):
-    """Adds to a row of the Gram matrix."""
-    b_dr = tl.load(p_dr + o, m, other=0.0).to(tl.float64)
+def _products(b_row, b_history, p_dr, o, m_n, o_c, features, slots, held, J: tl.constexpr):
+    """Adds to row J of the Gram matrix."""
+    m_c = o_c < tl.where(held > J, features, 0)
+    b_dr = tl.load(p_dr + (slots * J + o), m_n[:, None] & m_c[None, :], other=0.0).to(tl.float64)
     return b_row + tl.sum(b_history * b_dr[:, None, :], axis=2)
 
 
@@ -191,6 +192,7 @@ def _step(
                 tl.store(p_dx + (slots * newest + o), b_dx, m_keeps)
                 tl.store(p_dr + (slots * newest + o), b_dr, m_keeps)
             m = (m_left & m_taken)[:, None] & m_c[None, :]
+            tl.debug_barrier()  # the last x and r may be written by other threads than have read them
         tl.store(p_last_x + o, b_x, m)
         tl.store(p_last_r + o, b_r, m)
     tl.debug_barrier()
@@ -206,14 +208,13 @@ def _step(
         m = m_left[:, None] & m_c[None, :]
         b_history = _load_history(p_dr, o_n, m_left, o_c, m_c, features, samples, held)
         b_last = tl.load(p_last_r + o, m, other=0.0)
-        b_history = tl.where((tl.arange(0, SLOTS) == DEPTH)[None, :, None], b_last[:, None, :], b_history).to(
-            tl.float64
-        )
-        b_0 = _products(b_0, b_history, p_dr, o, m)
-        b_1 = _products(b_1, b_history, p_dr, slots + o, m & (held > 1))
-        b_2 = _products(b_2, b_history, p_dr, 2 * slots + o, m & (held > 2))
-        b_3 = _products(b_3, b_history, p_dr, 3 * slots + o, m & (held > 3))
-        b_4 = _products(b_4, b_history, p_dr, 4 * slots + o, m & (held > 4))
+        m_last = (tl.arange(0, SLOTS) == DEPTH)[None, :, None]
+        b_history = tl.where(m_last, b_last[:, None, :], b_history).to(tl.float64)
+        b_0 = _products(b_0, b_history, p_dr, o, m_left, o_c, features, slots, held, 0)
+        b_1 = _products(b_1, b_history, p_dr, o, m_left, o_c, features, slots, held, 1)
+        b_2 = _products(b_2, b_history, p_dr, o, m_left, o_c, features, slots, held, 2)
+        b_3 = _products(b_3, b_history, p_dr, o, m_left, o_c, features, slots, held, 3)
+        b_4 = _products(b_4, b_history, p_dr, o, m_left, o_c, features, slots, held, 4)
     b_gamma = _gamma(b_0, b_1, b_2, b_3, b_4).to(T)
     for c in range(0, wide, BC):
         o_c = tl.arange(0, BC).to(tl.int64) + c
@@ -443,16 +444,15 @@ def _solve(net: Network, planes, d, target: Tensor, x: Tensor, limit: Tensor, mo
     each = {"device": x.device, "dtype": torch.int32}
     taken = torch.zeros((net.samples,), **each)
     vectors = (r, last_x, last_r, best_x, *history)
-    wide = x.element_size() == 8
     if not net.image:
         best = torch.empty_like(limit)
-        tiles = _block.chain_tiles(x.element_size())
+        tiles = _block.chain_tiles(x.element_size())._replace(BC=32)
         _solve_kernel[(triton.cdiv(net.rows, tiles.BR),)](
             *(net.table, net.push, net.pull, net.biases, net.parameters, planes[0], None if d is None else d[0]),
             *(target, *vectors, limit, best, taken, net.rows, net.pitch, most, depth, net.layers),
             ACTIVATION=net.activation,
             TRANSPOSED=transposed,
-            BD=16,
+            BD=8,
             **tiles._asdict(),
             enable_fp_fusion=True,
         )
@@ -463,7 +463,7 @@ def _solve(net: Network, planes, d, target: Tensor, x: Tensor, limit: Tensor, mo
     for step in range(1, most + 1):
         _evaluate(net, planes[1], d, target, x, r, done, transposed)
         arguments = (x, *vectors, limit, best, norm, taken, done, plain, step, depth, size, net.samples)
-        _step_kernel[(net.samples,)](*arguments, BD=128 if wide else 256, num_warps=4, enable_fp_fusion=True)
+        _step_kernel[(net.samples,)](*arguments, BD=128, num_warps=4, maxnreg=255, enable_fp_fusion=True)
         if looks and step % INTERVAL == 0 and step < most:
             if look is not None and look.all_done():
                 break

@@ -13,7 +13,8 @@ launches for the slopes and two for its map.
 
 Flops, h being the maps' multiplications a sample: 2 h for the pass and for each term and probe; the gradient 6 h and
 6 h a probe. Bytes, fully connected: x, v, value, sums and the slopes, which lie in the caches, and the weights once
-a program and map. Convolutions, each term: what every map reads (its taps out of the caches) and writes, and the slopes.
+a program and map. Convolutions, each term: what every map reads (its taps out of the caches) and writes, and the
+slopes.
 
 Without probes the series has one term, of basis vectors: the rows of the Jacobian; its inverse is torch's.
 """
