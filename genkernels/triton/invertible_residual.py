@@ -452,7 +452,7 @@ def _solve(net: Network, planes, d, target: Tensor, x: Tensor, limit: Tensor, mo
             *(target, *vectors, limit, best, taken, net.rows, net.pitch, most, depth, net.layers),
             ACTIVATION=net.activation,
             TRANSPOSED=transposed,
-            BD=8,
+            BD=4,
             **tiles._asdict(),
             enable_fp_fusion=True,
         )
