@@ -154,7 +154,7 @@ struct Samples {
 
 // transposed: w = y − Jᵀ w, J being that at map[0].in; else x = y − g(x), x being map[0].in.
 template <typename A, bool kLarge, bool kTransposed>
-__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)  // two blocks at fp64 would spill
+__global__ void __launch_bounds__(kThreads, kLarge ? 1 : kBlocks<A>)
     fixed_point(const __grid_constant__ Network<A> net, const __grid_constant__ Solve<A> s, const int ranks) {
   alignas(32) __shared__ A shared[kNumbers<A, kLarge>];
   __shared__ double sums[5 * kThreads];

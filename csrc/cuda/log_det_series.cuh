@@ -70,7 +70,7 @@ struct Term {
 // Passes begin to end: maps, the trace, then the maps of each term in reverse. alone: each block does them all for its
 // own image; else a launch does one.
 template <typename A, bool kLarge>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<A>)
     series_passes(const __grid_constant__ Network<A> net, const __grid_constant__ Series<A> s, const bool alone,
                   const int begin, const int end) {
   alignas(32) __shared__ A shared[kNumbers<A, kLarge>];

@@ -240,7 +240,7 @@ GK_HOST_DEVICE inline Step step_of(const Gradient<A>& g, int maps, int phase) {
 }
 
 template <typename A, bool kLarge>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLarge ? 1 : kBlocks<A>)
     gradient_passes(const __grid_constant__ Network<A> net, const __grid_constant__ Gradient<A> g, const bool alone,
                     const int begin, const int end) {
   alignas(32) __shared__ A shared[kNumbers<A, kLarge>];

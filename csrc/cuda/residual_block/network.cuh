@@ -27,6 +27,10 @@ namespace residual {
 constexpr int kMaps = 16;  // their pointers travel as kernel arguments
 constexpr int kSmallTile = 8, kLargeTile = 64;
 
+// Blocks that share a multiprocessor, at least: named, since ptxas by itself was seen to spill for more.
+template <typename A>
+constexpr int kBlocks = sizeof(A) == 4 ? 2 : 1;
+
 GK_HOST_DEVICE inline int padded(int rows) {
   return (rows + 3) / 4 * 4;
 }
