@@ -1055,7 +1055,7 @@ DELTA_ROWS = 32
 
 def chain_tiles(itemsize: int) -> Tiles:
     """Of a program that goes through all maps."""
-    return Tiles(16, 32, 16, 4, 1) if itemsize == 8 else Tiles(16, 64, 16, 8, 1)
+    return Tiles(16, 32, 16, 8, 1) if itemsize == 8 else Tiles(16, 64, 16, 8, 1)
 
 
 class Map(NamedTuple):
