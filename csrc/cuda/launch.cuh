@@ -50,11 +50,24 @@ class Launcher {
   // kernel.
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, dim3 block, Arguments&&... arguments) const {
+    clustered(kernel, blocks, block, 1, std::forward<Arguments>(arguments)...);
+  }
+
+  // The same with so many blocks to a cluster, of which `blocks` must be a multiple; 1 for none.
+  template <typename... Parameters, typename... Arguments>
+  void clustered(void (*kernel)(Parameters...), int64_t blocks, dim3 block, int cluster,
+                 Arguments&&... arguments) const {
     if (blocks > 2147483647) fail("needs " + std::to_string(blocks) + " thread blocks, more than a grid's 2^31 - 1");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned int>(blocks));
     config.blockDim = block;
     config.stream = stream_;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned int>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
     if (error != cudaSuccess) {
       cudaGetLastError();  // clears it, so that it is reported once
@@ -62,7 +75,19 @@ class Launcher {
     }
   }
 
+  // Blocks of a cluster that this device runs at most, 1 where it has none, and its multiprocessors.
+  int largest_cluster() const { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1; }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int device = 0, value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) {
+      cudaGetLastError();
+      fail("its device could not be asked for its properties");
+    }
+    return value;
+  }
   [[noreturn]] void fail(const std::string& what) const { throw std::runtime_error(std::string(name_) + ": " + what); }
 
   const char* name_;
