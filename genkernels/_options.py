@@ -84,3 +84,8 @@ class Nonlinearity(Option):
     TANH = 4
     LIPSWISH = 5
     CLIPSWISH = 6
+
+
+#: LipSwish is Swish over the largest slope that it may have (Chen et al. 2019); CLipSwish is LipSwish of [x, -x] over
+#: the norm of its slopes (Perugachi-Diaz et al. 2021).
+LIPSWISH_DIVISOR, CLIPSWISH_DIVISOR = 1.1, 1.1 * 1.004

@@ -1,9 +1,9 @@
 // x from y = x + g(x) for a residual block on the CPU; genkernels/reference/invertible_residual.py has the maths.
 //
 // A thread keeps a tile of samples in flight: one evaluation of g serves all of them (residual_block/tile.h), then each
-// takes its own accelerated step (residual_block/anderson.h). A sample that has converged gives its place to the next one
-// of the thread's share, and where there is none the tile becomes narrower: no evaluation is spent on what is done. The
-// gradient solves the transposed equation in the same way over slopes that are computed once, whose columns move
+// takes its own accelerated step (residual_block/anderson.h). A sample that has converged gives its place to the next
+// one of the thread's share, and where there is none the tile becomes narrower: no evaluation is spent on what is done.
+// The gradient solves the transposed equation in the same way over slopes that are computed once, whose columns move
 // together as samples end, and then differentiates g in one pass.
 //
 // Flops: g for each iteration of each sample, and for the step up to 25 D more; backward Jᵀ for each, and 5 passes.
@@ -20,7 +20,8 @@ namespace {
 template <typename T>
 void put(const Grid& grid, const T* from, int64_t channels, int64_t slot, T* to, int64_t plane) {
   for (int64_t c = 0; c < channels; ++c)
-    grid.rows_of(slot, [&](int64_t row) { from = (std::copy_n(from, grid.width, to + c * plane + row), from + grid.width); });
+    grid.rows_of(slot,
+                 [&](int64_t row) { from = (std::copy_n(from, grid.width, to + c * plane + row), from + grid.width); });
 }
 
 template <typename T>
@@ -133,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> invertible_residual(Tensor y, std::op
     }
     return x.done();
   };
-  Tensor x = arithmetic_dtype(y) == ScalarType::Double ? run.template operator()<double>()
-                                                       : run.template operator()<float>();
+  Tensor x =
+      arithmetic_dtype(y) == ScalarType::Double ? run.template operator()<double>() : run.template operator()<float>();
   return {x, residual, iterations, converged};
 }
 

@@ -1,12 +1,12 @@
 // log|det(I + J)| of a residual block on the CPU; the head of genkernels/reference/log_det_series.py has the maths.
 //
-// One loop over tiles of samples, and all of a tile's work in the caches of one core: the forward pass, the slopes, every
-// term of the series, the sums, the gradients. A tile is some columns side by side (residual_block/grid.h): samples of a
-// fully connected block, pixels of an image with zeros around. Matrices, 1×1 and 3×3 convolutions and their transposes
-// are one product over columns (residual_block/network.h), packed once a call.
+// One loop over tiles of samples, and all of a tile's work in the caches of one core: the forward pass, the slopes,
+// every term of the series, the sums, the gradients. A tile is some columns side by side (residual_block/grid.h):
+// samples of a fully connected block, pixels of an image with zeros around. Matrices, 1×1 and 3×3 convolutions and
+// their transposes are one product over columns (residual_block/network.h), packed once a call.
 //
-// Flops, in passes g of the block: forward 1 + P·terms; backward 1 (the pass anew) + 2 P (tangents and cotangents) + 1 +
-// 1 + P (the weights' gradients), and with the exact first term a product by M forward and three backward. Bytes: the
+// Flops, in passes g of the block: forward 1 + P·terms; backward 1 (the pass anew) + 2 P (tangents and cotangents) + 1
+// + 1 + P (the weights' gradients), and with the exact first term a product by M forward and three backward. Bytes: the
 // arguments and results; what lies between never leaves the caches (a tile of 48 columns and 128 channels: 24 kB a
 // plane of channels). The floor is the flops.
 //
@@ -75,7 +75,9 @@ template <typename T>
 struct TraceRoom {
   Scratch<T> d1, d2, product;
   explicit TraceRoom(const Trace<T>& t)
-      : d1(t.columns * t.stride + 64), d2(t.rows * t.stride + 64), product(std::max(t.rows, t.columns) * t.stride + 64) {}
+      : d1(t.columns * t.stride + 64),
+        d2(t.rows * t.stride + 64),
+        product(std::max(t.rows, t.columns) * t.stride + 64) {}
 };
 
 // sums[q] += Σ_i d2_i (M d1)_i
@@ -233,9 +235,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
         for (int64_t g = 0; g < some; ++g) before[g] = net.grid.sum(dots.data(), g);
         tile.dots(w.at(), w.at(), channels, dots.data());
         for (int64_t g = 0; g < some; ++g)
-          to_shrink[p * batch + from + g] =
-              T(std::pow(net.grid.sum(dots.data(), g) / (before[g] > 0 ? before[g] : 1.0),
-                         0.5 / double(std::max<int64_t>(n, 1))));
+          to_shrink[p * batch + from + g] = T(std::pow(net.grid.sum(dots.data(), g) / (before[g] > 0 ? before[g] : 1.0),
+                                                       0.5 / double(std::max<int64_t>(n, 1))));
       }
       for (int64_t g = 0; g < some; ++g) to_log_det[from + g] = T(total[g]);
     }
@@ -269,8 +270,8 @@ struct Tangents {
   }
 };
 
-// Adds the gradient of sᵀ J v by the weights, and that by the slopes to t.by_slope; `sum` holds s times what the sample's
-// log-determinant weighs.
+// Adds the gradient of sᵀ J v by the weights, and that by the slopes to t.by_slope; `sum` holds s times what the
+// sample's log-determinant weighs.
 template <typename T>
 void add_product(Tile<T>& tile, Sums<T>& sums, Tangents<T>& t) {
   const Network<T>& net = tile.net;
@@ -344,7 +345,7 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
   net.pack(true, true);
   const auto numbers = [](const std::optional<Tensor>& t) { return t.has_value() ? Numbers<T>(*t) : Numbers<T>(); };
   const Numbers<T> points(x), noise = numbers(probes), known(sums_of), by_value = numbers(grad_value),
-                   by_log_det = numbers(grad_log_det);
+                              by_log_det = numbers(grad_log_det);
   const bool counts = grad_log_det.has_value(), exact = counts && trace_map.has_value();
   std::optional<Trace<T>> trace;
   if (exact) trace.emplace(*trace_map, net, true);

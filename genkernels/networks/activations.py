@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genkernels.reference._block import CLIPSWISH, LIPSWISH
+from genkernels._options import CLIPSWISH_DIVISOR, LIPSWISH_DIVISOR
 
 
 class Activation(NamedTuple):
@@ -153,9 +153,15 @@ ACTIVATIONS = {
     "gelu": Activation(F.gelu, _gelu_slope, _gelu_curvature),
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_slope, _gelu_tanh_curvature),
     "lipswish": Activation(
-        _scaled(_swish, LIPSWISH), _scaled(_swish_slope, LIPSWISH), _scaled(_swish_curvature, LIPSWISH), ("beta",)
+        _scaled(_swish, LIPSWISH_DIVISOR),
+        _scaled(_swish_slope, LIPSWISH_DIVISOR),
+        _scaled(_swish_curvature, LIPSWISH_DIVISOR),
+        ("beta",),
     ),
     "clipswish": Activation(
-        _scaled(_swish, CLIPSWISH), _scaled(_swish_slope, CLIPSWISH), _scaled(_swish_curvature, CLIPSWISH), ("beta",)
+        _scaled(_swish, CLIPSWISH_DIVISOR),
+        _scaled(_swish_slope, CLIPSWISH_DIVISOR),
+        _scaled(_swish_curvature, CLIPSWISH_DIVISOR),
+        ("beta",),
     ),
 }

@@ -19,11 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genkernels._options import Nonlinearity
-
-#: LipSwish is Swish over the largest slope that it may have (Chen et al. 2019); CLipSwish is LipSwish of [x, -x] over
-#: the norm of its slopes (Perugachi-Diaz et al. 2021).
-LIPSWISH, CLIPSWISH = 1.1, 1.1 * 1.004
+from genkernels._options import CLIPSWISH_DIVISOR, LIPSWISH_DIVISOR, Nonlinearity
 
 
 class Curve(NamedTuple):
@@ -102,8 +98,8 @@ CURVES = {
     Nonlinearity.TANH: Curve(
         lambda z, _: torch.tanh(z), _tanh_slope, lambda z, a: -2 * torch.tanh(z) * _tanh_slope(z, a), _zero, _zero
     ),
-    Nonlinearity.LIPSWISH: _swish(LIPSWISH),
-    Nonlinearity.CLIPSWISH: _swish(CLIPSWISH),
+    Nonlinearity.LIPSWISH: _swish(LIPSWISH_DIVISOR),
+    Nonlinearity.CLIPSWISH: _swish(CLIPSWISH_DIVISOR),
 }
 
 

@@ -29,9 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels._options import Nonlinearity
-from genkernels.reference._block import CLIPSWISH as CLIPSWISH_DIVISOR
-from genkernels.reference._block import LIPSWISH as LIPSWISH_DIVISOR
+from genkernels._options import CLIPSWISH_DIVISOR, LIPSWISH_DIVISOR, Nonlinearity
 from genkernels.triton import _math
 
 RELU = tl.constexpr(Nonlinearity.RELU.value)

@@ -56,8 +56,16 @@ class Iteration {
   std::vector<T> x, r;  // where it stands, and y − x − g(x) there, which the caller puts in
 
   Iteration(int64_t features, const Limits& limits)
-      : x(features), r(features), n_(features), limits_(limits), depth_(std::min(limits.depth, features)),
-        best_(features), at_(features), from_(features), dx_(depth_ * features), dr_(depth_ * features) {}
+      : x(features),
+        r(features),
+        n_(features),
+        limits_(limits),
+        depth_(std::min(limits.depth, features)),
+        best_(features),
+        at_(features),
+        from_(features),
+        dx_(depth_ * features),
+        dr_(depth_ * features) {}
 
   void begin(const T* y, const T* start) {
     std::copy_n(start, n_, x.begin());

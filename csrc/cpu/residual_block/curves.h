@@ -1,5 +1,5 @@
-// The activations of a residual block on rows of numbers: value and slope, and what a gradient needs of curvature and of
-// the parameter, all from one exponential.
+// The activations of a residual block on rows of numbers: value and slope, and what a gradient needs of curvature and
+// of the parameter, all from one exponential.
 #pragma once
 
 #include "../../common/math.h"
@@ -16,7 +16,9 @@ struct Point {
 };
 
 template <Nonlinearity A>
-constexpr double kDivisor = A == Nonlinearity::kLipswish ? 1.1 : A == Nonlinearity::kClipswish ? 1.1 * 1.004 : 1.0;
+constexpr double kDivisor = A == Nonlinearity::kLipswish    ? 1.1
+                            : A == Nonlinearity::kClipswish ? 1.1 * 1.004
+                                                            : 1.0;
 
 template <Nonlinearity A, typename T>
 __attribute__((always_inline)) inline Point<T> point(T z, T a) {
@@ -30,8 +32,16 @@ __attribute__((always_inline)) inline Point<T> point(T z, T a) {
   } else if constexpr (A == Nonlinearity::kElu) {
     const T e = math::exp(below);
     // expm1 near 0, where exp(z) − 1 would lose digits: its series up to |z| = 1/4
-    const T near = below * (T(1) + below * (T(1) / 2 + below * (T(1) / 6 + below * (T(1) / 24 + below * (T(1) / 120 +
-                   below * (T(1) / 720 + below * (T(1) / 5040 + below * (T(1) / 40320 + below * (T(1) / 362880)))))))));
+    const T near =
+        below *
+        (T(1) +
+         below * (T(1) / 2 +
+                  below * (T(1) / 6 +
+                           below * (T(1) / 24 +
+                                    below * (T(1) / 120 +
+                                             below * (T(1) / 720 +
+                                                      below * (T(1) / 5040 +
+                                                               below * (T(1) / 40320 + below * (T(1) / 362880)))))))));
     const T m = select(below > T(-0.25), near, e - T(1));
     return {select(above, z, a * m), select(above, T(1), a * e), select(above, T(0), a * e), select(above, T(0), m),
             select(above, T(0), e)};

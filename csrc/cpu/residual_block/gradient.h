@@ -27,7 +27,8 @@ struct Outer {
   // `turned` is scratch of `columns`·stride numbers and 16 more vectors.
   void add(const T* g, int64_t plane, const T* x, int64_t columns, T* turned) {
     constexpr int64_t L = Vector<T>::kLanes, kGroup = masked::kOuterVectors * L;
-    for (int64_t o = 0; o < stride; o += kGroup) turn(g, plane, o, std::min(kGroup, stride - o), columns, turned + o * columns);
+    for (int64_t o = 0; o < stride; o += kGroup)
+      turn(g, plane, o, std::min(kGroup, stride - o), columns, turned + o * columns);
     const int64_t entries = inputs * taps;
     const int64_t few = std::max<int64_t>(16, 24 * 1024 / (std::min(kGroup, stride) * int64_t(sizeof(T))));
     for (int64_t q = 0; q < columns; q += few, fresh = false)
@@ -37,8 +38,9 @@ struct Outer {
         for (int64_t e = 0; e < entries; e += together) {
           const T* from[8];
           for (int j = 0; j < together; ++j) from[j] = x + q + at[e + j];
-          masked::outer<masked::Single<T>>(vectors, from, columns, turned + o * columns + q * across, across, int64_t(1),
-                                           std::min(few, columns - q), &sums[e * stride + o], stride, fresh);
+          masked::outer<masked::Single<T>>(vectors, from, columns, turned + o * columns + q * across, across,
+                                           int64_t(1), std::min(few, columns - q), &sums[e * stride + o], stride,
+                                           fresh);
         }
       }
   }
@@ -94,8 +96,8 @@ struct Sums {
   }
 };
 
-// Adds to `sums` the gradients of ⟨by_value, g(x)⟩ + Σ_i ⟨by_slope[i], slopes of activation i⟩ of a linearized tile, and
-// leaves that of x in `by_value`. by_slope[i] null: none.
+// Adds to `sums` the gradients of ⟨by_value, g(x)⟩ + Σ_i ⟨by_slope[i], slopes of activation i⟩ of a linearized tile,
+// and leaves that of x in `by_value`. by_slope[i] null: none.
 template <typename T>
 void differentiate(Tile<T>& tile, Sums<T>& sums, T* by_value, const std::vector<T*>& by_slope, bool wants_x = true) {
   const Network<T>& net = tile.net;

@@ -1,5 +1,5 @@
-// How samples lie in scratch: a plane a channel, samples below one another, zeros between rows and between samples where
-// a map reaches to its neighbours. A fully connected block's sample is one column.
+// How samples lie in scratch: a plane a channel, samples below one another, zeros between rows and between samples
+// where a map reaches to its neighbours. A fully connected block's sample is one column.
 #pragma once
 
 #include "../made/product.h"
@@ -39,8 +39,7 @@ struct Grid {
   template <typename T>
   void stage(const T* x, int64_t channels, int64_t from, int64_t count, T* to) const {
     if (flat) {
-      product::turn(
-          x + from * channels, channels, count, channels, [](int64_t c) { return c; }, to, plane());
+      product::turn(x + from * channels, channels, count, channels, [](int64_t c) { return c; }, to, plane());
       for (int64_t c = 0; c < channels; ++c) std::fill(to + c * plane() + columns(), to + (c + 1) * plane(), T(0));
       return;
     }
@@ -59,8 +58,7 @@ struct Grid {
   template <typename T>
   void unstage(const T* from, int64_t channels, int64_t to, int64_t count, T* x) const {
     if (flat) {
-      product::turn_back(
-          from, plane(), count, channels, [](int64_t c) { return c; }, x + to * channels, channels);
+      product::turn_back(from, plane(), count, channels, [](int64_t c) { return c; }, x + to * channels, channels);
       return;
     }
     for (int64_t s = 0; s < count; ++s)

@@ -1,7 +1,7 @@
 // A residual block's maps, packed for both directions, and the product that all of it is built of.
 //
-// correlate (masked_conv/products.h): out[o][q] = shift[o] + Σ_e w[e][o]·x[q + at_e]: an entry is one channel, or one tap
-// of one. So a matrix, a 1×1 and a 3×3 convolution and their transposes are one product with other entries.
+// correlate (masked_conv/products.h): out[o][q] = shift[o] + Σ_e w[e][o]·x[q + at_e]: an entry is one channel, or one
+// tap of one. So a matrix, a 1×1 and a 3×3 convolution and their transposes are one product with other entries.
 #pragma once
 
 #include "../masked_conv/products.h"
@@ -111,7 +111,7 @@ struct Network {
   int64_t count() const { return int64_t(maps.size()); }
   int64_t features() const { return maps[0].inputs; }
   bool mirrored() const { return activation == Nonlinearity::kClipswish; }
-  int64_t arguments(int64_t i) const { return maps[i].outputs; }                            // of activation i
+  int64_t arguments(int64_t i) const { return maps[i].outputs; }  // of activation i
   int64_t values(int64_t i) const { return maps[i].outputs * (mirrored() ? 2 : 1); }
 
   void pack(bool forwards, bool backwards) {

@@ -92,8 +92,8 @@ class Tile {
     }
   }
 
-  // w (cotangents of the outputs of activation i) times the slopes, those of z and −z together: into the first planes of
-  // w itself.
+  // w (cotangents of the outputs of activation i) times the slopes, those of z and −z together: into the first planes
+  // of w itself.
   void through(int64_t i, T* w) {
     const T* d = slope(i);
     const int64_t h = net.arguments(i);
