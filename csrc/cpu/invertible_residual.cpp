@@ -249,7 +249,7 @@ std::vector<Tensor> invertible_residual_backward(Tensor grad, Tensor x, std::vec
                                                  double atol, int64_t max_iterations, int64_t depth,
                                                  int64_t activation) {
   require(depth >= 0 && depth <= kMostDepth, "invertible_residual: depth must be from 0 to ", kMostDepth);
-  const Limits limits{rtol, atol, max_iterations, depth};
+  const Limits limits{rtol + atol, 0, max_iterations, depth};  // a loss may be of any scale: relative alone
   if (arithmetic_dtype(x) == ScalarType::Double)
     return backward<double>(grad, x, weights, biases, parameters, limits, activation);
   return backward<float>(grad, x, weights, biases, parameters, limits, activation);

@@ -101,8 +101,13 @@ def _swish_curvature(x: Tensor, beta=1.0) -> Tensor:
     return beta * (up * down) * (2 + a * (down - up))
 
 
-def _scaled(function: Callable[..., Tensor], divisor: float) -> Callable[..., Tensor]:
-    return lambda x, beta: function(x, beta) / divisor
+def _over(divisor: float) -> Activation:
+    """Swish divided by a number."""
+
+    def scaled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, beta: function(x, beta) / divisor
+
+    return Activation(scaled(_swish), scaled(_swish_slope), scaled(_swish_curvature), ("beta",))
 
 
 def _normal_density(x: Tensor) -> Tensor:
@@ -152,16 +157,6 @@ ACTIVATIONS = {
     "sigmoid": Activation(torch.sigmoid, _sigmoid_slope, _sigmoid_curvature),
     "gelu": Activation(F.gelu, _gelu_slope, _gelu_curvature),
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_slope, _gelu_tanh_curvature),
-    "lipswish": Activation(
-        _scaled(_swish, LIPSWISH_DIVISOR),
-        _scaled(_swish_slope, LIPSWISH_DIVISOR),
-        _scaled(_swish_curvature, LIPSWISH_DIVISOR),
-        ("beta",),
-    ),
-    "clipswish": Activation(
-        _scaled(_swish, CLIPSWISH_DIVISOR),
-        _scaled(_swish_slope, CLIPSWISH_DIVISOR),
-        _scaled(_swish_curvature, CLIPSWISH_DIVISOR),
-        ("beta",),
-    ),
+    "lipswish": _over(LIPSWISH_DIVISOR),
+    "clipswish": _over(CLIPSWISH_DIVISOR),
 }

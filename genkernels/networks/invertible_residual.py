@@ -38,7 +38,9 @@ class _ThroughInverse(torch.autograd.Function):
             (back,) = torch.autograd.grad(ctx.value, ctx.x, full, retain_graph=True)
             return back if rows is None else back[rows]
 
-        return solve(pulled, grad, **ctx.options).x, None, None, None
+        # a loss may be of any scale: what was asked of x, relative to the gradient
+        options = ctx.options | {"rtol": ctx.options.get("rtol", 1e-6) + ctx.options.get("atol", 1e-6), "atol": 0.0}
+        return solve(pulled, grad, **options).x, None, None, None
 
 
 def attach(g: Callable[[Tensor], Tensor], y: Tensor, x: Tensor, **options) -> Tensor:

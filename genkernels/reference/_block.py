@@ -153,9 +153,9 @@ def outer(weight: Tensor, g: Tensor, t: Tensor) -> Tensor:
     if weight.dim() == 2:
         return g.reshape(-1, g.shape[-1]).T @ t.reshape(-1, t.shape[-1])
     size = weight.shape[-1]
-    flat = t.reshape(-1, *t.shape[-3:])
+    flat = t.reshape(t.shape[:-3].numel(), *t.shape[-3:])
     near = F.unfold(flat, size, padding=size // 2)  # [N, C_in * size * size, pixels]
-    return torch.einsum("nop,nip->oi", g.reshape(len(flat), g.shape[-3], -1), near).reshape(weight.shape)
+    return torch.einsum("nop,nip->oi", g.reshape(len(flat), g.shape[-3], near.shape[-1]), near).reshape(weight.shape)
 
 
 def _channels(vector: Tensor, weight: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def _iterated(block, at, grad, rtol, atol, max_iterations, depth) -> Tensor:
         picked = at if rows is None else at._replace(slopes=[s[rows] for s in at.slopes])
         return _block.transposed(block, picked, w)
 
-    return solve(of, grad, rtol=rtol, atol=atol, max_iterations=max_iterations, depth=depth).x
+    # a loss may be of any scale: relative alone
+    return solve(of, grad, rtol=rtol + atol, atol=0.0, max_iterations=max_iterations, depth=depth).x
 
 
 def block_gradient(block: Block, at: _block.Linearized, grad: Tensor) -> list[Tensor]:
