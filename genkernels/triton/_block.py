@@ -1047,7 +1047,7 @@ def map_tiles(itemsize: int, columns: int, rows: int = 64) -> Tiles:
     return Tiles(rows, _power(columns, 16, 64), 16, 4 if columns <= 32 else 8, 2)
 
 
-#: Rows of a tile of the gradient by z, which holds more at once.
+#: Rows of a tile that holds more at once: of the gradient by z, and of [z, −z] transposed.
 DELTA_ROWS = 32
 
 
@@ -1170,7 +1170,8 @@ class Network:
         m, h = self.maps[i], self.out_widths[i - 1]
         sizes = (self.rows, self.samples, probes, m.outputs, h, self.height, self.width)
         arguments = (w, m.pull, d, beta, out, done, *sizes)
-        self.launch(_pull_kernel, m, h, self.rows * probes, arguments, ACTIVATION=self.activation)
+        tile = DELTA_ROWS if self.activation == CLIPSWISH.value else 64
+        self.launch(_pull_kernel, m, h, self.rows * probes, arguments, tile, ACTIVATION=self.activation)
 
     def value(self, into: Tensor, out: Tensor, target=None, x=None, done=None) -> None:
         """The last map; target − x − it."""
