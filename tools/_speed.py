@@ -12,7 +12,7 @@ from _markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS = ("nflows", "normflows", "FrEIA", "zuko")
+PEERS = ("nflows", "normflows", "FrEIA", "zuko", "torchdeq")
 LEVEL = 1.05  # another provider within so many times our time is as fast as ours, or faster
 
 #: The README's rows: case, shape, dtype, direction. To these comes the worst row of all, found by looking.
@@ -22,6 +22,8 @@ CHOSEN = (
     ("affine_coupling/exp", "64×48×32×32", "float32", "forward"),
     ("masked_conv/3x3B", "16×64×32×32×64", "float32", "forward+backward"),
     ("spectral_norm/critic", "8×2934464", "float32", "forward+backward"),
+    ("log_det_series/cnn", "32×12×16×16×5", "float32", "forward+backward"),
+    ("invertible_residual/mixed", "512×64", "float32", "inverse"),
     ("made/affine", "100×784×1024×1024", "float32", "forward+backward"),
     ("made/affine", "100×784×1024×1024", "float32", "inverse"),
     ("autoregressive_sampling/plain", "16×1×28×28", "float32", "sample"),

@@ -89,7 +89,7 @@ def test_log_det_series(device, name, activation, samples, probes, terms, exact,
     x, weights, biases, parameters = block(name, activation, samples, dtype=dtype)
     number, terms = int(Nonlinearity[activation.upper()]), TERMS[:terms]
     assert not exact or block_checks.takes_exact_first(weights, x.shape[2:])
-    trace_map = series_ops._trace_map(weights, biases, parameters, number) if exact else None
+    trace_map = series_reference.log_det_series_trace_map(weights, number) if exact else None
     vectors = draw(x, probes) if probes else None
     given = [x, weights, biases, parameters, trace_map, vectors]
     expected = series_reference.log_det_series(*given, terms, number)
@@ -193,7 +193,7 @@ def everything(place, seed):
     x, weights, biases, parameters = block("3-1-3", "clipswish", 3, device=place, dtype=FP32, seed=seed)
     vectors, number = draw(x.cpu(), 2, seed=seed).to(place), int(Nonlinearity.CLIPSWISH)
     grad, each = draw(x.cpu(), seed=seed + 1).to(place), torch.ones(3, device=place)
-    trace_map = series_ops._trace_map(weights, biases, parameters, number)
+    trace_map = series_reference.log_det_series_trace_map(weights, number)
     inputs = [x, *weights, *biases, parameters, trace_map, vectors, grad, each]
 
     def call(series, inverse):

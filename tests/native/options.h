@@ -25,6 +25,10 @@ inline void bind_module(pybind11::module_& m) {
       {"Activation", {NUMBER(Activation, kNone), NUMBER(Activation, kRelu), NUMBER(Activation, kGate)}},
       {"MaskType", {NUMBER(MaskType, kA), NUMBER(MaskType, kB)}},
       {"Region", {NUMBER(Region, kRaster), NUMBER(Region, kVertical), NUMBER(Region, kHorizontal)}},
+      {"Nonlinearity",
+       {NUMBER(Nonlinearity, kRelu), NUMBER(Nonlinearity, kLeakyRelu), NUMBER(Nonlinearity, kElu),
+        NUMBER(Nonlinearity, kSilu), NUMBER(Nonlinearity, kTanh), NUMBER(Nonlinearity, kLipswish),
+        NUMBER(Nonlinearity, kClipswish)}},
       {"Head", {NUMBER(Head, kCategorical), NUMBER(Head, kLogisticMixture)}},
   };
   m.attr("options") = options;
