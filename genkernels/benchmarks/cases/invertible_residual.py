@@ -89,7 +89,7 @@ def _mixed_inputs(batch, features, rng) -> dict[str, torch.Tensor]:
     side = torch.where(torch.arange(batch, device=rng.device) % 10 == 0, 8.0, -8.0)[:, None]
     x = (side + draw(batch, features)) @ turn  # whose units are turn @ x
     parameters = torch.full((1,), 0.5 / 0.97, device=rng.device)
-    biases = [torch.zeros(features, device=rng.device) for _ in range(2)]
+    biases = [0.01 * draw(features) for _ in range(2)]
     return _with_image(x, "leaky_relu", parameters, [turn.contiguous(), 0.97 * other], biases)
 
 
