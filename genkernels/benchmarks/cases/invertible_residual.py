@@ -90,7 +90,7 @@ def _mixed_inputs(batch, features, rng) -> dict[str, torch.Tensor]:
     x = (side + draw(batch, features)) @ turn  # whose units are turn @ x
     parameters = torch.full((1,), 0.5 / 0.97, device=rng.device)
     biases = [0.01 * draw(features) for _ in range(2)]
-    return _with_image(x, "leaky_relu", parameters, [turn.contiguous(), 0.97 * other], biases)
+    return _with_image(x, "leaky_relu", parameters, [turn.contiguous(), (0.97 * other).contiguous()], biases)
 
 
 def _cnn_inputs(batch, size, widths, kernels, rng) -> dict[str, torch.Tensor]:
