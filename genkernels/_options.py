@@ -89,3 +89,7 @@ class Nonlinearity(Option):
 #: LipSwish is Swish over the largest slope that it may have (Chen et al. 2019); CLipSwish is LipSwish of [x, -x] over
 #: the norm of its slopes (Perugachi-Diaz et al. 2021).
 LIPSWISH_DIVISOR, CLIPSWISH_DIVISOR = 1.1, 1.1 * 1.004
+
+#: `invertible_residual`: converged samples leave the batch at every so many iterations, for looking for them makes the
+#: host wait for a GPU.
+INTERVAL = 4

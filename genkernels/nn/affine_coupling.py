@@ -22,6 +22,17 @@ from genkernels.reference.affine_coupling import Layout, ScaleMap, Split, transf
 INLINED_VALUES = 4096
 
 
+CHANGED = (
+    "AffineCoupling: its network changed what it was given in place, which is part of x or of the context: let its "
+    "first operation be out of place"
+)
+
+
+def _has_versions(t: Tensor) -> bool:
+    """Whether a change of t in place shows in its version."""
+    return not (torch.compiler.is_compiling() or t.is_inference() or wrapped(t))
+
+
 class AffineCoupling(nn.Module):
     r"""One half of x passes; the other is scaled and shifted by what `net` makes of the first.
 
@@ -131,9 +142,15 @@ class AffineCoupling(nn.Module):
             RuntimeError: the network changed one of them in place. ValueError: the context has not a row a sample.
         """
         check_context(seen, context)
+        if context is None and not self._writes and isinstance(seen, Tensor) and _has_versions(seen):  # nearly always
+            version = seen._version
+            params = self.net(seen)
+            if seen._version != version:
+                raise RuntimeError(CHANGED)
+            return params
         tensors = [t for t in (seen, context) if isinstance(t, Tensor)]
         # versions tell a change in place that no layer has announced, where tensors have versions
-        watched = not (torch.compiler.is_compiling() or any(t.is_inference() or wrapped(t) for t in tensors))
+        watched = all(_has_versions(t) for t in tensors)
         copied = self._writes or (not watched and (self._announced() or not self._known()))
         if copied:
             # with the checkerboard what the network sees is its own already
@@ -142,10 +159,7 @@ class AffineCoupling(nn.Module):
         versions = [t._version for t in tensors] if watched and not copied else None
         params = self.net(seen) if context is None else self.net(seen, context)
         if versions is not None and versions != [t._version for t in tensors]:
-            raise RuntimeError(
-                "AffineCoupling: its network changed what it was given in place, which is part of x or of the context: "
-                "let its first operation be out of place"
-            )
+            raise RuntimeError(CHANGED)
         return params
 
     def _announced(self) -> bool:

@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Converged samples leave the batch at every so many iterations: looking for them makes the host wait for a GPU.
-INTERVAL = 4
+from genkernels._options import INTERVAL
 
 
 class Solution(NamedTuple):

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels.reference._fixed_point import INTERVAL
+from genkernels._options import INTERVAL
 from genkernels.triton import _block
 from genkernels.triton._block import CLIPSWISH, IN, IN_AT, OUT, OUT_AT, SIZES, Network
 from genkernels.triton._recording import SampleCalls, meta

@@ -47,8 +47,11 @@ struct Outer {
 
   // to [outputs, inputs, taps] += the sums
   void give(T* to) const {
-    for (int64_t o = 0; o < outputs; ++o)
-      for (int64_t e = 0; e < inputs * taps; ++e) to[o * inputs * taps + e] += sums[e * stride + o];
+    const int64_t entries = inputs * taps;
+    for (int64_t first = 0; first < outputs; first += 16)  // a cache line of the sums at a time
+      for (int64_t e = 0; e < entries; ++e)
+        for (int64_t o = first, end = std::min(first + 16, outputs); o < end; ++o)
+          to[o * entries + e] += sums[e * stride + o];
   }
 
  private:
