@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genkernels.triton import _block, _math
-from genkernels.triton._block import CLIPSWISH, IN, IN_AT, OUT, OUT_AT, SIZES, Network
+from genkernels.triton._block import CLIPSWISH, ELU, IN, IN_AT, OUT, OUT_AT, SIZES, Network
 from genkernels.triton._recording import SampleCalls, meta
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -487,10 +487,14 @@ def _probed(net, at, grad_log_det, trace_map, probes, sums, first):
 
 
 def sample_calls() -> SampleCalls:
-    """Every activation, and every type, layout, number of probes and kind of first term with one of them."""
+    """Every activation in rows, the heaviest two in images.
+
+    Every type, layout, number of probes and kind of first term comes with one of them.
+    """
     names = {torch.float32: "fp32", torch.float64: "fp64"}
     kinds = [(torch.float32, image, int(CLIPSWISH), 1, True) for image in (False, True)]
-    kinds += [(torch.float32, image, activation, 1, False) for image in (False, True) for activation in range(6)]
+    kinds += [(torch.float32, False, activation, 1, False) for activation in range(6)]
+    kinds += [(torch.float32, True, int(ELU), 1, False)]
     kinds += [(torch.float64, image, int(CLIPSWISH), 2, True) for image in (False, True)]
     kinds += [(torch.float32, image, 5, 2, True) for image in (False, True)]
     calls = []
