@@ -544,7 +544,7 @@ def invertible_residual_backward(
 
 
 def sample_calls() -> SampleCalls:
-    """The activations that need the most registers (`log_det_series` has all of them), every type and layout with one."""
+    """The activations that need the most registers (`log_det_series` has all of them), every type and layout once."""
     names = {torch.float32: "fp32", torch.float64: "fp64"}
     kinds = [(torch.float32, image, int(kind)) for image in (False, True) for kind in (ELU, CLIPSWISH)]
     kinds += [(torch.float64, image, int(CLIPSWISH)) for image in (False, True)]
