@@ -9,6 +9,7 @@ computes by itself too. RESULT: what is wrong, by sample and by DDP's option; em
 import datetime
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def main(rank: int, store: str, result: str) -> None:
                 name, option, whole, rank
             )
     Path(result).write_text(json.dumps(found))
+    dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and would end the interpreter's own exit with an abort
 
 
 if __name__ == "__main__":
