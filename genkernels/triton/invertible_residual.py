@@ -532,7 +532,7 @@ def invertible_residual_backward(
         at, deltas = _block.room_for_pass(net), net.planes(net.out_widths)
         _block.run_pass(net, at)
         w = net.enter(deltas[1][-1], grad)
-        limit = _limits(grad, rtol, atol, net)
+        limit = _limits(grad, rtol + atol, 0.0, net)  # a loss may be of any scale: relative alone
         found, _, _ = _solve(net, deltas, at.d, w.clone(), w, limit, max_iterations, depth, True)
         torch.neg(found, out=deltas[1][-1])
         _, by_parameters = _block.run_deltas(net, at, None, deltas)
