@@ -55,8 +55,8 @@ def invertible_residual(
 
     Returns:
         `Solution`: x, and of each sample the residual, the iterations and whether it converged. The gradient by y and
-        by what g holds is that of the implicit function, solved for in the same way, and costs no more memory for more
-        iterations.
+        by what g holds is that of the implicit function, solved for in the same way to within ``rtol + atol`` of its
+        own size, and costs no more memory for more iterations.
 
     Raises:
         ValueError: a shape or an option is wrong. TypeError: a dtype is. BackendUnavailable: a forced backend cannot

@@ -6,8 +6,8 @@ J the Jacobian of g at x,
 
 .. math:: w = (I + J)^{-\top} \nabla_x,\qquad \nabla_y = w,\qquad \nabla_\theta = -w^\top\,\partial_\theta g(x)
 
-where w is the fixed point of :math:`w = \nabla_x - J^\top w`, found in the same way. Here, in the oracle, it is
-solved for directly where there are no more than `MOST_FEATURES`.
+where w is the fixed point of :math:`w = \nabla_x - J^\top w`, found in the same way, to ``rtol + atol`` of the
+gradient's size. Here, in the oracle, it is solved for directly where there are no more than `MOST_FEATURES`.
 
 Shapes: y ``[N, D]`` or ``[N, C, H, W]``, x like y; residual (fp32, fp64 for fp64), iterations and converged ``[N]``.
 Half numbers are computed in fp32. Saved for backward: x and the network's arguments.

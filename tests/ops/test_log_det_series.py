@@ -243,7 +243,7 @@ def test_far_out_nothing_overflows(implementation, device):
             expected = run(x, weights, biases, activation, parameters, probes=draws(x), terms=[1, 1.0])
         for label, value in expected.items():
             assert value.isfinite().all(), (activation, label)
-            torch.testing.assert_close(found[label], value, rtol=1e-4, atol=1e-3 * float(value.abs().max() + 1e-3))
+            torch.testing.assert_close(found[label], value, rtol=1e-5, atol=2e-6 * float(value.abs().max()))
 
 
 # --- what it refuses ----------------------------------------------------------------------------------------------
