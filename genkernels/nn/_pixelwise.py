@@ -26,6 +26,8 @@ def pixelwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
+    if not autocast.active(x):
+        return _apply(x, weight, bias)
     with autocast.kept_out(x):
         return _apply(x, weight, bias)
 

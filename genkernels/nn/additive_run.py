@@ -23,9 +23,9 @@ class AdditiveRun:
     @staticmethod
     def takes(layer) -> bool:
         """Whether a layer can run here: the very class, additive, split by channels, without hooks."""
-        if not isinstance(layer, AffineCoupling) or not plain(layer, AffineCoupling):
+        if not isinstance(layer, AffineCoupling) or layer.options["scale_map"] != "additive":
             return False
-        return layer.options["scale_map"] == "additive" and layer.options["split"] == "channel"
+        return layer.options["split"] == "channel" and plain(layer, AffineCoupling)
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(self.layers, x, context, 1)
