@@ -44,17 +44,20 @@ def bare(critic: Critic) -> Critic:
     return getattr(critic, "_orig_mod", critic)
 
 
-def steps_of(who: str, critic: Critic, x: Tensor, y: Tensor | None) -> tuple[tuple[Step, ...] | None, str]:
+def steps_of(
+    who: str, critic: Critic, x: Tensor, y: Tensor | None, penalised: bool = True
+) -> tuple[tuple[Step, ...] | None, str]:
     """The critic's steps, if `genkernels.networks.gradient_penalty` takes them, and "", or None and the reason.
 
-    Warns of a critic that couples the samples of a batch, and refuses one that ends in a sigmoid.
+    Refuses a critic that ends in a sigmoid, and warns of one that couples the samples of a batch if it is `penalised`.
     """
     if not isinstance(critic, nn.Module):
         return None, "the critic is no nn.Module"
     _refuse_sigmoid(who, _last_layer(critic))
     reason = couples_samples(critic)
     if reason:
-        _warn_coupled(who, reason)
+        if penalised:
+            _warn_coupled(who, reason)
         return None, reason
     if y is not None:
         return None, "the critic takes labels"
@@ -63,7 +66,7 @@ def steps_of(who: str, critic: Critic, x: Tensor, y: Tensor | None) -> tuple[tup
     try:
         steps = traced(critic, x)
     except Untraceable as refusal:
-        if refusal.couples_samples:
+        if refusal.couples_samples and penalised:
             _warn_coupled(who, str(refusal).removeprefix("trace: "))
         return None, str(refusal).removeprefix("trace: ")
     last = next(step for step in reversed(steps) if not isinstance(step, Reshape))

@@ -77,7 +77,7 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
     _critics.check_weight(WHO, "r2", r2)
     real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
     critic = _critics.bare(critic)
-    steps, reason = _critics.steps_of(WHO, critic, real, y)
+    steps, reason = _critics.steps_of(WHO, critic, real, y, penalised=bool(r1 or r2))
     if steps is not None and steps[-1].shape[1:] not in ((), (1, 1)):
         steps, reason = None, "the critic gives several scores a sample"
     if not (r1 or r2):
@@ -93,26 +93,24 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
 def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
     """The step by one pass over both batches, of which those rows are penalised that have a weight."""
     n = len(real)
-    rows = slice(0 if r1 else n, 2 * n if r2 else n)
+    rows, counts = slice(0 if r1 else n, 2 * n if r2 else n), [n if r1 else 0, n if r2 else 0]
 
     def objective(scores: Tensor) -> Tensor:
         return critic_loss(scores[:n], scores[n:], loss)
 
     def penalty(gradient: Tensor) -> Tensor:
-        squares = _penalties(gradient, 0.0, False)
-        weights = squares.new_tensor([r1 / (2 * n), r2 / (2 * n)]).repeat_interleave(n)
-        return squares * weights[rows]
+        of_real, of_fake = _penalties(gradient, 0.0, False).split(counts)
+        return torch.cat([r1 / (2 * n) * of_real, r2 / (2 * n) * of_fake])
 
     found = penalised(steps, torch.cat([real, fake]), penalty, objective, rows)
-    scores, penalties = found.scores, found.penalties
-    zero = penalties.new_zeros(())
+    of_real, of_fake = found.penalties.split(counts)
     return {
         "loss": found.total,
         "critic": found.loss,
-        "r1": penalties[:n].sum() if r1 else zero,
-        "r2": penalties[-n:].sum() if r2 else zero,
-        "real_score": scores[:n].mean(),
-        "fake_score": scores[n:].mean(),
+        "r1": of_real.sum(),
+        "r2": of_fake.sum(),
+        "real_score": found.scores[:n].mean(),
+        "fake_score": found.scores[n:].mean(),
     }
 
 
