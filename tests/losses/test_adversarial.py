@@ -94,7 +94,7 @@ def test_halves_are_summed_in_fp32_and_nan_stays():
         (lambda s: generator_loss(s(4), "log"), "generator_loss: kind must be one of .* saturating, got 'log'"),
         (lambda s: critic_loss(s(4, 2), s(4)), r"real_scores must be \[N\], .* patch map .*, got \[4, 2\]"),
         (lambda s: critic_loss(s(4), s(4, 3, 1, 1)), r"fake_scores must be .*, got \[4, 3, 1, 1\]"),
-        (lambda s: generator_loss(s()), r"fake_scores must be .*, got \[\]"),
+        (lambda s: generator_loss(s([])), r"fake_scores must be .*, got \[\]"),
         (lambda s: generator_loss(s(0, 1)), r"fake_scores must hold one score or more, got \[0, 1\]"),
         (lambda s: critic_loss(s(4), s(3), "relativistic"), r"as many real as fake, got \[4\] and \[3\]"),
         (

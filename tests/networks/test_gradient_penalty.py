@@ -73,6 +73,33 @@ def residual(self, x):
     return self.last(self.third(F.leaky_relu(h.reshape(-1, 8, 8).flatten(1), 0.3)) + self.third(h)) + self.last(-h)
 
 
+class Arithmetic(nn.Module):
+    """Scaled and shifted by parameters and buffers of its own, in every order."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.rand(3, 1, 1) + 0.5), nn.Parameter(torch.randn(4))
+        self.divisor, self.number = nn.Parameter(torch.rand(5, 1) + 0.5), nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("mean", torch.randn(3, 1, 1))
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 3, 3, 3) / 5), nn.Parameter(torch.randn(3))
+        self.activation = activation
+
+    def forward(self, x):
+        h = self.activation(((x - self.mean) / 0.5 * self.gain + self.shift) / self.divisor)
+        h = 1 - 2 * F.conv2d(h, self.weight, self.bias, padding=1) * self.number - self.number
+        h += self.shift
+        return self.activation(torch.cat([h, torch.sub(x, self.shift, alpha=3)], 1)).flatten(1).sum(1) / self.number
+
+
+@pytest.mark.parametrize("activation", [F.relu, torch.tanh])
+def test_tensors_that_scale_and_shift(activation):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Arithmetic(activation).double()
+    for how in ((), (objective,), (objective, FIRST)):
+        agree(net, definitions.draw(5, (3, 5, 4)), *how)
+
+
 def of_64(function):
     with torch.random.fork_rng():
         torch.manual_seed(0)
