@@ -90,7 +90,7 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
         return _penalties(gradient, target, one_sided) * (every / len(gradient))
 
     if steps is not None:
-        value, sentence = penalised(steps, x, penalty).total, explained(steps)
+        value, sentence = penalised(steps, [x], [penalty]).total, explained(steps)
     else:
         value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
     return (value, sentence) if explain else value
