@@ -28,6 +28,7 @@ this library's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ from genkernels.networks.properties import is_piecewise_linear
 from genkernels.networks.steps import Activate
 
 Penalty = Callable[[Tensor], Tensor]
+#: Outputs of steps, in numbers, up to which several batches go as one: fewer calls then count for more than memory.
+TOGETHER = 2**20
 
 
 class Penalised(NamedTuple):
@@ -87,8 +90,8 @@ def penalised(
 ) -> Penalised:
     """Penalties of a network's slopes, beside a loss of its scores, with gradients by its tensors and by its inputs.
 
-    Batches go one after the other, but for the forward pass: what the first one needed is given back before the second
-    one needs it.
+    Batches go back one after the other: what the first one needed is given back before the second one needs it. Small
+    ones go as one.
 
     Args:
         steps: of `trace`, that `why_not` has nothing against, from ``[N, ...]`` to one score a sample or several, whose
@@ -102,6 +105,8 @@ def penalised(
     Raises:
         RuntimeError: a gradient of the gradient is asked for.
     """
+    if len(batches) > 1 and None not in penalties and _numbers(steps, batches) <= TOGETHER:
+        return _together(steps, batches, penalties, objective)
     read = parameters(steps)
     tensors = {id(t): t for own in read for t in own.values() if isinstance(t, Tensor) and t.requires_grad}
     inputs = [x for x in batches if x.requires_grad]
@@ -123,6 +128,25 @@ def penalised(
     if known:
         total = _Known.apply(total, [gradient for _, gradient in known], *(t for t, _ in known))
     return Penalised(total, loss, scores, found)
+
+
+def _numbers(steps: Steps, batches: Sequence[Tensor]) -> int:
+    return sum(prod(step.shape) for step in steps) * sum(len(x) for x in batches)
+
+
+def _together(steps: Steps, batches, penalties, objective) -> Penalised:
+    """The same with all batches as one."""
+    sizes = [len(x) for x in batches]
+
+    def penalty(slopes: Tensor) -> Tensor:
+        return torch.cat([each(part) for each, part in zip(penalties, slopes.split(sizes), strict=True)])
+
+    def of_all(scores: Tensor) -> Tensor:
+        return objective(*scores.split(sizes))
+
+    found = penalised(steps, [torch.cat(batches)], [penalty], of_all if objective else None)
+    (scores,), (values,) = found.scores, found.penalties
+    return found._replace(scores=scores.split(sizes), penalties=values.split(sizes))
 
 
 def _finished(run: Run, penalty: Penalty | None, by_score: Tensor | None, recording: bool) -> Tensor | None:

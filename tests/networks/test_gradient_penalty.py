@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genkernels.networks import penalised, trace
+from genkernels.networks import gradient_penalty, penalised, trace
 from genkernels.networks.gradient_penalty import explained, why_not
 from tests.losses import definitions
 from tests.networks import nets
@@ -59,8 +59,10 @@ def agree(net, x, *how):
         assert torch.equal(now, then)
 
 
+@pytest.mark.parametrize("together", [0, gradient_penalty.TOGETHER])
 @pytest.mark.parametrize("name", definitions.NETWORKS)
-def test_gradients_are_those_of_double_backward(name):
+def test_gradients_are_those_of_double_backward(name, together, monkeypatch):
+    monkeypatch.setattr(gradient_penalty, "TOGETHER", together)
     net, sample = definitions.critic(name)
     x = definitions.draw(5, sample)
     for how in ((), (objective,), *TWO):
@@ -120,7 +122,9 @@ def of_64(function):
 
 
 @pytest.mark.parametrize("function", [fork, residual])
-def test_what_several_steps_read_is_not_written_over(function):
+@pytest.mark.parametrize("together", [0, gradient_penalty.TOGETHER])
+def test_what_several_steps_read_is_not_written_over(function, together, monkeypatch):
+    monkeypatch.setattr(gradient_penalty, "TOGETHER", together)
     net = of_64(function)
     for how in ((), (objective,), *TWO):
         agree(net, definitions.draw(5, (64,)), *how)
