@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkernels import ops
 from genkernels.losses import _critics
 from genkernels.losses._critics import Critic
 from genkernels.losses.adversarial import CRITIC_LOSSES, critic_loss
-from genkernels.losses.gradient_penalty import _penalties
 from genkernels.networks._outside import outside
 from genkernels.networks.gradient_penalty import explained, penalised
 from genkernels.ops import checks
@@ -98,7 +98,7 @@ def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) 
         return critic_loss(real_scores, fake_scores, loss)
 
     def penalty(weight: float):
-        return (lambda slopes: weight / (2 * len(slopes)) * _penalties(slopes, 0.0, False)) if weight else None
+        return (lambda slopes: weight / (2 * len(slopes)) * ops.gradient_penalty(slopes, 0.0)) if weight else None
 
     found = penalised(steps, [real, fake], [penalty(r1), penalty(r2)], objective)
     of_real, of_fake = (found.loss.new_zeros(()) if p is None else p.sum() for p in found.penalties)
@@ -123,7 +123,7 @@ def _by_autograd(critic, real, fake, loss: str, r1: float, r2: float, y) -> dict
             scores.append(_critics.scores_of(WHO, critic, x, y))
             if weight:
                 gradient = _critics.gradient_of(WHO, scores[-1], x, record)
-                penalties.append(weight / 2 * _penalties(gradient, 0.0, False).mean())
+                penalties.append(weight / 2 * ops.gradient_penalty(gradient, 0.0).mean())
             else:
                 penalties.append(scores[-1].new_zeros(()))
     real_scores, fake_scores = scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkernels import ops
 from genkernels.losses import _critics
 from genkernels.losses._critics import Critic
 from genkernels.networks._outside import outside
@@ -84,11 +85,14 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
         skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
         return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
     critic = _critics.bare(critic)
-    x = _between(real, fake, generator)
+    device = real.device if generator is None else generator.device
+    work = torch.promote_types(real.dtype, torch.float32)
+    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
+    x = ops.interpolate_pairs(real, fake, u)
     steps, reason = _critics.steps_of(WHO, critic, x, y)
 
     def penalty(gradient: Tensor) -> Tensor:
-        return _penalties(gradient, target, one_sided) * (every / len(gradient))
+        return ops.gradient_penalty(gradient, target, one_sided) * (every / len(gradient))
 
     if steps is not None:
         value, sentence = penalised(steps, [x], [penalty]).total, explained(steps)
@@ -103,20 +107,3 @@ def _by_autograd(critic: Critic, x: Tensor, y: Tensor | None, penalty) -> Tensor
         x = _critics.as_point(x)
         gradient = _critics.gradient_of(WHO, _critics.scores_of(WHO, critic, x, y), x, record)
     return penalty(gradient).sum()
-
-
-def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A point of each pair's segment, drawn evenly."""
-    work = torch.promote_types(real.dtype, torch.float32)
-    device = real.device if generator is None else generator.device
-    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device, real.dtype)
-    return torch.lerp(fake, real, u.view(-1, *[1] * (real.dim() - 1)))
-
-
-def _penalties(gradient: Tensor, target: float, one_sided: bool) -> Tensor:
-    """(‖g‖ − target)² of each sample ``[N]``."""
-    flat = gradient.reshape(len(gradient), -1).to(torch.promote_types(gradient.dtype, torch.float32))
-    if target == 0:
-        return flat.square().sum(1)
-    beyond = torch.linalg.vector_norm(flat, dim=1) - target
-    return (beyond.relu() if one_sided else beyond).square()
