@@ -86,12 +86,12 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
     elif steps is None:
         parts, sentence = _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
     else:
-        parts, sentence = _shared(steps, real, fake, loss, r1, r2), explained(steps, with_loss=True)
+        parts, sentence = _shared(critic, steps, real, fake, loss, r1, r2), explained(steps, with_loss=True)
     result = parts if terms else parts["loss"]
     return (result, sentence) if explain else result
 
 
-def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
+def _shared(critic, steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
     """The step in the passes that loss and penalties share."""
 
     def objective(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
@@ -100,7 +100,8 @@ def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) 
     def penalty(weight: float):
         return (lambda slopes: weight / (2 * len(slopes)) * ops.gradient_penalty(slopes, 0.0)) if weight else None
 
-    found = penalised(steps, [real, fake], [penalty(r1), penalty(r2)], objective)
+    penalties = [penalty(r1), penalty(r2)]
+    found = _critics.within(critic, real, lambda: penalised(steps, [real, fake], penalties, objective))
     of_real, of_fake = (found.loss.new_zeros(()) if p is None else p.sum() for p in found.penalties)
     real_scores, fake_scores = found.scores
     return {

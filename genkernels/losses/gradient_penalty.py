@@ -95,7 +95,8 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
         return ops.gradient_penalty(gradient, target, one_sided) * (every / len(gradient))
 
     if steps is not None:
-        value, sentence = penalised(steps, [x], [penalty]).total, explained(steps)
+        found = _critics.within(critic, x, lambda: penalised(steps, [x], [penalty]))
+        value, sentence = found.total, explained(steps)
     else:
         value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
     return (value, sentence) if explain else value
