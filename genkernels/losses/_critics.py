@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genkernels.backends import current_backend
 from genkernels.losses.adversarial import as_scores, check_score_shape
-from genkernels.networks import Penalised, Untraceable, couples_samples, traced
+from genkernels.networks import Penalised, Untraceable, couples_samples, parameters, traced
 from genkernels.networks.gradient_penalty import why_not
 from genkernels.networks.steps import Reshape, Step
 from genkernels.ops import checks, transforms_active
@@ -64,11 +65,18 @@ def within(critic: Critic, x: Tensor, run: Callable[[], Penalised]) -> Penalised
     return found[0]._replace(total=total)
 
 
-def steps_of(
+class Network(NamedTuple):
+    """A critic's steps, and their weights, read."""
+
+    steps: tuple[Step, ...]
+    weights: tuple[dict, ...]
+
+
+def network_of(
     who: str, critic: Critic, x: Tensor, y: Tensor | None, penalised: bool = True
-) -> tuple[tuple[Step, ...] | None, str]:
-    """The critic's steps, of what `DistributedDataParallel` wraps where it is one, and "", or None and the reason why
-    `genkernels.networks.gradient_penalty` does not take it.
+) -> tuple[Network | None, str]:
+    """The critic as a network, or what `DistributedDataParallel` wraps where it is one, and "", or None and the reason
+    why `genkernels.networks.gradient_penalty` does not take it.
 
     Refuses a critic that ends in a sigmoid, and warns of one that couples the samples of a batch if it is `penalised`.
     """
@@ -90,8 +98,14 @@ def steps_of(
         return None, reason
     _refuse_sigmoid(who, next(step for step in reversed(steps) if not isinstance(step, Reshape)))
     check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
-    reason = "the backend is 'reference'" if current_backend() == "reference" else why_not(steps)
-    return (None, reason) if reason else (steps, "")
+    if not penalised or current_backend() == "reference":
+        return None, "the backend is 'reference'" if penalised else "there is no penalty"
+    try:
+        weights = parameters(steps)
+    except ValueError as refusal:  # a normalised convolution that its first call will tell the size of its input
+        return None, str(refusal)
+    reason = why_not(steps, weights)
+    return (None, reason) if reason else (Network(steps, weights), "")
 
 
 def _last_layer(critic: nn.Module) -> nn.Module:
