@@ -1,17 +1,20 @@
-"""A command line in a process of its own, for tests that kill or interrupt it."""
+"""Processes of their own: a command line for tests that kill or interrupt it, and two that train together."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+REPOSITORY = Path(__file__).parents[1]
 _HEAVY = ["genkernels.cli", "genkernels.data", "genkernels.models", "genkernels.training", "lightning.fabric"]
 _HEAVY += ["torch.utils.tensorboard"]
 
@@ -27,6 +30,25 @@ def _end_with_test() -> None:
     """The same where the test's process is not the parent, which is the one that forks."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def two_ranks(module: str) -> dict[str, str]:
+    """What either of two processes, ``python -m module RANK STORE RESULT``, finds wrong, by case."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", module]
+        files = [Path(folder, f"result {rank}") for rank in range(2)]
+        ranks = [
+            subprocess.Popen([*command, str(rank), f"{folder}/store", file], cwd=REPOSITORY, stderr=subprocess.PIPE)
+            for rank, file in enumerate(files)
+        ]
+        try:
+            errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0], errors
+        first, second = (json.loads(file.read_text()) for file in files)
+        return {case: what or second[case] for case, what in first.items()}
 
 
 class Command:

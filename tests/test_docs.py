@@ -49,7 +49,7 @@ def test_there_is_a_page_for_everything_and_the_index_links_all():
 
     names = {path.stem for path in DOCS}
     families = {kind.__module__.split(".")[2] for kind in models.MODELS.values()}
-    rooms = {"models", "training", "data", "losses", "layers", "pictures", "speed", "networks"}
+    rooms = {"models", "training", "data", "metrics", "losses", "layers", "pictures", "speed", "networks"}
     assert names >= {*ops.OPERATORS, *families, *rooms}
     linked = re.findall(r"\]\((\w[\w-]*)\.md\)", (ROOT / "docs" / "README.md").read_text())
     assert sorted(linked) == sorted(names - {"README"})

@@ -49,6 +49,7 @@ ROOMS = {
     "losses": ("Losses", "genkernels.losses", "genkernels.losses", None),
     "networks": ("Networks as data", "genkernels.networks", "genkernels.networks", NETWORKS),
     "data": ("Data", "genkernels.data", "genkernels.data", ("load", "DataBundle", "Form", "DataError")),
+    "metrics": ("Metrics", "genkernels.metrics", "genkernels.metrics", None),
     "training": (
         "Training",
         "genkernels.training",

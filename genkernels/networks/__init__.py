@@ -17,6 +17,7 @@ never imported here: what must be known of one, the layer tells.
 """
 
 from genkernels.networks.activations import ACTIVATIONS
+from genkernels.networks.gradient_penalty import Penalised, penalised
 from genkernels.networks.native import NativeBlock, native_block
 from genkernels.networks.passes import Linearization, curvatures, forward, linearize, parameters, pullback, pushforward
 from genkernels.networks.properties import Link, chain, couples_samples, is_piecewise_linear
@@ -29,6 +30,7 @@ __all__ = [
     "Linearization",
     "Link",
     "NativeBlock",
+    "Penalised",
     "Source",
     "Step",
     "Untraceable",
@@ -40,6 +42,7 @@ __all__ = [
     "linearize",
     "native_block",
     "parameters",
+    "penalised",
     "pullback",
     "pushforward",
     "trace",

@@ -33,13 +33,18 @@ from genkernels._options import CLIPSWISH_DIVISOR, LIPSWISH_DIVISOR
 
 
 class Activation(NamedTuple):
-    """One activation: three functions of ``(x, *parameters)``, and the parameters' names."""
+    """One activation: three functions of ``(x, *parameters)``, and the parameters' names.
+
+    `scaled`, where there is one, is ``(vectors, x, *parameters, grad_input=out)``: vectors times the slope, without the
+    slope ever being written; `out` may be the vectors. That of a piecewise linear one needs no more of x than its sign.
+    """
 
     value: Callable[..., Tensor]
     slope: Callable[..., Tensor]
     curvature: Callable[..., Tensor]
     parameters: tuple[str, ...] = ()
     piecewise_linear: bool = False
+    scaled: Callable[..., Tensor] | None = None
 
 
 def _zero(x: Tensor, *_) -> Tensor:
@@ -146,14 +151,41 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+_aten = torch.ops.aten
+
+
+def _relu_scaled(vectors: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor:
+    return _aten.threshold_backward.grad_input(vectors, x, 0, grad_input=grad_input)
+
+
+def _leaky_relu_scaled(vectors: Tensor, x: Tensor, negative_slope, *, grad_input: Tensor) -> Tensor:
+    return _aten.leaky_relu_backward.grad_input(vectors, x, negative_slope, False, grad_input=grad_input)
+
+
+def _elu_scaled(vectors: Tensor, x: Tensor, alpha, *, grad_input: Tensor) -> Tensor:
+    return _aten.elu_backward.grad_input(vectors, alpha, 1, 1, False, x, grad_input=grad_input)
+
+
+def _tanh_scaled(vectors: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor:
+    return _aten.tanh_backward.grad_input(vectors, torch.tanh(x), grad_input=grad_input)
+
+
 #: All activations by name.
 ACTIVATIONS = {
-    "relu": Activation(F.relu, _relu_slope, _zero, piecewise_linear=True),
-    "leaky_relu": Activation(F.leaky_relu, _leaky_relu_slope, _zero, ("negative_slope",), piecewise_linear=True),
-    "silu": Activation(F.silu, _swish_slope, _swish_curvature),
-    "elu": Activation(F.elu, _elu_slope, _elu_curvature, ("alpha",)),
-    "softplus": Activation(F.softplus, _softplus_slope, _softplus_curvature, ("beta", "threshold")),
-    "tanh": Activation(torch.tanh, _tanh_slope, _tanh_curvature),
+    "relu": Activation(F.relu, _relu_slope, _zero, piecewise_linear=True, scaled=_relu_scaled),
+    "leaky_relu": Activation(
+        F.leaky_relu, _leaky_relu_slope, _zero, ("negative_slope",), piecewise_linear=True, scaled=_leaky_relu_scaled
+    ),
+    "silu": Activation(F.silu, _swish_slope, _swish_curvature, scaled=_aten.silu_backward.grad_input),
+    "elu": Activation(F.elu, _elu_slope, _elu_curvature, ("alpha",), scaled=_elu_scaled),
+    "softplus": Activation(
+        F.softplus,
+        _softplus_slope,
+        _softplus_curvature,
+        ("beta", "threshold"),
+        scaled=_aten.softplus_backward.grad_input,
+    ),
+    "tanh": Activation(torch.tanh, _tanh_slope, _tanh_curvature, scaled=_tanh_scaled),
     "sigmoid": Activation(torch.sigmoid, _sigmoid_slope, _sigmoid_curvature),
     "gelu": Activation(F.gelu, _gelu_slope, _gelu_curvature),
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_slope, _gelu_tanh_curvature),

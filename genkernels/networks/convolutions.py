@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from genkernels.networks.steps import Size, Step
+from genkernels.ops import _autocast as autocast
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-class Linear(Step):
+class Weighted(Step):
+    """A step with a weight and a bias, whose linear part is fresh memory."""
+
+    def bias_gradient(self, weights, cotangent, factors=None):
+        outer = tuple(range(1, cotangent.dim()))
+        others = outer[:-1] if self.kind == "linear" else outer[1:]  # than the outputs' axis
+        sums = cotangent.sum(others, dtype=autocast.work_dtype(cotangent)) if others else cotangent
+        return sums.sum(0) if factors is None else factors.to(sums.dtype) @ sums
+
+
+class Linear(Weighted):
     kind = "linear"
 
     def value(self, weights, x):
@@ -25,9 +38,13 @@ class Linear(Step):
     def pull(self, weights, slope, cotangent, sizes):
         return (F.linear(cotangent, weights["weight"].t()),)
 
+    def weight_gradient(self, weights, cotangent, x):
+        cotangent, x = autocast.lowered(cotangent, x)
+        return cotangent.flatten(0, -2).t() @ x.flatten(0, -2)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Convolution(Step):
+class Convolution(Weighted):
     """`padding` has a pair (before, after) an axis; `circular` ones wrap around, others are zeros."""
 
     kind = "conv"
@@ -63,10 +80,15 @@ class Convolution(Step):
         x = transposed(cotangent, weight, None, self.stride, padding or 0, beyond, self.groups, self.dilation)
         return (x if padding else self._unpad(x, size),)
 
+    def weight_gradient(self, weights, cotangent, x):
+        padding = self._even_zeros()
+        x, none = x if padding else self._pad(x), [0] * len(self.stride)
+        options = (self.stride, padding or none, self.dilation, False, none, self.groups)
+        return _by_weight(cotangent, x, weights["weight"], *options)
+
     def _convolve(self, x, weight, bias):
         padding = self._even_zeros()
-        if not padding:
-            x = F.pad(x, self._pads(), "circular" if self.circular else "constant")
+        x = x if padding else self._pad(x)
         convolution = _CONVOLUTIONS[len(self.stride)]
         return convolution(x, weight, bias, self.stride, padding or 0, self.dilation, self.groups)
 
@@ -75,8 +97,10 @@ class Convolution(Step):
         even = not self.circular and all(before == after for before, after in self.padding)
         return [before for before, _ in self.padding] if even else []
 
-    def _pads(self) -> list[int]:
-        return [n for pair in reversed(self.padding) for n in pair]
+    def _pad(self, x: Tensor) -> Tensor:
+        return F.pad(
+            x, [n for pair in reversed(self.padding) for n in pair], "circular" if self.circular else "constant"
+        )
 
     def _unpad(self, x: Tensor, size: Size) -> Tensor:
         """The transpose of padding."""
@@ -93,7 +117,7 @@ class Convolution(Step):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TransposedConvolution(Step):
+class TransposedConvolution(Weighted):
     kind = "conv_transpose"
     stride: Size
     padding: Size
@@ -114,6 +138,17 @@ class TransposedConvolution(Step):
             x = x.narrow(axis, 0, n)
         return (x,)
 
+    def weight_gradient(self, weights, cotangent, x):
+        options = (self.stride, self.padding, self.dilation, True, self.output_padding, self.groups)
+        return _by_weight(cotangent, x, weights["weight"], *options)
+
     def _spread(self, x, weight, bias):
         transposed = _TRANSPOSED[len(self.stride)]
         return transposed(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+
+
+def _by_weight(cotangent: Tensor, x: Tensor, weight: Tensor, *options: Sequence[int] | bool | int) -> Tensor:
+    """The gradient of a convolution by its weight alone."""
+    cotangent, x, weight = autocast.lowered(cotangent, x, weight)
+    only = (False, True, False)
+    return torch.ops.aten.convolution_backward(cotangent, x, weight, None, *options, only)[1]

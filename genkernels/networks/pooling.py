@@ -55,8 +55,11 @@ class MaxPool(Step):
     def value(self, weights, x):
         return self._pool(x)
 
+    def value_and_places(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._pool(x, return_indices=True)
+
     def slope(self, weights, x):
-        return self._pool(x, return_indices=True)[1]
+        return self.value_and_places(x)[1]
 
     def push(self, weights, slope, tangent):
         return tangent.flatten(2).gather(2, _places(slope, tangent)).reshape(len(tangent), *self.shape)

@@ -7,6 +7,9 @@ affine in its inputs, so that three functions a step are all that forward, pullb
 - ``push(weights, slope, *tangents)``, the linear part L at these inputs;
 - ``pull(weights, slope, cotangent, sizes)``, its transpose, a cotangent an input. `sizes` are the inputs' shapes.
 
+Two more tell the gradients of ⟨cotangent, L x⟩ by what L consists of (``weight``, ``factor``), and of
+⟨cotangent, value⟩ by what is added (``bias``, ``offset``), summed over samples.
+
 `weights` are the step's tensors by role (``weight``, ``bias``, …), `slope` is what ``slope(weights, x)`` gave at the
 point: the derivative of an activation, the places of a maximum, None of an affine step. Tensors have one leading axis,
 of samples or of several probes a sample, one probe after the other; only slopes, which belong to samples, tell the two
@@ -79,6 +82,13 @@ class Step:
     def pull(self, weights: dict, slope: Tensor | None, cotangent: Tensor, sizes: tuple[Size, ...]) -> tuple:
         raise NotImplementedError
 
+    def weight_gradient(self, weights: dict, cotangent: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def bias_gradient(self, weights: dict, cotangent: Tensor, factors: Tensor | None = None) -> Tensor:
+        """`factors` ``[N]`` weigh the samples."""
+        raise NotImplementedError
+
 
 class Input(Step):
     kind = "input"
@@ -94,8 +104,10 @@ class Activate(Step):
     kind = "activation"
     name: str
 
-    def value(self, weights, x):
-        return ACTIVATIONS[self.name].value(x, *weights.values())
+    def value(self, weights, x, in_place=False):
+        """`in_place`, which the piecewise linear ones have, writes over x."""
+        place = {"inplace": True} if in_place else {}
+        return ACTIVATIONS[self.name].value(x, *weights.values(), **place)
 
     def slope(self, weights, x):
         return ACTIVATIONS[self.name].slope(x, *weights.values())
@@ -108,6 +120,15 @@ class Activate(Step):
 
     def pull(self, weights, slope, cotangent, sizes):
         return (_times(cotangent, slope),)
+
+    def scaled(self, weights: dict, x: Tensor, vectors: Tensor, in_place: bool) -> Tensor:
+        """A vector a sample times the slopes at x, which are not written out where torch has an operator for that."""
+        activation = ACTIVATIONS[self.name]
+        vectors = vectors.to(x.dtype)
+        if activation.scaled is None:
+            return vectors * activation.slope(x, *weights.values())
+        out = vectors if in_place else torch.empty_like(x)
+        return activation.scaled(vectors, x, *weights.values(), grad_input=out)
 
 
 def _times(probes: Tensor, slope: Tensor) -> Tensor:
@@ -130,6 +151,11 @@ class Scale(Step):
     def pull(self, weights, slope, cotangent, sizes):
         return (self.value(weights, cotangent),)
 
+    def weight_gradient(self, weights, cotangent, x):
+        factor = weights["factor"]
+        by_product = (cotangent * x).sum_to_size(factor.shape)
+        return -by_product / factor.square() if self.divide else by_product
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Offset(Step):
@@ -146,6 +172,11 @@ class Offset(Step):
 
     def pull(self, weights, slope, cotangent, sizes):
         return (cotangent,)
+
+    def bias_gradient(self, weights, cotangent, factors=None):
+        if factors is not None:
+            cotangent = cotangent * factors.view(-1, *[1] * (cotangent.dim() - 1))
+        return self.coefficient * cotangent.sum_to_size(weights["offset"].shape)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

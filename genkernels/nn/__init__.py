@@ -3,6 +3,7 @@ context=None)``."""
 
 from genkernels.nn.actnorm import ActNorm
 from genkernels.nn.affine_coupling import AffineCoupling
+from genkernels.nn.augment import AdaptiveAugment, Augment
 from genkernels.nn.autoregressive import AutoregressiveTransform, InverseAutoregressiveTransform
 from genkernels.nn.conv_zeros import Conv2dZeros
 from genkernels.nn.dequantize import Dequantize, Logit
@@ -21,7 +22,9 @@ from genkernels.nn.squeeze import EvenOdd, Squeeze
 __all__ = [
     "MADE",
     "ActNorm",
+    "AdaptiveAugment",
     "AffineCoupling",
+    "Augment",
     "AutoregressiveTransform",
     "CLipSwish",
     "Conv2dZeros",

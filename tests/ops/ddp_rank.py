@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,9 +75,7 @@ def wrong(name, option, whole, rank) -> str:
     return ""
 
 
-def main(rank: int, store: str, result: str) -> None:
-    wait = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(HALVES), timeout=wait)
+def all_wrong(rank: int) -> dict[str, str]:
     from tests.ops.test_operators import EXAMPLES, is_differentiable
 
     found = {}
@@ -86,11 +85,18 @@ def main(rank: int, store: str, result: str) -> None:
             found[f"{name}, {option}, {'all outputs' if whole else 'the last output'}"] = wrong(
                 name, option, whole, rank
             )
-    Path(result).write_text(json.dumps(found))
+    return found
+
+
+def main(find: Callable[[int], dict[str, str]], rank: str, store: str, result: str) -> None:
+    """Writes down what `find` says of this rank, in the group of both."""
+    wait, rank = datetime.timedelta(seconds=60), int(rank)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(HALVES), timeout=wait)
+    Path(result).write_text(json.dumps(find(rank)))
     dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may outlive the group, and would end the interpreter's own exit with an abort
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(all_wrong, *sys.argv[1:])

@@ -2,10 +2,6 @@
 
 import functools
 import importlib
-import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +15,7 @@ from genkernels.ops import _operator
 from genkernels.ops._gradients import Refused
 from genkernels.ops._operator import EAGER, KERNEL, NOT_TRIED, RAISES, REFERENCE
 from tests.ops.samples import FURTHER, LOWER_UNDER_AUTOCAST, SAMPLES
+from tests.processes import two_ranks
 
 ROOT = Path(gk.__file__).parent
 REPOSITORY = ROOT.parent
@@ -239,21 +236,7 @@ class Cells:
 @functools.cache
 def in_two_processes() -> dict[str, str]:
     """What tests/ops/ddp_rank.py finds wrong, by case."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.ops.ddp_rank"]
-        files = [Path(folder, f"result {rank}") for rank in range(2)]
-        ranks = [
-            subprocess.Popen([*command, str(rank), f"{folder}/store", file], cwd=REPOSITORY, stderr=subprocess.PIPE)
-            for rank, file in enumerate(files)
-        ]
-        try:
-            errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        assert [rank.returncode for rank in ranks] == [0, 0], errors
-        first, second = (json.loads(file.read_text()) for file in files)
-        return {case: what or second[case] for case, what in first.items()}
+    return two_ranks("tests.ops.ddp_rank")
 
 
 needs_a_gpu = {"CUDA graph capture": pytest.mark.gpu}

@@ -1,0 +1,123 @@
+"""What losses of a critic itself ask of it: the pair of batches, its scores, and their gradient by autograd."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from genkernels.backends import current_backend
+from genkernels.losses.adversarial import as_scores, check_score_shape
+from genkernels.networks import Untraceable, couples_samples, traced
+from genkernels.networks.gradient_penalty import why_not
+from genkernels.networks.steps import Reshape, Step
+from genkernels.ops import checks, transforms_active
+
+Critic = Callable[..., Tensor]
+OUTPUT = "the critic's output"
+
+
+def check_pair(who: str, real: Tensor, fake: Tensor) -> None:
+    """That both batches are of one shape, dtype and device and hold a sample, and that no transform is at work."""
+    checks.tensors(who, {"real": real, "fake": fake})
+    checks.same_dtype(who, {"real": real, "fake": fake})
+    if real.shape != fake.shape or real.dim() == 0 or not len(real):
+        raise ValueError(
+            f"{who}: real and fake must be of one shape [N, ...], N of at least 1, got {list(real.shape)} and "
+            f"{list(fake.shape)}"
+        )
+    if transforms_active():
+        raise RuntimeError(
+            f"{who}: differentiates by itself and cannot run inside torch.func's transforms or forward-mode autograd"
+        )
+
+
+def check_weight(who: str, label: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{who}: {label} must be a finite number, 0 or more, got {value!r}")
+
+
+def bare(critic: Critic) -> Critic:
+    """The critic as it was before ``torch.compile``, which gives the same values and cannot be differentiated twice."""
+    return getattr(critic, "_orig_mod", critic)
+
+
+def steps_of(
+    who: str, critic: Critic, x: Tensor, y: Tensor | None, penalised: bool = True
+) -> tuple[tuple[Step, ...] | None, str]:
+    """The critic's steps, if `genkernels.networks.gradient_penalty` takes them, and "", or None and the reason.
+
+    Refuses a critic that ends in a sigmoid, and warns of one that couples the samples of a batch if it is `penalised`.
+    """
+    if not isinstance(critic, nn.Module):
+        return None, "the critic is no nn.Module"
+    _refuse_sigmoid(who, _last_layer(critic))
+    reason = couples_samples(critic)
+    if reason:
+        if penalised:
+            _warn_coupled(who, reason)
+        return None, reason
+    if y is not None:
+        return None, "the critic takes labels"
+    if current_backend() == "reference":
+        return None, "the backend is 'reference'"
+    try:
+        steps = traced(critic, x)
+    except Untraceable as refusal:
+        if refusal.couples_samples and penalised:
+            _warn_coupled(who, str(refusal).removeprefix("trace: "))
+        return None, str(refusal).removeprefix("trace: ")
+    last = next(step for step in reversed(steps) if not isinstance(step, Reshape))
+    _refuse_sigmoid(who, last)
+    check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
+    reason = why_not(steps)
+    return (None, reason) if reason else (steps, "")
+
+
+def _last_layer(critic: nn.Module) -> nn.Module:
+    while isinstance(critic, nn.Sequential) and len(critic):
+        critic = critic[-1]
+    return critic
+
+
+def _refuse_sigmoid(who: str, last: nn.Module | Step) -> None:
+    if isinstance(last, nn.Sigmoid) or getattr(last, "name", None) == "sigmoid":
+        raise ValueError(
+            f"{who}: the critic must give a score without bounds, got one that ends in a sigmoid: leave it out, as the "
+            "losses take it"
+        )
+
+
+def _warn_coupled(who: str, reason: str) -> None:
+    warnings.warn(
+        f"{who}: {reason}: a sample has no gradient of its own then, and the penalty holds for the batch alone; a "
+        "normalisation of each sample by itself, or spectral norm, has none of this",
+        stacklevel=5,
+    )
+
+
+def scores_of(who: str, critic: Critic, x: Tensor, y: Tensor | None) -> Tensor:
+    """``[N, patches]``, as the critic gives them for x (and labels y)."""
+    scores = as_scores(who, OUTPUT, critic(x) if y is None else critic(x, y))
+    if len(scores) != len(x):
+        raise ValueError(
+            f"{who}: the critic must give a score for each of the {len(x)} samples, got {len(scores)} scores"
+        )
+    return scores
+
+
+def gradient_of(who: str, scores: Tensor, x: Tensor, record: bool) -> Tensor:
+    """The gradient of each sample's score, the mean over its patches, by x."""
+    if not scores.requires_grad:
+        raise ValueError(f"{who}: the critic's output must depend on its input, and autograd see how, got a constant")
+    (gradient,) = torch.autograd.grad(
+        scores.mean(1).sum(), x, create_graph=record, retain_graph=True, materialize_grads=True
+    )
+    return gradient
+
+
+def as_point(x: Tensor) -> Tensor:
+    """x, or what stands for it, with a gradient to ask for."""
+    return x if x.requires_grad else x.detach().requires_grad_()

@@ -1,0 +1,140 @@
+"""The whole loss of a critic's step: of its scores, and of the slopes at real and generated samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genkernels.losses import _critics
+from genkernels.losses._critics import Critic
+from genkernels.losses.adversarial import CRITIC_LOSSES, critic_loss
+from genkernels.losses.gradient_penalty import _penalties
+from genkernels.networks._outside import outside
+from genkernels.networks.gradient_penalty import explained, penalised
+from genkernels.ops import checks
+
+WHO = "critic_step"
+
+
+def critic_step(
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    loss: str = "logistic",
+    r1: float = 0.0,
+    r2: float = 0.0,
+    y: Tensor | None = None,
+    terms: bool = False,
+    explain: bool = False,
+):
+    r"""What a critic D minimises in one step: its loss and the squared slopes at real (R1) and generated samples (R2).
+
+    .. math:: \ell(D(\mathrm{real}), D(\mathrm{fake})) + \frac{r_1}{2N} \sum_i \lVert\nabla_x D(\mathrm{real}_i)\rVert^2
+        + \frac{r_2}{2N} \sum_i \lVert\nabla_x D(\mathrm{fake}_i)\rVert^2
+
+    Equivalent to::
+
+        r, f = critic(real.requires_grad_()), critic(fake.requires_grad_())
+        (g,) = torch.autograd.grad(r.sum(), real, create_graph=True)
+        (h,) = torch.autograd.grad(f.sum(), fake, create_graph=True)
+        loss = gk.losses.critic_loss(r, f, kind)
+        loss + r1 / 2 * g.flatten(1).square().sum(1).mean() + r2 / 2 * h.flatten(1).square().sum(1).mean()
+
+    The penalties are taken where the loss evaluates the critic anyway. Where that consists of what
+    `genkernels.networks.SUPPORTED` lists and is piecewise linear, both share the signal that goes backwards and one
+    product for the gradient of each weight: four passes, where a step without any penalty takes three.
+
+    Args:
+        critic: as for `gradient_penalty`; of a patch map both penalties take the mean.
+        real, fake: ``[N, ...]`` of one shape. What a generator's graph is attached to counts as data: no gradient
+            reaches the generator. A leaf that asks for a gradient gets one.
+        loss: a kind of `critic_loss`. r1, r2: γ, 0 or more; without either it is the critic's ordinary loss.
+        y: labels of real and fake alike, for a critic that is called ``critic(x, y)``.
+        terms: returns a dict instead: ``loss``, to be minimised, and, without a graph, its parts ``critic``, ``r1`` and
+            ``r2``, which add up to it, and the mean scores ``real_score`` and ``fake_score``.
+        explain: returns that and a sentence: which way it was computed, and what forced it.
+
+    Returns:
+        a scalar to be called ``backward()`` on, fp32 (fp64 for fp64 samples). Its gradient cannot be differentiated
+        again where it was found without double backward.
+
+    Raises: as `gradient_penalty`.
+
+    Source: Mescheder et al., "Which training methods for GANs do actually converge?", 2018 (R1, R2); Huang et al.,
+    "The GAN is dead; long live the GAN! A modern GAN baseline", 2024.
+    """
+    arguments = (critic, real, fake, loss, r1, r2, y, terms, explain)
+    if torch.compiler.is_compiling():
+        return outside(_critic_step, *arguments)
+    return _critic_step(*arguments)
+
+
+def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
+    _critics.check_pair(WHO, real, fake)
+    checks.option(WHO, "loss", loss, CRITIC_LOSSES)
+    _critics.check_weight(WHO, "r1", r1)
+    _critics.check_weight(WHO, "r2", r2)
+    real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
+    critic = _critics.bare(critic)
+    steps, reason = _critics.steps_of(WHO, critic, real, y, penalised=bool(r1 or r2))
+    if steps is not None and steps[-1].shape[1:] not in ((), (1, 1)):
+        steps, reason = None, "the critic gives several scores a sample"
+    if not (r1 or r2):
+        parts, sentence = _by_autograd(critic, real, fake, loss, 0, 0, y), "one backward: there is no penalty"
+    elif steps is None:
+        parts, sentence = _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
+    else:
+        parts, sentence = _shared(steps, real, fake, loss, r1, r2), explained(steps, with_loss=True)
+    result = parts if terms else parts["loss"]
+    return (result, sentence) if explain else result
+
+
+def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
+    """The step by one pass over both batches, of which those rows are penalised that have a weight."""
+    n = len(real)
+    rows, counts = slice(0 if r1 else n, 2 * n if r2 else n), [n if r1 else 0, n if r2 else 0]
+
+    def objective(scores: Tensor) -> Tensor:
+        return critic_loss(scores[:n], scores[n:], loss)
+
+    def penalty(gradient: Tensor) -> Tensor:
+        of_real, of_fake = _penalties(gradient, 0.0, False).split(counts)
+        return torch.cat([r1 / (2 * n) * of_real, r2 / (2 * n) * of_fake])
+
+    found = penalised(steps, torch.cat([real, fake]), penalty, objective, rows)
+    of_real, of_fake = found.penalties.split(counts)
+    return {
+        "loss": found.total,
+        "critic": found.loss,
+        "r1": of_real.sum(),
+        "r2": of_fake.sum(),
+        "real_score": found.scores[:n].mean(),
+        "fake_score": found.scores[n:].mean(),
+    }
+
+
+def _by_autograd(critic, real, fake, loss: str, r1: float, r2: float, y) -> dict[str, Tensor]:
+    """The step by calls of the critic, one a batch, and double backward where there is a penalty."""
+    record = torch.is_grad_enabled()
+    scores, penalties = [], []
+    for x, weight in ((real, r1), (fake, r2)):
+        with torch.set_grad_enabled(record or weight > 0):
+            x = _critics.as_point(x) if weight else x
+            scores.append(_critics.scores_of(WHO, critic, x, y))
+            if weight:
+                gradient = _critics.gradient_of(WHO, scores[-1], x, record)
+                penalties.append(weight / 2 * _penalties(gradient, 0.0, False).mean())
+            else:
+                penalties.append(scores[-1].new_zeros(()))
+    real_scores, fake_scores = scores
+    value = critic_loss(*(s.flatten() for s in scores), loss)
+    total = value + penalties[0] + penalties[1]
+    return {
+        "loss": total if record else total.detach(),
+        "critic": value.detach(),
+        "r1": penalties[0].detach(),
+        "r2": penalties[1].detach(),
+        "real_score": real_scores.detach().mean(),
+        "fake_score": fake_scores.detach().mean(),
+    }

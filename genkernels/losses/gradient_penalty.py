@@ -1,0 +1,121 @@
+"""The gradient penalty of a critic at points between real and generated samples, as a loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genkernels.losses import _critics
+from genkernels.losses._critics import Critic
+from genkernels.networks._outside import outside
+from genkernels.networks.gradient_penalty import explained, penalised
+from genkernels.ops import checks
+
+WHO = "gradient_penalty"
+
+
+def gradient_penalty(
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    target: float = 1.0,
+    one_sided: bool = False,
+    every: int = 1,
+    step: int = 0,
+    generator: torch.Generator | None = None,
+    y: Tensor | None = None,
+    explain: bool = False,
+):
+    r"""How far the slope of a critic D is from `target` between real and generated samples (WGAN-GP).
+
+    .. math:: \frac1N \sum_i \bigl(\lVert \nabla_x D(\hat x_i)\rVert - t\bigr)^2,\qquad
+        \hat x_i = \mathrm{fake}_i + u_i (\mathrm{real}_i - \mathrm{fake}_i),\quad u_i \sim U[0, 1)
+
+    Equivalent to::
+
+        u = torch.rand(N).view(N, 1, 1, 1)
+        x = (fake + u * (real - fake)).requires_grad_()
+        (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        (g.flatten(1).norm(dim=1) - target).square().mean()
+
+    but for a gradient of zero, of which the norm has the gradient 0, not NaN. Where the critic consists of what
+    `genkernels.networks.SUPPORTED` lists, the gradient by its parameters takes four passes through it, six where an
+    activation bends; double backward takes seven and more. Other critics, those with labels and any other function are
+    differentiated twice.
+
+    Args:
+        critic: gives ``[N]``, ``[N, 1]``, ``[N, 1, 1, 1]`` or a patch map ``[N, 1, h, w]``, whose mean counts as the
+            sample's score. It is called once, or not at all.
+        real, fake: ``[N, ...]`` of one shape. Gradients reach them where they ask for one.
+        target: t, 0 or more. one_sided: only slopes above it count.
+        every, step: the penalty is taken where ``step % every == 0``, `every` times as large, and is 0 elsewhere.
+        generator: of u; torch's own by default. y: labels, for a critic that is called ``critic(x, y)``.
+        explain: returns the penalty and a sentence: which way it was computed, and what forced it.
+
+    Returns:
+        a scalar, without the weight that it usually gets (10), fp32 (fp64 for fp64 samples). Its gradient cannot be
+        differentiated again where it was found without double backward.
+
+    Raises:
+        ValueError: real and fake are of different shapes or empty, the critic gives something else than scores or ends
+            in a sigmoid, an option is wrong. TypeError: a dtype is. RuntimeError: inside transforms of ``torch.func``.
+
+    A critic that couples the samples of a batch (BatchNorm in training) is warned of. ``torch.compile``, which cannot
+    differentiate twice, breaks its graph here. With ``use_backend("reference")`` all is differentiated twice.
+
+    Source: Gulrajani et al., "Improved training of Wasserstein GANs", 2017; Petzka et al., "On the regularization of
+    Wasserstein GANs", 2018 (one-sided); Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020
+    (lazy); Etmann, "A closer look at double backpropagation", 2019.
+    """
+    arguments = (critic, real, fake, target, one_sided, every, step, generator, y, explain)
+    if torch.compiler.is_compiling():
+        return outside(_gradient_penalty, *arguments)
+    return _gradient_penalty(*arguments)
+
+
+def _gradient_penalty(critic, real, fake, target, one_sided, every, step, generator, y, explain):
+    _critics.check_pair(WHO, real, fake)
+    _critics.check_weight(WHO, "target", target)
+    checks.integer(WHO, "every", every, 1)
+    checks.integer(WHO, "step", step, 0)
+    if step % every:
+        skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
+        return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
+    critic = _critics.bare(critic)
+    x = _between(real, fake, generator)
+    steps, reason = _critics.steps_of(WHO, critic, x, y)
+
+    def penalty(gradient: Tensor) -> Tensor:
+        return _penalties(gradient, target, one_sided) * (every / len(gradient))
+
+    if steps is not None:
+        value, sentence = penalised(steps, x, penalty).total, explained(steps)
+    else:
+        value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
+    return (value, sentence) if explain else value
+
+
+def _by_autograd(critic: Critic, x: Tensor, y: Tensor | None, penalty) -> Tensor:
+    record = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = _critics.as_point(x)
+        gradient = _critics.gradient_of(WHO, _critics.scores_of(WHO, critic, x, y), x, record)
+    return penalty(gradient).sum()
+
+
+def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A point of each pair's segment, drawn evenly."""
+    work = torch.promote_types(real.dtype, torch.float32)
+    device = real.device if generator is None else generator.device
+    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device, real.dtype)
+    return torch.lerp(fake, real, u.view(-1, *[1] * (real.dim() - 1)))
+
+
+def _penalties(gradient: Tensor, target: float, one_sided: bool) -> Tensor:
+    """(‖g‖ − target)² of each sample ``[N]``."""
+    flat = gradient.reshape(len(gradient), -1).to(torch.promote_types(gradient.dtype, torch.float32))
+    if target == 0:
+        return flat.square().sum(1)
+    beyond = torch.linalg.vector_norm(flat, dim=1) - target
+    return (beyond.relu() if one_sided else beyond).square()

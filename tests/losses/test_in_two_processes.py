@@ -1,0 +1,11 @@
+"""Data-parallel training of a critic (gloo)."""
+
+import pytest
+
+from tests.processes import two_ranks
+
+
+@pytest.mark.threads
+def test_gradients_are_those_of_one_process_hooks_included():
+    found = two_ranks("tests.losses.ddp_rank")
+    assert len(found) == 12 and not any(found.values()), found
