@@ -1,7 +1,7 @@
 """Critics whose penalty and whose step the cases of `gradient_penalty` measure, with their weights as inputs.
 
-``four passes`` of the table's × column are the floor: a step without penalty takes three and is the yardstick ("one
-pass") of the rows with one.
+The yardstick ("one pass") of a step is the same step without penalty: three passes through the critic, where four are
+the least with one. Double backward takes seven and more.
 
 Bytes: both batches and the weights read once, the gradients written once. Flops: two a weight and place of its output,
 for the sample's passes that the method needs: four for the penalty alone; for a step four times both batches.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkernels import ops
 from genkernels.losses import _critics
 from genkernels.losses._critics import Critic
 from genkernels.networks._outside import outside
@@ -62,7 +63,8 @@ def gradient_penalty(
             in a sigmoid, an option is wrong. TypeError: a dtype is. RuntimeError: inside transforms of ``torch.func``.
 
     A critic that couples the samples of a batch (BatchNorm in training) is warned of. ``torch.compile``, which cannot
-    differentiate twice, breaks its graph here. With ``use_backend("reference")`` all is differentiated twice.
+    differentiate twice as of torch 2.13, breaks its graph here. With ``use_backend("reference")`` every critic is
+    differentiated twice.
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", 2017; Petzka et al., "On the regularization of
     Wasserstein GANs", 2018 (one-sided); Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020
@@ -83,14 +85,17 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
         skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
         return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
     critic = _critics.bare(critic)
-    x = _between(real, fake, generator)
+    device = real.device if generator is None else generator.device
+    work = torch.promote_types(real.dtype, torch.float32)
+    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
+    x = ops.interpolate_pairs(real, fake, u)
     steps, reason = _critics.steps_of(WHO, critic, x, y)
 
     def penalty(gradient: Tensor) -> Tensor:
-        return _penalties(gradient, target, one_sided) * (every / len(gradient))
+        return ops.gradient_penalty(gradient, target, one_sided) * (every / len(gradient))
 
     if steps is not None:
-        value, sentence = penalised(steps, x, penalty).total, explained(steps)
+        value, sentence = penalised(steps, [x], [penalty]).total, explained(steps)
     else:
         value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
     return (value, sentence) if explain else value
@@ -102,20 +107,3 @@ def _by_autograd(critic: Critic, x: Tensor, y: Tensor | None, penalty) -> Tensor
         x = _critics.as_point(x)
         gradient = _critics.gradient_of(WHO, _critics.scores_of(WHO, critic, x, y), x, record)
     return penalty(gradient).sum()
-
-
-def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A point of each pair's segment, drawn evenly."""
-    work = torch.promote_types(real.dtype, torch.float32)
-    device = real.device if generator is None else generator.device
-    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device, real.dtype)
-    return torch.lerp(fake, real, u.view(-1, *[1] * (real.dim() - 1)))
-
-
-def _penalties(gradient: Tensor, target: float, one_sided: bool) -> Tensor:
-    """(‖g‖ − target)² of each sample ``[N]``."""
-    flat = gradient.reshape(len(gradient), -1).to(torch.promote_types(gradient.dtype, torch.float32))
-    if target == 0:
-        return flat.square().sum(1)
-    beyond = torch.linalg.vector_norm(flat, dim=1) - target
-    return (beyond.relu() if one_sided else beyond).square()

@@ -1,4 +1,5 @@
-"""Benchmark cases of `genkernels.ops.gradient_penalty`: the points of a penalty and the penalty of their gradients.
+"""Benchmark cases of `genkernels.ops.gradient_penalty`: the points of a penalty and the penalty of their gradients; and
+whole critics with their gradients (`genkernels.benchmarks.critics`).
 
 Bytes: points read real and fake and are written; the penalty reads the gradients, its backward reads them again and
 writes as much. What goes by samples is small. The definition adds up squares in fp64; the yardstick ``one pass`` of the
@@ -13,6 +14,7 @@ import math
 import torch
 
 from genkernels import ops
+from genkernels.benchmarks import critics
 from genkernels.benchmarks.cases import Case
 from genkernels.reference import gradient_penalty as reference
 
@@ -21,7 +23,16 @@ def cases(device: str, quick: bool) -> list[Case]:
     shapes = [(64, 3, 32, 32), (16, 3, 256, 256)] if device == "cpu" else [(256, 3, 32, 32), (64, 3, 512, 512)]
     fp32, bf16 = torch.float32, torch.bfloat16
     rows = [(shape, dtype) for dtype in (fp32, bf16) for shape in shapes]
-    return [case(*row) for row in ([((8, 3, 16, 16), fp32)] if quick else rows) for case in (_points, _penalty)]
+    operators = [case(*row) for row in ([((8, 3, 16, 16), fp32)] if quick else rows) for case in (_points, _penalty)]
+    if quick:
+        networks = {"convolutional": (critics.convolutional(4, 8), 2, 8)}
+    else:
+        batch, width = (16, 32) if device == "cpu" else (128, 64)
+        networks = {"convolutional": (critics.convolutional(width), batch, 32)}
+        networks["residual"] = (critics.Residual(128), batch, 32)
+    return operators + [
+        case(name, *row) for name, row in networks.items() for case in (critics.penalty_case, critics.step_case)
+    ]
 
 
 def _points(shape, dtype) -> Case:
