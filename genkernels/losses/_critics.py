@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from genkernels.backends import current_backend
 from genkernels.losses.adversarial import as_scores, check_score_shape
-from genkernels.networks import Untraceable, couples_samples, traced
+from genkernels.networks import Penalised, Untraceable, couples_samples, parameters, traced
 from genkernels.networks.gradient_penalty import why_not
 from genkernels.networks.steps import Reshape, Step
 from genkernels.ops import checks, transforms_active
@@ -44,15 +46,43 @@ def bare(critic: Critic) -> Critic:
     return getattr(critic, "_orig_mod", critic)
 
 
-def steps_of(
+def within(critic: Critic, x: Tensor, run: Callable[[], Penalised]) -> Penalised:
+    """What `run` finds, as a forward pass of `DistributedDataParallel` where the critic is one: its hooks wait for a
+    backward pass only after it."""
+    if not isinstance(critic, DistributedDataParallel):
+        return run()
+    module, found = critic.module, []
+
+    def forward(_) -> Tensor:
+        found.append(run())
+        return found[0].total
+
+    module.forward = forward  # no layer that has one of its own has come so far
+    try:
+        total = critic(x)
+    finally:
+        del module.forward
+    return found[0]._replace(total=total)
+
+
+class Network(NamedTuple):
+    """A critic's steps, and their weights, read."""
+
+    steps: tuple[Step, ...]
+    weights: tuple[dict, ...]
+
+
+def network_of(
     who: str, critic: Critic, x: Tensor, y: Tensor | None, penalised: bool = True
-) -> tuple[tuple[Step, ...] | None, str]:
-    """The critic's steps, if `genkernels.networks.gradient_penalty` takes them, and "", or None and the reason.
+) -> tuple[Network | None, str]:
+    """The critic as a network, or what `DistributedDataParallel` wraps where it is one, and "", or None and the reason
+    why `genkernels.networks.gradient_penalty` does not take it.
 
     Refuses a critic that ends in a sigmoid, and warns of one that couples the samples of a batch if it is `penalised`.
     """
     if not isinstance(critic, nn.Module):
         return None, "the critic is no nn.Module"
+    critic = critic.module if isinstance(critic, DistributedDataParallel) else critic
     _refuse_sigmoid(who, _last_layer(critic))
     try:
         steps = traced(critic, x) if y is None else None
@@ -68,8 +98,14 @@ def steps_of(
         return None, reason
     _refuse_sigmoid(who, next(step for step in reversed(steps) if not isinstance(step, Reshape)))
     check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
-    reason = "the backend is 'reference'" if current_backend() == "reference" else why_not(steps)
-    return (None, reason) if reason else (steps, "")
+    if not penalised or current_backend() == "reference":
+        return None, "the backend is 'reference'" if penalised else "there is no penalty"
+    try:
+        weights = parameters(steps)
+    except ValueError as refusal:  # a normalised convolution that its first call will tell the size of its input
+        return None, str(refusal)
+    reason = why_not(steps, weights)
+    return (None, reason) if reason else (Network(steps, weights), "")
 
 
 def _last_layer(critic: nn.Module) -> nn.Module:

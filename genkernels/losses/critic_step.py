@@ -78,20 +78,21 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
     _critics.check_weight(WHO, "r2", r2)
     real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
     critic = _critics.bare(critic)
-    steps, reason = _critics.steps_of(WHO, critic, real, y, penalised=bool(r1 or r2))
-    if steps is not None and steps[-1].shape[1:] not in ((), (1, 1)):
-        steps, reason = None, "the critic gives several scores a sample"
-    if not (r1 or r2):
-        parts, sentence = _by_autograd(critic, real, fake, loss, 0, 0, y), "one backward: there is no penalty"
-    elif steps is None:
-        parts, sentence = _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
+    penalises = bool(r1 or r2)
+    network, reason = _critics.network_of(WHO, critic, real, y, penalises)
+    if network is not None and network.steps[-1].shape[1:] not in ((), (1, 1)):
+        network, reason = None, "the critic gives several scores a sample"
+    if network is None:
+        parts = _by_autograd(critic, real, fake, loss, r1, r2, y)
+        sentence = f"double backward: {reason}" if penalises else "one backward: there is no penalty"
     else:
-        parts, sentence = _shared(steps, real, fake, loss, r1, r2), explained(steps, with_loss=True)
+        parts = _shared(critic, network, real, fake, loss, r1, r2)
+        sentence = explained(network.steps, with_loss=True)
     result = parts if terms else parts["loss"]
     return (result, sentence) if explain else result
 
 
-def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
+def _shared(critic, network, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
     """The step in the passes that loss and penalties share."""
 
     def objective(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
@@ -100,7 +101,8 @@ def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) 
     def penalty(weight: float):
         return (lambda slopes: weight / (2 * len(slopes)) * ops.gradient_penalty(slopes, 0.0)) if weight else None
 
-    found = penalised(steps, [real, fake], [penalty(r1), penalty(r2)], objective)
+    arguments = (network.steps, [real, fake], [penalty(r1), penalty(r2)], objective, network.weights)
+    found = _critics.within(critic, real, lambda: penalised(*arguments))
     of_real, of_fake = (found.loss.new_zeros(()) if p is None else p.sum() for p in found.penalties)
     real_scores, fake_scores = found.scores
     return {

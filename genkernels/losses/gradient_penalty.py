@@ -89,13 +89,15 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
     work = torch.promote_types(real.dtype, torch.float32)
     u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
     x = ops.interpolate_pairs(real, fake, u)
-    steps, reason = _critics.steps_of(WHO, critic, x, y)
+    network, reason = _critics.network_of(WHO, critic, x, y)
 
     def penalty(gradient: Tensor) -> Tensor:
         return ops.gradient_penalty(gradient, target, one_sided) * (every / len(gradient))
 
-    if steps is not None:
-        value, sentence = penalised(steps, [x], [penalty]).total, explained(steps)
+    if network is not None:
+        steps, weights = network
+        found = _critics.within(critic, x, lambda: penalised(steps, [x], [penalty], weights=weights))
+        value, sentence = found.total, explained(steps)
     else:
         value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
     return (value, sentence) if explain else value

@@ -59,16 +59,13 @@ class Penalised(NamedTuple):
     penalties: tuple[Tensor | None, ...]
 
 
-def why_not(steps: Steps) -> str:
-    """What among the steps of a network has no rule here, in words, or ""."""
-    for step in steps:
-        if not isinstance(step, Activate):
-            continue
-        for source in step.sources:
-            value = source.read()
+def why_not(steps: Steps, weights: Sequence[dict]) -> str:
+    """What among the steps of a network, with weights of `parameters`, has no rule here, in words, or ""."""
+    for step, own in zip(steps, weights, strict=True):
+        for role, value in own.items() if isinstance(step, Activate) else ():
             if isinstance(value, Tensor) and value.requires_grad:
-                return f"{step.label} learns its {source.role}"
-            if source.role == "negative_slope" and value < 0:
+                return f"{step.label} learns its {role}"
+            if role == "negative_slope" and value < 0:
                 return f"{step.label} has a negative slope below 0: the sign of its output does not tell its input's"
     return ""
 
@@ -87,6 +84,7 @@ def penalised(
     batches: Sequence[Tensor],
     penalties: Sequence[Penalty | None],
     objective: Callable[..., Tensor] | None = None,
+    weights: Sequence[dict] | None = None,
 ) -> Penalised:
     """Penalties of a network's slopes, beside a loss of its scores, with gradients by its tensors and by its inputs.
 
@@ -101,30 +99,30 @@ def penalised(
             fp32 at least, of which the sum counts; or None.
         objective: takes the scores ``[N]`` of every batch to a scalar; None for the penalties alone. It needs networks
             of one score.
+        weights: of `parameters`, read now if not given.
 
     Raises:
         RuntimeError: a gradient of the gradient is asked for.
     """
+    read = parameters(steps) if weights is None else weights
     if len(batches) > 1 and None not in penalties and _numbers(steps, batches) <= TOGETHER:
-        return _together(steps, batches, penalties, objective)
-    read = parameters(steps)
+        return _together(steps, batches, penalties, objective, read)
+    wanted = [x.requires_grad and torch.is_grad_enabled() for x in batches]
     tensors = {id(t): t for own in read for t in own.values() if isinstance(t, Tensor) and t.requires_grad}
-    inputs = [x for x in batches if x.requires_grad]
-    if not torch.is_grad_enabled():
-        tensors, inputs = {}, []
+    tensors = tensors if torch.is_grad_enabled() else {}
     with torch.no_grad():
-        plan = Plan(steps, read, tensors, bool(inputs), objective is not None)
+        plan = Plan(steps, read, tensors, any(wanted), objective is not None)
         runs = [Run(plan, x.detach()) for x in batches]
         scores = tuple(run.forward() for run in runs)
         loss, by_scores = scores[0].new_zeros(()), (None,) * len(runs)
         if objective is not None:
             loss, by_scores = _differentiated(objective, *scores)
         found = tuple(
-            _finished(*each, bool(tensors or inputs)) for each in zip(runs, penalties, by_scores, strict=True)
+            _finished(*each, bool(tensors) or any(wanted)) for each in zip(runs, penalties, by_scores, strict=True)
         )
         total = loss + sum(penalty.sum() for penalty in found if penalty is not None)
     known = [(t, plan.gradient_by(key)) for key, t in tensors.items()]
-    known += [(x, run.gradient_by_x()) for x, run in zip(batches, runs, strict=True) if any(x is i for i in inputs)]
+    known += [(x, run.gradient_by_x()) for x, run, each in zip(batches, runs, wanted, strict=True) if each]
     if known:
         total = _Known.apply(total, [gradient for _, gradient in known], *(t for t, _ in known))
     return Penalised(total, loss, scores, found)
@@ -134,7 +132,7 @@ def _numbers(steps: Steps, batches: Sequence[Tensor]) -> int:
     return sum(prod(step.shape) for step in steps) * sum(len(x) for x in batches)
 
 
-def _together(steps: Steps, batches, penalties, objective) -> Penalised:
+def _together(steps: Steps, batches, penalties, objective, weights) -> Penalised:
     """The same with all batches as one."""
     sizes = [len(x) for x in batches]
 
@@ -144,7 +142,7 @@ def _together(steps: Steps, batches, penalties, objective) -> Penalised:
     def of_all(scores: Tensor) -> Tensor:
         return objective(*scores.split(sizes))
 
-    found = penalised(steps, [torch.cat(batches)], [penalty], of_all if objective else None)
+    found = penalised(steps, [torch.cat(batches)], [penalty], of_all if objective else None, weights)
     (scores,), (values,) = found.scores, found.penalties
     return found._replace(scores=scores.split(sizes), penalties=values.split(sizes))
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genkernels import networks
 from genkernels.networks import gradient_penalty, penalised, trace
 from genkernels.networks.gradient_penalty import explained, why_not
 from tests.losses import definitions
@@ -224,5 +225,6 @@ def test_a_second_derivative_is_refused():
 )
 def test_what_has_no_rule_is_named(layer, reason):
     net = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1))
-    found = why_not(trace(net, torch.zeros(1, 3)))
+    steps = trace(net, torch.zeros(1, 3))
+    found = why_not(steps, networks.parameters(steps))
     assert found.startswith(reason) and bool(found) == bool(reason)
