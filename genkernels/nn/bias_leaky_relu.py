@@ -22,6 +22,7 @@ class BiasLeakyReLU(nn.Module):
         channels: C.
         negative_slope: 0 or more. gain: above 0.
         clamp: y is held between −clamp and clamp, for training in half types; None for no clamp.
+        device, dtype: of the bias.
 
     Shapes:
         x ``[N, C, ...]`` → like x. ``bias [C]`` begins at 0.
