@@ -13,6 +13,7 @@
 // Bytes: reads x and writes y, once. Work: k/u products a number along x for every row of x, the same along y for every
 // row of y.
 #include <algorithm>
+#include <bit>
 
 #include "rows.h"
 #include "upfirdn2d/axis.h"
@@ -28,52 +29,63 @@ int64_t whole_vectors(int64_t count) {
   return (count + Vector<T>::kLanes - 1) / Vector<T>::kLanes * Vector<T>::kLanes;
 }
 
-// to[0 … count) = Σ weights[k] · rows[k][0 … count), all of whole vectors.
+// Rows of numbers and the weights that they are added up with.
 template <typename T>
-void add_up(const std::vector<const T*>& rows, const std::vector<T>& weights, T* to, int64_t count) {
-  using V = typename Vector<T>::type;
-  for (int64_t i = 0; i < count; i += Vector<T>::kLanes) {
-    V sum = {};
-    for (size_t k = 0; k < rows.size(); ++k) sum += weights[k] * load_vector(rows[k] + i);
-    store_vector<T>(sum, to + i);
+struct Sum {
+  std::vector<const T*> rows;
+  std::vector<T> weights;
+
+  void add(const T* row, T weight) {
+    rows.push_back(row);
+    weights.push_back(weight);
   }
-}
+  void clear() {
+    rows.clear();
+    weights.clear();
+  }
+  // to[0 … count), of whole vectors.
+  void run(T* to, int64_t count) const {
+    const int64_t many = rows.size();
+    const T* const* from = rows.data();
+    const T* by = weights.data();
+    for (int64_t i = 0; i < count; i += Vector<T>::kLanes) {
+      typename Vector<T>::type sum = {};
+      for (int64_t k = 0; k < many; ++k) sum += by[k] * load_vector(from[k] + i);
+      store_vector<T>(sum, to + i);
+    }
+  }
+};
 
 // The pass along x.
 template <typename T>
 class AlongX {
  public:
-  explicit AlongX(const Axis<T>& axis) : axis_(axis), each_((axis.results + axis.phases - 1) / axis.phases) {
-    int64_t most = 0;
-    bool any = false;
+  explicit AlongX(const Axis<T>& axis)
+      : axis_(axis), padded_(whole_vectors<T>((axis.results + axis.phases - 1) / axis.phases)), sums_(axis.phases) {
+    int64_t last = first_ = axis.taps[0].empty() ? 0 : axis.place_of(axis.taps[0][0]);
     for (const auto& taps : axis.taps)
       for (const Tap<T>& tap : taps) {
-        const int64_t at = floor_div(tap.from, axis.streams);
-        first_ = any ? std::min(first_, at) : at;
-        most = any ? std::max(most, at) : at;
-        any = true;
+        first_ = std::min(first_, axis.place_of(tap));
+        last = std::max(last, axis.place_of(tap));
       }
-    padded_ = whole_vectors<T>(each_);
-    stream_ = most - first_ + padded_;
+    stream_ = last - first_ + padded_;
     streams_.assign(axis.streams * stream_, T(0));
     phases_.resize(axis.phases * padded_);
+    for (int64_t phase = 0; phase < axis.phases; ++phase)
+      for (const Tap<T>& tap : axis.taps[phase]) {
+        const int64_t place = axis.place_of(tap), s = tap.from - place * axis.streams;
+        sums_[phase].add(streams_.data() + s * stream_ + place - first_, tap.weight);
+      }
   }
+  AlongX(const AlongX&) = delete;  // its sums point into its streams
 
   int64_t room() const { return axis_.phases * padded_; }  // numbers of a row of results, whole vectors for y's pass
 
   void run(const T* row, T* to) {
     for (int64_t s = 0; s < axis_.streams; ++s) cut(row, s);
-    for (int64_t phase = 0; phase < axis_.phases; ++phase) {
-      rows_.clear();
-      weights_.clear();
-      for (const Tap<T>& tap : axis_.taps[phase]) {
-        const int64_t at = floor_div(tap.from, axis_.streams), s = tap.from - at * axis_.streams;
-        rows_.push_back(streams_.data() + s * stream_ + at - first_);
-        weights_.push_back(tap.weight);
-      }
-      add_up(rows_, weights_, axis_.phases == 1 ? to : phases_.data() + phase * padded_, padded_);
-    }
-    if (axis_.phases > 1) interleave(to);
+    if (axis_.phases == 1) return sums_[0].run(to, padded_);
+    for (int64_t phase = 0; phase < axis_.phases; ++phase) sums_[phase].run(phases_.data() + phase * padded_, padded_);
+    interleave(to);
   }
 
  private:
@@ -108,10 +120,9 @@ class AlongX {
   }
 
   const Axis<T>& axis_;
-  int64_t each_, padded_, stream_, first_ = 0;  // results of a phase, in whole vectors; numbers of a stream, its first
+  int64_t padded_, stream_, first_;  // results of a phase, in whole vectors; numbers of a stream, the first one's place
   std::vector<T> streams_, phases_;
-  std::vector<const T*> rows_;
-  std::vector<T> weights_;
+  std::vector<Sum<T>> sums_;  // of each phase
 };
 
 // What a thread has: the pass along x and the ring of its rows.
@@ -122,37 +133,34 @@ class Worker {
       : x_(along_x), y_(along_y), pass_(along_x), number_(along_x.length), result_(pass_.room()) {
     for (const auto& taps : along_y.taps)
       if (!taps.empty()) depth_ = std::max(depth_, taps.back().from - taps.front().from + 1);
+    depth_ = std::bit_ceil(uint64_t(depth_));
     ring_.resize(depth_ * pass_.room());
   }
 
   // One row of results, of a plane's numbers; `next` is the first row of numbers that the ring lacks.
   void run(const S* plane, int64_t result, int64_t& next, S* to) {
-    rows_.clear();
-    weights_.clear();
+    sum_.clear();
     const int64_t shift = y_.shift_of(result);
     for (const Tap<T>& tap : y_.taps_of(result)) {
       const int64_t row = tap.from + shift;
       if (row < 0 || row >= y_.length) continue;
+      T* in_ring = ring_.data() + (row & (depth_ - 1)) * pass_.room();
       if (row >= next) {
-        pass_.run(widened(plane + row * x_.length, number_.data(), x_.length), ring_row(row));
+        pass_.run(widened(plane + row * x_.length, number_.data(), x_.length), in_ring);
         next = row + 1;
       }
-      rows_.push_back(ring_row(row));
-      weights_.push_back(tap.weight);
+      sum_.add(in_ring, tap.weight);
     }
-    add_up(rows_, weights_, result_.data(), whole_vectors<T>(x_.results));
+    sum_.run(result_.data(), whole_vectors<T>(x_.results));
     store(result_.data(), to, x_.results);
   }
 
  private:
-  T* ring_row(int64_t row) { return ring_.data() + row % depth_ * pass_.room(); }
-
   const Axis<T>&x_, &y_;
   AlongX<T> pass_;
   int64_t depth_ = 1;
   std::vector<T> number_, result_, ring_;
-  std::vector<const T*> rows_;
-  std::vector<T> weights_;
+  Sum<T> sum_;
 };
 
 Tensor upfirdn2d(Tensor x, Tensor filter_x, Tensor filter_y, int64_t up, int64_t down, std::vector<int64_t> padding,

@@ -83,7 +83,7 @@ def _backward_kernel(
         b_by_x = tl.where(tl.abs(b_y) >= b_limit, 0.0, b_by_x)
     tl.store(p_by_x + o, b_by_x.to(p_by_x.dtype.element_ty), m)
     if p_sums is not None:
-        tl.store(p_sums + o_row * blocks + tl.program_id(0) % blocks, tl.sum(b_by_x, axis=1), m_row)
+        tl.store(p_sums + (o_row * blocks + tl.program_id(0) % blocks), tl.sum(b_by_x, axis=1), m_row)
 
 
 @triton.jit(do_not_specialize=("samples", "channels", "blocks"))

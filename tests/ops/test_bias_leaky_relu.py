@@ -39,6 +39,7 @@ def plain(x, bias=None, negative_slope=0.2, gain=2**0.5, clamp=None):
     return y if clamp is None else y.clamp(-clamp, clamp)
 
 
+@pytest.mark.every_build
 @pytest.mark.implementations(
     when=lambda i, shape, dtype: not i.is_interpreted or shape != (2, 2, 130, 131) or dtype == F32
 )

@@ -73,6 +73,7 @@ def test_up_sampling_is_a_transposed_convolution(implementation, device, up):
     torch.testing.assert_close(ops.upfirdn2d(x, taps, up=up, padding=padding), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.every_build
 @pytest.mark.implementations(
     when=lambda i, shape, dtype: not i.is_interpreted or shape != (1, 2, 33, 40) or dtype == F32
 )

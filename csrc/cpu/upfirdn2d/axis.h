@@ -45,6 +45,9 @@ struct Axis {
     }
   }
 
+  // The stretch of its stream that a tap takes begins here.
+  int64_t place_of(const Tap<T>& tap) const { return floor_div(tap.from, streams); }
+
   const std::vector<Tap<T>>& taps_of(int64_t result) const { return taps[result % phases]; }
   // How far the numbers of a result lie beyond those of its phase's first one.
   int64_t shift_of(int64_t result) const { return result / phases * streams; }
