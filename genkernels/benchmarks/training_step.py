@@ -1,6 +1,9 @@
 """``genkernels bench training_step [MODEL …]``: whole training steps of whole models.
 
-A step is what training does: the loss, its backward pass, the gradients clipped to norm 1, Adam. Models stand at their
+A step is what training does: the loss, its backward pass, the gradients clipped to norm 1, Adam; of a model with two
+players as many moves of each as lie between two of the one that moves least (WGAN-GP: five of the critic, one of the
+generator). Its loss is then the sum of either's last, and torch.compile, which cannot differentiate twice, is not
+offered one. Models stand at their
 presets, on synthetic data of the presets' form (grey levels, or points), dropout off so that all providers can be held
 against the same numbers. ``bfloat16`` rows are training's bf16-mixed: fp32 weights and data, the loss under autocast.
 
@@ -45,15 +48,15 @@ from genkernels.backends import use_backend, why_missing
 from genkernels.benchmarks.cases import WHOLE_STEPS
 from genkernels.benchmarks.measure import Inputs, Work
 from genkernels.benchmarks.providers import Unavailable, first_line
-from genkernels.models import MODELS, Model
+from genkernels.models import MODELS, LikelihoodModel, Model
 
 NAME = WHOLE_STEPS
-PRESETS = ("digits", "points", "photos32")
+PRESETS = ("digits", "points", "photos32", "two_photos32")
 GATE_STEPS, QUICK_GATE_STEPS = 30, 3
 TOLERANCE = 1e-4
 LR, WARMUP, CLIP = 1e-3, 100, 1.0  # as `genkernels train` begins a long run
 #: Examples a step: training's own number, less where an image has thousands of values.
-BATCHES = {"digits": 64, "points": 64, "photos32": 8}
+BATCHES = {"digits": 64, "points": 64, "photos32": 8, "two_photos32": 1}
 #: Rows whose reference would run for hours, and why: nothing could be held against it.
 NO_REFERENCE = {("iaf", "photos32"): "the reference's density takes D = 3,072 passes of each network"}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -89,6 +92,11 @@ class StepCase:
     def shape(self) -> tuple[int, ...]:
         with torch.device("meta"):
             return (BATCHES[self.preset], *self.make().shape)
+
+    @property
+    def one_loss(self) -> bool:
+        """Whether the model is one player with a loss of its own."""
+        return issubclass(MODELS[self.model], LikelihoodModel)
 
     def make(self) -> Model:
         return MODELS[self.model].from_preset(self.preset)
@@ -137,30 +145,61 @@ class Trainer:
     """A model in training as one provider does it."""
 
     def __init__(self, model: nn.Module, loss: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=LR, fused=True)
-        self.loss = loss
+        self.loss, self.optimizers = loss, [_adam(model)]
         half = dtype != torch.float32
         self.precision = functools.partial(torch.autocast, device.type, dtype) if half else nullcontext
 
     def step(self, x: Tensor) -> Tensor:
+        return self._move(self.optimizers[0], self.loss, x)
+
+    def _move(self, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], *arguments) -> Tensor:
         with self.precision():
-            loss = self.loss(x)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+            value = loss(*arguments)
+        value.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
 
     def run(self, batches: Sequence[Tensor]) -> list[float]:
         """The losses of a run's first steps; each draws its noise from a seed of its own."""
         losses = []
         for i, x in enumerate(batches):
-            for group in self.optimizer.param_groups:
-                group["lr"] = LR * min(1.0, (i + 1) / WARMUP)
+            for optimizer in self.optimizers:
+                optimizer.param_groups[0]["lr"] = LR * min(1.0, (i + 1) / WARMUP)
             torch.manual_seed(i)
             losses.append(self.step(x))
         return torch.stack(losses).double().tolist() if losses else []
+
+
+class PlayersTrainer(Trainer):
+    """The same of a model with several players, each with an optimiser of its own."""
+
+    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device):
+        super().__init__(model, self._loss, dtype, device)
+        self.model, self.players = model, model.players()
+        self.optimizers = [_adam(player.module) for player in self.players.values()]
+
+    def step(self, x: Tensor) -> Tensor:
+        last: dict[str, Tensor] = {}
+        for step in range(max(player.every for player in self.players.values())):
+            for (name, player), optimizer in zip(self.players.items(), self.optimizers, strict=True):
+                if step % player.every == 0:
+                    last[name] = self._move(optimizer, self._loss, name, x, step)
+        return torch.stack(list(last.values())).sum()
+
+    def _loss(self, name: str, x: Tensor, step: int) -> Tensor:
+        y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return self.model.losses(name, x, y, step)["loss"]
+
+
+def trainer_of(model: Model, case: StepCase, dtype: torch.dtype, device: torch.device) -> Trainer:
+    """By its players where it has no one loss."""
+    return Trainer(model, model.loss, dtype, device) if case.one_loss else PlayersTrainer(model, dtype, device)
+
+
+def _adam(module: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=LR, fused=True)
 
 
 def batches_of(case: StepCase, model: Model, device: torch.device) -> list[Tensor]:
@@ -250,7 +289,7 @@ def draw(case: StepCase, device: torch.device) -> StepProblem:
             if hasattr(model, "initialize"):
                 model.initialize(batches[0])
             truth, *rest = (
-                Trainer(twin, twin.loss, dtype, device).run(batches)
+                trainer_of(twin, case, dtype, device).run(batches)
                 for dtype in dict.fromkeys((torch.float32, case.dtype))
                 for twin in [copy.deepcopy(model)]
             )
@@ -273,6 +312,8 @@ class StepProvider:
 
     def open(self, problem: StepProblem) -> StepSession:
         device = problem.batches[0].device
+        if self.compiled and not problem.case.one_loss:
+            raise Unavailable("cannot differentiate twice, as a critic's penalty asks for")
         if self.compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise Unavailable("needs a C++ compiler (g++) on the CPU, and none was found")
         if self.backend == "auto":
@@ -289,12 +330,13 @@ class StepSession:
     def __init__(self, problem: StepProblem, provider: StepProvider):
         self.problem, self.provider = problem, provider
         self.work: Work | None = None
-        model = copy.deepcopy(problem.model)
-        loss = model.loss
+        self.trainer = trainer_of(
+            copy.deepcopy(problem.model), problem.case, problem.case.dtype, problem.batches[0].device
+        )
         if provider.compiled:
             # eager's random numbers: the gate compares losses that depend on them
-            loss = torch.compile(loss, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        self.trainer = Trainer(model, loss, problem.case.dtype, problem.batches[0].device)
+            options = {"fallback_random": True}
+            self.trainer.loss = torch.compile(self.trainer.loss, fullgraph=True, dynamic=False, options=options)
 
     def check(self) -> str:
         problem = self.problem

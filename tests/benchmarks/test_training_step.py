@@ -12,6 +12,7 @@ from torch import nn
 from genkernels import benchmarks
 from genkernels.benchmarks import machine, report, runner, training_step
 from genkernels.benchmarks.peers import Peer
+from genkernels.benchmarks.providers import Unavailable
 from genkernels.benchmarks.runner import run_case
 from genkernels.benchmarks.training_step import Budget, StepCase, StepProvider, StepSession, fault_of
 from genkernels.models import MODELS
@@ -41,7 +42,7 @@ class Spoiled(StepProvider):
 def test_every_model_at_its_presets_in_both_precisions():
     found = training_step.cases()
     assert {case.model for case in found} == set(MODELS)
-    assert {case.preset for case in found} == {"digits", "points", "photos32"}
+    assert {case.preset for case in found} == {"digits", "points", "photos32", "two_photos32"}
     names = [(case.name, case.dtype) for case in found]
     assert len(names) == len(set(names)) and {dtype for _, dtype in names} == {torch.float32, torch.bfloat16}
     assert all(case.gate_steps == 30 for case in found)
@@ -151,6 +152,21 @@ def test_a_step_is_that_of_training():
         optimizer.step()
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_step_of_two_players_is_all_moves_between_two_of_the_generator():
+    case = StepCase("wgangp", "points", torch.float32, gate_steps=2)
+    problem = training_step.draw(case, CPU)
+    trainer = training_step.trainer_of(problem.model, case, torch.float32, CPU)
+    moves, losses = [], problem.model.losses
+    problem.model.losses = lambda name, x, y, step: moves.append((name, step)) or losses(name, x, y, step)
+    found = trainer.run(problem.batches)
+    assert not fault_of(found, problem.truth, 0.0)
+    critic = [("critic", step) for step in range(5)]
+    assert moves == 2 * [critic[0], ("generator", 0), *critic[1:]]
+    compiled = next(p for p in training_step.local() if p.name == "compiled")
+    with pytest.raises(Unavailable, match="cannot differentiate twice"):
+        compiled.open(problem)
 
 
 def test_within_a_limit_cases_are_compiled_while_all_rows_still_fit():
