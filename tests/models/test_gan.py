@@ -116,6 +116,37 @@ def test_both_losses_of_the_original(loss):
     assert near(moved, losses.generator_loss(fake, kind=loss), 1e-5)
 
 
+@pytest.mark.parametrize("name", ALONE)
+def test_examples_and_samples_reach_the_critic_augmented(name):
+    model, (x, y) = tiny(name, "images", augment=1.0).train(), batch("images")
+    assert model.augment.p == 1 and model.augment is not None and "augment.p" in model.state_dict()
+    seen = []
+    hook = model.critic.trunk.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
+    torch.manual_seed(3)
+    model.losses("generator", x, y, 0)["loss"].backward()
+    torch.manual_seed(3)
+    fake = model.generator(torch.randn(6, 4)).detach()
+    torch.testing.assert_close(seen[0], model.augment(fake))
+    assert not torch.allclose(seen[0], fake) and all(gradients(model.generator))
+    hook.remove()
+    assert model.losses("critic", x, y, 0)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", ["gan", "sngan"])
+def test_an_adaptive_probability_follows_the_critic_and_is_kept(name):
+    model, (x, y) = tiny(name, "images", adaptive=True, augment=0.3).train(), batch("images")
+    model.augment.images = 100
+    for bias, moved in ((100.0, 0.3 + 0.24), (-100.0, 0.3)):
+        with torch.no_grad():
+            model.critic.score.bias.fill_(bias)
+        for step in range(4):
+            model.losses("critic", x, y, step)
+        assert model.augment.p.item() == pytest.approx(moved)
+    twin = tiny(name, "images", adaptive=True)
+    twin.load_state_dict(model.state_dict())
+    assert twin.augment.p == model.augment.p
+
+
 # --- bounds of critics --------------------------------------------------------------------------------------------
 
 
@@ -151,6 +182,19 @@ def test_no_critic_couples_the_samples_of_a_batch(name, kind):
     if name in ALONE:
         x = model._scaled(batch(kind)[0])
         torch.testing.assert_close(model.critic(x)[2:3], model.critic(x[2:3]))
+
+
+@pytest.mark.parametrize("kind", ["points", "images"])
+@pytest.mark.parametrize("name", ALONE)
+def test_critics_take_the_short_way_to_a_penalty(name, kind):
+    model = tiny(name, kind)
+    real = model._scaled(batch(kind)[0])
+    short = "four passes: every step is piecewise linear"
+    assert losses.gradient_penalty(model.critic, real, real.flip(0), explain=True)[1] == short
+    sentence = losses.critic_step(model.critic, real, real.flip(0), loss="relativistic", r1=1.0, r2=1.0, explain=True)[
+        1
+    ]
+    assert sentence.startswith("four passes, the loss among them")
 
 
 # --- samples and judgement ----------------------------------------------------------------------------------------
@@ -303,6 +347,8 @@ def test_the_ring_is_found_in_a_few_hundred_steps():
         ("wgan", {"clip": 0.0}, "WGAN: clip must be above 0, got 0.0"),
         ("wgangp", {"penalty": -1.0}, "WGANGP: penalty must be at least 0, got -1.0"),
         ("wgangp", {"every": 0}, "WGANGP: every must be at least 1, got 0"),
+        ("gan", {"augment": 0.5}, "GAN: augment must be 0 for points, which are no images, got 0.5"),
+        ("gan", {"shape": (1, 8, 8), "augment": 1.5}, "Augment: p must be .* from 0 to 1, got 1.5"),
         ("r3gan", {"gamma": -0.5}, "R3GAN: gamma must be at least 0, got -0.5"),
         ("r3gan", {"shape": (1, 8, 8), "cardinality": 3}, "cardinality must divide the 32 channels .* got 3"),
     ],

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from genkernels import losses, metrics
+from genkernels._config import TrainConfig
 from genkernels.models._model import Estimate, Model, Player, Preset
+from genkernels.nn import AdaptiveAugment, Augment
 from genkernels.nn._modes import in_mode
 from genkernels.nn._values import level_indices
 from genkernels.nn.dequantize import normal
 
+#: What training takes unless it is told otherwise.
+LR = TrainConfig.lr
 #: Directions along which samples and held-out examples are compared.
 PROJECTIONS = 256
 
@@ -35,6 +39,10 @@ class AdversarialModel(Model):
         r1, r2: weights of the gradient penalties at the examples and at the samples, as for
             `genkernels.losses.critic_step`.
         n_critic: steps of the critic to one of the generator.
+        augment: probability of each change of `genkernels.nn.Augment`, which examples and samples go through on their
+            way to the critic, 0: none. Images only.
+        adaptive: that probability is where `genkernels.nn.AdaptiveAugment` begins, for one more pass of the critic over
+            the examples. Of losses for which a score of 0 is a critic that cannot tell.
         shape, grey_levels, num_classes: as for `Model`.
     """
 
@@ -52,6 +60,8 @@ class AdversarialModel(Model):
         shape: tuple[int, ...],
         r1: float = 0.0,
         r2: float = 0.0,
+        augment: float = 0.0,
+        adaptive: bool = False,
         grey_levels: int | None = None,
         num_classes: int | None = None,
     ):
@@ -59,7 +69,12 @@ class AdversarialModel(Model):
         for label, value in (("n_critic", n_critic), ("latent", latent)):
             if value < 1:
                 raise ValueError(f"{name}: {label} must be at least 1, got {value}")
+        if (augment or adaptive) and len(shape) == 1:
+            raise ValueError(f"{name}: augment must be 0 for points, which are no images, got {augment}")
         super().__init__(shape, grey_levels, num_classes)
+        self.augment: nn.Module | None = None
+        if augment or adaptive:
+            self.augment = AdaptiveAugment(p=augment) if adaptive else Augment(augment)
         self.generator, self.critic = generator, critic
         self.latent, self.n_critic, self.loss_kind, self.r1, self.r2 = latent, n_critic, loss, r1, r2
 
@@ -74,11 +89,14 @@ class AdversarialModel(Model):
         if player == "generator":
             return self.generator_terms(real, labels)
         with torch.no_grad():
-            fake = self.generator(self._latents(len(real)), labels)
+            real, fake = self._augmented(real), self._augmented(self.generator(self._latents(len(real)), labels))
+            if isinstance(self.augment, AdaptiveAugment):
+                self.augment.update(self.critic(real, labels))
         return self.critic_terms(real, fake, labels, step)
 
     def critic_terms(self, real: Tensor, fake: Tensor, y: Tensor | None, step: int) -> dict[str, Tensor]:
-        """The critic's loss on examples and as many samples of the same classes, both in the networks' range."""
+        """The critic's loss on examples and as many samples of the same classes, both as the critic sees them: in the
+        networks' range, augmented where the model augments."""
         kind = self._CRITIC_LOSS.get(self.loss_kind, self.loss_kind)
         terms = losses.critic_step(self.critic, real, fake, loss=kind, r1=self.r1, r2=self.r2, y=y, terms=True)
         unused = [name for name, weight in (("r1", self.r1), ("r2", self.r2)) if not weight]
@@ -87,8 +105,8 @@ class AdversarialModel(Model):
     def generator_terms(self, real: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         """The generator's loss on as many samples as there are examples; no gradient reaches the critic."""
         with frozen(self.critic):
-            fake = self.critic(self.generator(self._latents(len(real)), y), y)
-            paired = self.critic(real, y) if self.loss_kind == "relativistic" else None
+            fake = self.critic(self._augmented(self.generator(self._latents(len(real)), y)), y)
+            paired = self.critic(self._augmented(real), y) if self.loss_kind == "relativistic" else None
         return {"loss": losses.generator_loss(fake, kind=self.loss_kind, real_scores=paired)}
 
     # --- samples and judgement ------------------------------------------------------------------------------------
@@ -147,6 +165,9 @@ class AdversarialModel(Model):
     def _latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return normal((n, self.latent), self._like.dtype, self._like.device, generator)
 
+    def _augmented(self, x: Tensor) -> Tensor:
+        return x if self.augment is None else self.augment(x)
+
     def _scaled(self, x: Tensor) -> Tensor:
         self._check_shape(x)
         return scaled(self, x)
@@ -171,10 +192,21 @@ def shown(x: Tensor) -> Tensor:
     return ((x + 1) / 2).clamp(0, 1)
 
 
-def presets(sizes: dict[str, dict[str, Any]], **training) -> dict[str, Preset]:
+def presets(
+    sizes: dict[str, dict[str, Any]], *, lr: float, points_lr: float | None = None, **training
+) -> dict[str, Preset]:
     """Sizes by name with one training for all: gradients as they are and the step size from the first step on, as all
-    papers of this family have it. ``points`` is another name of ``ring2d``, by which points of any set find it."""
-    found = {name: Preset(size, {"clip": 0.0, "warmup": 0, **training}) for name, size in sizes.items()}
+    papers of this family have it. ``points`` is another name of ``ring2d``, by which points of any set find it.
+
+    Args:
+        sizes: constructor arguments by preset.
+        lr: of the paper. points_lr: of ``ring2d``, whose networks are small, None: the same.
+        **training: further fields of `TrainConfig`.
+    """
+    found = {}
+    for name, size in sizes.items():
+        rate = points_lr if points_lr is not None and len(size["shape"]) == 1 else lr
+        found[name] = Preset(size, {"clip": 0.0, "warmup": 0, **({} if rate == LR else {"lr": rate}), **training})
     return found | ({"points": found["ring2d"]} if "ring2d" in found else {})
 
 

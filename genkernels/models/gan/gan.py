@@ -37,6 +37,9 @@ class GAN(AdversarialModel):
             those of points. depth: hidden layers of the latter.
         n_critic: steps of the critic to one of the generator.
         r1: weight of the penalty on the critic's gradient at the examples (Mescheder et al. 2018), 0: none.
+        augment: probability of each change of `genkernels.nn.Augment`, which examples and samples go through on their
+            way to the critic, for few images. adaptive: that probability is the first one of
+            `genkernels.nn.AdaptiveAugment`. Images only.
         grey_levels: how many values a pixel can take, None for images of real numbers. Images only.
         num_classes: give both networks the class y. class_features: size of the generator's embedding of it.
 
@@ -63,6 +66,8 @@ class GAN(AdversarialModel):
         depth: int = 3,
         n_critic: int = 1,
         r1: float = 0.0,
+        augment: float = 0.0,
+        adaptive: bool = False,
         grey_levels: int | None = 256,
         num_classes: int | None = None,
         class_features: int = 16,
@@ -77,7 +82,9 @@ class GAN(AdversarialModel):
         data = {"shape": shape, "grey_levels": grey_levels, "num_classes": num_classes}
         sizes = {"latent": latent, "width": width, "depth": depth, "class_features": class_features}
         both = networks("GAN", (conv_generator, conv_critic), **data, **sizes)
-        super().__init__(*both, latent=latent, loss=loss, n_critic=n_critic, r1=r1, **data)
+        super().__init__(
+            *both, latent=latent, loss=loss, n_critic=n_critic, r1=r1, augment=augment, adaptive=adaptive, **data
+        )
 
 
 class WGAN(AdversarialModel):
@@ -88,7 +95,7 @@ class WGAN(AdversarialModel):
 
     Args:
         clip: the largest size of a weight, above 0. n_critic: steps of the critic to one of the generator.
-        shape, latent, width, depth, grey_levels, num_classes, class_features: as for `GAN`.
+        shape, latent, width, depth, augment, grey_levels, num_classes, class_features: as for `GAN`.
 
     Example:
         >>> import genkernels as gk
@@ -110,6 +117,7 @@ class WGAN(AdversarialModel):
         width: int = 64,
         depth: int = 3,
         n_critic: int = 5,
+        augment: float = 0.0,
         grey_levels: int | None = 256,
         num_classes: int | None = None,
         class_features: int = 16,
@@ -119,7 +127,7 @@ class WGAN(AdversarialModel):
         data = {"shape": shape, "grey_levels": grey_levels, "num_classes": num_classes}
         sizes = {"latent": latent, "width": width, "depth": depth, "class_features": class_features}
         both = networks("WGAN", (conv_generator, conv_critic), **data, **sizes)
-        super().__init__(*both, latent=latent, loss="wasserstein", n_critic=n_critic, **data)
+        super().__init__(*both, latent=latent, loss="wasserstein", n_critic=n_critic, augment=augment, **data)
         self.clip = clip
 
     def losses(self, player: str, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
@@ -138,7 +146,7 @@ class WGANGP(AdversarialModel):
         penalty: λ. one_sided: only slopes above 1 are penalised.
         every: the penalty is taken in one of so many steps, times their number.
         n_critic: steps of the critic to one of the generator.
-        shape, latent, width, depth, grey_levels, num_classes, class_features: as for `GAN`.
+        shape, latent, width, depth, augment, grey_levels, num_classes, class_features: as for `GAN`.
 
     Example:
         >>> import genkernels as gk
@@ -146,10 +154,13 @@ class WGANGP(AdversarialModel):
         torch.Size([3, 2])
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", 2017: λ = 10, five steps of the critic, Adam at
-    1e-4 with β = (0, 0.9).
+    1e-4 with β = (0, 0.9). The preset ``ring2d`` has λ = 0.1, as the authors' program for points in the plane,
+    and a step size of 1e-3.
     """
 
-    presets: ClassVar = presets(SIZES, lr=1e-4, betas=(0.0, 0.9))
+    presets: ClassVar = presets(
+        {**SIZES, "ring2d": {**SIZES["ring2d"], "penalty": 0.1}}, lr=1e-4, points_lr=1e-3, betas=(0.0, 0.9)
+    )
 
     def __init__(
         self,
@@ -162,6 +173,7 @@ class WGANGP(AdversarialModel):
         width: int = 64,
         depth: int = 3,
         n_critic: int = 5,
+        augment: float = 0.0,
         grey_levels: int | None = 256,
         num_classes: int | None = None,
         class_features: int = 16,
@@ -173,7 +185,7 @@ class WGANGP(AdversarialModel):
         data = {"shape": shape, "grey_levels": grey_levels, "num_classes": num_classes}
         sizes = {"latent": latent, "width": width, "depth": depth, "class_features": class_features}
         both = networks("WGANGP", (conv_generator, conv_critic), **data, **sizes)
-        super().__init__(*both, latent=latent, loss="wasserstein", n_critic=n_critic, **data)
+        super().__init__(*both, latent=latent, loss="wasserstein", n_critic=n_critic, augment=augment, **data)
         self.penalty, self.one_sided, self.every = penalty, one_sided, every
 
     def critic_terms(self, real: Tensor, fake: Tensor, y: Tensor | None, step: int) -> dict[str, Tensor]:

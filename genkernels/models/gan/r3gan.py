@@ -16,7 +16,7 @@ from genkernels.models.gan.base import AdversarialModel, presets
 SLOPE, EXPANSION = 0.2, 2
 _SIZES = {
     "ring2d": {"shape": (2,), "latent": 16, "width": 128, "gamma": 0.1},
-    "digits": {"shape": (1, 8, 8), "grey_levels": 17, "latent": 64, "width": 64, "cardinality": 8, "blocks": 1},
+    "digits": {"shape": (1, 8, 8), "grey_levels": 17, "latent": 64, "width": 32, "cardinality": 4, "blocks": 1},
     "photos32": {"shape": (3, 32, 32), "latent": 64, "width": 64, "cardinality": 8, "blocks": 1},
     "cifar10": {"shape": (3, 32, 32), "latent": 64, "width": 768, "cardinality": 96, "blocks": 2, "gamma": 0.05},
 }
@@ -39,6 +39,8 @@ class R3GAN(AdversarialModel):
             networks of points. depth: hidden layers of the latter.
         cardinality: groups of a block's 3×3 convolution. blocks: in each resolution.
         n_critic: steps of the critic to one of the generator.
+        augment: probability of each change of `genkernels.nn.Augment`, which examples and samples go through on their
+            way to the critic, for few images. Images only.
         grey_levels: how many values a pixel can take, None for images of real numbers. Images only.
         num_classes: give both networks the class y. class_features: size of the generator's embedding of it.
 
@@ -53,7 +55,7 @@ class R3GAN(AdversarialModel):
     begins.
     """
 
-    presets: ClassVar = presets(_SIZES, lr=2e-4, betas=(0.0, 0.9))
+    presets: ClassVar = presets(_SIZES, lr=2e-4, points_lr=1e-3, betas=(0.0, 0.9))
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class R3GAN(AdversarialModel):
         cardinality: int = 8,
         blocks: int = 1,
         n_critic: int = 1,
+        augment: float = 0.0,
         grey_levels: int | None = 256,
         num_classes: int | None = None,
         class_features: int = 16,
@@ -81,7 +84,9 @@ class R3GAN(AdversarialModel):
         sizes = {"latent": latent, "width": width, "depth": depth, "class_features": class_features}
         of_images = partial(_generator, cardinality, blocks), partial(_critic, cardinality, blocks)
         both = networks("R3GAN", of_images, **data, **sizes)
-        super().__init__(*both, latent=latent, loss="relativistic", n_critic=n_critic, r1=gamma, r2=gamma, **data)
+        super().__init__(
+            *both, latent=latent, loss="relativistic", n_critic=n_critic, r1=gamma, r2=gamma, augment=augment, **data
+        )
 
 
 def _generator(

@@ -28,6 +28,9 @@ class SNGAN(AdversarialModel):
         latent: size of z. width: channels of the generator's blocks, units of a hidden layer of networks of points.
             critic_width: those of the critic, None: the same. depth: hidden layers of networks of points.
         n_critic: steps of the critic to one of the generator.
+        augment: probability of each change of `genkernels.nn.Augment`, which examples and samples go through on their
+            way to the critic, for few images. adaptive: that probability is the first one of
+            `genkernels.nn.AdaptiveAugment`. Images only.
         grey_levels: how many values a pixel can take, None for images of real numbers. Images only.
         num_classes: give both networks the class y. class_features: size of the generator's embedding of it.
 
@@ -42,7 +45,7 @@ class SNGAN(AdversarialModel):
     not beside z.
     """
 
-    presets: ClassVar = presets(_SIZES, lr=2e-4, betas=(0.0, 0.9))
+    presets: ClassVar = presets(_SIZES, lr=2e-4, points_lr=1e-3, betas=(0.0, 0.9))
 
     def __init__(
         self,
@@ -53,6 +56,8 @@ class SNGAN(AdversarialModel):
         critic_width: int | None = None,
         depth: int = 3,
         n_critic: int = 5,
+        augment: float = 0.0,
+        adaptive: bool = False,
         grey_levels: int | None = 256,
         num_classes: int | None = None,
         class_features: int = 16,
@@ -64,4 +69,13 @@ class SNGAN(AdversarialModel):
         spectral_norm_(critic)
         if critic.classes is not None:
             spectral_norm_(critic.classes)
-        super().__init__(generator, critic, latent=latent, loss="hinge", n_critic=n_critic, **data)
+        super().__init__(
+            generator,
+            critic,
+            latent=latent,
+            loss="hinge",
+            n_critic=n_critic,
+            augment=augment,
+            adaptive=adaptive,
+            **data,
+        )
