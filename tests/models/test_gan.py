@@ -312,6 +312,17 @@ def test_a_run_on_the_kernels_is_one_on_the_reference(name, kind):
             assert abs(a - b) <= 1e-3 * abs(a), player
 
 
+@pytest.mark.parametrize("name", ["wgangp", "sngan", "r3gan", "bigan"])
+def test_a_run_of_mixed_precision_is_near_one_of_fp32(name):
+    bundle = small("digits")
+    found = [
+        moved(fit(tiny(name, "images"), bundle, config(max_steps=6, precision=p), quiet=True).history)
+        for p in ("32", "bf16-mixed")
+    ]
+    for player, truth in found[0].items():
+        assert found[1][player] == pytest.approx(truth, rel=0.05, abs=0.05)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_goes_on_reaches_the_same_losses(name, tmp_path):
     bundle, settings = small("eight_gaussians"), config(max_steps=12, ema=0.9, checkpoint_every=5)

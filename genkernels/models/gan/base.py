@@ -89,7 +89,9 @@ class AdversarialModel(Model):
         if player == "generator":
             return self.generator_terms(real, labels)
         with torch.no_grad():
-            real, fake = self._augmented(real), self._augmented(self.generator(self._latents(len(real)), labels))
+            # under autocast a sample is of a half type
+            fake = self.generator(self._latents(len(real)), labels).to(real.dtype)
+            real, fake = self._augmented(real), self._augmented(fake)
             if isinstance(self.augment, AdaptiveAugment):
                 self.augment.update(self.critic(real, labels))
         return self.critic_terms(real, fake, labels, step)
