@@ -1,11 +1,10 @@
 """``genkernels bench training_step [MODEL …]``: whole training steps of whole models.
 
-A step is what training does: the loss, its backward pass, the gradients clipped to norm 1, Adam; of a model with two
-players as many moves of each as lie between two of the one that moves least (WGAN-GP: five of the critic, one of the
-generator). Its loss is then the sum of either's last, and torch.compile, which cannot differentiate twice, is not
-offered one. Models stand at their
-presets, on synthetic data of the presets' form (grey levels, or points), dropout off so that all providers can be held
-against the same numbers. ``bfloat16`` rows are training's bf16-mixed: fp32 weights and data, the loss under autocast.
+A step is what training does: the loss, its backward pass, the gradients clipped to norm 1, Adam. Of a model of several
+players it is the shortest round in which each has moved: as many of the critic's steps as its generator waits for, and
+one of the generator. Models stand at their presets, on synthetic data of the presets' form (grey levels, or points),
+dropout off so that all providers can be held against the same numbers. ``bfloat16`` rows are training's bf16-mixed:
+fp32 weights and data, the loss under autocast.
 
 The providers:
 
@@ -48,7 +47,7 @@ from genkernels.backends import use_backend, why_missing
 from genkernels.benchmarks.cases import WHOLE_STEPS
 from genkernels.benchmarks.measure import Inputs, Work
 from genkernels.benchmarks.providers import Unavailable, first_line
-from genkernels.models import MODELS, LikelihoodModel, Model
+from genkernels.models import MODELS, Model
 
 NAME = WHOLE_STEPS
 PRESETS = ("digits", "points", "photos32", "two_photos32")
@@ -93,11 +92,6 @@ class StepCase:
         with torch.device("meta"):
             return (BATCHES[self.preset], *self.make().shape)
 
-    @property
-    def one_loss(self) -> bool:
-        """Whether the model is one player with a loss of its own."""
-        return issubclass(MODELS[self.model], LikelihoodModel)
-
     def make(self) -> Model:
         return MODELS[self.model].from_preset(self.preset)
 
@@ -141,65 +135,75 @@ def find(names: Iterable[str], quick: bool = False) -> list[StepCase]:
 # --- one step -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Move:
+    """One player's part of a step: the loss of a batch, and what moves on it."""
+
+    loss: Callable[[Tensor], Tensor]
+    parameters: list[nn.Parameter]
+    lr: float = LR
+
+
 class Trainer:
     """A model in training as one provider does it."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device):
-        self.loss, self.optimizers = loss, [_adam(model)]
+    def __init__(self, moves: Sequence[Move], dtype: torch.dtype, device: torch.device):
+        """`moves`: of one step, in their order; those of one player share their list of parameters."""
+        self.moves = list(moves)
+        self.optimizers = {
+            id(move.parameters): torch.optim.Adam(move.parameters, lr=move.lr, fused=True) for move in self.moves
+        }
         half = dtype != torch.float32
         self.precision = functools.partial(torch.autocast, device.type, dtype) if half else nullcontext
 
     def step(self, x: Tensor) -> Tensor:
-        return self._move(self.optimizers[0], self.loss, x)
+        """The losses of all moves, ``[moves]``."""
+        return torch.stack([self._move(move, x) for move in self.moves])
 
-    def _move(self, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], *arguments) -> Tensor:
+    def _move(self, move: Move, x: Tensor) -> Tensor:
+        optimizer = self.optimizers[id(move.parameters)]
         with self.precision():
-            value = loss(*arguments)
-        value.backward()
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
+            loss = move.loss(x)
+        loss.backward()
+        nn.utils.clip_grad_norm_(move.parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value.detach()
+        return loss.detach()
 
     def run(self, batches: Sequence[Tensor]) -> list[float]:
-        """The losses of a run's first steps; each draws its noise from a seed of its own."""
+        """The losses of a run's first steps, one move after the other; each step draws its noise from a seed of its
+        own."""
         losses = []
         for i, x in enumerate(batches):
-            for optimizer in self.optimizers:
-                optimizer.param_groups[0]["lr"] = LR * min(1.0, (i + 1) / WARMUP)
+            for move in self.moves:
+                for group in self.optimizers[id(move.parameters)].param_groups:
+                    group["lr"] = move.lr * min(1.0, (i + 1) / WARMUP)
             torch.manual_seed(i)
             losses.append(self.step(x))
-        return torch.stack(losses).double().tolist() if losses else []
+        return torch.cat(losses).double().tolist() if losses else []
 
 
-class PlayersTrainer(Trainer):
-    """The same of a model with several players, each with an optimiser of its own."""
-
-    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device):
-        super().__init__(model, self._loss, dtype, device)
-        self.model, self.players = model, model.players()
-        self.optimizers = [_adam(player.module) for player in self.players.values()]
-
-    def step(self, x: Tensor) -> Tensor:
-        last: dict[str, Tensor] = {}
-        for step in range(max(player.every for player in self.players.values())):
-            for (name, player), optimizer in zip(self.players.items(), self.optimizers, strict=True):
-                if step % player.every == 0:
-                    last[name] = self._move(optimizer, self._loss, name, x, step)
-        return torch.stack(list(last.values())).sum()
-
-    def _loss(self, name: str, x: Tensor, step: int) -> Tensor:
-        y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return self.model.losses(name, x, y, step)["loss"]
+def moves_of(model: Model, compiled: Callable[[Callable], Callable] = lambda loss: loss) -> list[Move]:
+    """A step of a model of the library; `compiled` makes another function of each loss."""
+    if hasattr(model, "loss"):
+        return [Move(compiled(model.loss), trained(model))]
+    players = model.players()
+    parameters = {name: trained(player.module) for name, player in players.items()}
+    losses = {name: compiled(functools.partial(_player_loss, model, name)) for name in players}
+    return [
+        Move(losses[name], parameters[name], LR * player.lr)
+        for step in range(math.lcm(*(player.every for player in players.values())))
+        for name, player in players.items()
+        if step % player.every == 0
+    ]
 
 
-def trainer_of(model: Model, case: StepCase, dtype: torch.dtype, device: torch.device) -> Trainer:
-    """By its players where it has no one loss."""
-    return Trainer(model, model.loss, dtype, device) if case.one_loss else PlayersTrainer(model, dtype, device)
+def _player_loss(model: Model, name: str, x: Tensor) -> Tensor:
+    return model.losses(name, x, None, 0)["loss"]
 
 
-def _adam(module: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=LR, fused=True)
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def batches_of(case: StepCase, model: Model, device: torch.device) -> list[Tensor]:
@@ -289,7 +293,7 @@ def draw(case: StepCase, device: torch.device) -> StepProblem:
             if hasattr(model, "initialize"):
                 model.initialize(batches[0])
             truth, *rest = (
-                trainer_of(twin, case, dtype, device).run(batches)
+                Trainer(moves_of(twin), dtype, device).run(batches)
                 for dtype in dict.fromkeys((torch.float32, case.dtype))
                 for twin in [copy.deepcopy(model)]
             )
@@ -312,8 +316,6 @@ class StepProvider:
 
     def open(self, problem: StepProblem) -> StepSession:
         device = problem.batches[0].device
-        if self.compiled and not problem.case.one_loss:
-            raise Unavailable("cannot differentiate twice, as a critic's penalty asks for")
         if self.compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise Unavailable("needs a C++ compiler (g++) on the CPU, and none was found")
         if self.backend == "auto":
@@ -330,13 +332,9 @@ class StepSession:
     def __init__(self, problem: StepProblem, provider: StepProvider):
         self.problem, self.provider = problem, provider
         self.work: Work | None = None
-        self.trainer = trainer_of(
-            copy.deepcopy(problem.model), problem.case, problem.case.dtype, problem.batches[0].device
-        )
-        if provider.compiled:
-            # eager's random numbers: the gate compares losses that depend on them
-            options = {"fallback_random": True}
-            self.trainer.loss = torch.compile(self.trainer.loss, fullgraph=True, dynamic=False, options=options)
+        model = copy.deepcopy(problem.model)
+        moves = moves_of(model, _compiled) if provider.compiled else moves_of(model)
+        self.trainer = Trainer(moves, problem.case.dtype, problem.batches[0].device)
 
     def check(self) -> str:
         problem = self.problem
@@ -367,6 +365,11 @@ class StepSession:
 
     def close(self) -> None:
         self.work = self.trainer = None
+
+
+def _compiled(loss: Callable) -> Callable:
+    # eager's random numbers: the gate compares losses that depend on them
+    return torch.compile(loss, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
 def local() -> list[StepProvider]:

@@ -108,9 +108,11 @@ def _inception(who: str, layer: str, weights: str | os.PathLike) -> nn.Module:
     for package in ("torch_fidelity", "torchmetrics"):
         try:
             importlib.import_module(package)
-        except ImportError:
+        except ImportError as error:
             name = package.replace("_", "-")
-            raise UsageError(f"{who}: this needs {name}: pip install 'torchmetrics[image]'") from None
+            raise UsageError(
+                f"{who}: this needs {name}, which cannot be imported here ({error}): pip install 'torchmetrics[image]'"
+            ) from error
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     path = Path(weights).expanduser()
