@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from genkernels import data, models
+from genkernels.cli import main
 from genkernels.models.gan.image_pool import ImagePool
 from genkernels.models.gan.translators import patch_critic, translator
 from genkernels.training import TrainConfig, evaluate, fit
@@ -169,7 +170,7 @@ def test_a_run_that_goes_on_has_the_pool_and_the_step_size_of_the_unbroken_one(t
     assert state["pools.A.held"] == 5
 
 
-def test_the_cycle_loss_falls_and_the_pictures_are_in_the_folder(tmp_path):
+def test_the_cycle_loss_falls_and_the_pictures_are_in_the_folder(tmp_path, capfd):
     images = bundle()
     model = tiny(width=8)
     before = evaluate(model, images.test)["cycle"].value
@@ -178,6 +179,8 @@ def test_the_cycle_loss_falls_and_the_pictures_are_in_the_folder(tmp_path):
     names = sorted(path.name for path in (tmp_path / "run" / "samples").glob("*.png"))
     sheets = [f"step-{step:08d}-translations_{of}.png" for step in (30, 60) for of in "ab"]
     assert names == sheets
+    assert main(["sample", str(tmp_path / "run")]) == 2
+    assert "cyclegan translates images and has nothing to sample from" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("backend", ["auto"])

@@ -75,7 +75,7 @@ class R3GAN(AdversarialModel):
     ):
         if gamma < 0:
             raise ValueError(f"R3GAN: gamma must be at least 0, got {gamma}")
-        if cardinality < 1 or EXPANSION * width % cardinality:
+        if len(shape) == 3 and (cardinality < 1 or EXPANSION * width % cardinality):
             raise ValueError(
                 f"R3GAN: cardinality must divide the {EXPANSION * width} channels within a block of width {width}, got "
                 f"{cardinality}"
