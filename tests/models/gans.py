@@ -44,6 +44,11 @@ def small(name: str, train: int = 500, held_out: int = 100) -> data.DataBundle:
     return replace(bundle, **{part: data.TensorPairs(*pair) for part, pair in parts.items()})
 
 
+def gradients(module: torch.nn.Module) -> list[bool]:
+    """Whether each parameter has one."""
+    return [p.grad is not None for p in module.parameters()]
+
+
 def parts(model, player: str):
     """The module that a player moves."""
     return model.players()[player].module

@@ -13,8 +13,7 @@ from genkernels.cli import main
 from genkernels.models.gan.image_pool import ImagePool
 from genkernels.models.gan.translators import patch_critic, translator
 from genkernels.training import TrainConfig, evaluate, fit
-from tests.models.gans import near
-from tests.models.test_gan import gradients
+from tests.models.gans import gradients, near
 
 SIZES = {"shape": (2, 8, 8), "grey_levels": 17, "width": 4, "blocks": 1, "pool": 5}
 
