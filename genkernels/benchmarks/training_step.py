@@ -50,12 +50,12 @@ from genkernels.benchmarks.providers import Unavailable, first_line
 from genkernels.models import MODELS, Model
 
 NAME = WHOLE_STEPS
-PRESETS = ("digits", "points", "photos32")
+PRESETS = ("digits", "points", "photos32", "two_photos32")
 GATE_STEPS, QUICK_GATE_STEPS = 30, 3
 TOLERANCE = 1e-4
 LR, WARMUP, CLIP = 1e-3, 100, 1.0  # as `genkernels train` begins a long run
 #: Examples a step: training's own number, less where an image has thousands of values.
-BATCHES = {"digits": 64, "points": 64, "photos32": 8}
+BATCHES = {"digits": 64, "points": 64, "photos32": 8, "two_photos32": 1}
 #: Rows whose reference would run for hours, and why: nothing could be held against it.
 NO_REFERENCE = {("iaf", "photos32"): "the reference's density takes D = 3,072 passes of each network"}
 DTYPES = (torch.float32, torch.bfloat16)

@@ -14,17 +14,20 @@ real examples give against other real ones is the mark for a model.
 from genkernels.metrics.digit_features import DigitFeatures, digit_features
 from genkernels.metrics.frechet import frechet_distance
 from genkernels.metrics.inception import InceptionScore, fid, inception_score
+from genkernels.metrics.modes import Modes, modes
 from genkernels.metrics.precision_recall import PrecisionRecall, precision_recall
 from genkernels.metrics.sliced_wasserstein import sliced_wasserstein
 
 __all__ = [
     "DigitFeatures",
     "InceptionScore",
+    "Modes",
     "PrecisionRecall",
     "digit_features",
     "fid",
     "frechet_distance",
     "inception_score",
+    "modes",
     "precision_recall",
     "sliced_wasserstein",
 ]

@@ -44,7 +44,7 @@ class Spoiled(StepProvider):
 def test_every_model_at_its_presets_in_both_precisions():
     found = training_step.cases()
     assert {case.model for case in found} == set(MODELS)
-    assert {case.preset for case in found} == {"digits", "points", "photos32"}
+    assert {case.preset for case in found} == {"digits", "points", "photos32", "two_photos32"}
     names = [(case.name, case.dtype) for case in found]
     assert len(names) == len(set(names)) and {dtype for _, dtype in names} == {torch.float32, torch.bfloat16}
     assert all(case.gate_steps == 30 for case in found)
