@@ -54,25 +54,21 @@ def steps_of(
     if not isinstance(critic, nn.Module):
         return None, "the critic is no nn.Module"
     _refuse_sigmoid(who, _last_layer(critic))
-    reason = couples_samples(critic)
-    if reason:
-        if penalised:
+    try:
+        steps = traced(critic, x) if y is None else None
+    except Untraceable as refusal:
+        steps, reason, coupled = None, str(refusal).removeprefix("trace: "), refusal.couples_samples
+    else:
+        reason, coupled = "the critic takes labels", False
+    if steps is None:
+        if layer := couples_samples(critic):
+            reason, coupled = layer, True
+        if coupled and penalised:
             _warn_coupled(who, reason)
         return None, reason
-    if y is not None:
-        return None, "the critic takes labels"
-    if current_backend() == "reference":
-        return None, "the backend is 'reference'"
-    try:
-        steps = traced(critic, x)
-    except Untraceable as refusal:
-        if refusal.couples_samples and penalised:
-            _warn_coupled(who, str(refusal).removeprefix("trace: "))
-        return None, str(refusal).removeprefix("trace: ")
-    last = next(step for step in reversed(steps) if not isinstance(step, Reshape))
-    _refuse_sigmoid(who, last)
+    _refuse_sigmoid(who, next(step for step in reversed(steps) if not isinstance(step, Reshape)))
     check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
-    reason = why_not(steps)
+    reason = "the backend is 'reference'" if current_backend() == "reference" else why_not(steps)
     return (None, reason) if reason else (steps, "")
 
 

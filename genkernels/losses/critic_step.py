@@ -38,12 +38,13 @@ def critic_step(
         r, f = critic(real.requires_grad_()), critic(fake.requires_grad_())
         (g,) = torch.autograd.grad(r.sum(), real, create_graph=True)
         (h,) = torch.autograd.grad(f.sum(), fake, create_graph=True)
-        loss = gk.losses.critic_loss(r, f, kind)
-        loss + r1 / 2 * g.flatten(1).square().sum(1).mean() + r2 / 2 * h.flatten(1).square().sum(1).mean()
+        squares = [s.flatten(1).square().sum(1).mean() for s in (g, h)]
+        gk.losses.critic_loss(r, f, loss) + r1 / 2 * squares[0] + r2 / 2 * squares[1]
 
     The penalties are taken where the loss evaluates the critic anyway. Where that consists of what
     `genkernels.networks.SUPPORTED` lists and is piecewise linear, both share the signal that goes backwards and one
-    product for the gradient of each weight: four passes, where a step without any penalty takes three.
+    product for the gradient of each weight: four passes, where a step without any penalty takes three. Six, where an
+    activation bends.
 
     Args:
         critic: as for `gradient_penalty`; of a patch map both penalties take the mean.
@@ -91,26 +92,24 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
 
 
 def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
-    """The step by one pass over both batches, of which those rows are penalised that have a weight."""
-    n = len(real)
-    rows, counts = slice(0 if r1 else n, 2 * n if r2 else n), [n if r1 else 0, n if r2 else 0]
+    """The step in the passes that loss and penalties share."""
 
-    def objective(scores: Tensor) -> Tensor:
-        return critic_loss(scores[:n], scores[n:], loss)
+    def objective(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+        return critic_loss(real_scores, fake_scores, loss)
 
-    def penalty(gradient: Tensor) -> Tensor:
-        of_real, of_fake = _penalties(gradient, 0.0, False).split(counts)
-        return torch.cat([r1 / (2 * n) * of_real, r2 / (2 * n) * of_fake])
+    def penalty(weight: float):
+        return (lambda slopes: weight / (2 * len(slopes)) * _penalties(slopes, 0.0, False)) if weight else None
 
-    found = penalised(steps, torch.cat([real, fake]), penalty, objective, rows)
-    of_real, of_fake = found.penalties.split(counts)
+    found = penalised(steps, [real, fake], [penalty(r1), penalty(r2)], objective)
+    of_real, of_fake = (found.loss.new_zeros(()) if p is None else p.sum() for p in found.penalties)
+    real_scores, fake_scores = found.scores
     return {
         "loss": found.total,
         "critic": found.loss,
-        "r1": of_real.sum(),
-        "r2": of_fake.sum(),
-        "real_score": found.scores[:n].mean(),
-        "fake_score": found.scores[n:].mean(),
+        "r1": of_real,
+        "r2": of_fake,
+        "real_score": real_scores.mean(),
+        "fake_score": fake_scores.mean(),
     }
 
 

@@ -62,7 +62,8 @@ def gradient_penalty(
             in a sigmoid, an option is wrong. TypeError: a dtype is. RuntimeError: inside transforms of ``torch.func``.
 
     A critic that couples the samples of a batch (BatchNorm in training) is warned of. ``torch.compile``, which cannot
-    differentiate twice, breaks its graph here. With ``use_backend("reference")`` all is differentiated twice.
+    differentiate twice as of torch 2.13, breaks its graph here. With ``use_backend("reference")`` every critic is
+    differentiated twice.
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", 2017; Petzka et al., "On the regularization of
     Wasserstein GANs", 2018 (one-sided); Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020
@@ -90,7 +91,7 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
         return _penalties(gradient, target, one_sided) * (every / len(gradient))
 
     if steps is not None:
-        value, sentence = penalised(steps, x, penalty).total, explained(steps)
+        value, sentence = penalised(steps, [x], [penalty]).total, explained(steps)
     else:
         value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
     return (value, sentence) if explain else value
