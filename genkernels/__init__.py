@@ -11,7 +11,8 @@ import importlib
 
 from genkernels._version import __version__
 
-_ROOMS = ("ops", "reference", "nn", "losses", "testing", "models", "data", "pictures", "training", "benchmarks")
+_ROOMS = ("ops", "reference", "nn", "losses", "testing", "models", "data", "metrics")
+_ROOMS += ("pictures", "training", "benchmarks")
 _BACKENDS = ("BackendUnavailable", "current_backend", "use_backend")
 
 __all__ = ["__version__", *_BACKENDS, *_ROOMS]

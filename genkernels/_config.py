@@ -11,7 +11,7 @@ from genkernels._words import UsageError, nearest
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu")
 STRATEGIES = ("auto", "ddp")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "linear")
 LONGEST = 10**12  # steps
 
 #: What a resumed run may be told anew. The rest (seed, batch size, …) fixes which examples and noise a step sees.
@@ -34,7 +34,8 @@ class TrainConfig:
         lr: Adam's step size, times each player's own factor; it rises linearly over the first `warmup` steps and then
             follows `schedule`.
         warmup: steps of linear warm-up (None: a tenth of the run, 100 at most; deep flows diverge without).
-        schedule: ``constant``, or ``cosine`` down to 0 at the last step.
+        schedule: ``constant``, ``cosine`` down to 0 at the last step, or ``linear``: constant for half of the run, then
+            straight down to 0.
         betas: Adam's moments.
         weight_decay: decoupled (AdamW); 0 is plain Adam.
         clip: largest gradient norm of each player; 0 does not clip.
@@ -160,6 +161,8 @@ class TrainConfig:
         if self.schedule == "cosine":
             progress = (step - warmup) / max(1, total - warmup)
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if self.schedule == "linear":
+            return self.lr * min(1.0, 2 * max(0, total - step) / total)
         return self.lr
 
 

@@ -49,7 +49,7 @@ def test_there_is_a_page_for_everything_and_the_index_links_all():
 
     names = {path.stem for path in DOCS}
     families = {kind.__module__.split(".")[2] for kind in models.MODELS.values()}
-    rooms = {"models", "training", "data", "losses", "layers", "pictures", "speed", "networks"}
+    rooms = {"models", "training", "data", "metrics", "losses", "layers", "pictures", "speed", "networks"}
     assert names >= {*ops.OPERATORS, *families, *rooms}
     linked = re.findall(r"\]\((\w[\w-]*)\.md\)", (ROOT / "docs" / "README.md").read_text())
     assert sorted(linked) == sorted(names - {"README"})
@@ -185,12 +185,11 @@ def test_the_names_and_places_in_the_readme_are_there():
     assert len(places) > 12 and not [place for place in sorted(places) if not (ROOT / place).exists()]
     listed = re.search(r"The names: (.*?)\. For the first", README, flags=re.S).group(1)
     assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(ops.OPERATORS)
-    listed, presets = re.search(
-        r"^Models: (.*?) \(presets (.*?), and `points` for flows\)", README, flags=re.M
-    ).groups()
-    assert re.findall(r"`(\w+)`", listed) == list(models.MODELS)
-    for preset in re.findall(r"`(\w+)`", presets):
-        assert all(preset in model.presets for model in models.MODELS.values())
+    families = re.findall(r"^[A-Z][\w ]+: (`.*?) \(presets (.*?)\)\.$", README, flags=re.M)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(names for names, _ in families))) == sorted(models.MODELS)
+    for names, presets in families:
+        kinds = [models.MODELS[name] for name in re.findall(r"`(\w+)`", names)]
+        assert all(any(p in kind.presets for kind in kinds) for p in re.findall(r"`(\w+)`", presets))
     assert [name for name in data.NAMES if f"`{name}`" not in README] == []
 
 

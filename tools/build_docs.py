@@ -57,6 +57,7 @@ ROOMS = {
     ),
     "networks": ("Networks as data", "genkernels.networks", "genkernels.networks", NETWORKS),
     "data": ("Data", "genkernels.data", "genkernels.data", ("load", "DataBundle", "Form", "DataError")),
+    "metrics": ("Metrics", "genkernels.metrics", "genkernels.metrics", None),
     "training": (
         "Training",
         "genkernels.training",
@@ -67,9 +68,13 @@ ROOMS = {
 }
 
 #: Pages that tell of a base class say what its models have in common.
-BASES = ("Model", "LikelihoodModel", "FlowModel", "PixelModel")
+BASES = ("Model", "LikelihoodModel", "FlowModel", "PixelModel", "AdversarialModel")
 
-FAMILIES = {"flows": "Normalizing flows", "autoregressive": "Autoregressive models"}
+FAMILIES = {
+    "flows": "Normalizing flows",
+    "autoregressive": "Autoregressive models",
+    "gan": "Generative adversarial networks",
+}
 
 
 # --- entries and pages --------------------------------------------------------------------------------------------
@@ -251,15 +256,13 @@ def names_text() -> str:
     def listed(names) -> str:
         return ", ".join(f"`{name}`" for name in names)
 
-    kinds = list(models.MODELS.values())
-    presets = [name for name in kinds[0].presets if all(name in kind.presets for kind in kinds)]
-    some = [name for name in kinds[0].presets if name not in presets]
-    takers = f", and {listed(some)} for flows" if some else ""
+    lines = []
+    for title, module, _, _ in families().values():
+        kinds = {name: kind for name, kind in models.MODELS.items() if kind.__module__.startswith(module)}
+        presets = dict.fromkeys(preset for kind in kinds.values() for preset in kind.presets if "-" not in preset)
+        lines.append(f"{title}: {listed(kinds)} (presets {listed(presets)}).")
     shipped, own = ([name for name in data.NAMES if (":" in name) == by_place] for by_place in (False, True))
-    return (
-        f"Models: {listed(models.MODELS)} (presets {listed(presets)}{takers}).\n"
-        f"Data: {listed(shipped)}, and your own: {listed(own)}."
-    )
+    return "\n".join([*lines, f"Data: {listed(shipped)}, and your own: {listed(own)}."])
 
 
 BLOCKS = {"names": names_text, "rows": _speed.chosen_rows, "likelihoods": _speed.likelihoods, "demo": _speed.demo}

@@ -1,8 +1,10 @@
 """``genkernels bench training_step [MODEL …]``: whole training steps of whole models.
 
-A step is what training does: the loss, its backward pass, the gradients clipped to norm 1, Adam. Models stand at their
-presets, on synthetic data of the presets' form (grey levels, or points), dropout off so that all providers can be held
-against the same numbers. ``bfloat16`` rows are training's bf16-mixed: fp32 weights and data, the loss under autocast.
+A step is what training does: the loss, its backward pass, the gradients clipped to norm 1, Adam. Of a model of several
+players it is the shortest round in which each has moved: as many of the critic's steps as its generator waits for, and
+one of the generator. Models stand at their presets, on synthetic data of the presets' form (grey levels, or points),
+dropout off so that all providers can be held against the same numbers. ``bfloat16`` rows are training's bf16-mixed:
+fp32 weights and data, the loss under autocast.
 
 The providers:
 
@@ -48,12 +50,12 @@ from genkernels.benchmarks.providers import Unavailable, first_line
 from genkernels.models import MODELS, Model
 
 NAME = WHOLE_STEPS
-PRESETS = ("digits", "points", "photos32")
+PRESETS = ("digits", "points", "photos32", "two_photos32")
 GATE_STEPS, QUICK_GATE_STEPS = 30, 3
 TOLERANCE = 1e-4
 LR, WARMUP, CLIP = 1e-3, 100, 1.0  # as `genkernels train` begins a long run
 #: Examples a step: training's own number, less where an image has thousands of values.
-BATCHES = {"digits": 64, "points": 64, "photos32": 8}
+BATCHES = {"digits": 64, "points": 64, "photos32": 8, "two_photos32": 1}
 #: Rows whose reference would run for hours, and why: nothing could be held against it.
 NO_REFERENCE = {("iaf", "photos32"): "the reference's density takes D = 3,072 passes of each network"}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -133,34 +135,75 @@ def find(names: Iterable[str], quick: bool = False) -> list[StepCase]:
 # --- one step -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Move:
+    """One player's part of a step: the loss of a batch, and what moves on it."""
+
+    loss: Callable[[Tensor], Tensor]
+    parameters: list[nn.Parameter]
+    lr: float = LR
+
+
 class Trainer:
     """A model in training as one provider does it."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=LR, fused=True)
-        self.loss = loss
+    def __init__(self, moves: Sequence[Move], dtype: torch.dtype, device: torch.device):
+        """`moves`: of one step, in their order; those of one player share their list of parameters."""
+        self.moves = list(moves)
+        self.optimizers = {
+            id(move.parameters): torch.optim.Adam(move.parameters, lr=move.lr, fused=True) for move in self.moves
+        }
         half = dtype != torch.float32
         self.precision = functools.partial(torch.autocast, device.type, dtype) if half else nullcontext
 
     def step(self, x: Tensor) -> Tensor:
+        """The losses of all moves, ``[moves]``."""
+        return torch.stack([self._move(move, x) for move in self.moves])
+
+    def _move(self, move: Move, x: Tensor) -> Tensor:
+        optimizer = self.optimizers[id(move.parameters)]
         with self.precision():
-            loss = self.loss(x)
+            loss = move.loss(x)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        nn.utils.clip_grad_norm_(move.parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def run(self, batches: Sequence[Tensor]) -> list[float]:
-        """The losses of a run's first steps; each draws its noise from a seed of its own."""
+        """The losses of a run's first steps, one move after the other; each step draws its noise from a seed of its
+        own."""
         losses = []
         for i, x in enumerate(batches):
-            for group in self.optimizer.param_groups:
-                group["lr"] = LR * min(1.0, (i + 1) / WARMUP)
+            for move in self.moves:
+                for group in self.optimizers[id(move.parameters)].param_groups:
+                    group["lr"] = move.lr * min(1.0, (i + 1) / WARMUP)
             torch.manual_seed(i)
             losses.append(self.step(x))
-        return torch.stack(losses).double().tolist() if losses else []
+        return torch.cat(losses).double().tolist() if losses else []
+
+
+def moves_of(model: Model, compiled: Callable[[Callable], Callable] = lambda loss: loss) -> list[Move]:
+    """A step of a model of the library; `compiled` makes another function of each loss."""
+    if hasattr(model, "loss"):
+        return [Move(compiled(model.loss), trained(model))]
+    players = model.players()
+    parameters = {name: trained(player.module) for name, player in players.items()}
+    losses = {name: compiled(functools.partial(_player_loss, model, name)) for name in players}
+    return [
+        Move(losses[name], parameters[name], LR * player.lr)
+        for step in range(math.lcm(*(player.every for player in players.values())))
+        for name, player in players.items()
+        if step % player.every == 0
+    ]
+
+
+def _player_loss(model: Model, name: str, x: Tensor) -> Tensor:
+    return model.losses(name, x, None, 0)["loss"]
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def batches_of(case: StepCase, model: Model, device: torch.device) -> list[Tensor]:
@@ -250,7 +293,7 @@ def draw(case: StepCase, device: torch.device) -> StepProblem:
             if hasattr(model, "initialize"):
                 model.initialize(batches[0])
             truth, *rest = (
-                Trainer(twin, twin.loss, dtype, device).run(batches)
+                Trainer(moves_of(twin), dtype, device).run(batches)
                 for dtype in dict.fromkeys((torch.float32, case.dtype))
                 for twin in [copy.deepcopy(model)]
             )
@@ -290,11 +333,8 @@ class StepSession:
         self.problem, self.provider = problem, provider
         self.work: Work | None = None
         model = copy.deepcopy(problem.model)
-        loss = model.loss
-        if provider.compiled:
-            # eager's random numbers: the gate compares losses that depend on them
-            loss = torch.compile(loss, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        self.trainer = Trainer(model, loss, problem.case.dtype, problem.batches[0].device)
+        moves = moves_of(model, _compiled) if provider.compiled else moves_of(model)
+        self.trainer = Trainer(moves, problem.case.dtype, problem.batches[0].device)
 
     def check(self) -> str:
         problem = self.problem
@@ -325,6 +365,11 @@ class StepSession:
 
     def close(self) -> None:
         self.work = self.trainer = None
+
+
+def _compiled(loss: Callable) -> Callable:
+    # eager's random numbers: the gate compares losses that depend on them
+    return torch.compile(loss, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
 def local() -> list[StepProvider]:

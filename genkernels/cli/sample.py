@@ -30,6 +30,11 @@ def run(arguments) -> int:
         refuse_unwritable(out)
     with use_backend(arguments.backend or current_backend()):
         model, config, state = load(arguments)
+        if not model.has_prior:
+            name = config["model"]["name"]
+            raise UsageError(
+                f"{name} translates images and has nothing to sample from: its sheets are in the run's samples/"
+            )
         if arguments.inpaint and arguments.settings:
             raise UsageError("--set cannot be given with --inpaint")
         chosen = options(arguments.settings, model.sample, config["model"]["name"], reserved=RESERVED)

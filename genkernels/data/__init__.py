@@ -29,9 +29,11 @@ NAMES: dict[str, str] = {
     "digits": "1,797 scanned handwritten digits, 8x8, 17 grey levels, 10 classes (scikit-learn)",
     "photos32": "32x32 crops of two photographs, a stripe of each held out (scikit-learn)",
     "photos64": "64x64 crops of the same photographs",
+    "two_photos32": "32x32 crops of either photograph as two domains, which nobody has paired",
     **{name: f"{picture}, points in the plane" for name, (_, _, picture) in points.SETS.items()},
     "hf:NAME[:CONFIG][?size=S]": "images of the Hugging Face Hub, through the package datasets",
     "folder:PATH[?size=S]": "your png, jpg, webp, bmp images; subfolders are classes",
+    "folder:A,B[?size=S]": "images of two domains, which nobody has paired",
     "npz:PATH[?layout=nchw|nhwc]": "your arrays x or x_train, x_test, with labels y or y_train, y_test",
 }
 
@@ -67,6 +69,8 @@ def load(spec: str, *, root: str | PathLike[str] | None = None, seed: int = 0) -
         return digits.load(spec)
     if spec in ("photos32", "photos64"):
         return photos.load(spec, int(spec.removeprefix("photos")), seed)
+    if spec == "two_photos32":
+        return photos.load_domains(spec, 32, seed)
     if spec in points.SETS:
         return points.load(spec, seed)
     prefix, colon, rest = spec.partition(":")

@@ -1,4 +1,5 @@
 """`folder:PATH[?size=S]`: a folder of png, jpg, jpeg, webp and bmp images, searched with all its subfolders.
+`folder:A,B[?size=S]`: two of them as two domains, an image of each in a datum (`CycleGAN`).
 
 - If it has the subfolders ``train`` and ``test`` (or, for want of it, ``val``, ``eval``, ``dev`` or ``holdout``), they
   are the two parts and nothing else in the folder is read. Upper and lower case, longer forms (``training``,
@@ -10,6 +11,9 @@
   its class folders, and ``test`` none that ``train`` lacks; classes count only where both have them.
 - Within a part the images come in a fixed shuffled order, so that the first n are a fair sample. Hidden files
   and folders are passed over, and files with other suffixes, which are counted; links are followed.
+- Two domains are brought to one size and one number of channels. About a tenth of each is held out by the hash; their
+  subfolders mean nothing. A datum is ``[2C, H, W]``, A's channels before B's; the smaller domain begins anew where it
+  ends.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import numpy as np
 import torch
 
 from genkernels.data.bundle import DataBundle, listed, make_bundle
+from genkernels.data.domains import Domains
 from genkernels.data.images import build, survey
 from genkernels.data.parts import find_parts, refuse_parts
 from genkernels.data.spec import DataError, image_side, resolve, split_options
@@ -66,12 +71,9 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
     path, options = split_options(spec, rest, {"size": image_side})
     if not path:
         raise DataError(f"{spec}: the spec must name a folder, as in folder:pictures?size=32")
-    base = resolve(spec, path, root)
-    if not os.path.exists(base):
-        raise DataError(f"{spec}: there is no folder {str(base)!r}")
-    if not os.path.isdir(base):
-        raise DataError(f"{spec}: {str(base)!r} must be a folder, and is a file")
-
+    if "," in path and not os.path.exists(resolve(spec, path, root)):
+        return _load_domains(spec, path.split(","), options.get("size"), root)
+    base = _base(spec, path, root)
     notes: list[str] = []
     names = find_parts(_subfolders(spec, base))
     files = [_files(spec, base / name, notes) for name in names or (".",)]
@@ -99,6 +101,37 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
         contents=contents,
         notes=[*notes, *more],
     )
+
+
+def _load_domains(spec: str, paths: list[str], size: int | None, root: str | PathLike[str] | None) -> DataBundle:
+    if len(paths) != 2:
+        raise DataError(f"{spec}: two folders must be given as two domains, got {len(paths)}")
+    notes: list[str] = []
+    files = [_files(spec, _base(spec, path, root), notes) for path in paths]
+    form, contents, more = survey(spec, files, size)
+    orders = [held_out(spec, domain.keys(), f"images in {path!r}") for domain, path in zip(files, paths, strict=True)]
+    parts, hashes, labels = [], [], []
+    for part in zip(*orders, strict=True):
+        sources = [domain.pick(order) for domain, order in zip(files, part, strict=True)]
+        unlabelled = [torch.zeros(len(order), dtype=torch.int64) for order in part]
+        parts.append(Domains(*build(sources, unlabelled, form)))
+        hashes.append(np.concatenate([content[order] for content, order in zip(contents, part, strict=True)]))
+        labels.append(np.repeat([0, 1], [len(order) for order in part]))  # which domain, for the digest
+    kind = "colour" if form.channels == 3 else "grey"
+    counts = " and ".join(f"{len(domain):,} in {path!r}" for domain, path in zip(files, paths, strict=True))
+    what = f"{kind} images {form.height}x{form.width} of two domains, {counts}"
+    shape = (2 * form.channels, form.height, form.width)
+    notes += more
+    return make_bundle(spec, what, parts, shape, grey_levels=256, labels=labels, contents=hashes, notes=notes)
+
+
+def _base(spec: str, path: str, root: str | PathLike[str] | None) -> Path:
+    base = resolve(spec, path, root)
+    if not os.path.exists(base):
+        raise DataError(f"{spec}: there is no folder {str(base)!r}")
+    if not os.path.isdir(base):
+        raise DataError(f"{spec}: {str(base)!r} must be a folder, and is a file")
+    return base
 
 
 def _subfolders(spec: str, base: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""`photos32`, `photos64`: crops of the two photographs that scikit-learn ships, a temple and a flower,
+"""`photos32`, `photos64`, `two_photos32`: crops of the two photographs that scikit-learn ships, a temple and a flower,
 427×640×3.
 
 Of each photograph a vertical stripe of 128 columns is held out. The two parts are cut apart before anything
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from genkernels.data.bundle import DataBundle, make_bundle
+from genkernels.data.domains import Domains
 from genkernels.data.spec import require
 from genkernels.data.split import derived_seed, splitmix64
 
@@ -63,7 +64,22 @@ class PhotoCrops(Dataset):
 
 def load(spec: str, size: int, seed: int) -> DataBundle:
     """50,000 training crops (half of them mirrored) and 2,000 held-out crops of size×size."""
+    parts = _crops(_photographs(spec), size, seed, "photos")
+    what = f"{size}x{size} crops of two photographs, a stripe of each held out"
+    return make_bundle(spec, what, parts, (3, size, size), grey_levels=256)
+
+
+def load_domains(spec: str, size: int, seed: int) -> DataBundle:
+    """As many crops of the temple and of the flower, as two domains: one of each in a datum."""
     photos = _photographs(spec)
+    both = [_crops({name: pixels}, size, seed, f"photos/{name}") for name, pixels in photos.items()]
+    parts = [Domains(*domains) for domains in zip(*both, strict=True)]
+    what = f"{size}x{size} crops of two photographs as two domains, a stripe of each held out"
+    return make_bundle(spec, what, parts, (6, size, size), grey_levels=256)
+
+
+def _crops(photos: dict[str, Tensor], size: int, seed: int, stream: str) -> list[PhotoCrops]:
+    """Crops to train on, and held-out ones; `stream` names the random numbers that place them."""
     train, test = [], []
     for i, (name, pixels) in enumerate(photos.items()):
         low, high = STRIPES[name]
@@ -71,12 +87,10 @@ def load(spec: str, size: int, seed: int) -> DataBundle:
         for a, b in ((0, low), (high, pixels.shape[2])):
             if b - a >= size:
                 train.append((i, a, pixels[:, :, a:b].clone()))
-    parts = [
-        PhotoCrops(train, size, TRAIN, derived_seed("photos", size, "train", seed), mirror=True),
-        PhotoCrops(test, size, TEST, derived_seed("photos", size, "test", seed), mirror=False),
+    return [
+        PhotoCrops(train, size, TRAIN, derived_seed(stream, size, "train", seed), mirror=True),
+        PhotoCrops(test, size, TEST, derived_seed(stream, size, "test", seed), mirror=False),
     ]
-    what = f"{size}x{size} crops of two photographs, a stripe of each held out"
-    return make_bundle(spec, what, parts, (3, size, size), grey_levels=256)
 
 
 def _photographs(spec: str) -> dict[str, Tensor]:

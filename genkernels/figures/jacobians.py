@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from genkernels._words import UsageError
+from genkernels.figures._seed import add_seed, checked_seed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,7 +19,7 @@ DRAWS = 200  # of the unbiased estimate
 
 def add_arguments(parser) -> None:
     parser.add_argument("--features", type=int, default=FEATURES, metavar="D", help=f"default: {FEATURES}")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and x (default: 0)")
+    add_seed(parser, "weights and x")
 
 
 class Structure(NamedTuple):
@@ -31,11 +32,9 @@ class Structure(NamedTuple):
 
 
 def draw(arguments):
-    features, seed = arguments.features, arguments.seed
+    features, seed = arguments.features, checked_seed(arguments.seed)
     if not 2 <= features <= MOST or features % 2:
         raise UsageError(f"--features must be even, from 2 to {MOST}, got {features}")
-    if not -(2**63) <= seed < 2**63:
-        raise UsageError(f"--seed must be an integer of 64 bits, got {seed}")
     import torch
 
     from genkernels import pictures

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,15 +16,20 @@ from genkernels.losses.adversarial import as_scores, check_score_shape
 from genkernels.networks import Penalised, Untraceable, couples_samples, parameters, traced
 from genkernels.networks.gradient_penalty import why_not
 from genkernels.networks.steps import Reshape, Step
+from genkernels.ops import _autocast as autocast
 from genkernels.ops import checks, transforms_active
 
 Critic = Callable[..., Tensor]
 OUTPUT = "the critic's output"
 
 
-def check_pair(who: str, real: Tensor, fake: Tensor) -> None:
-    """That both batches are of one shape, dtype and device and hold a sample, and that no transform is at work."""
+def checked_pair(who: str, real: Tensor, fake: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both batches, which must be of one shape, dtype and device and hold a sample, while no transform is at work.
+    Under autocast, where a generator gives a half type, both come in the wider type of theirs."""
     checks.tensors(who, {"real": real, "fake": fake})
+    if autocast.active(real):
+        dtype = autocast.widest(real, fake)
+        real, fake = real.to(dtype), fake.to(dtype)
     checks.same_dtype(who, {"real": real, "fake": fake})
     if real.shape != fake.shape or real.dim() == 0 or not len(real):
         raise ValueError(
@@ -34,6 +40,20 @@ def check_pair(who: str, real: Tensor, fake: Tensor) -> None:
         raise RuntimeError(
             f"{who}: differentiates by itself and cannot run inside torch.func's transforms or forward-mode autograd"
         )
+    if isinstance(y, Tensor) and (y.dim() == 0 or len(y) != len(real)):
+        raise ValueError(f"{who}: y must hold a label for each of the {len(real)} samples, got {list(y.shape)}")
+    return tuple(x.clone() if x.is_inference() else x for x in (real, fake))  # such tensors take no gradient
+
+
+@contextlib.contextmanager
+def beyond_inference() -> Iterator[None]:
+    """Inference mode records nothing, not even where it is told to: what differentiates by itself runs outside of it,
+    with no gradient of its own."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def check_weight(who: str, label: str, value) -> None:

@@ -46,6 +46,9 @@ def critic_step(
     product for the gradient of each weight: four passes, where a step without any penalty takes three. Six, where an
     activation bends.
 
+    A critic that is taken the short way reads its weights once for both batches, where two calls would read them twice:
+    one power iteration a step, not two, of the spectral norm of ``torch.nn.utils``.
+
     Args:
         critic: as for `gradient_penalty`; of a patch map both penalties take the mean.
         real, fake: ``[N, ...]`` of one shape. What a generator's graph is attached to counts as data: no gradient
@@ -68,11 +71,12 @@ def critic_step(
     arguments = (critic, real, fake, loss, r1, r2, y, terms, explain)
     if torch.compiler.is_compiling():
         return outside(_critic_step, *arguments)
-    return _critic_step(*arguments)
+    with _critics.beyond_inference():
+        return _critic_step(*arguments)
 
 
 def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
-    _critics.check_pair(WHO, real, fake)
+    real, fake = _critics.checked_pair(WHO, real, fake, y)
     checks.option(WHO, "loss", loss, CRITIC_LOSSES)
     _critics.check_weight(WHO, "r1", r1)
     _critics.check_weight(WHO, "r2", r2)

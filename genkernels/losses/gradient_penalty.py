@@ -73,16 +73,20 @@ def gradient_penalty(
     arguments = (critic, real, fake, target, one_sided, every, step, generator, y, explain)
     if torch.compiler.is_compiling():
         return outside(_gradient_penalty, *arguments)
-    return _gradient_penalty(*arguments)
+    with _critics.beyond_inference():
+        return _gradient_penalty(*arguments)
 
 
 def _gradient_penalty(critic, real, fake, target, one_sided, every, step, generator, y, explain):
-    _critics.check_pair(WHO, real, fake)
+    real, fake = _critics.checked_pair(WHO, real, fake, y)
     _critics.check_weight(WHO, "target", target)
     checks.integer(WHO, "every", every, 1)
     checks.integer(WHO, "step", step, 0)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{WHO}: generator must be a torch.Generator, got {type(generator).__name__}")
     if step % every:
         skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
+        skipped.requires_grad_(torch.is_grad_enabled())  # so that a step without it may call backward all the same
         return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
     critic = _critics.bare(critic)
     device = real.device if generator is None else generator.device

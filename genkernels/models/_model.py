@@ -153,10 +153,13 @@ class Model(nn.Module):
         takes: ``images``, ``points`` or both.
         presets: by name, for `from_preset` and ``genkernels train --preset``.
         samples_by_class: whether `sample` takes a class, where there are classes.
+        has_prior: whether there is something to sample from; a model that translates its data has none, and its
+            pictures are those of `pictures` alone.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images", "points")
     samples_by_class: ClassVar[bool] = True
+    has_prior: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {}
     hparams: dict[str, Any]
 

@@ -19,6 +19,13 @@ _LINES = {
     "hybridflow": "flows.hybrid:HybridFlow",
     "pixelcnn": "autoregressive.pixelcnn:PixelCNN",
     "gatedpixelcnn": "autoregressive.gated:GatedPixelCNN",
+    "gan": "gan.gan:GAN",
+    "wgan": "gan.gan:WGAN",
+    "wgangp": "gan.gan:WGANGP",
+    "sngan": "gan.sngan:SNGAN",
+    "r3gan": "gan.r3gan:R3GAN",
+    "bigan": "gan.bigan:BiGAN",
+    "cyclegan": "gan.cyclegan:CycleGAN",
 }
 
 #: What else ``genkernels.models`` offers: the classes to build models of one's own on.
@@ -27,6 +34,7 @@ _BASES = {
     "LikelihoodModel": "_model",
     "FlowModel": "flows.base",
     "PixelModel": "autoregressive.base",
+    "AdversarialModel": "gan.base",
     "Player": "_model",
     "Estimate": "_model",
     "Preset": "_model",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-_COLOURS = ("#1667b7", "#d1602c", "#2f8f5b", "#8a4fb0", "#b8860b", "#5b6670")  # told apart in print, too
+COLOURS = ("#1667b7", "#d1602c", "#2f8f5b", "#8a4fb0", "#b8860b", "#5b6670")  # told apart in print, too
 _DOTS = 40  # a curve of fewer points is drawn with a dot at each
 
 
@@ -46,9 +46,9 @@ def scatter(
         axes = figure.add_subplot(lines, columns, i + 1, title=f"{name} ({len(x):,})")
         x = x[np.isfinite(x).all(1)]
         if x.shape[1] == 1:
-            axes.hist(x[:, 0], bins=80, color=_COLOURS[0])
+            axes.hist(x[:, 0], bins=80, color=COLOURS[0])
             continue
-        axes.scatter(x[:, 0], x[:, 1], s=3, alpha=0.5, linewidths=0, color=_COLOURS[0])
+        axes.scatter(x[:, 0], x[:, 1], s=3, alpha=0.5, linewidths=0, color=COLOURS[0])
         if len(frame):
             low, high = frame[:, :2].min(0), frame[:, :2].max(0)
             middle, half = (low + high) / 2, 0.55 * max(float((high - low).max()), 1e-6)
@@ -100,7 +100,7 @@ def curves(
         values = np.where(np.isfinite(values) & ((values > 0) | (not log)), values, np.nan)
         run = name.partition(": ")[0]
         dashed = run in colours
-        colour = colours.setdefault(run, _COLOURS[len(colours) % len(_COLOURS)])
+        colour = colours.setdefault(run, COLOURS[len(colours) % len(COLOURS)])
         dots = len(values) < _DOTS
         if smooth > 1 and not dots:
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)

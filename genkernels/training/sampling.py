@@ -92,13 +92,15 @@ class Sheets:
 
     def _draw(self, step: int) -> None:
         s, seed, count = self.session, derive_seed(self.session.config.seed, "sheet"), self.session.config.samples
-        samples = sample(s.model, count, temperature=s.config.temperature, seed=seed)
-        if broken := unusable(samples):
-            s.report.note(f"step {step}: {broken} of {len(samples)} samples are not finite")
         x, y = s.bundle.take("test", count)
+        sheets = {}
+        if getattr(s.model, "has_prior", True):
+            samples = sample(s.model, count, temperature=s.config.temperature, seed=seed)
+            if broken := unusable(samples):
+                s.report.note(f"step {step}: {broken} of {len(samples)} samples are not finite")
+            sheets["samples"] = draw(samples, None if s.bundle.form.is_image else x)
         with drawing(s.model, seed) as (device, generator):
             pictures = s.model.pictures(x.to(device), y.to(device), generator)
-        sheets = {"samples": draw(samples, None if s.bundle.form.is_image else x)}
         sheets |= {name: draw(picture) for name, picture in pictures.items()}
         for name, pixels in sheets.items():
             save(s.run.samples / f"step-{step:08d}{'' if name == 'samples' else f'-{name}'}.png", pixels)

@@ -95,7 +95,7 @@ def _squares_kernel(
     if p_squares is None:
         _store_penalty(p_value, p_norm, o_row, m_row, b_square, TARGET, ONE_SIDED)
     else:
-        tl.store(p_squares + o_row * blocks + tl.program_id(0) % blocks, b_square, m_row)
+        tl.store(p_squares + (o_row * blocks + tl.program_id(0) % blocks), b_square, m_row)
 
 
 @triton.jit(do_not_specialize=("blocks",))
@@ -106,8 +106,8 @@ def _penalty_kernel(
     row = tl.program_id(0).to(tl.int64)
     b_sum = tl.zeros((COLS,), tl.float64)
     for first in range(0, blocks, COLS):
-        o = first + tl.arange(0, COLS)
-        b_sum += tl.load(p_squares + row * blocks + o, o < blocks, other=0.0)
+        o = first + tl.arange(0, COLS).to(tl.int64)
+        b_sum += tl.load(p_squares + (row * blocks + o), o < blocks, other=0.0)
     _store_penalty(p_value, p_norm, row, True, tl.sum(b_sum, axis=0), TARGET, ONE_SIDED)
 
 

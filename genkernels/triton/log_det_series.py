@@ -415,7 +415,7 @@ def _whole(x: Tensor, weights, biases, parameters: Tensor, activation) -> tuple[
             first = net.maps[0]
             sizes = (len(w), net.samples * size, first.outputs, first.inputs, net.height, net.width)
             arguments = (cotangents[1][0], first.pull, None, None, None, w, None, *sizes)
-            net.launch(_block._plain_kernel, first, first.inputs, len(w), arguments)
+            net.launch(_block.plain_kernel, first, first.inputs, len(w), arguments)
         else:
             unused = x.new_empty((2, size, len(x)), dtype=work)
             coefficients = _block.numbers([0.0, 0.0, 0.0, 0.5], x.device)

@@ -1,5 +1,6 @@
 """``bench training_step``: what is run, the gate, what it refuses. No timing is asserted."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from genkernels.benchmarks.peers import Peer
 from genkernels.benchmarks.runner import run_case
 from genkernels.benchmarks.training_step import Budget, StepCase, StepProvider, StepSession, fault_of
 from genkernels.models import MODELS
+from tests.training.toys import ToyGAN
 
 CPU = torch.device("cpu")
 SMALL = StepCase("nice", "points", torch.float32, gate_steps=3)
@@ -33,15 +35,16 @@ class Spoiled(StepProvider):
 
     def open(self, problem):
         session = StepSession(problem, self)
-        right, calls = session.trainer.loss, iter(range(1000))
-        session.trainer.loss = lambda x: right(x) + (1e-3 if next(calls) else 0.0)
+        (move,), calls = session.trainer.moves, iter(range(1000))
+        spoiled = lambda x: move.loss(x) + (1e-3 if next(calls) else 0.0)  # noqa: E731
+        session.trainer.moves = [dataclasses.replace(move, loss=spoiled)]
         return session
 
 
 def test_every_model_at_its_presets_in_both_precisions():
     found = training_step.cases()
     assert {case.model for case in found} == set(MODELS)
-    assert {case.preset for case in found} == {"digits", "points", "photos32"}
+    assert {case.preset for case in found} == {"digits", "points", "photos32", "two_photos32"}
     names = [(case.name, case.dtype) for case in found]
     assert len(names) == len(set(names)) and {dtype for _, dtype in names} == {torch.float32, torch.bfloat16}
     assert all(case.gate_steps == 30 for case in found)
@@ -138,7 +141,8 @@ def test_a_step_is_that_of_training():
     model, twin = nn.Linear(3, 1), nn.Linear(3, 1)
     twin.load_state_dict(model.state_dict())
     x = 100 * torch.randn(5, 3)
-    trainer = training_step.Trainer(model, lambda x: model(x).square().mean(), torch.float32, CPU)
+    move = training_step.Move(lambda x: model(x).square().mean(), list(model.parameters()))
+    trainer = training_step.Trainer([move], torch.float32, CPU)
     losses = trainer.run([x, x])
     optimizer = torch.optim.Adam(twin.parameters())
     for i, loss in enumerate(losses):
@@ -151,6 +155,27 @@ def test_a_step_is_that_of_training():
         optimizer.step()
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_step_of_two_players_is_a_round():
+    """Three moves of the critic and, after the first of them as in training, one of the generator, each on its own
+    parameters."""
+    torch.manual_seed(0)
+    model = ToyGAN()
+    moves = training_step.moves_of(model)
+    critic, generator = ([*part.parameters()] for part in (model.critic, model.generator))
+    assert [len(move.parameters) for move in moves] == [len(p) for p in (critic, generator, critic, critic)]
+    assert [move.lr for move in moves] == [2e-3, 1e-3, 2e-3, 2e-3]
+    trainer = training_step.Trainer(moves, torch.float32, CPU)
+    before = copy.deepcopy(model)
+    losses = trainer.run([torch.randn(5, 2)])
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+    counts = {id(trainer.optimizers[id(m.parameters)]): m for m in moves}
+    steps = [int(next(iter(trainer.optimizers[id(m.parameters)].state.values()))["step"]) for m in counts.values()]
+    assert steps == [3, 1]
+    assert all(
+        not torch.equal(a, b) for a, b in zip(model.critic.parameters(), before.critic.parameters(), strict=True)
+    )
 
 
 def test_within_a_limit_cases_are_compiled_while_all_rows_still_fit():

@@ -1,4 +1,4 @@
-"""``torch.compile`` takes the loss of every model as one graph, values and gradients those of eager mode."""
+"""``torch.compile`` takes the loss of every likelihood as one graph, values and gradients those of eager mode."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import torch
 
 import genkernels as gk
 from genkernels import backends
-from genkernels.models import MODELS
+from genkernels.models import MODELS, LikelihoodModel
 
 #: One of each layer is enough.
 SMALL = {
@@ -21,8 +21,9 @@ SMALL = {
     "pixelcnn": {"layers": 1, "dropout": 0.0},
     "gatedpixelcnn": {"layers": 1, "dropout": 0.0},
 }
-#: residualflow differentiates inside its loss, where torch.compile breaks the graph.
-IMAGES = [(name, "digits", "auto") for name in MODELS if name != "residualflow"]
+#: residualflow differentiates inside its loss, where torch.compile breaks the graph; so do critics with a penalty.
+LIKELIHOODS = [name for name, kind in MODELS.items() if issubclass(kind, LikelihoodModel)]
+IMAGES = [(name, "digits", "auto") for name in LIKELIHOODS if name != "residualflow"]
 POINTS = [(name, "points", "auto") for name in ("glow", "maf")]
 REFERENCE = [("nice", "digits", "reference"), ("maf", "points", "reference"), ("pixelcnn", "digits", "reference")]
 

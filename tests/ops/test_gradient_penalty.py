@@ -49,6 +49,7 @@ def plain(gradient, target=1.0, one_sided=False):
 # --------------------------------------------------------------------------------------------------------------- values
 
 
+@pytest.mark.every_build
 @pytest.mark.implementations(when=lambda i, shape, dtype: not i.is_interpreted or shape not in LARGE or dtype == F32)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -188,3 +188,19 @@ def test_heatmaps_leave_exact_zeros_white():
     for wrong in ({}, {"J": torch.ones(3)}):
         with pytest.raises(ValueError, match="heatmaps: matrices must be"):
             pictures.heatmaps(wrong)
+
+
+def test_panels_share_colours_by_name_and_draw_what_is_exact_in_grey():
+    pytest.importorskip("matplotlib")
+    curve = ([0.0, 1.0, 2.0], [1.0, float("inf"), 3.0])
+    one = pictures.panels({"a": {"exact": curve, "fit": curve}}, title="Title", note="note", captions={"a": "b\nc"})
+    two = pictures.panels({"a": {"fit": curve}, "b": {"other": curve, "fit": curve}}, x_label="x", log="xy")
+    colours = [{tuple(p) for p in page.reshape(-1, 3).tolist()} for page in (one, two)]
+    blue, orange, grey = (0x16, 0x67, 0xB7), (0xD1, 0x60, 0x2C), (0x5B, 0x66, 0x70)
+    assert [(blue in c, orange in c, grey in c) for c in colours] == [(True, False, True), (True, True, False)]
+    assert two.shape[1] == 2 * one.shape[1]
+    wide = {"a": {"fit": ([0.0, 1.0, 2.0], [-500.0, 0.0, 2.0])}}
+    assert (pictures.panels(wide, symlog=["a"]) != pictures.panels(wide)).any()
+    for wrong in ({}, {"a": {}}, {"a": {"fit": ([0.0], [float("nan")])}}):
+        with pytest.raises(ValueError, match="panels: each panel must have a finite value, got"):
+            pictures.panels(wrong)

@@ -152,13 +152,13 @@ def test_tiles_of_a_class_of_pixels_hold_each_pixel_once():
     """In fp64 on the CPU: the classes' tiles add up to the rows."""
     x, *net = blocks.block("3-1-3", "elu", 3)
     network = _block.Network(x, *net, WORDS.index("elu"))
-    assert sum(_block._class_tile_count(network, 9, 1)) == network.rows == 60
+    assert sum(_block.class_tile_count(network, 9, 1)) == network.rows == 60
 
 
 def test_parts_of_a_sum_are_cut_by_shape_alone():
-    assert _block._splits(4, 1, 32) == (1, 1)
+    assert _block.splits(4, 1, 32) == (1, 1)
     for rows, programs in ((784 * 256, 5), (1 << 33, 100), (1025, 1)):
-        parts, steps = _block._splits(rows, programs, 32)
+        parts, steps = _block.splits(rows, programs, 32)
         assert parts * steps * 32 >= rows > (parts - 1) * steps * 32
 
 

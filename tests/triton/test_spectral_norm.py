@@ -5,7 +5,7 @@ import torch
 
 from genkernels.ops import Geometry
 from genkernels.reference.spectral_norm import as_plan
-from genkernels.triton import spectral_norm
+from genkernels.triton._spectral_norm import tables
 
 
 def test_refuses_more_places_of_a_vector_than_32_bits_tell_apart():
@@ -13,4 +13,4 @@ def test_refuses_more_places_of_a_vector_than_32_bits_tell_apart():
     u, v = torch.empty(2**30 + 1, device="meta"), torch.empty(1, device="meta")
     sentence = "spectral_norm: the Triton kernels take at most 2.30 numbers of u and v, got 1073741825"
     with pytest.raises(ValueError, match=sentence):
-        spectral_norm._row(tall, u, v, as_plan([Geometry()]), 0, 0)
+        tables._row(tall, u, v, as_plan([Geometry()]), 0, 0)

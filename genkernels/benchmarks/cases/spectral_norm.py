@@ -1,11 +1,12 @@
-"""Benchmark cases of `genkernels.ops.spectral_norm`: the weights of an SN-GAN critic (8 layers, 2.9 M weights), and
-those of residual blocks as convolutions.
+"""Benchmark cases of `genkernels.ops.spectral_norm`: the weights of an SN-GAN critic (8 layers, 2.9 M weights), those
+of residual blocks as convolutions, and a whole pass of the critic at batch 2, where the norms weigh most: its yardstick
+is the pass with the weights as they are, and what a provider takes beyond it is the price of the norms.
 
 Bytes: forward reads the weights once and writes the normalised ones; backward reads gradients and weights and writes
 gradients. u and v are read and written, but too small to count beside them; of a convolution they are counted.
 
 Flops: a power iteration is two products with the weight, its norm none more; normalising one multiplication a weight;
-backward three (the inner product, the scaling, the outer product).
+backward three (the inner product, the scaling, the outer product). A pass of the critic adds three products an input.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 
 from genkernels import ops
 from genkernels.benchmarks.cases import Case
@@ -25,6 +27,7 @@ CRITIC = [
     *((64, 3, 3, 3), (64, 64, 4, 4), (128, 64, 3, 3), (128, 128, 4, 4)),
     *((256, 128, 3, 3), (256, 256, 4, 4), (512, 256, 3, 3), (1, 8192)),
 ]
+SLOPE = 0.1  # of its leaky ReLUs
 #: Residual blocks of 3-1-3 convolutions on 12×16×16.
 BLOCKS = [(128, 12, 3, 3), (128, 128, 1, 1), (12, 128, 3, 3)]
 
@@ -34,30 +37,17 @@ def cases(device: str, quick: bool) -> list[Case]:
     critic = [(8, 3, 3, 3), (16, 8, 4, 4), (2, 256)] if quick else CRITIC
     blocks, size = ([(8, 4, 3, 3), (4, 8, 3, 3)], (4, 4)) if quick else (BLOCKS * 4, (16, 16))
     rows = [case("critic", critic, None, both), case("convolutions", blocks, size, both)]
-    return rows if quick else [*rows, case("critic", critic, None, "forward")]
+    return [
+        *rows,
+        critic_pass(critic, 8 if quick else 32),
+        *([] if quick else [case("critic", critic, None, "forward")]),
+    ]
 
 
 def case(variant, weights, size, direction) -> Case:
     """One row; its shape is (number of weights, their numbers in all)."""
-    geometries = [_geometry(shape, size) for shape in weights]
-    plan = reference.as_plan(geometries)
-    count = len(weights)
-
-    def op(*tensors):
-        lists = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        out = ops.spectral_norm(
-            *([t.detach() for t in some] if i else some for i, some in enumerate(lists)), geometries
-        )
-        return *out.weights, out.sigma
-
-    def plain(*tensors):
-        lists = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        out = reference.spectral_norm(
-            *([t.detach() for t in some] if i else some for i, some in enumerate(lists)), plan
-        )
-        return *out[:count], out[-1]
-
-    numbers = sum(math.prod(shape) for shape in weights)
+    op, plain = _normalisations(weights, size)
+    count, numbers = len(weights), sum(math.prod(shape) for shape in weights)
     return Case(
         name=f"spectral_norm/{variant}",
         shape=(count, numbers),
@@ -71,6 +61,58 @@ def case(variant, weights, size, direction) -> Case:
         flops=_flops(weights, size, direction),
         settings={"size": size},
     )
+
+
+def critic_pass(weights, side: int, batch: int = 2) -> Case:
+    """One row: the critic's scores of a batch of images, and their gradients."""
+    op, plain = _normalisations(weights, None)
+    count, numbers = len(weights), sum(math.prod(shape) for shape in weights)
+
+    def scores(x, normalised):
+        *convolutions, last = normalised
+        for weight in convolutions:
+            x = F.leaky_relu(F.conv2d(x, weight, None, 1 if weight.shape[-1] == 3 else 2, 1), SLOPE)
+        return F.linear(x.flatten(1), last)
+
+    def inputs(rng):
+        return {"x": torch.randn(batch, 3, side, side, generator=rng, device=rng.device), **_inputs(weights, None, rng)}
+
+    return Case(
+        name="spectral_norm/critic pass",
+        shape=(batch, 3, side, side),
+        dtype=torch.float32,
+        direction="forward+backward",
+        inputs=inputs,
+        op=lambda x, *tensors: scores(x, op(*tensors)[:count]),
+        reference=lambda x, *tensors: scores(x, plain(*tensors)[:count]),
+        outputs=("scores",),
+        bytes=4 * numbers * 5,
+        flops=_flops(weights, None, "forward+backward") + 3 * _pass_flops(weights, side, batch),
+        yardstick=lambda x, *tensors: scores(x, tensors[:count]),
+    )
+
+
+def _normalisations(weights, size):
+    """Two functions of ``(*weights, *u, *v)`` that give the normalised weights and σ: the operator's and the
+    reference's."""
+    geometries = [_geometry(shape, size) for shape in weights]
+    plan = reference.as_plan(geometries)
+    count = len(weights)
+
+    def lists(tensors):
+        return tensors[:count], *(
+            [t.detach() for t in some] for some in (tensors[count : 2 * count], tensors[2 * count :])
+        )
+
+    def op(*tensors):
+        out = ops.spectral_norm(*lists(tensors), geometries)
+        return *out.weights, out.sigma
+
+    def plain(*tensors):
+        out = reference.spectral_norm(*lists(tensors), plan)
+        return *out[:count], out[-1]
+
+    return op, plain
 
 
 def _geometry(shape, size) -> Geometry:
@@ -95,3 +137,12 @@ def _flops(weights, size, direction) -> int:
     numbers = sum(math.prod(shape) for shape in weights)
     forward = 4 * places * numbers + numbers
     return forward if direction == "forward" else forward + 2 * places * numbers + 3 * numbers
+
+
+def _pass_flops(weights, side: int, batch: int) -> int:
+    """Of the critic's products, one pass."""
+    total, places = 0, side * side
+    for shape in weights[:-1]:
+        places //= 1 if shape[-1] == 3 else 4
+        total += 2 * batch * places * math.prod(shape)
+    return total + 2 * batch * math.prod(weights[-1])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genkernels.backends import use_backend
 from genkernels.benchmarks.measure import Inputs, Work
-from genkernels.benchmarks.training_step import StepCase, Trainer, fault_of
+from genkernels.benchmarks.training_step import Move, StepCase, Trainer, fault_of, trained
 from genkernels.nn import ActNorm, AffineCoupling, AutoregressiveTransform, InvertibleConv1x1, Logit
 
 _OFFERED = {
@@ -49,7 +49,7 @@ def open_step(peer: str, problem: dict) -> tuple[str, Work | None]:
         ours = StepCase(settings["model"], settings["preset"], dtype).make()
         ours.load_state_dict(problem["state"])
         theirs = {"normflows": _NormflowsGlow, "nflows": _NflowsMAF}[peer](ours).to(device).train()
-        trainer = Trainer(theirs, theirs, dtype, device)
+        trainer = Trainer([Move(theirs, trained(theirs))], dtype, device)
         losses = trainer.run(batches[:1])
     fault = fault_of(losses, problem["truth"][:1], problem["own_error"])
     return fault, None if fault else Work(trainer.step, [Inputs((batches[-1],))], "step")

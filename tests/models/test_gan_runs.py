@@ -1,0 +1,59 @@
+"""Whole runs of adversarial models: on the kernels and on the reference, in two precisions, cut in two, to an end."""
+
+import pytest
+import torch
+
+from genkernels import training
+from genkernels.training import TrainConfig, fit
+from tests.models.gans import EVERY, NAMES, small, tiny
+
+pytest.importorskip("lightning")
+
+
+def config(**changes) -> TrainConfig:
+    small = {"max_steps": 30, "batch_size": 16, "accelerator": "cpu", "eval_every": 0, "samples": 4}
+    return TrainConfig(**{**small, "clip": 0.0, "warmup": 0, "lr": 2e-4, "betas": (0.0, 0.9), **changes})
+
+
+def moved(history: dict) -> dict[str, list[float]]:
+    return {name: [v for v in values if v is not None] for name, values in history.items() if name.endswith("/loss")}
+
+
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_a_run_on_the_kernels_is_one_on_the_reference(name, kind):
+    bundle = small("digits" if kind == "images" else "eight_gaussians")
+    found = [moved(fit(tiny(name, kind), bundle, config(backend=b), quiet=True).history) for b in ("reference", "auto")]
+    for player, truth in found[0].items():
+        assert len(truth) == (30 if player == "critic/loss" or name in ("gan", "r3gan", "bigan") else 6)
+        for a, b in zip(truth, found[1][player], strict=True):
+            assert abs(a - b) <= 1e-3 * abs(a), player
+
+
+@pytest.mark.parametrize("name", ["wgangp", "sngan", "r3gan", "bigan"])
+def test_a_run_of_mixed_precision_is_near_one_of_fp32(name):
+    bundle = small("digits")
+    found = [
+        moved(fit(tiny(name, "images"), bundle, config(max_steps=6, precision=p), quiet=True).history)
+        for p in ("32", "bf16-mixed")
+    ]
+    for player, truth in found[0].items():
+        assert found[1][player] == pytest.approx(truth, rel=0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_goes_on_reaches_the_same_losses(name, tmp_path):
+    bundle, settings = small("eight_gaussians"), config(max_steps=12, ema=0.9, checkpoint_every=5)
+    whole = fit(tiny(name), bundle, settings, out=tmp_path / "whole", quiet=True)
+    fit(tiny(name), bundle, settings.changed(max_steps=7), out=tmp_path / "cut", quiet=True)
+    again = fit(tiny(name, seed=1), bundle, settings, out=tmp_path / "cut", resume=True, quiet=True)
+    assert again.history == whole.history and repr(again.held_out) == repr(whole.held_out)
+    state = whole.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.model.state_dict().items())
+
+
+def test_the_ring_is_found_in_a_few_hundred_steps():
+    model, bundle = tiny("r3gan", gamma=0.1, width=64, depth=3, latent=8), small("eight_gaussians", 20_000, 1000)
+    before = training.evaluate(model, bundle.test)["sliced_wasserstein"].value
+    result = fit(model, bundle, config(max_steps=400, batch_size=64, lr=1e-3, ema=0.98), quiet=True)
+    after = result.held_out["sliced_wasserstein"].value
+    assert before > 0.6 and after < before / 2
