@@ -67,12 +67,11 @@ class Run:
         for index, step in enumerate(self.steps[1:], start=1):
             given = [tangents[i] for i in step.reads]
             self._multiply(index, given[0], by_score)
-            if tangent is not None:
-                if self.plan.bends and isinstance(step, Activate):
-                    sources[index] = self._source(index, given[0])
-                if self.plan.ahead[index]:
-                    tangents[index] = self._pushed(index, given)
-            self.deltas[index] = None
+            if tangent is not None and self.plan.bends and isinstance(step, Activate):
+                sources[index] = self._source(index, given[0])
+            self.deltas[index] = None  # before the next tangent, which takes as much
+            if tangent is not None and self.plan.ahead[index]:
+                tangents[index] = self._pushed(index, given)
             self.plan.forget(tangents, index)
             if not self.plan.bends:
                 self.points[index] = None
