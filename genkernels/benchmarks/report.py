@@ -32,7 +32,7 @@ _LEGEND = (
     "Medians and 20/80 % quantiles of interleaved calls. × reference, × compiled: how many times as fast as eager and "
     "compiled PyTorch. Of peak: bytes/s (or flop/s) as a share of the copy (or product) above. Peak MiB: "
     "memory held at once beyond the inputs. × one pass: likewise, where a case names a yardstick (one forward "
-    "pass of its network), "
+    "pass of its network, or the same step without what is measured), "
     "which has no gate. A provider whose values are wrong shows no speed."
 )
 
