@@ -41,7 +41,7 @@ def run(arguments) -> int:
         lines = report(model, part, batch_size=batch_size, seed=seed)
     which = "held-out" if arguments.split == "test" else "training"
     for estimate in estimates.values():
-        called = f"{estimate.name} " if len(estimates) > 1 else ""
+        called = f"{estimate.name} " if len(estimates) > 1 or not estimate.unit else ""
         print(
             f"{name} on {bundle.name}: {called}{estimate}, "
             f"{estimate.examples:,} {which} examples, weights of step {state['step']}"

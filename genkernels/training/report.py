@@ -92,8 +92,10 @@ class Report:
 
     def evaluated(self, step: int, estimates: dict[str, Estimate], part: str, better: bool, best: list | None) -> None:
         """What an evaluation during the run found."""
-        texts = [f"{e.value:.4f} {e.unit}".rstrip() for e in estimates.values()]
-        more = "".join(f", {name} {text}" for name, text in list(zip(estimates, texts, strict=True))[1:])
+        texts = [f"{name} {e.value:.4f} {e.unit}".rstrip() for name, e in estimates.items()]
+        first = next(iter(estimates.values()))
+        texts[0] = texts[0].removeprefix(f"{first.name} ") if first.unit else texts[0]  # which tells enough
+        more = "".join(f", {text}" for text in texts[1:])
         mark = "  (best)" if better else f"  (best {best[1]:.4f} at step {best[0]})" if best else ""
         self.note(f"step {step}: held out{part} {texts[0]}{mark}{more}")
         if self._curves:

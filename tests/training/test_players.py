@@ -185,7 +185,7 @@ def test_all_terms_are_shown_everywhere(tmp_path, toys_registered, capfd):
     fit(gan(), points(), config(eval_every=6), out=tmp_path / "gan")
     lines = capfd.readouterr().err.splitlines()
     assert re.search(r" points/s  critic/loss \d.*  critic/gap -?\d.*  generator/loss \d.*  held out \d", lines[-2])
-    assert re.search(r"^step 12: held out \d\.\d{4}  \((best|best .*)\), critic_wins [01]\.0000$", lines[-1])
+    assert re.search(r"^step 12: held out distance \d\.\d{4}  \((best|best .*)\), critic_wins [01]\.0000$", lines[-1])
     rows = table(tmp_path / "gan")
     head = "step,critic/loss,critic/grad_norm,generator/loss,generator/grad_norm,lr,seconds,critic/gap"
     assert (tmp_path / "gan" / "losses.csv").read_text().splitlines()[0] == head
