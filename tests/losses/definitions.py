@@ -53,6 +53,7 @@ def gradients(value, net, *inputs):
     return torch.autograd.grad(value, [*net.parameters(), *inputs], materialize_grads=True)
 
 
+@torch.no_grad()
 def apart(ours, theirs):
     """Between two lists of gradients, relative to all of the second."""
     norm = sum(t.double().square().sum() for t in theirs).sqrt()
