@@ -45,4 +45,6 @@ def plan(rows: int, length: int, itemsize: int, numbers: int = 0) -> Plan:
     blocks = triton.cdiv(length, cols)
     constants = {"V": unit, "ROWS": numbers // cols, "COLS": cols}
     grid = triton.cdiv(rows, numbers // cols) * blocks
-    return Plan((grid,), (rows, length // unit, blocks), constants, 4 if numbers * itemsize <= 4096 else 8)
+    # where rows begin anywhere every number has a mask: more threads, so that these fit in registers
+    warps = 4 if numbers * itemsize <= 4096 and unit * itemsize > 4 else 8
+    return Plan((grid,), (rows, length // unit, blocks), constants, warps)

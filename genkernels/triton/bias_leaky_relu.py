@@ -77,10 +77,10 @@ def _backward_kernel(
     o_row, m_row, o, m = _rows.tile(rows, units, blocks, V, ROWS, COLS)
     b_grad = _math.widened(tl.load(p_grad + o, m, other=0.0))
     b_y = _math.widened(tl.load(p_y + o, m, other=0.0))
-    b_by_x = GAIN * tl.where(b_y > 0, b_grad, SLOPE * b_grad)
     if CLAMP is not None:
         b_limit = tl.full((1, 1), CLAMP, b_y.dtype).to(p_y.dtype.element_ty).to(b_y.dtype)
-        b_by_x = tl.where(tl.abs(b_y) >= b_limit, 0.0, b_by_x)
+        b_grad = tl.where(tl.abs(b_y) >= b_limit, 0.0, b_grad)
+    b_by_x = GAIN * tl.where(b_y > 0, b_grad, SLOPE * b_grad)
     tl.store(p_by_x + o, b_by_x.to(p_by_x.dtype.element_ty), m)
     if p_sums is not None:
         tl.store(p_sums + (o_row * blocks + tl.program_id(0) % blocks), tl.sum(b_by_x, axis=1), m_row)

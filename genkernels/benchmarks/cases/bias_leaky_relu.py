@@ -16,7 +16,7 @@ from genkernels.reference import bias_leaky_relu as reference
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    shape = (4, 16, 8, 8) if quick else (16, 128, 64, 64) if device == "cpu" else (64, 256, 128, 128)
+    shape = (4, 16, 8, 8) if quick else (16, 64, 64, 64) if device == "cpu" else (64, 256, 128, 128)
     rows = [("images", shape, torch.float32)]
     if not quick:
         rows += [("images", shape, torch.bfloat16), ("vectors", (4096, 512), torch.float32)]

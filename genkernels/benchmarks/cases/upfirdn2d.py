@@ -26,7 +26,7 @@ def _taps(device: torch.device) -> torch.Tensor:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    shape = (2, 4, 16, 16) if quick else (16, 64, 64, 64) if device == "cpu" else (64, 128, 128, 128)
+    shape = (2, 4, 16, 16) if quick else (8, 32, 64, 64) if device == "cpu" else (64, 128, 128, 128)
     rows = [(kind, torch.float32) for kind in (list(_KINDS)[:2] if quick else _KINDS)]
     return [case(shape, *row) for row in (rows if quick else [*rows, ("up", torch.bfloat16)])]
 
