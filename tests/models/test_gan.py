@@ -1,4 +1,4 @@
-"""Adversarial models: whose gradients a step makes, what its terms are, that weights stay bounded, samples, estimates."""
+"""Adversarial models: whose gradients a step makes, its terms, bounds of critics, samples and how they are judged."""
 
 import math
 
