@@ -72,7 +72,8 @@ def _found(critic: nn.Module, called, x: Tensor, target: float) -> tuple[float, 
     kept = [(buffer, buffer.clone()) for buffer in critic.buffers()]
     parameters = [p for p in critic.parameters() if p.requires_grad]
     try:
-        with torch.enable_grad():
+        # what a critic draws, its dropout, it draws both times alike
+        with torch.enable_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
             penalty, way = gradient_penalty(called, x.detach(), x.detach(), target=target, explain=True)
             gradients = []
             if parameters and penalty.requires_grad:

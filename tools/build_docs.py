@@ -27,6 +27,8 @@ MARK = "<!-- Written by tools/build_docs.py from the docstrings. -->"
 
 #: What the page of networks tells of, but for two tables.
 NETWORKS = ("trace", "traced", "Untraceable", "couples_samples", "Step", "chain", "Link", "is_piecewise_linear") + (
+    "penalised",
+    "Penalised",
     "forward",
     "linearize",
     "Linearization",
@@ -47,6 +49,12 @@ ROOMS = {
     ),
     "layers": ("Layers", "genkernels.nn", "genkernels.nn", None),
     "losses": ("Losses", "genkernels.losses", "genkernels.losses", None),
+    "testing": (
+        "Checks of your own networks",
+        "genkernels.testing",
+        "genkernels.testing",
+        ("check_penalty", "PenaltyCheck"),
+    ),
     "networks": ("Networks as data", "genkernels.networks", "genkernels.networks", NETWORKS),
     "data": ("Data", "genkernels.data", "genkernels.data", ("load", "DataBundle", "Form", "DataError")),
     "metrics": ("Metrics", "genkernels.metrics", "genkernels.metrics", None),

@@ -46,11 +46,11 @@ def affine_coupling(shapes) -> int:
 
 def others() -> int:
     """The other operators: each one's sample call with its gradients, in fp32."""
-    from tests.ops.samples import SAMPLES
+    from tests.ops.samples import FURTHER, SAMPLES
 
     runs = 0
     for name, sample in SAMPLES.items():
-        operator = gk.ops.OPERATORS[name]
+        operator = gk.ops.OPERATORS[FURTHER.get(name, name)]
         if operator.kernels.get(gk.current_backend()):
             continue
         function, tensors = sample("cuda", torch.float32)

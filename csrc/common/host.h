@@ -104,6 +104,17 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return shape;
 }
 
+// A tensor [N, ...] as N rows of L numbers.
+struct Rows {
+  int64_t count, length;
+};
+inline Rows rows_of(const Tensor& t) {
+  require(t.dim() >= 1, "genkernels: a tensor must be [N, ...] here, got []");
+  Rows rows{t.size(0), 1};
+  for (int64_t d = 1; d < t.dim(); ++d) rows.length *= t.size(d);
+  return rows;
+}
+
 // Contiguous tensors on like's device: with memory as it comes, or zeros.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);

@@ -7,6 +7,7 @@
 #include "../common/host.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #if defined(__F16C__) && defined(__AVX2__)
@@ -27,15 +28,13 @@ inline void store(const T* from, T* to, int64_t n) {
 
 inline void load(const BFloat16* from, float* to, int64_t n) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
-  uint32_t* out = reinterpret_cast<uint32_t*>(to);
-  for (int64_t i = 0; i < n; ++i) out[i] = uint32_t(bits[i]) << 16;
+  for (int64_t i = 0; i < n; ++i) to[i] = std::bit_cast<float>(uint32_t(bits[i]) << 16);
 }
 
 inline void store(const float* from, BFloat16* to, int64_t n) {
-  const uint32_t* in = reinterpret_cast<const uint32_t*>(from);
   uint16_t* bits = reinterpret_cast<uint16_t*>(to);
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t u = in[i];
+    const uint32_t u = std::bit_cast<uint32_t>(from[i]);
     const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
     bits[i] = uint16_t(is_nan ? 0x7fc0u : rounded);

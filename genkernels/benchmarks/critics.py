@@ -1,7 +1,7 @@
 """Critics whose penalty and whose step the cases of `gradient_penalty` measure, with their weights as inputs.
 
-``four passes`` of the table's × column are the floor: a step without penalty takes three and is the yardstick ("one
-pass") of the rows with one.
+The yardstick ("one pass") of a step is the same step without penalty: three passes through the critic, where four are
+the least with one. Double backward takes seven and more.
 
 Bytes: both batches and the weights read once, the gradients written once. Flops: two a weight and place of its output,
 for the sample's passes that the method needs: four for the penalty alone; for a step four times both batches.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from genkernels import losses
 from genkernels.benchmarks.cases import Case
 from genkernels.networks import trace
+from genkernels.reference import gradient_penalty as reference
 
 #: Of R1 and R2, as R3GAN's on CIFAR-10 at its end.
 GAMMA = 0.05
@@ -67,9 +68,8 @@ def penalty_case(variant: str, critic: nn.Module, batch: int, size: int) -> Case
         return losses.gradient_penalty(critic, real, real)
 
     def plain(critic, real, fake):
-        x = real.requires_grad_()
-        (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-        return (g.flatten(1).norm(dim=1) - 1).square().mean()
+        _, slopes = _slopes(critic, real)
+        return reference.gradient_penalty(slopes, 1.0, False)[0].mean()
 
     return _case(f"{variant} penalty", critic, batch, size, penalty, plain, None, batch)
 
@@ -79,17 +79,22 @@ def step_case(variant: str, critic: nn.Module, batch: int, size: int) -> Case:
         return losses.critic_step(critic, real, fake, r1=GAMMA, r2=GAMMA)
 
     def plain(critic, real, fake):
-        scores, squares = [], []
-        for x in (real, fake):
-            scores.append(critic(x.requires_grad_()))
-            (g,) = torch.autograd.grad(scores[-1].sum(), x, create_graph=True)
-            squares.append(g.flatten(1).square().sum(1).mean())
-        return losses.critic_loss(*scores) + GAMMA / 2 * sum(squares)
+        (r, of_real), (f, of_fake) = _slopes(critic, real), _slopes(critic, fake)
+        squares = (reference.gradient_penalty(slopes, 0.0, False)[0] for slopes in (of_real, of_fake))
+        r1, r2 = (GAMMA / 2 * each.mean() for each in squares)
+        return losses.critic_loss(r, f) + r1 + r2
 
     def bare(critic, real, fake):
         return losses.critic_step(critic, real, fake)
 
     return _case(f"{variant} step", critic, batch, size, step, plain, bare, 2 * batch)
+
+
+def _slopes(critic: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores and their gradients by x, to be differentiated again."""
+    x = x.requires_grad_()
+    scores = critic(x)
+    return scores, torch.autograd.grad(scores.sum(), x, create_graph=True)[0]
 
 
 def _case(variant, critic, batch, size, op, plain, bare, samples) -> Case:
@@ -117,6 +122,7 @@ def _differentiated(critic: nn.Module, loss: Callable[..., Tensor]) -> Callable[
     loss and its gradients by the weights."""
     parameters = list(critic.parameters())
 
+    @torch.enable_grad()
     def run(real, fake, *weights):
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data = weight

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from genkernels.backends import current_backend
 from genkernels.losses.adversarial import as_scores, check_score_shape
-from genkernels.networks import Untraceable, couples_samples, traced
+from genkernels.networks import Penalised, Untraceable, couples_samples, parameters, traced
 from genkernels.networks.gradient_penalty import why_not
 from genkernels.networks.steps import Reshape, Step
+from genkernels.ops import _autocast as autocast
 from genkernels.ops import checks, transforms_active
 
 Critic = Callable[..., Tensor]
 OUTPUT = "the critic's output"
 
 
-def check_pair(who: str, real: Tensor, fake: Tensor) -> None:
-    """That both batches are of one shape, dtype and device and hold a sample, and that no transform is at work."""
+def checked_pair(who: str, real: Tensor, fake: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both batches, which must be of one shape, dtype and device and hold a sample, while no transform is at work.
+    Under autocast, where a generator gives a half type, both come in the wider type of theirs."""
     checks.tensors(who, {"real": real, "fake": fake})
+    if autocast.active(real):
+        dtype = autocast.widest(real, fake)
+        real, fake = real.to(dtype), fake.to(dtype)
     checks.same_dtype(who, {"real": real, "fake": fake})
     if real.shape != fake.shape or real.dim() == 0 or not len(real):
         raise ValueError(
@@ -32,6 +40,20 @@ def check_pair(who: str, real: Tensor, fake: Tensor) -> None:
         raise RuntimeError(
             f"{who}: differentiates by itself and cannot run inside torch.func's transforms or forward-mode autograd"
         )
+    if isinstance(y, Tensor) and (y.dim() == 0 or len(y) != len(real)):
+        raise ValueError(f"{who}: y must hold a label for each of the {len(real)} samples, got {list(y.shape)}")
+    return tuple(x.clone() if x.is_inference() else x for x in (real, fake))  # such tensors take no gradient
+
+
+@contextlib.contextmanager
+def beyond_inference() -> Iterator[None]:
+    """Inference mode records nothing, not even where it is told to: what differentiates by itself runs outside of it,
+    with no gradient of its own."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def check_weight(who: str, label: str, value) -> None:
@@ -44,36 +66,66 @@ def bare(critic: Critic) -> Critic:
     return getattr(critic, "_orig_mod", critic)
 
 
-def steps_of(
+def within(critic: Critic, x: Tensor, run: Callable[[], Penalised]) -> Penalised:
+    """What `run` finds, as a forward pass of `DistributedDataParallel` where the critic is one: its hooks wait for a
+    backward pass only after it."""
+    if not isinstance(critic, DistributedDataParallel):
+        return run()
+    module, found = critic.module, []
+
+    def forward(_) -> Tensor:
+        found.append(run())
+        return found[0].total
+
+    module.forward = forward  # no layer that has one of its own has come so far
+    try:
+        total = critic(x)
+    finally:
+        del module.forward
+    return found[0]._replace(total=total)
+
+
+class Network(NamedTuple):
+    """A critic's steps, and their weights, read."""
+
+    steps: tuple[Step, ...]
+    weights: tuple[dict, ...]
+
+
+def network_of(
     who: str, critic: Critic, x: Tensor, y: Tensor | None, penalised: bool = True
-) -> tuple[tuple[Step, ...] | None, str]:
-    """The critic's steps, if `genkernels.networks.gradient_penalty` takes them, and "", or None and the reason.
+) -> tuple[Network | None, str]:
+    """The critic as a network, or what `DistributedDataParallel` wraps where it is one, and "", or None and the reason
+    why `genkernels.networks.gradient_penalty` does not take it.
 
     Refuses a critic that ends in a sigmoid, and warns of one that couples the samples of a batch if it is `penalised`.
     """
     if not isinstance(critic, nn.Module):
         return None, "the critic is no nn.Module"
+    critic = critic.module if isinstance(critic, DistributedDataParallel) else critic
     _refuse_sigmoid(who, _last_layer(critic))
-    reason = couples_samples(critic)
-    if reason:
-        if penalised:
+    try:
+        steps = traced(critic, x) if y is None else None
+    except Untraceable as refusal:
+        steps, reason, coupled = None, str(refusal).removeprefix("trace: "), refusal.couples_samples
+    else:
+        reason, coupled = "the critic takes labels", False
+    if steps is None:
+        if layer := couples_samples(critic):
+            reason, coupled = layer, True
+        if coupled and penalised:
             _warn_coupled(who, reason)
         return None, reason
-    if y is not None:
-        return None, "the critic takes labels"
-    if current_backend() == "reference":
-        return None, "the backend is 'reference'"
-    try:
-        steps = traced(critic, x)
-    except Untraceable as refusal:
-        if refusal.couples_samples and penalised:
-            _warn_coupled(who, str(refusal).removeprefix("trace: "))
-        return None, str(refusal).removeprefix("trace: ")
-    last = next(step for step in reversed(steps) if not isinstance(step, Reshape))
-    _refuse_sigmoid(who, last)
+    _refuse_sigmoid(who, next(step for step in reversed(steps) if not isinstance(step, Reshape)))
     check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
-    reason = why_not(steps)
-    return (None, reason) if reason else (steps, "")
+    if not penalised or current_backend() == "reference":
+        return None, "the backend is 'reference'" if penalised else "there is no penalty"
+    try:
+        weights = parameters(steps)
+    except ValueError as refusal:  # a normalised convolution that its first call will tell the size of its input
+        return None, str(refusal)
+    reason = why_not(steps, weights)
+    return (None, reason) if reason else (Network(steps, weights), "")
 
 
 def _last_layer(critic: nn.Module) -> nn.Module:

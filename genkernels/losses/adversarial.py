@@ -21,11 +21,13 @@ def critic_loss(real_scores: Tensor, fake_scores: Tensor, kind: str = "logistic"
 
     Equivalent to::
 
-        logistic        F.softplus(-r).mean() + F.softplus(f).mean()
-        hinge           F.relu(1 - r).mean() + F.relu(1 + f).mean()
-        wasserstein     f.mean() - r.mean()
-        relativistic    F.softplus(f - r).mean()                        # pairs: as many of either
-        least_squares   0.5 * (r - 1).square().mean() + 0.5 * f.square().mean()
+        {
+            "logistic": F.softplus(-r).mean() + F.softplus(f).mean(),
+            "hinge": F.relu(1 - r).mean() + F.relu(1 + f).mean(),
+            "wasserstein": f.mean() - r.mean(),
+            "relativistic": F.softplus(f - r).mean(),  # pairs: as many of either
+            "least_squares": 0.5 * (r - 1).square().mean() + 0.5 * f.square().mean(),
+        }[kind]
 
     Args:
         real_scores, fake_scores: logits (no sigmoid has been taken): ``[N]``, ``[N, 1]`` and ``[N, 1, 1, 1]`` mean the
@@ -62,11 +64,14 @@ def generator_loss(fake_scores: Tensor, kind: str = "logistic", real_scores: Ten
 
     Equivalent to::
 
-        logistic            F.softplus(-f).mean()                       # non-saturating: -log sigmoid(f)
-        saturating          -F.softplus(f).mean()                       # log(1 - sigmoid(f))
-        hinge, wasserstein  -f.mean()
-        relativistic        F.softplus(r - f).mean()                    # pairs: as many of either
-        least_squares       0.5 * (f - 1).square().mean()
+        {
+            "logistic": F.softplus(-f).mean(),  # non-saturating: -log sigmoid(f)
+            "saturating": -F.softplus(f).mean(),  # log(1 - sigmoid(f))
+            "hinge": -f.mean(),
+            "wasserstein": -f.mean(),
+            "relativistic": F.softplus(r - f).mean(),  # pairs: as many of either
+            "least_squares": 0.5 * (f - 1).square().mean(),
+        }[kind]
 
     Args:
         fake_scores: as for `critic_loss`. kind: as there, or ``saturating``, whose gradient vanishes where the critic

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkernels import ops
 from genkernels.losses import _critics
 from genkernels.losses._critics import Critic
 from genkernels.losses.adversarial import CRITIC_LOSSES, critic_loss
-from genkernels.losses.gradient_penalty import _penalties
 from genkernels.networks._outside import outside
 from genkernels.networks.gradient_penalty import explained, penalised
 from genkernels.ops import checks
@@ -38,12 +38,16 @@ def critic_step(
         r, f = critic(real.requires_grad_()), critic(fake.requires_grad_())
         (g,) = torch.autograd.grad(r.sum(), real, create_graph=True)
         (h,) = torch.autograd.grad(f.sum(), fake, create_graph=True)
-        loss = gk.losses.critic_loss(r, f, kind)
-        loss + r1 / 2 * g.flatten(1).square().sum(1).mean() + r2 / 2 * h.flatten(1).square().sum(1).mean()
+        squares = [s.flatten(1).square().sum(1).mean() for s in (g, h)]
+        gk.losses.critic_loss(r, f, loss) + r1 / 2 * squares[0] + r2 / 2 * squares[1]
 
     The penalties are taken where the loss evaluates the critic anyway. Where that consists of what
     `genkernels.networks.SUPPORTED` lists and is piecewise linear, both share the signal that goes backwards and one
-    product for the gradient of each weight: four passes, where a step without any penalty takes three.
+    product for the gradient of each weight: four passes, where a step without any penalty takes three. Six, where an
+    activation bends.
+
+    A critic that is taken the short way reads its weights once for both batches, where two calls would read them twice:
+    one power iteration a step, not two, of the spectral norm of ``torch.nn.utils``.
 
     Args:
         critic: as for `gradient_penalty`; of a patch map both penalties take the mean.
@@ -67,50 +71,51 @@ def critic_step(
     arguments = (critic, real, fake, loss, r1, r2, y, terms, explain)
     if torch.compiler.is_compiling():
         return outside(_critic_step, *arguments)
-    return _critic_step(*arguments)
+    with _critics.beyond_inference():
+        return _critic_step(*arguments)
 
 
 def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
-    _critics.check_pair(WHO, real, fake)
+    real, fake = _critics.checked_pair(WHO, real, fake, y)
     checks.option(WHO, "loss", loss, CRITIC_LOSSES)
     _critics.check_weight(WHO, "r1", r1)
     _critics.check_weight(WHO, "r2", r2)
     real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
     critic = _critics.bare(critic)
-    steps, reason = _critics.steps_of(WHO, critic, real, y, penalised=bool(r1 or r2))
-    if steps is not None and steps[-1].shape[1:] not in ((), (1, 1)):
-        steps, reason = None, "the critic gives several scores a sample"
-    if not (r1 or r2):
-        parts, sentence = _by_autograd(critic, real, fake, loss, 0, 0, y), "one backward: there is no penalty"
-    elif steps is None:
-        parts, sentence = _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
+    penalises = bool(r1 or r2)
+    network, reason = _critics.network_of(WHO, critic, real, y, penalises)
+    if network is not None and network.steps[-1].shape[1:] not in ((), (1, 1)):
+        network, reason = None, "the critic gives several scores a sample"
+    if network is None:
+        parts = _by_autograd(critic, real, fake, loss, r1, r2, y)
+        sentence = f"double backward: {reason}" if penalises else "one backward: there is no penalty"
     else:
-        parts, sentence = _shared(steps, real, fake, loss, r1, r2), explained(steps, with_loss=True)
+        parts = _shared(critic, network, real, fake, loss, r1, r2)
+        sentence = explained(network.steps, with_loss=True)
     result = parts if terms else parts["loss"]
     return (result, sentence) if explain else result
 
 
-def _shared(steps, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
-    """The step by one pass over both batches, of which those rows are penalised that have a weight."""
-    n = len(real)
-    rows, counts = slice(0 if r1 else n, 2 * n if r2 else n), [n if r1 else 0, n if r2 else 0]
+def _shared(critic, network, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
+    """The step in the passes that loss and penalties share."""
 
-    def objective(scores: Tensor) -> Tensor:
-        return critic_loss(scores[:n], scores[n:], loss)
+    def objective(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+        return critic_loss(real_scores, fake_scores, loss)
 
-    def penalty(gradient: Tensor) -> Tensor:
-        of_real, of_fake = _penalties(gradient, 0.0, False).split(counts)
-        return torch.cat([r1 / (2 * n) * of_real, r2 / (2 * n) * of_fake])
+    def penalty(weight: float):
+        return (lambda slopes: weight / (2 * len(slopes)) * ops.gradient_penalty(slopes, 0.0)) if weight else None
 
-    found = penalised(steps, torch.cat([real, fake]), penalty, objective, rows)
-    of_real, of_fake = found.penalties.split(counts)
+    arguments = (network.steps, [real, fake], [penalty(r1), penalty(r2)], objective, network.weights)
+    found = _critics.within(critic, real, lambda: penalised(*arguments))
+    of_real, of_fake = (found.loss.new_zeros(()) if p is None else p.sum() for p in found.penalties)
+    real_scores, fake_scores = found.scores
     return {
         "loss": found.total,
         "critic": found.loss,
-        "r1": of_real.sum(),
-        "r2": of_fake.sum(),
-        "real_score": found.scores[:n].mean(),
-        "fake_score": found.scores[n:].mean(),
+        "r1": of_real,
+        "r2": of_fake,
+        "real_score": real_scores.mean(),
+        "fake_score": fake_scores.mean(),
     }
 
 
@@ -124,7 +129,7 @@ def _by_autograd(critic, real, fake, loss: str, r1: float, r2: float, y) -> dict
             scores.append(_critics.scores_of(WHO, critic, x, y))
             if weight:
                 gradient = _critics.gradient_of(WHO, scores[-1], x, record)
-                penalties.append(weight / 2 * _penalties(gradient, 0.0, False).mean())
+                penalties.append(weight / 2 * ops.gradient_penalty(gradient, 0.0).mean())
             else:
                 penalties.append(scores[-1].new_zeros(()))
     real_scores, fake_scores = scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genkernels import ops
 from genkernels.losses import _critics
 from genkernels.losses._critics import Critic
 from genkernels.networks._outside import outside
@@ -62,7 +63,8 @@ def gradient_penalty(
             in a sigmoid, an option is wrong. TypeError: a dtype is. RuntimeError: inside transforms of ``torch.func``.
 
     A critic that couples the samples of a batch (BatchNorm in training) is warned of. ``torch.compile``, which cannot
-    differentiate twice, breaks its graph here. With ``use_backend("reference")`` all is differentiated twice.
+    differentiate twice as of torch 2.13, breaks its graph here. With ``use_backend("reference")`` every critic is
+    differentiated twice.
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", 2017; Petzka et al., "On the regularization of
     Wasserstein GANs", 2018 (one-sided); Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020
@@ -71,26 +73,35 @@ def gradient_penalty(
     arguments = (critic, real, fake, target, one_sided, every, step, generator, y, explain)
     if torch.compiler.is_compiling():
         return outside(_gradient_penalty, *arguments)
-    return _gradient_penalty(*arguments)
+    with _critics.beyond_inference():
+        return _gradient_penalty(*arguments)
 
 
 def _gradient_penalty(critic, real, fake, target, one_sided, every, step, generator, y, explain):
-    _critics.check_pair(WHO, real, fake)
+    real, fake = _critics.checked_pair(WHO, real, fake, y)
     _critics.check_weight(WHO, "target", target)
     checks.integer(WHO, "every", every, 1)
     checks.integer(WHO, "step", step, 0)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{WHO}: generator must be a torch.Generator, got {type(generator).__name__}")
     if step % every:
         skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
+        skipped.requires_grad_(torch.is_grad_enabled())  # so that a step without it may call backward all the same
         return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
     critic = _critics.bare(critic)
-    x = _between(real, fake, generator)
-    steps, reason = _critics.steps_of(WHO, critic, x, y)
+    device = real.device if generator is None else generator.device
+    work = torch.promote_types(real.dtype, torch.float32)
+    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
+    x = ops.interpolate_pairs(real, fake, u)
+    network, reason = _critics.network_of(WHO, critic, x, y)
 
     def penalty(gradient: Tensor) -> Tensor:
-        return _penalties(gradient, target, one_sided) * (every / len(gradient))
+        return ops.gradient_penalty(gradient, target, one_sided) * (every / len(gradient))
 
-    if steps is not None:
-        value, sentence = penalised(steps, x, penalty).total, explained(steps)
+    if network is not None:
+        steps, weights = network
+        found = _critics.within(critic, x, lambda: penalised(steps, [x], [penalty], weights=weights))
+        value, sentence = found.total, explained(steps)
     else:
         value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
     return (value, sentence) if explain else value
@@ -102,20 +113,3 @@ def _by_autograd(critic: Critic, x: Tensor, y: Tensor | None, penalty) -> Tensor
         x = _critics.as_point(x)
         gradient = _critics.gradient_of(WHO, _critics.scores_of(WHO, critic, x, y), x, record)
     return penalty(gradient).sum()
-
-
-def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A point of each pair's segment, drawn evenly."""
-    work = torch.promote_types(real.dtype, torch.float32)
-    device = real.device if generator is None else generator.device
-    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device, real.dtype)
-    return torch.lerp(fake, real, u.view(-1, *[1] * (real.dim() - 1)))
-
-
-def _penalties(gradient: Tensor, target: float, one_sided: bool) -> Tensor:
-    """(‖g‖ − target)² of each sample ``[N]``."""
-    flat = gradient.reshape(len(gradient), -1).to(torch.promote_types(gradient.dtype, torch.float32))
-    if target == 0:
-        return flat.square().sum(1)
-    beyond = torch.linalg.vector_norm(flat, dim=1) - target
-    return (beyond.relu() if one_sided else beyond).square()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from genkernels.ops import checks
@@ -36,6 +37,27 @@ def flattened(who: str, sets: Mapping[str, Tensor], least: int = 1) -> list[Tens
             raise ValueError(f"{who}: {lead} and {label} must hold examples of one shape, got {shapes}")
     checks.same_device(who, sets)
     return [x.detach().flatten(1) for x in sets.values()]
+
+
+def rows(who: str, label: str, network: Callable[[Tensor], Tensor], x: Tensor, batch_size: int) -> Tensor:
+    """What a network of the user's makes of x, batch by batch: ``[N, D]``, a row an example.
+
+    Raises:
+        TypeError: it cannot be called, or gives no tensor of numbers. ValueError: it gives something else than a row an
+            example.
+    """
+    if not callable(network):
+        raise TypeError(f"{who}: {label} must be a function of a batch, got {type(network).__name__}")
+    made = []
+    for some in x.split(batch_size):
+        found = network(some)
+        checks.tensor(who, f"what {label} gives", found, checks.FLOATS + checks.INTEGERS, "of floats or integers")
+        if found.dim() != 2 or len(found) != len(some):
+            raise ValueError(
+                f"{who}: {label} must give a row [D] for each of the {len(some)} examples, got {list(found.shape)}"
+            )
+        made.append(found)
+    return torch.cat(made)
 
 
 def all_finite(*sets: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels._seeds import fixed_seed
+from genkernels.ops import checks
 
 EPOCHS, BATCH, LEARNING_RATE = 10, 64, 3e-3
 NOISE = 0.15  # on the shades, so that scans that were trained on look like others
@@ -22,7 +23,7 @@ class DigitFeatures(nn.Module):
     ``[N, 10]``.
 
     Raises:
-        ValueError: x has another shape. TypeError: another dtype.
+        ValueError: x has another shape, or leaves its range. TypeError: it has another dtype.
     """
 
     def __init__(self):
@@ -44,6 +45,12 @@ class DigitFeatures(nn.Module):
         if x.dim() != 4 or x.shape[1:] != (1, 8, 8):
             raise ValueError(f"digit_features: x must be [N, 1, 8, 8], got {list(x.shape)}")
         shades = x / 16 if x.dtype == torch.uint8 else x
+        if x.numel() and (shades.amin() < 0 or shades.amax() > 1):  # both false for NaN, whose features are NaN
+            low, high = (bound.item() for bound in x.detach().aminmax())
+            raise ValueError(
+                f"digit_features: x must be uint8 level indices up to 16 or floats in [0, 1], got {x.dtype} from "
+                f"{low:g} to {high:g}"
+            )
         return self.body(shades.to(self.head.weight.dtype))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -58,15 +65,17 @@ def digit_features(seed: int = 0) -> DigitFeatures:
     seed: the same seed gives the same features on the same machine, and leaves torch's generators as they were.
 
     Args:
-        seed: of the weights and of the order of the scans. Distances on features of different seeds do not compare.
+        seed: of the weights and of the order of the scans, 0 or more. Distances on features of different seeds do not
+            compare.
 
     Returns:
         A `DigitFeatures` of its own, in evaluation mode, frozen: gradients pass through it to x. ``.to("cuda")`` for
         x there.
 
     Raises:
-        DataError: scikit-learn, which ships the scans, is missing.
+        DataError: scikit-learn, which ships the scans, is missing. ValueError: seed is no such integer.
     """
+    checks.integer("digit_features", "seed", seed, 0)
     return copy.deepcopy(_trained(seed))
 
 
@@ -84,7 +93,8 @@ def _trained(seed: int) -> DigitFeatures:
         for rows in batches:
             optimiser.zero_grad()
             noisy = x[rows] + NOISE * torch.randn_like(x[rows])
-            F.cross_entropy(network.logits(noisy), y[rows]).backward()
+            logits = network.head(network.body(noisy))  # the noise leaves [0, 1]
+            F.cross_entropy(logits, y[rows]).backward()
             optimiser.step()
             decay.step()
     return network.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from genkernels.metrics._sets import all_finite, flattened
+from genkernels.metrics._sets import all_finite, flattened, rows
 from genkernels.ops import checks
 
 WHO = "frechet_distance"
@@ -30,8 +30,9 @@ def frechet_distance(
 
     Args:
         x: ``[N, D]`` features, or whatever `features` takes. y: ``[M, D]``, the same.
-        features: makes features ``[n, D]`` of a batch of x; ``genkernels.metrics.digit_features()`` for digits.
-            Without it x and y are taken as they are, images as rows of pixels.
+        features: makes features ``[n, D]`` of a batch of x; ``genkernels.metrics.digit_features()`` for digits. A
+            module is called in the mode that it is in. Without it x and y are taken as they are, images as rows of
+            pixels.
         batch_size: of the calls of `features`.
 
     Returns:
@@ -41,7 +42,7 @@ def frechet_distance(
 
     Raises:
         TypeError: a set is no tensor of numbers, or only one holds integers. ValueError: one has less than two
-            examples, or the shapes differ.
+            examples, the shapes differ, or `features` gives something else than a row an example.
 
     Source: Dowson and Landau, "The Fréchet distance between multivariate normal distributions", 1982; Heusel et al.,
     "GANs trained by a two time-scale update rule", 2017 (on Inception features: FID).
@@ -49,7 +50,7 @@ def frechet_distance(
     if features is not None:
         checks.integer(WHO, "batch_size", batch_size, 1)
         flattened(WHO, {"x": x, "y": y}, least=2)
-        x, y = (torch.cat([features(some) for some in of.split(batch_size)]) for of in (x, y))
+        x, y = (rows(WHO, "features", features, of, batch_size) for of in (x, y))
     x, y = (of.double() for of in flattened(WHO, {"x": x, "y": y}, least=2))
     if not all_finite(x, y):
         return math.nan

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genkernels._words import UsageError
-from genkernels.metrics._sets import all_finite, flattened
+from genkernels.metrics._sets import all_finite, flattened, rows
 from genkernels.metrics.frechet import frechet_distance
 from genkernels.ops import checks
 
@@ -76,8 +76,8 @@ def inception_score(
 
     Raises:
         UsageError: torchmetrics or torch-fidelity is missing, or there is no such file. ValueError: fewer examples than
-            splits, an option out of range, and of images for Inception as for `fid`. TypeError: x is no tensor of
-            numbers.
+            splits, an option out of range, `network` gives something else than a row of logits an example, and of
+            images for Inception as for `fid`. TypeError: x is no tensor of numbers.
 
     Source: Salimans et al., "Improved techniques for training GANs", 2016.
     """
@@ -88,11 +88,11 @@ def inception_score(
     if not all_finite(x):
         return InceptionScore(math.nan, math.nan)
     if callable(network):
-        logits = [network(some) for some in x.split(batch_size)]
+        logits = rows(who, "network", network, x, batch_size)
     else:
         inception = _inception(who, "logits_unbiased", network).to(x.device)
-        logits = [inception(_bytes(who, some)) for some in x.split(batch_size)]
-    log_p = torch.cat(logits).double().log_softmax(1)
+        logits = rows(who, "network", lambda some: inception(_bytes(who, some)), x, batch_size)
+    log_p = logits.double().log_softmax(1)
     scores = torch.stack([_score(part) for part in log_p.tensor_split(splits)])
     return InceptionScore(scores.mean().item(), scores.std(unbiased=False).item())
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from genkernels.metrics._sets import MOST_VALUES, flattened
+from genkernels.metrics._sets import MOST_VALUES, all_finite, flattened
 from genkernels.nn.dequantize import normal
 from genkernels.ops import checks
 
@@ -53,14 +53,19 @@ def sliced_wasserstein(
     checks.integer(WHO, "projections", projections, 1)
     if not isinstance(order, int | float) or not 1 <= order < math.inf:
         raise ValueError(f"{WHO}: order must be a number of at least 1, got {order!r}")
+    if not all_finite(x, y):
+        return math.nan
     directions = normal((projections, x.shape[1]), torch.float64, x.device, generator)
     directions /= directions.norm(dim=1, keepdim=True)
     of_x, of_y, share = _common_quantiles(len(x), len(y), x.device)
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    largest = total = torch.zeros((), dtype=torch.float64, device=x.device)
     for some in directions.split(max(1, MOST_VALUES // (len(x) + len(y)))):
-        gaps = _sorted_along(some, x)[:, of_x] - _sorted_along(some, y)[:, of_y]
-        total += (gaps.abs_().pow_(order) @ share).sum()
-    return (total.item() / projections) ** (1 / order)
+        gaps = (_sorted_along(some, x)[:, of_x] - _sorted_along(some, y)[:, of_y]).abs_()
+        before, largest = largest, torch.maximum(largest, gaps.amax())
+        # as shares of the largest gap so far, whose powers do not leave the range of fp64
+        unit = torch.where(largest > 0, largest, 1.0)
+        total = total * (before / unit) ** order + (gaps.div_(unit).pow_(order) @ share).sum()
+    return (largest * (total / projections) ** (1 / order)).item()
 
 
 def _sorted_along(directions: Tensor, x: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ def _flatten(b, input, start_dim=0, end_dim=-1):
     shape = b.shape(input)
     if not shape:
         b.refuse("has no axes to flatten but the batch")
+    if prod(shape) == 1 and start_dim in (0, -len(shape) - 1) and end_dim in (-1, len(shape)):  # [N, 1] as [N]
+        return _reshaped(b, input, ())
     first, last = (axis_of(b, dim, len(shape) + 1) for dim in (start_dim, end_dim))
     return _reshaped(b, input, (*shape[: first - 1], prod(shape[first - 1 : last]), *shape[last:]))
 
@@ -196,9 +198,19 @@ def _mean_over(b, input, dim=None, keepdim=False):
 
 def _reduced(b, x, dim, keepdim, mean):
     shape = b.shape(x)
+    axes = _reduced_axes(b, shape, dim)
+    kept = [1 if axis in axes else n for axis, n in enumerate(shape, start=1) if keepdim or axis not in axes]
+    return b.emit(Reduce, [x], kept, axes=axes, mean=mean)
+
+
+def _reduced_axes(b, shape, dim) -> tuple[int, ...]:
     dims = dim if isinstance(dim, tuple | list) else () if dim is None else (dim,)
     if not dims:
         b.refuse("couples the samples of a batch: it takes them all together", True)
-    axes = tuple(sorted({axis_of(b, d, len(shape) + 1) for d in dims}))
-    kept = [1 if axis in axes else n for axis, n in enumerate(shape, start=1) if keepdim or axis not in axes]
-    return b.emit(Reduce, [x], kept, axes=axes, mean=mean)
+    return tuple(sorted({axis_of(b, d, len(shape) + 1) for d in dims}))
+
+
+@function("spread", torch.std, Tensor.std, torch.var, Tensor.var)
+def _spread(b, input, dim=None, *others, **options):
+    _reduced_axes(b, b.shape(input), dim)
+    b.refuse("has no rule")

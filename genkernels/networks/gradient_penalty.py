@@ -27,42 +27,45 @@ this library's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from genkernels.networks._penalty_plan import Plan
 from genkernels.networks._penalty_run import Run
 from genkernels.networks.passes import Steps, parameters
 from genkernels.networks.properties import is_piecewise_linear
 from genkernels.networks.steps import Activate
 
+Penalty = Callable[[Tensor], Tensor]
+#: Outputs of steps, in numbers, up to which several batches go as one: fewer calls then count for more than memory.
+TOGETHER = 2**20
+
 
 class Penalised(NamedTuple):
-    """What `penalised` returns.
+    """What `penalised` returns; all but the first without a graph.
 
     Args:
-        total: loss and penalty, a scalar with its gradient. loss: a scalar, 0 without objective. scores: ``[N]``.
-        penalties: of each penalised row. The last three have no graph.
+        total: loss and penalties, a scalar with its gradient. loss: a scalar, 0 without objective. scores: ``[N]``, a
+            batch each. penalties: ``[N]``, a batch each; None of a batch without penalty.
     """
 
     total: Tensor
     loss: Tensor
-    scores: Tensor
-    penalties: Tensor
+    scores: tuple[Tensor, ...]
+    penalties: tuple[Tensor | None, ...]
 
 
-def why_not(steps: Steps) -> str:
-    """What among the steps of a network has no rule here, in words, or ""."""
-    for step in steps:
-        if not isinstance(step, Activate):
-            continue
-        for source in step.sources:
-            value = source.read()
+def why_not(steps: Steps, weights: Sequence[dict]) -> str:
+    """What among the steps of a network, with weights of `parameters`, has no rule here, in words, or ""."""
+    for step, own in zip(steps, weights, strict=True):
+        for role, value in own.items() if isinstance(step, Activate) else ():
             if isinstance(value, Tensor) and value.requires_grad:
-                return f"{step.label} learns its {source.role}"
-            if source.role == "negative_slope" and value < 0:
+                return f"{step.label} learns its {role}"
+            if role == "negative_slope" and value < 0:
                 return f"{step.label} has a negative slope below 0: the sign of its output does not tell its input's"
     return ""
 
@@ -78,53 +81,91 @@ def explained(steps: Steps, with_loss: bool = False) -> str:
 
 def penalised(
     steps: Steps,
-    x: Tensor,
-    penalty: Callable[[Tensor], Tensor],
-    objective: Callable[[Tensor], Tensor] | None = None,
-    rows: slice = slice(None),
+    batches: Sequence[Tensor],
+    penalties: Sequence[Penalty | None],
+    objective: Callable[..., Tensor] | None = None,
+    weights: Sequence[dict] | None = None,
 ) -> Penalised:
-    """The penalty of a network's slopes, beside a loss of its scores, with gradients by its tensors and by x.
+    """Penalties of a network's slopes, beside a loss of its scores, with gradients by its tensors and by its inputs.
+
+    Batches go back one after the other: what the first one needed is given back before the second one needs it. Small
+    ones go as one.
 
     Args:
         steps: of `trace`, that `why_not` has nothing against, from ``[N, ...]`` to one score a sample or several, whose
             mean counts as the score.
-        x: ``[N, ...]``.
-        penalty: takes slopes ``[R, ...]``, each of which it treats by itself, to ``[R]``, in fp32 at least. The sum
-            counts.
-        objective: takes the scores ``[N]`` to a scalar; None for the penalty alone. It needs networks of one score.
-        rows: the samples that are penalised, R of them; all, where there is no objective.
+        batches: ``[N, ...]`` each.
+        penalties: of each batch a function of slopes ``[N, ...]``, each of which it treats by itself, to ``[N]``, in
+            fp32 at least, of which the sum counts; or None.
+        objective: takes the scores ``[N]`` of every batch to a scalar; None for the penalties alone. It needs networks
+            of one score.
+        weights: of `parameters`, read now if not given.
 
     Raises:
         RuntimeError: a gradient of the gradient is asked for.
     """
-    read = parameters(steps)
+    read = parameters(steps) if weights is None else weights
+    if len(batches) > 1 and None not in penalties and _numbers(steps, batches) <= TOGETHER:
+        return _together(steps, batches, penalties, objective, read)
+    wanted = [x.requires_grad and torch.is_grad_enabled() for x in batches]
     tensors = {id(t): t for own in read for t in own.values() if isinstance(t, Tensor) and t.requires_grad}
-    recording = torch.is_grad_enabled() and (bool(tensors) or x.requires_grad)
+    tensors = tensors if torch.is_grad_enabled() else {}
     with torch.no_grad():
-        run = Run(steps, read, tensors if recording else {}, recording and x.requires_grad, objective is not None)
-        scores = run.forward(x.detach())
-        slopes = run.pull()[rows]
-        penalties, direction = _differentiated(penalty, slopes)
-        loss, by_score = scores.new_zeros(()), None
+        plan = Plan(steps, read, tensors, any(wanted), objective is not None)
+        runs = [Run(plan, x.detach()) for x in batches]
+        scores = tuple(run.forward() for run in runs)
+        loss, by_scores = scores[0].new_zeros(()), (None,) * len(runs)
         if objective is not None:
-            loss, by_score = _differentiated(objective, scores)
-        if recording:
-            run.push(direction.to(slopes.dtype), by_score, rows)
-        total = loss + penalties.sum()
-    if recording:
-        known = [(t, run.gradient_by(key)) for key, t in tensors.items()]
-        known += [(x, run.gradient_by_x())] if x.requires_grad else []
+            loss, by_scores = _differentiated(objective, *scores)
+        found = tuple(
+            _finished(*each, bool(tensors) or any(wanted)) for each in zip(runs, penalties, by_scores, strict=True)
+        )
+        total = loss + sum(penalty.sum() for penalty in found if penalty is not None)
+    known = [(t, plan.gradient_by(key)) for key, t in tensors.items()]
+    known += [(x, run.gradient_by_x()) for x, run, each in zip(batches, runs, wanted, strict=True) if each]
+    if known:
         total = _Known.apply(total, [gradient for _, gradient in known], *(t for t, _ in known))
-    return Penalised(total, loss, scores, penalties)
+    return Penalised(total, loss, scores, found)
 
 
-def _differentiated(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-    """What a function gives, and the gradient of its sum."""
+def _numbers(steps: Steps, batches: Sequence[Tensor]) -> int:
+    return sum(prod(step.shape) for step in steps) * sum(len(x) for x in batches)
+
+
+def _together(steps: Steps, batches, penalties, objective, weights) -> Penalised:
+    """The same with all batches as one."""
+    sizes = [len(x) for x in batches]
+
+    def penalty(slopes: Tensor) -> Tensor:
+        return torch.cat([each(part) for each, part in zip(penalties, slopes.split(sizes), strict=True)])
+
+    def of_all(scores: Tensor) -> Tensor:
+        return objective(*scores.split(sizes))
+
+    found = penalised(steps, [torch.cat(batches)], [penalty], of_all if objective else None, weights)
+    (scores,), (values,) = found.scores, found.penalties
+    return found._replace(scores=scores.split(sizes), penalties=values.split(sizes))
+
+
+def _finished(run: Run, penalty: Penalty | None, by_score: Tensor | None, recording: bool) -> Tensor | None:
+    """The penalties of one batch, whose gradients are collected where they are `recording`."""
+    value, direction = None, None
+    if penalty is not None or (recording and not run.plan.bends):
+        slopes = run.pull()
+    if penalty is not None:
+        value, (direction,) = _differentiated(penalty, slopes)
+    if recording:
+        run.push(None if direction is None else direction.to(slopes.dtype), by_score)
+    return value
+
+
+def _differentiated(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What a function gives, and the gradients of its sum."""
     with torch.enable_grad():
-        leaf = at.detach().requires_grad_()
-        value = function(leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
-    return value.detach(), gradient
+        leaves = [t.detach().requires_grad_() for t in at]
+        value = function(*leaves)
+        gradients = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+    return value.detach(), gradients
 
 
 class _Known(torch.autograd.Function):

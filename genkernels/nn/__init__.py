@@ -5,8 +5,10 @@ from genkernels.nn.actnorm import ActNorm
 from genkernels.nn.affine_coupling import AffineCoupling
 from genkernels.nn.augment import AdaptiveAugment, Augment
 from genkernels.nn.autoregressive import AutoregressiveTransform, InverseAutoregressiveTransform
+from genkernels.nn.bias_leaky_relu import BiasLeakyReLU
 from genkernels.nn.conv_zeros import Conv2dZeros
 from genkernels.nn.dequantize import Dequantize, Logit
+from genkernels.nn.filtered import FilteredDownsample, FilteredUpsample
 from genkernels.nn.invertible_conv import InvertibleConv1x1
 from genkernels.nn.invertible_residual import InvertibleResidual
 from genkernels.nn.lipschitz import CLipSwish, LipschitzConv2d, LipschitzLinear, LipSwish, certify
@@ -26,10 +28,13 @@ __all__ = [
     "AffineCoupling",
     "Augment",
     "AutoregressiveTransform",
+    "BiasLeakyReLU",
     "CLipSwish",
     "Conv2dZeros",
     "Dequantize",
     "EvenOdd",
+    "FilteredDownsample",
+    "FilteredUpsample",
     "FlowSequential",
     "InverseAutoregressiveTransform",
     "InvertibleConv1x1",

@@ -55,7 +55,8 @@ class Augment(nn.Module):
         who = type(self).__name__
         for label, value in (("p", p), ("translation", translation), ("cutout", cutout)):
             _check_share(who, label, value)
-        low, high = value_range
+        pair = isinstance(value_range, tuple | list) and len(value_range) == 2
+        low, high = value_range if pair else (0.0, 0.0)
         if not low < high:
             raise ValueError(f"{who}: value_range must be two numbers that rise, got {value_range!r}")
         self.colour, self.translation, self.cutout = colour, translation, cutout
@@ -145,6 +146,8 @@ class AdaptiveAugment(Augment):
         checks.integer(who, "images", images, 1)
         checks.integer(who, "every", every, 1)
         _check_share(who, "most", most)
+        if p > most:
+            raise ValueError(f"{who}: p must be at most {most}, the most that it may become, got {p}")
         self.target, self.images, self.every, self.most = target, images, every, most
         self.register_buffer("counted", torch.zeros(3))  # since the last step: Σ sign D(x), images, updates
 

@@ -280,6 +280,13 @@ def test_one_update_of_a_spectral_norm_a_step():
     assert apart(gradients(found, net), gradients(expected, net)) < 1e-10
 
 
+def test_a_layer_that_its_first_call_tells_the_size_of_its_input():
+    net = nn.Sequential(gk.nn.LipschitzConv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 1))
+    x = draw(3, (2, 4, 4), torch.float32)
+    for way in ("double backward: spectral_norm_: a convolution must know the size of its input", FOUR):
+        assert gradient_penalty(net, x, x, explain=True)[1].startswith(way)
+
+
 def test_no_gradient_is_recorded_where_none_is_wanted():
     net, x = mlp(), draw(6, (4,))
     for called in (net, lambda x: net(x)):

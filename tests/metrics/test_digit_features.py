@@ -31,6 +31,12 @@ def test_it_reads_digits_that_it_has_not_seen(network, digits):
     assert (features.std(0) > 0.1).all(), "each unit says something"
 
 
+@pytest.mark.parametrize("seed", [-1, "0", True])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(ValueError, match="^digit_features: seed must be an integer of at least 0"):
+        metrics.digit_features(seed)
+
+
 def test_the_same_seed_gives_the_same_network_and_a_copy_each_time(network):
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     network.half()
@@ -75,6 +81,8 @@ def test_gradients_pass_through_to_images(network, digits):
         (torch.zeros(3, 8, 8), ValueError, r"x must be \[N, 1, 8, 8\], got \[3, 8, 8\]"),
         (torch.zeros(3, 1, 28, 28), ValueError, r"x must be \[N, 1, 8, 8\], got \[3, 1, 28, 28\]"),
         (torch.zeros(3, 1, 8, 8).long(), TypeError, "x must be uint8 level indices or floats in"),
+        (torch.full((3, 1, 8, 8), -0.5), ValueError, r"x must be .*floats in \[0, 1\], got torch.float32 from -0.5 to"),
+        (torch.full((3, 1, 8, 8), 17).byte(), ValueError, "x must be .*up to 16 or .*, got torch.uint8 from 17 to 17"),
     ],
 )
 def test_refusals(network, x, error, words):

@@ -115,7 +115,10 @@ def test_what_is_not_finite_gives_nan(value):
         (torch.zeros(9, 2), torch.zeros(9, 2).long(), {}, TypeError, "x and y must be on one scale"),
         (torch.zeros(9, 2), torch.zeros(9, 2).byte(), {"features": abs}, TypeError, "x and y must be on one scale"),
         (torch.zeros(9, 2), torch.zeros(9, 2), {"features": abs, "batch_size": 0}, ValueError, "batch_size must be"),
-        (torch.zeros(9, 2), torch.zeros(9, 2), {"features": lambda x: x.sum(1)}, ValueError, r"x must be \[N, ...\]"),
+        (torch.zeros(9, 2), torch.zeros(9, 2), {"features": lambda x: x.sum(1)}, ValueError, r"features must .*\[9\]$"),
+        (torch.zeros(9, 2), torch.zeros(9, 2), {"features": lambda x: x[:2]}, ValueError, "features must give a row"),
+        (torch.zeros(9, 2), torch.zeros(9, 2), {"features": len}, TypeError, "what features gives must be a torch.Ten"),
+        (torch.zeros(9, 2), torch.zeros(9, 2), {"features": "vgg"}, TypeError, "features must be a function .*got str"),
     ],
 )
 def test_refusals(x, y, options, error, words):

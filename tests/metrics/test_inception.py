@@ -108,6 +108,8 @@ def test_a_missing_package_is_named_with_what_installs_it(stand_in, monkeypatch,
         (lambda x, w: fid(x, x.byte(), w), TypeError, "fid: real and fake must be on one scale"),
         (lambda x, w: inception_score(x, w, 9), ValueError, "inception_score: x must be .* at least 9 examples"),
         (lambda x, w: inception_score(x, w, 0), ValueError, "inception_score: splits must be an integer"),
+        (lambda x, w: inception_score(x, lambda some: some, 2), ValueError, "inception_score: network must give a row"),
+        (lambda x, w: inception_score(x, torch.argmax, 2), ValueError, r"inception_score: network must .*got \[\]"),
     ],
 )
 def test_refusals(stand_in, call, error, words):

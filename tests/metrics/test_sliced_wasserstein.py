@@ -86,10 +86,21 @@ def test_dtypes_layouts_and_generators():
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf])
-def test_what_is_not_finite_gives_none(value):
+def test_what_is_not_finite_gives_nan(value):
     x, y = torch.randn(6, 3), torch.randn(6, 3)
     x[2, 1] = value
-    assert not math.isfinite(sliced_wasserstein(x, y, 10))
+    assert math.isnan(sliced_wasserstein(x, y, 10))
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+@pytest.mark.parametrize("order", [2, 400])
+def test_powers_of_gaps_neither_vanish_nor_overflow(monkeypatch, scale, order):
+    x, y = torch.randn(30, 2, dtype=torch.float64), torch.randn(17, 2, dtype=torch.float64) + 1
+    by_scale = [sliced_wasserstein(s * x, s * y, 50, seeded(), order=order) / s for s in (1.0, scale)]
+    assert by_scale[1] == pytest.approx(by_scale[0], rel=1e-12) and 0.5 < by_scale[0] < 9
+    monkeypatch.setattr(importlib.import_module("genkernels.metrics.sliced_wasserstein"), "MOST_VALUES", 40)
+    blocks = sliced_wasserstein(scale * x, scale * y, 50, seeded(), order=order) / scale
+    assert blocks == pytest.approx(by_scale[0], rel=1e-12)
 
 
 @pytest.mark.parametrize(

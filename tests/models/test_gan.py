@@ -1,4 +1,4 @@
-"""Adversarial models: whose gradients a step makes, its terms, bounds of critics, samples and how they are judged."""
+"""Adversarial models: whose gradients a step makes, its terms, that weights stay bounded, samples, estimates."""
 
 import math
 

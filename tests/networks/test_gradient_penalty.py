@@ -5,33 +5,46 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genkernels.networks import penalised, trace
+from genkernels import networks
+from genkernels.networks import gradient_penalty, penalised, trace
 from genkernels.networks.gradient_penalty import explained, why_not
 from tests.losses import definitions
 from tests.networks import nets
 
 close = torch.testing.assert_close
-EVERY, FIRST, LAST = slice(None), slice(0, 2), slice(3, 5)
 
 
 def penalty(slopes):
     return (slopes.flatten(1).square().sum(1) + 1e-3).sqrt() * 0.7
 
 
-def objective(scores):
-    return F.softplus(scores[:2] - scores[-2:]).mean() + scores.square().mean()
+def objective(scores, *others):
+    others = others or (scores,)
+    return F.softplus(scores[:2] - others[-1][-2:]).mean() + sum(s.square().mean() for s in (scores, *others))
 
 
-def by_autograd(net, x, loss=None, rows=EVERY):
+#: Two batches that one loss couples: both penalised, or one.
+TWO = [(objective, which) for which in ((True, True), (True, False), (False, True))]
+
+
+def split(x, penalised):
+    """The batch as one or as two, of which some are penalised."""
+    batches = list(x.tensor_split(len(penalised)))
+    return batches, [penalty if each else None for each in penalised]
+
+
+def by_autograd(net, x, loss=None, penalised=(True,)):
     x = x.detach().requires_grad_()
-    scores, slopes = definitions.slopes(net, x)
-    total = penalty(slopes[rows]).sum() + (0 if loss is None else loss(scores))
+    batches, penalties = split(x, penalised)
+    pairs = [definitions.slopes(net, batch) for batch in batches]
+    total = sum(p(slopes).sum() for (_, slopes), p in zip(pairs, penalties, strict=True) if p)
+    total = total + (0 if loss is None else loss(*(scores for scores, _ in pairs)))
     return total, definitions.gradients(total, net, x)
 
 
-def in_passes(net, x, loss=None, rows=EVERY):
+def in_passes(net, x, loss=None, which=(True,)):
     x = x.detach().requires_grad_()
-    found = penalised(trace(net, x), x, penalty, loss, rows)
+    found = penalised(trace(net, x), *split(x, which), loss)
     return found.total, definitions.gradients(found.total, net, x)
 
 
@@ -47,11 +60,13 @@ def agree(net, x, *how):
         assert torch.equal(now, then)
 
 
+@pytest.mark.parametrize("together", [0, gradient_penalty.TOGETHER])
 @pytest.mark.parametrize("name", definitions.NETWORKS)
-def test_gradients_are_those_of_double_backward(name):
+def test_gradients_are_those_of_double_backward(name, together, monkeypatch):
+    monkeypatch.setattr(gradient_penalty, "TOGETHER", together)
     net, sample = definitions.critic(name)
     x = definitions.draw(5, sample)
-    for how in ((), (objective,), (objective, FIRST), (objective, LAST)):
+    for how in ((), (objective,), *TWO):
         agree(net, x, *how)
     agree(net, x[:1])
 
@@ -96,7 +111,7 @@ def test_tensors_that_scale_and_shift(activation):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = Arithmetic(activation).double()
-    for how in ((), (objective,), (objective, FIRST)):
+    for how in ((), (objective,), *TWO):
         agree(net, definitions.draw(5, (3, 5, 4)), *how)
 
 
@@ -108,9 +123,11 @@ def of_64(function):
 
 
 @pytest.mark.parametrize("function", [fork, residual])
-def test_what_several_steps_read_is_not_written_over(function):
+@pytest.mark.parametrize("together", [0, gradient_penalty.TOGETHER])
+def test_what_several_steps_read_is_not_written_over(function, together, monkeypatch):
+    monkeypatch.setattr(gradient_penalty, "TOGETHER", together)
     net = of_64(function)
-    for how in ((), (objective,), (objective, FIRST)):
+    for how in ((), (objective,), *TWO):
         agree(net, definitions.draw(5, (64,)), *how)
 
 
@@ -120,7 +137,7 @@ def test_mixed_activations_take_six_passes_with_sources_where_they_bend():
     steps = trace(net, torch.zeros(1, 4))
     assert explained(steps) == "six passes: layer '3' (SiLU) has a second derivative"
     assert explained(steps, True) == "six passes, the loss among them: layer '3' (SiLU) has a second derivative"
-    for how in ((), (objective,), (objective, FIRST)):
+    for how in ((), (objective,), *TWO):
         agree(net, definitions.draw(5, (4,)), *how)
 
 
@@ -132,7 +149,7 @@ def test_frozen_weights_get_no_gradient_and_disturb_none(activation):
     x = definitions.draw(5, (4,))
     trained = [p for p in net.parameters() if p.requires_grad]
     for loss in (None, objective):
-        total = penalised(trace(net, x), x, penalty, loss).total
+        total = penalised(trace(net, x), [x], [penalty], loss).total
         ours = torch.autograd.grad(total, trained)
         at = x.clone().requires_grad_()
         scores, slopes = definitions.slopes(net, at)
@@ -145,14 +162,14 @@ def test_without_gradients_only_the_value_is_found():
     x = definitions.draw(5, sample)
     steps = trace(net, x)
     with torch.no_grad():
-        found = penalised(steps, x, penalty, objective)
+        found = penalised(steps, [x], [penalty], objective)
     expected, _ = by_autograd(net, x, objective)
-    assert not any(t.requires_grad for t in found)
+    assert not any(t.requires_grad for t in (found.total, found.loss, *found.scores, *found.penalties))
     close(found.total, expected.detach(), rtol=1e-12, atol=0)
-    close(found.total, found.loss + found.penalties.sum())
+    close(found.total, found.loss + found.penalties[0].sum())
     for p in net.parameters():
         p.requires_grad_(False)
-    assert not penalised(steps, x, penalty).total.requires_grad
+    assert not penalised(steps, [x], [penalty]).total.requires_grad
 
 
 def test_a_patch_map_counts_by_its_mean():
@@ -183,7 +200,7 @@ def test_inputs_of_any_strides():
 def test_the_gradient_is_scaled_with_the_loss_and_given_as_often_as_asked():
     net, sample = definitions.critic("mlp ReLU")
     x = definitions.draw(5, sample)
-    total = penalised(trace(net, x), x, penalty, objective).total
+    total = penalised(trace(net, x), [x], [penalty], objective).total
     once = torch.autograd.grad(total, list(net.parameters()), retain_graph=True)
     eight = torch.autograd.grad(8 * total, list(net.parameters()))
     for a, b in zip(once, eight, strict=True):
@@ -193,7 +210,7 @@ def test_the_gradient_is_scaled_with_the_loss_and_given_as_often_as_asked():
 def test_a_second_derivative_is_refused():
     net, sample = definitions.critic("mlp ReLU")
     x = definitions.draw(5, sample)
-    total = penalised(trace(net, x), x, penalty).total
+    total = penalised(trace(net, x), [x], [penalty]).total
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(total, list(net.parameters()), create_graph=True)
 
@@ -208,5 +225,6 @@ def test_a_second_derivative_is_refused():
 )
 def test_what_has_no_rule_is_named(layer, reason):
     net = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1))
-    found = why_not(trace(net, torch.zeros(1, 3)))
+    steps = trace(net, torch.zeros(1, 3))
+    found = why_not(steps, networks.parameters(steps))
     assert found.startswith(reason) and bool(found) == bool(reason)

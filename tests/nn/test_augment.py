@@ -228,6 +228,8 @@ def test_nan_is_forgotten_and_no_graph_is_kept():
         (lambda: gk.nn.Augment(translation=-1), ValueError, "Augment: translation must be a number from 0 to 1"),
         (lambda: gk.nn.Augment(cutout=True), ValueError, "Augment: cutout must be a number from 0 to 1, got True"),
         (lambda: gk.nn.Augment(value_range=(1, 0)), ValueError, "Augment: value_range must be two numbers that rise"),
+        (lambda: gk.nn.Augment(value_range=1.0), ValueError, "Augment: value_range must be two numbers that rise, got"),
+        (lambda: gk.nn.Augment(value_range=(0, 1, 2)), ValueError, "Augment: value_range must be two numbers"),
         (
             lambda: gk.nn.Augment()(torch.rand(3, 8, 8)),
             ValueError,
@@ -238,6 +240,7 @@ def test_nan_is_forgotten_and_no_graph_is_kept():
         (lambda: gk.nn.AdaptiveAugment(every=0), ValueError, "AdaptiveAugment: every must be an integer of at least 1"),
         (lambda: gk.nn.AdaptiveAugment(most=2), ValueError, "AdaptiveAugment: most must be a number from 0 to 1"),
         (lambda: gk.nn.AdaptiveAugment(p=-1), ValueError, "AdaptiveAugment: p must be a number from 0 to 1"),
+        (lambda: gk.nn.AdaptiveAugment(p=0.9), ValueError, "AdaptiveAugment: p must be at most 0.8, .*, got 0.9"),
         (lambda: gk.nn.AdaptiveAugment().update(torch.zeros(0)), ValueError, "AdaptiveAugment: real_scores must be"),
         (
             lambda: gk.nn.AdaptiveAugment().half().update(torch.ones(3)),

@@ -135,8 +135,9 @@ class Cells:
         grads, leaves = grads_of(self.function, self.tensors)
         with Calls() as calls:
             ours = torch.autograd.grad(sum((g * g).sum() for g in grads), leaves)
-        # the first-order part of the graph may run its kernel again; the second-order part has no kernel of its own
-        return [], ours, on_reference(lambda: second_order(self.function, self.tensors)), calls
+        # the first-order part of the graph may run its kernel again, where the second-order part has none of its own
+        own = composability(self.name)["double backward"] == KERNEL
+        return calls.names if own else [], ours, on_reference(lambda: second_order(self.function, self.tensors)), calls
 
     def forward_mode(self):
         tangents = tuple(torch.full_like(t, 0.3) for t in self.tensors)

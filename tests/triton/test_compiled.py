@@ -52,6 +52,12 @@ def chosen(specs):
         "_unpack_kernel rgb bf16 relu ieee backward",
         "_draw_rows_kernel digits gated fp32 rows 1",
         "_draw_rows_kernel mixture fp32 rows 1",
+        "_interpolate_kernel 64x1x28x28 float32 between",
+        "_squares_kernel 16x3x256x256 float32 1.0",
+        "_penalty_kernel 16x3x256x256 float32 1.0",
+        "_penalty_backward_kernel 64x1x28x28 float32 1.0 backward",
+        "_activate_kernel 16x128x64x64 float32 256.0",
+        "_backward_kernel 16x128x64x64 float32 256.0 backward",
     ]
     return [specs[name] for name in wanted]
 

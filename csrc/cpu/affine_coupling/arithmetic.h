@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../../common/scale_map.h"
+#include "../sums.h"
 
 namespace genkernels {
 namespace {
@@ -42,22 +43,6 @@ __attribute__((always_inline)) inline void backward_element(T g, T gl, T x, T s,
       gs = (moved * x + gl) * slope;
     }
   }
-}
-
-// Sum in 16 lanes of T (the compiler may not reorder a plain sum), lanes added in fp64.
-constexpr int64_t kLanes = 16;
-template <typename T, typename F>
-double sum_lanes(int64_t n, F&& value) {
-  T lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma GCC ivdep
-    for (int64_t l = 0; l < kLanes; ++l) lane[l] += value(i + l);
-  }
-  double total = 0;
-  for (int64_t l = 0; l < kLanes; ++l) total += lane[l];
-  for (; i < n; ++i) total += value(i);
-  return total;
 }
 
 template <typename T>
