@@ -67,12 +67,11 @@ class Run:
         for index, step in enumerate(self.steps[1:], start=1):
             given = [tangents[i] for i in step.reads]
             self._multiply(index, given[0], by_score)
-            if tangent is not None:
-                if self.plan.bends and isinstance(step, Activate):
-                    sources[index] = self._source(index, given[0])
-                if self.plan.ahead[index]:
-                    tangents[index] = self._pushed(index, given)
-            self.deltas[index] = None
+            if tangent is not None and self.plan.bends and isinstance(step, Activate):
+                sources[index] = self._source(index, given[0])
+            self.deltas[index] = None  # before the next tangent, which takes as much
+            if tangent is not None and self.plan.ahead[index]:
+                tangents[index] = self._pushed(index, given)
             self.plan.forget(tangents, index)
             if not self.plan.bends:
                 self.points[index] = None
@@ -115,13 +114,11 @@ class Run:
             return value
         if not isinstance(step, Activate):
             return step.value(own, *inputs)
-        if self.plan.bends or not is_piecewise_linear((step,)):
-            self.points[index] = inputs[0]
-            return step.value(own, *inputs)
-        before = step.reads[0]  # whose memory the output takes, if nobody else reads it
+        before = step.reads[0]  # whose memory the output may take, if nobody else reads it
         in_place = self.plan.is_fresh(before) and not isinstance(self.steps[before], Activate)
-        self.points[index] = step.value(own, *inputs, in_place=in_place)
-        return self.points[index]
+        value = step.value(own, *inputs, in_place=in_place and is_piecewise_linear((step,)))
+        self.points[index] = value if step.by_value else inputs[0]
+        return value
 
     def _pulled(self, index: int, w: Tensor, owned: bool) -> tuple[Tensor, ...]:
         step, own = self.steps[index], self.weights[index]
@@ -140,7 +137,7 @@ class Run:
         step = self.steps[index]
         if is_piecewise_linear((step,)):
             return None
-        return step.curvature(self.weights[index], self.points[index]).mul_(tangent).mul_(self.deltas[index])
+        return step.bent(self.weights[index], self.points[index], tangent * self.deltas[index])
 
     def _multiply(self, index: int, tangent: Tensor | None, by_score: Tensor | None) -> None:
         """The gradients of a step's tensors as far as deltas tell them: of a network that bends, the penalty's part."""

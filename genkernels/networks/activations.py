@@ -35,8 +35,9 @@ from genkernels._options import CLIPSWISH_DIVISOR, LIPSWISH_DIVISOR
 class Activation(NamedTuple):
     """One activation: three functions of ``(x, *parameters)``, and the parameters' names.
 
-    `scaled`, where there is one, is ``(vectors, x, *parameters, grad_input=out)``: vectors times the slope, without the
-    slope ever being written; `out` may be the vectors. That of a piecewise linear one needs no more of x than its sign.
+    Two more, where there are any, take vectors: `scaled`, ``(vectors, x, *parameters, grad_input=out)``, gives vectors
+    times the slope, which is never written; `out` may be the vectors. `bent`, ``(vectors, x, *parameters)``, gives
+    vectors times the curvature, written over them. Both take the value in x's place where it tells all, `by_value`.
     """
 
     value: Callable[..., Tensor]
@@ -45,6 +46,8 @@ class Activation(NamedTuple):
     parameters: tuple[str, ...] = ()
     piecewise_linear: bool = False
     scaled: Callable[..., Tensor] | None = None
+    bent: Callable[..., Tensor] | None = None
+    by_value: bool = False
 
 
 def _zero(x: Tensor, *_) -> Tensor:
@@ -154,30 +157,46 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 _aten = torch.ops.aten
 
 
-def _relu_scaled(vectors: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor:
-    return _aten.threshold_backward.grad_input(vectors, x, 0, grad_input=grad_input)
+def _relu_scaled(vectors: Tensor, y: Tensor, *, grad_input: Tensor) -> Tensor:
+    return _aten.threshold_backward.grad_input(vectors, y, 0, grad_input=grad_input)
 
 
-def _leaky_relu_scaled(vectors: Tensor, x: Tensor, negative_slope, *, grad_input: Tensor) -> Tensor:
-    return _aten.leaky_relu_backward.grad_input(vectors, x, negative_slope, False, grad_input=grad_input)
+def _leaky_relu_scaled(vectors: Tensor, y: Tensor, negative_slope, *, grad_input: Tensor) -> Tensor:
+    return _aten.leaky_relu_backward.grad_input(vectors, y, negative_slope, True, grad_input=grad_input)
 
 
-def _elu_scaled(vectors: Tensor, x: Tensor, alpha, *, grad_input: Tensor) -> Tensor:
-    return _aten.elu_backward.grad_input(vectors, alpha, 1, 1, False, x, grad_input=grad_input)
+def _elu_scaled(vectors: Tensor, y: Tensor, alpha, *, grad_input: Tensor) -> Tensor:
+    return _aten.elu_backward.grad_input(vectors, alpha, 1, 1, True, y, grad_input=grad_input)
 
 
-def _tanh_scaled(vectors: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor:
-    return _aten.tanh_backward.grad_input(vectors, torch.tanh(x), grad_input=grad_input)
+def _elu_bent(vectors: Tensor, y: Tensor, alpha) -> Tensor:
+    return vectors.mul_(y + alpha).masked_fill_(y > 0, 0)
+
+
+def _tanh_bent(vectors: Tensor, y: Tensor) -> Tensor:
+    return _aten.tanh_backward.grad_input(vectors, y, grad_input=vectors).mul_(y).mul_(-2)
+
+
+def _swish_bent(vectors: Tensor, x: Tensor) -> Tensor:
+    up = torch.sigmoid(x)
+    vectors.mul_(torch.addcmul(x, x, up, value=-2).add_(2))
+    return vectors.mul_(torch.addcmul(up, up, up, value=-1))
 
 
 #: All activations by name.
 ACTIVATIONS = {
-    "relu": Activation(F.relu, _relu_slope, _zero, piecewise_linear=True, scaled=_relu_scaled),
+    "relu": Activation(F.relu, _relu_slope, _zero, piecewise_linear=True, scaled=_relu_scaled, by_value=True),
     "leaky_relu": Activation(
-        F.leaky_relu, _leaky_relu_slope, _zero, ("negative_slope",), piecewise_linear=True, scaled=_leaky_relu_scaled
+        F.leaky_relu,
+        _leaky_relu_slope,
+        _zero,
+        ("negative_slope",),
+        piecewise_linear=True,
+        scaled=_leaky_relu_scaled,
+        by_value=True,
     ),
-    "silu": Activation(F.silu, _swish_slope, _swish_curvature, scaled=_aten.silu_backward.grad_input),
-    "elu": Activation(F.elu, _elu_slope, _elu_curvature, ("alpha",), scaled=_elu_scaled),
+    "silu": Activation(F.silu, _swish_slope, _swish_curvature, scaled=_aten.silu_backward.grad_input, bent=_swish_bent),
+    "elu": Activation(F.elu, _elu_slope, _elu_curvature, ("alpha",), scaled=_elu_scaled, bent=_elu_bent, by_value=True),
     "softplus": Activation(
         F.softplus,
         _softplus_slope,
@@ -185,7 +204,9 @@ ACTIVATIONS = {
         ("beta", "threshold"),
         scaled=_aten.softplus_backward.grad_input,
     ),
-    "tanh": Activation(torch.tanh, _tanh_slope, _tanh_curvature, scaled=_tanh_scaled),
+    "tanh": Activation(
+        torch.tanh, _tanh_slope, _tanh_curvature, scaled=_aten.tanh_backward.grad_input, bent=_tanh_bent, by_value=True
+    ),
     "sigmoid": Activation(torch.sigmoid, _sigmoid_slope, _sigmoid_curvature),
     "gelu": Activation(F.gelu, _gelu_slope, _gelu_curvature),
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_slope, _gelu_tanh_curvature),

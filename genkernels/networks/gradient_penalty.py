@@ -65,8 +65,8 @@ def why_not(steps: Steps, weights: Sequence[dict]) -> str:
         for role, value in own.items() if isinstance(step, Activate) else ():
             if isinstance(value, Tensor) and value.requires_grad:
                 return f"{step.label} learns its {role}"
-            if role == "negative_slope" and value < 0:
-                return f"{step.label} has a negative slope below 0: the sign of its output does not tell its input's"
+            if role in ("negative_slope", "alpha") and value < 0:
+                return f"{step.label} has {role} = {value}: below 0 its output does not tell its slope"
     return ""
 
 

@@ -121,14 +121,25 @@ class Activate(Step):
     def pull(self, weights, slope, cotangent, sizes):
         return (_times(cotangent, slope),)
 
+    @property
+    def by_value(self) -> bool:
+        return ACTIVATIONS[self.name].by_value
+
     def scaled(self, weights: dict, x: Tensor, vectors: Tensor, in_place: bool) -> Tensor:
-        """A vector a sample times the slopes at x, which are not written out where torch has an operator for that."""
+        """A vector a sample times the slopes at x, or at the value, for those `by_value`."""
         activation = ACTIVATIONS[self.name]
         vectors = vectors.to(x.dtype)
         if activation.scaled is None:
             return vectors * activation.slope(x, *weights.values())
         out = vectors if in_place else torch.empty_like(x)
         return activation.scaled(vectors, x, *weights.values(), grad_input=out)
+
+    def bent(self, weights: dict, x: Tensor, vectors: Tensor) -> Tensor:
+        """A vector a sample, which may be written over, times the curvatures there."""
+        activation = ACTIVATIONS[self.name]
+        if activation.bent is None:
+            return vectors * activation.curvature(x, *weights.values())
+        return activation.bent(vectors.to(x.dtype), x, *weights.values())
 
 
 def _times(probes: Tensor, slope: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 import genkernels as gk
+from genkernels.benchmarks import critics
+from genkernels.benchmarks.measure import Inputs, Work
 from genkernels.losses import critic_step
 from tests.losses import definitions
 from tests.losses.definitions import LOSSES, apart, critic, draw, gradients
+from tests.networks import nets
 
 close = torch.testing.assert_close
 PENALTIES = [(0.3, 0.7), (2.0, 0.0), (0.0, 2.0)]
@@ -167,3 +170,32 @@ def test_a_sigmoid_at_the_end_is_refused_without_a_penalty_too():
     net, sample = critic("mlp ReLU")
     with pytest.raises(ValueError, match="critic_step: the critic must give a score without bounds"):
         critic_step(nn.Sequential(net, nn.Sigmoid()), *batches(sample))
+
+
+def test_scores_of_every_shape_give_the_same_step():
+    net, sample = critic("mlp ReLU")
+    real, fake = batches(sample)
+    shaped = [
+        net,
+        nn.Sequential(net, nn.Unflatten(1, (1, 1, 1))),
+        nets.calls(lambda m, x: m.net(x).squeeze(1), net=net),
+    ]
+    for loss in LOSSES:
+        found = [critic_step(each, real, fake, loss=loss, r1=1.0, r2=0.5, explain=True) for each in shaped]
+        assert all(way.startswith("four passes") for _, way in found)
+        for value, _ in found:
+            close(value, found[0][0], rtol=1e-14, atol=0)
+            assert (
+                apart(gradients(value, net), gradients(definitions.step(net, real, fake, loss, 1.0, 0.5), net)) < 1e-10
+            )
+
+
+@pytest.mark.parametrize("case", [critics.penalty_case, critics.step_case])
+def test_memory_is_at_most_three_fifths_of_double_backward_s(case):
+    case = case("small", critics.convolutional(32), 16, 32)
+    inputs = [Inputs(tuple(case.inputs(torch.Generator().manual_seed(0)).values()))]
+    works = [Work(op, inputs, case.direction) for op in (case.op, case.reference)]
+    for work in works:
+        work.once()
+    ours, theirs = (work.peak_bytes() for work in works)
+    assert 0 < ours <= 0.6 * theirs

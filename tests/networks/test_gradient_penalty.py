@@ -219,7 +219,8 @@ def test_a_second_derivative_is_refused():
     ("layer", "reason"),
     [
         (nets.LipSwish(), "layer '1' (LipSwish) learns its beta"),
-        (nn.LeakyReLU(-0.5), "layer '1' (LeakyReLU) has a negative slope below 0"),
+        (nn.LeakyReLU(-0.5), "layer '1' (LeakyReLU) has negative_slope = -0.5: below 0"),
+        (nn.ELU(-1.0), "layer '1' (ELU) has alpha = -1.0: below 0"),
         (nn.ELU(), ""),
     ],
 )

@@ -165,6 +165,23 @@ def test_slopes_and_curvatures_are_derivatives(name):
     assert activation.piecewise_linear == (not curvature.any())
 
 
+@pytest.mark.parametrize("name", [name for name, each in networks.ACTIVATIONS.items() if each.scaled])
+def test_vectors_times_slopes_and_curvatures(name):
+    activation = networks.ACTIVATIONS[name]
+    numbers = [PARAMETERS[parameter] for parameter in activation.parameters]
+    x = torch.linspace(-6, 6, 102, dtype=torch.float64)
+    point = activation.value(x, *numbers) if activation.by_value else x
+    vectors = like(x)
+    expected = vectors * activation.slope(x, *numbers)
+    close(activation.scaled(vectors, point, *numbers, grad_input=torch.empty_like(x)), expected)
+    expected = vectors * activation.curvature(x, *numbers)
+    if activation.bent:
+        close(activation.bent(vectors.clone(), point, *numbers), expected)
+    own = vectors.clone()
+    assert activation.scaled(own, point, *numbers, grad_input=own) is own
+    close(own, vectors * activation.slope(x, *numbers))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", networks.ACTIVATIONS)
 def test_far_out_they_are_what_they_tend_to(name, dtype):
