@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from genkernels import losses
 from genkernels.models._model import Estimate
 from genkernels.models.gan.backbones import Critic, conv_critic, conv_generator, networks, point_critic
-from genkernels.models.gan.base import AdversarialModel, frozen, presets
+from genkernels.models.gan.base import PROJECTIONS, AdversarialModel, frozen, presets
 from genkernels.nn._modes import in_mode
 
 _SIZES = {
@@ -96,7 +96,7 @@ class BiGAN(AdversarialModel):
         with in_mode(self, training=False):
             return self._shown(self.generator(codes, self._labels(y, len(x))))
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], **options) -> dict[str, Estimate]:
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], projections: int = PROJECTIONS) -> dict[str, Estimate]:
         """As for other adversarial models, and the reconstruction error: the mean square of x − G(E(x)) over the values
         of an example, images in [0, 1]."""
         batches = list(batches)
@@ -104,7 +104,7 @@ class BiGAN(AdversarialModel):
             (self._shown(self._scaled(x)) - self.reconstruct(x, y)).square().flatten(1).mean(1) for x, y in batches
         ]
         error = Estimate.of("reconstruction", "", torch.cat(errors) if errors else torch.empty(0))
-        return {**super().evaluate(batches, **options), "reconstruction": error}
+        return {**super().evaluate(batches, projections), "reconstruction": error}
 
     def pictures(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``reconstructions``: each image beside G(E(x)); none of points."""
