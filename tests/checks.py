@@ -61,6 +61,12 @@ def behind(rows: Sequence[tuple], *head) -> list:
     return [row[-1] for row in rows if row[:-1] == head]
 
 
+def draw(*shapes: Sequence[int], dtype=torch.float64, device="cpu", seed=0) -> list[Tensor]:
+    """Normal numbers, the same whatever the dtype that they are rounded to."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+
+
 def bits(t: Tensor) -> Tensor:
     """The numbers' bit patterns, so that NaN equals NaN and -0 does not equal 0."""
     return t.cpu().contiguous().view(_BITS[t.element_size()]) if t.is_floating_point() else t.cpu()

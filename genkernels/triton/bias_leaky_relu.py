@@ -110,7 +110,7 @@ def _curve(negative_slope: float, gain: float, clamp: float) -> dict[str, float 
 
 def bias_leaky_relu(x: Tensor, bias: Tensor | None, negative_slope: float, gain: float, clamp: float) -> Tensor:
     """Contiguous tensors on one GPU; the caller has checked them."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = x.new_empty(x.shape)
     if y.numel():
         plan, curve = _plan(x), _curve(negative_slope, gain, clamp)
         with torch.cuda.device_of(x):
@@ -133,7 +133,7 @@ def bias_leaky_relu_backward(
 ) -> tuple[Tensor, Tensor]:
     """``(grad_x, grad_bias)``. Conditions as for `bias_leaky_relu`."""
     samples, channels = y.shape[:2]
-    by_x = torch.empty_like(y, memory_format=torch.contiguous_format)
+    by_x = y.new_empty(y.shape)
     by_bias = y.new_empty(channels if with_bias else 0, dtype=torch.promote_types(y.dtype, torch.float32))
     if y.numel() == 0:
         return by_x, by_bias.zero_()

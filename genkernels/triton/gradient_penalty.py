@@ -151,13 +151,9 @@ def _plan(samples: Tensor, numbers: int = 0) -> _rows.Plan:
     return _rows.plan(samples.shape[0], math.prod(samples.shape[1:]), samples.element_size(), numbers)
 
 
-def _empty_like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 def interpolate_pairs(real: Tensor, fake: Tensor, u: Tensor) -> Tensor:
     """Contiguous tensors on one GPU; the caller has checked them."""
-    x = _empty_like(real)
+    x = real.new_empty(real.shape)
     if x.numel():
         plan = _plan(x)
         with torch.cuda.device_of(x):
@@ -169,7 +165,7 @@ def interpolate_pairs(real: Tensor, fake: Tensor, u: Tensor) -> Tensor:
 
 def interpolate_pairs_backward(grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """``(grad_real, grad_fake)``. Conditions as for `interpolate_pairs`."""
-    by_real, by_fake = _empty_like(grad), _empty_like(grad)
+    by_real, by_fake = grad.new_empty(grad.shape), grad.new_empty(grad.shape)
     if grad.numel():
         plan = _plan(grad)
         with torch.cuda.device_of(grad):
@@ -206,7 +202,7 @@ def gradient_penalty_backward(
     grad: Tensor | None, grad_norm: Tensor | None, gradient: Tensor, norm: Tensor, target: float, one_sided: bool
 ) -> Tensor:
     """The gradient by `gradient`. Conditions as for `interpolate_pairs`."""
-    by_gradient = _empty_like(gradient)
+    by_gradient = gradient.new_empty(gradient.shape)
     if gradient.numel():
         plan = _plan(gradient)
         with torch.cuda.device_of(gradient):

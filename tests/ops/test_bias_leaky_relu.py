@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from genkernels import ops
 from genkernels.reference import bias_leaky_relu as reference
-from tests.checks import assert_as_accurate, bits, off_address, strided
+from tests.checks import assert_as_accurate, bits, draw, off_address, strided
 
 F64, F32, BF16, F16 = DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # vectors, small planes and large ones, of odd sizes and of whole vectors, one number, one channel, none
@@ -26,11 +26,6 @@ def sample(device="cpu", dtype=F64):
 
 
 SAMPLES = {"bias_leaky_relu": sample}
-
-
-def draw(*shapes, dtype=F64, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=F64).to(device, dtype) for shape in shapes]
 
 
 def plain(x, bias=None, negative_slope=0.2, gain=2**0.5, clamp=None):

@@ -5,7 +5,7 @@ import torch
 
 from genkernels import ops
 from genkernels.reference import gradient_penalty as reference
-from tests.checks import assert_as_accurate, bits, off_address, strided
+from tests.checks import assert_as_accurate, bits, draw, off_address, strided
 
 F64, F32, BF16, F16 = DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WORK = {F64: F64}
@@ -33,11 +33,6 @@ def pairs_sample(device="cpu", dtype=F64):
 
 
 SAMPLES = {"gradient_penalty": penalty_sample, "interpolate_pairs": pairs_sample}
-
-
-def draw(*shapes, dtype=F64, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=F64).to(device, dtype) for shape in shapes]
 
 
 def plain(gradient, target=1.0, one_sided=False):

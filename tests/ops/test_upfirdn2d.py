@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from genkernels import ops
 from genkernels.reference import upfirdn2d as reference
-from tests.checks import assert_as_accurate, bits, off_address, pairwise, strided
+from tests.checks import assert_as_accurate, bits, draw, off_address, pairwise, strided
 
 F64, F32, BF16, F16 = DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FACTORS, LENGTHS = [1, 2, 3, 4], [(1, 1), (4, 4), (2, 5), (12, 3)]
@@ -33,11 +33,6 @@ def sample(device="cpu", dtype=F64):
 
 
 SAMPLES = {"upfirdn2d": sample}
-
-
-def draw(*shapes, dtype=F64, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=F64).to(device, dtype) for shape in shapes]
 
 
 def plain(x, filter_x, filter_y, up, down, padding, gain, flip):
