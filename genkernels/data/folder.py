@@ -106,6 +106,8 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
 def _load_domains(spec: str, paths: list[str], size: int | None, root: str | PathLike[str] | None) -> DataBundle:
     if len(paths) != 2:
         raise DataError(f"{spec}: two folders must be given as two domains, got {len(paths)}")
+    if not all(path.strip() for path in paths):
+        raise DataError(f"{spec}: two folders must be given as two domains, got one without a name")
     notes: list[str] = []
     files = [_files(spec, _base(spec, path, root), notes) for path in paths]
     form, contents, more = survey(spec, files, size)

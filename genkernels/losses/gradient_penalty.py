@@ -47,7 +47,8 @@ def gradient_penalty(
 
     Args:
         critic: gives ``[N]``, ``[N, 1]``, ``[N, 1, 1, 1]`` or a patch map ``[N, 1, h, w]``, whose mean counts as the
-            sample's score. It is called once, or not at all.
+            sample's score. It is called once, or not at all. Among several processes it is the
+            ``DistributedDataParallel`` itself, not its ``module``, whose gradients nobody averages.
         real, fake: ``[N, ...]`` of one shape. Gradients reach them where they ask for one.
         target: t, 0 or more. one_sided: only slopes above it count.
         every, step: the penalty is taken where ``step % every == 0``, `every` times as large, and is 0 elsewhere.

@@ -68,13 +68,16 @@ def upfirdn2d(
         if taps.dim() != 1 or not len(taps):
             raise ValueError(f"{NAME}: {label} must be [k] with at least one number, got {list(taps.shape)}")
     up, down = checks.integer(NAME, "up", up, 1), checks.integer(NAME, "down", down, 1)
-    if len(padding) != 4 or not all(isinstance(pad, int) for pad in padding):
+    if not isinstance(padding, tuple | list) or len(padding) != 4 or not all(isinstance(pad, int) for pad in padding):
         raise ValueError(f"{NAME}: padding must be four integers, left, right, top and bottom, got {padding!r}")
     if not isinstance(gain, int | float) or not math.isfinite(gain):
         raise ValueError(f"{NAME}: gain must be a finite number, got {gain!r}")
     sizes = _sizes(x, filter_x, filter_y, up, down, padding)
     if min(sizes) < 1:
-        raise ValueError(f"{NAME}: the padded image must be as large as the filters, got {sizes[0]}x{sizes[1]} results")
+        left, right, top, bottom = padding
+        taps = f"{len(filter_y)}x{len(filter_x)}"
+        got = f"{up * x.shape[2] + top + bottom}x{up * x.shape[3] + left + right}"
+        raise ValueError(f"{NAME}: the padded image must be as large as the filters, {taps}, got {got}")
     work = autocast.work_dtype(x)
     filters = filter_x.to(work), filter_y.to(work)
     options = (up, down, list(padding), float(gain), bool(flip))

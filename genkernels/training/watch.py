@@ -30,7 +30,7 @@ class Watch:
 
     def add(self, player: str, terms: dict[str, Tensor], grad_norm: Tensor | None) -> None:
         """The terms of one player's move in the step at hand."""
-        terms = {**terms, "grad_norm": 0.0 if grad_norm is None else grad_norm}
+        terms = terms if grad_norm is None else {**terms, "grad_norm": grad_norm}  # not known without clipping
         self.record.add({self.session.column(player, term): value for term, value in terms.items()})
 
     def tick(self) -> None:

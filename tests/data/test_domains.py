@@ -60,6 +60,7 @@ def test_a_folder_whose_name_has_a_comma_is_one(two):
 def test_refused_in_one_sentence(two, refusal):
     refusal("folder:a,c", "there is no folder '.*c'", root=two)
     refusal("folder:a,b,a", "two folders must be given as two domains, got 3", root=two)
+    refusal("folder:a,", "two folders must be given as two domains, got one without a name", root=two)
     (two / "none").mkdir()
     refusal("folder:a,none", "none' must hold images", root=two)
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(two / "none" / "large.png")

@@ -293,6 +293,8 @@ def test_a_block_of_r3gan_begins_as_the_identity():
         *[(name, {"n_critic": 0}, "n_critic must be at least 1, got 0") for name in NAMES],
         ("gan", {"latent": 0}, "GAN: latent must be at least 1, got 0"),
         ("gan", {"width": 0}, "GAN: width must be at least 1, got 0"),
+        ("gan", {"class_features": 0}, "GAN: class_features must be at least 1, got 0"),
+        ("r3gan", {"blocks": 0}, "R3GAN: blocks must be at least 1, got 0"),
         ("sngan", {"depth": 0}, "SNGAN: depth must be at least 1, got 0"),
         ("sngan", {"critic_width": 0}, "SNGAN: critic_width must be at least 1, got 0"),
         ("gan", {"loss": "saturatin"}, r"GAN: loss must be one of logistic, saturating, got 'saturatin'; did you mean"),

@@ -178,6 +178,15 @@ def test_the_critic_is_not_averaged_and_the_generator_is(tmp_path, toys_register
     assert repr(judged) == repr(result.held_out), "the averaged generator was judged"  # NaN is unequal to itself
 
 
+def test_a_norm_that_nobody_took_is_no_zero(tmp_path, toys_registered):
+    """Without clipping no gradient's norm is known: the cells are empty, and a run that goes on reads them."""
+    fit(gan(), points(), config(clip=0.0, max_steps=3), out=tmp_path / "gan", quiet=True)
+    fit(gan(), points(), config(clip=0.0, max_steps=6), out=tmp_path / "gan", quiet=True, resume=True)
+    rows = table(tmp_path / "gan")
+    assert [(row["critic/grad_norm"], row["generator/grad_norm"]) for row in rows] == [("", "")] * 6
+    assert all(row["critic/loss"] for row in rows)
+
+
 def test_all_terms_are_shown_everywhere(tmp_path, toys_registered, capfd):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -84,10 +84,11 @@ def networks(
         critic_width: of the critic, None: `width`. Others: as for `GAN`.
 
     Raises:
-        ValueError: a width or the depth is 0.
+        ValueError: a size is 0.
     """
     critic_width = width if critic_width is None else critic_width
-    for label, value in (("width", width), ("critic_width", critic_width), ("depth", depth)):
+    least = {"width": width, "critic_width": critic_width, "depth": depth, "class_features": class_features}
+    for label, value in least.items():
         if value < 1:
             raise ValueError(f"{name}: {label} must be at least 1, got {value}")
     generator, critic = of_images
