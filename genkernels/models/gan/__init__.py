@@ -12,4 +12,12 @@ batches of 64, averaged weights), mean and standard deviation over seeds 0, 1 an
 - as many other examples: eight of eight, 99.0 ± 0.1 %, 0.038 ± 0.010.
 
 A sample is in a mode within three standard deviations of its centre.
+
+On the 8×8 digits, whose samples look like digits from there on, the distance to the 360 held-out images after a few
+minutes:
+
+- ``wgangp``, 1,000 steps: 0.049 ± 0.004;
+- ``sngan``, 800 steps: 0.073 ± 0.012;
+- ``r3gan``, 900 steps: 0.088 ± 0.004;
+- as many other images: 0.044 ± 0.007; uniform noise: 0.35.
 """
