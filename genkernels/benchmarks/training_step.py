@@ -318,6 +318,8 @@ class StepProvider:
         device = problem.batches[0].device
         if self.compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise Unavailable("needs a C++ compiler (g++) on the CPU, and none was found")
+        if self.compiled and not hasattr(problem.model, "loss"):
+            raise Unavailable("takes one graph, which a critic's step is not: torch.compile cannot differentiate twice")
         if self.backend == "auto":
             kernels = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
             reasons = [why_missing(name) for name in kernels]
