@@ -21,6 +21,9 @@ The providers:
 - bf16 rows: ``|loss − reference| ≤ 2 · E + TOLERANCE · max(1, |reference|)``, E being the largest distance over these
   steps that the reference itself has when it is run in bf16.
 
+Of a model of several players these are as many rounds as hold `GATE_STEPS` of training's steps, and the tolerance is
+`PLAYERS_TOLERANCE`: what rounding tells apart parts faster where two answer one another.
+
 A provider that fails shows no speed. The time is then that of the steps that follow, on the last of the batches.
 """
 
@@ -52,7 +55,7 @@ from genkernels.models import MODELS, Model
 NAME = WHOLE_STEPS
 PRESETS = ("digits", "points", "photos32", "two_photos32")
 GATE_STEPS, QUICK_GATE_STEPS = 30, 3
-TOLERANCE = 1e-4
+TOLERANCE, PLAYERS_TOLERANCE = 1e-4, 1e-3
 LR, WARMUP, CLIP = 1e-3, 100, 1.0  # as `genkernels train` begins a long run
 #: Examples a step: training's own number, less where an image has thousands of values.
 BATCHES = {"digits": 64, "points": 64, "photos32": 8, "two_photos32": 1}
@@ -192,10 +195,15 @@ def moves_of(model: Model, compiled: Callable[[Callable], Callable] = lambda los
     losses = {name: compiled(functools.partial(_player_loss, model, name)) for name in players}
     return [
         Move(losses[name], parameters[name], LR * player.lr)
-        for step in range(math.lcm(*(player.every for player in players.values())))
+        for step in range(period(model))
         for name, player in players.items()
         if step % player.every == 0
     ]
+
+
+def period(model: Model) -> int:
+    """Steps of training in which each player has moved."""
+    return math.lcm(*(player.every for player in model.players().values()))
 
 
 def _player_loss(model: Model, name: str, x: Tensor) -> Tensor:
@@ -233,14 +241,16 @@ def grey_levels(model: Model) -> int:
 # --- the gate -----------------------------------------------------------------------------------------------------
 
 
-def fault_of(losses: Sequence[float], truth: Sequence[float], own_error: float, steps: str = "step") -> str:
+def fault_of(
+    losses: Sequence[float], truth: Sequence[float], own_error: float, steps: str = "step", tolerance: float = TOLERANCE
+) -> str:
     """The first loss that is too far from the reference's, in a sentence; empty where all are near enough.
 
     Args:
         own_error: the reference's own largest distance from `truth` in this precision, 0 in fp32.
     """
     for i, (loss, wanted) in enumerate(zip(losses, truth, strict=True)):
-        allowed = 2 * own_error + TOLERANCE * max(1.0, abs(wanted))
+        allowed = 2 * own_error + tolerance * max(1.0, abs(wanted))
         if not abs(loss - wanted) <= allowed:  # also NaN
             return f"{steps} {i + 1}: loss {loss:.6g}, the reference's {wanted:.6g}, allowed distance {allowed:.1e}"
     return ""
@@ -255,6 +265,7 @@ class StepProblem:
     batches: list[Tensor]
     truth: list[float]  # the reference's losses in fp32
     own_error: float
+    tolerance: float = TOLERANCE
     _folder: TemporaryDirectory | None = None
 
     def file(self) -> Path:
@@ -288,7 +299,9 @@ def draw(case: StepCase, device: torch.device) -> StepProblem:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
-        batches = batches_of(case, model, device)
+        batches, several = batches_of(case, model, device), not hasattr(model, "loss")
+        if several:
+            batches = batches[: math.ceil(len(batches) / period(model))]
         with use_backend("reference"):
             if hasattr(model, "initialize"):
                 model.initialize(batches[0])
@@ -298,7 +311,7 @@ def draw(case: StepCase, device: torch.device) -> StepProblem:
                 for twin in [copy.deepcopy(model)]
             )
     own = max((abs(a - b) for losses in rest for a, b in zip(losses, truth, strict=True)), default=0.0)
-    return StepProblem(case, model, batches, truth, own)
+    return StepProblem(case, model, batches, truth, own, PLAYERS_TOLERANCE if several else TOLERANCE)
 
 
 # --- providers ----------------------------------------------------------------------------------------------------
@@ -350,7 +363,7 @@ class StepSession:
             raise Unavailable(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from None
         finally:
             self.provider.seconds += time.monotonic() - began
-        return fault_of(losses, problem.truth, problem.own_error)
+        return fault_of(losses, problem.truth, problem.own_error, tolerance=problem.tolerance)
 
     def warm_up(self) -> float:
         self.work = Work(self.trainer.step, [Inputs((self.problem.batches[-1],))], "step")

@@ -194,7 +194,7 @@ def test_under_autocast_it_computes_in_fp32(implementation, device):
         (
             lambda x, f: ops.upfirdn2d(x, f, padding=(-4, 0, 0, 0)),
             ValueError,
-            "padded image must be as large as the filters, 3x3, got 5x1",
+            "padded image must be as large as the filters, 3x3, got 5x2",
         ),
         (lambda x, f: ops.upfirdn2d(x, [1, 2]), TypeError, "filter_x must be a torch.Tensor, got list"),
         (lambda x, f: ops.upfirdn2d(x, f.to("meta")), ValueError, "x and filter_x must be on one device"),
