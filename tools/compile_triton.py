@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles every Triton kernel ahead of time, for several GPUs, on a machine that needs none.
 
-    python tools/compile_triton.py [--targets 80 90 100] [--only TEXT] [--jobs N]
+    python tools/compile_triton.py [--targets 80 90 100] [--fp64-targets 90] [--only TEXT] [--jobs N]
 
 Records what the sample calls of each module of `genkernels.triton` launch, compiles each configuration for each compute
 capability and reads registers, spilled bytes and shared memory off the machine code. Exits with 1 if anything fails to
@@ -42,6 +42,11 @@ def load_specs(only: str) -> list:
 
     specs = [spec for module in kernel_modules() for spec in kernel_specs(module)]
     return [spec for spec in specs if only in f"{spec.kernel.__name__} {spec.label}"]
+
+
+def is_fp64(spec) -> bool:
+    """Whether a configuration computes in fp64, which takes longest to compile and is there for the tests."""
+    return any("fp64" in kind for kind in spec.signature.values())
 
 
 def compile_spec(spec, target: int):
@@ -101,6 +106,7 @@ def _work(job: tuple[int, int]) -> Result:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, times ten")
+    parser.add_argument("--fp64-targets", type=int, nargs="*", default=[90], help="those of configurations in fp64")
     parser.add_argument("--only", default="", help="only configurations whose name holds this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
@@ -108,8 +114,11 @@ def main() -> int:
         print("TRITON_INTERPRET is ignored: compiling needs it off", file=sys.stderr)
 
     started = time.time()
-    count = len(load_specs(arguments.only))
-    jobs = [(index, target) for index in range(count) for target in arguments.targets]
+    jobs = [
+        (index, target)
+        for index, spec in enumerate(load_specs(arguments.only))
+        for target in (arguments.fp64_targets if is_fp64(spec) else arguments.targets)
+    ]
     with ProcessPoolExecutor(arguments.jobs, initializer=_start_worker, initargs=(arguments.only,)) as pool:
         results = list(pool.map(_work, jobs, chunksize=4))
 
