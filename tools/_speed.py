@@ -38,7 +38,9 @@ _INTRODUCTION = (
     "Each provider passed a gate against the fp64 reference first (drawn integers: against the fp32 reference, all of "
     "them); 'wrong' means that it did not pass, and no speed is told. Providers take turns, inputs rotate beyond the "
     "last-level cache, times are medians. 'Of peak': bytes/s or flop/s as a share of the copy or the product in the "
-    "same run, whichever bounds the case. 'Passes': the time in units of one forward pass of the same network. "
+    "same run, whichever bounds the case. 'Passes': the time in units of the case's yardstick, which its file in "
+    "`genkernels/benchmarks/cases` names: one forward pass of the same network, the same step or pass without what is "
+    "measured, or the formula as it is mostly written. "
     "'× eager' and '× compiled': how many times as fast as eager PyTorch and as `torch.compile` of it.",
 )
 

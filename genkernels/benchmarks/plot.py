@@ -11,7 +11,7 @@ _COLOURS = {"genkernels": "#1667b7", "PyTorch": "#8d97a3", "other libraries": "#
 _NAMES = {
     "reference": "eager PyTorch",
     "compiled": "torch.compile",
-    "one pass": "one forward pass",
+    "one pass": "its yardstick",
     "fused": "genkernels",
     "fused compiled": "genkernels compiled",
     **{name: f"genkernels {name}" for name in ("cpu", "triton", "cuda")},

@@ -1,5 +1,7 @@
 """Benchmark cases of `genkernels.ops.bias_leaky_relu`: what follows a critic's convolution.
 
+The reference is the formula as it is mostly written, which takes a fraction of the definition's time.
+
 Bytes: forward reads x and writes y; backward reads the gradient and y and writes the gradient of x. The bias is small.
 """
 
@@ -9,10 +11,10 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 
 from genkernels import ops
 from genkernels.benchmarks.cases import Case
-from genkernels.reference import bias_leaky_relu as reference
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -35,8 +37,14 @@ def case(variant, shape, dtype) -> Case:
         direction="forward+backward",
         inputs=inputs,
         op=ops.bias_leaky_relu,
-        reference=lambda x, bias: reference.bias_leaky_relu(x, bias, 0.2, math.sqrt(2), math.inf),
+        reference=_formula,
         outputs=("y",),
         bytes=5 * math.prod(shape) * dtype.itemsize,
         flops=5 * math.prod(shape),
     )
+
+
+def _formula(x, bias):
+    """In fp32 at least, rounded once, as the operator has it."""
+    a = x.to(bias.dtype) + bias.view(-1, *[1] * (x.dim() - 2))
+    return (F.leaky_relu(a, 0.2) * math.sqrt(2)).to(x.dtype)
