@@ -112,14 +112,15 @@ _ABSENT: dict[str, str | None] = {
 
 def why_missing(name: str) -> str | None:
     """None where the backend runs on this machine, else the condition that failed."""
+    if name == "cpu":  # asked in every call of an operator
+        return _ABSENT[name]
     _checked(name)
     if name in ("auto", "reference"):
         return None
-    if name != "cpu":
-        if torch.version.cuda is None:
-            return "this build of torch has no CUDA"
-        if not torch.cuda.is_available():
-            return "no CUDA device is available"
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
     return _ABSENT[name]
 
 

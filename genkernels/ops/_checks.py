@@ -93,5 +93,7 @@ def temperature(who: str, value) -> float:
 
 def uniform(noise: Tensor, dtype: torch.dtype) -> Tensor:
     """Noise from [0, 1) in fp32 or fp64, still below 1: what fp32 rounds to 1 would draw what has no probability."""
+    if noise.dtype == dtype:
+        return noise
     narrowed = torch.promote_types(noise.dtype, dtype) != dtype
     return noise.to(dtype).clamp(max=1 - 2.0**-24) if narrowed else noise.to(dtype)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from genkernels.ops import _autocast as autocast
@@ -51,7 +52,7 @@ Gradient = Formula | Refused | _ThroughReference
 def forward_mode_active() -> bool:
     """Whether forward-mode differentiation is running, by itself or under ``torch.func.jvp``: a registered operator
     gives zero tangents there, without a word."""
-    return torch.autograd.forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
 
 
 def transforms_active() -> bool:
@@ -60,7 +61,7 @@ def transforms_active() -> bool:
     Registered operators fail under the former. The only place that rests on these private names of torch; a test fails
     loudly when they move.
     """
-    return forward_mode_active() or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def with_gradient(name: str, run: Any, reference: Callable, gradient: Gradient) -> Callable:
@@ -109,7 +110,7 @@ def _recording(run: Any, reference: Callable, formula: Formula) -> Callable:
     function = type(f"{run._opname}_gradient", (torch.autograd.Function,), members)
 
     def call(*arguments):
-        if forward_mode_active():
+        if forward_ad._current_level >= 0:
             return reference(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(*arguments)
@@ -151,7 +152,7 @@ def _recording_lists(run: Any, reference: Callable, formula: Formula) -> Callabl
     function = type(f"{run._opname}_gradient", (torch.autograd.Function,), members)
 
     def call(*arguments):
-        if forward_mode_active():
+        if forward_ad._current_level >= 0:
             return reference(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             output = function.apply(arguments, *_flat(arguments, lists, [len(arguments[i]) for i in lists]))

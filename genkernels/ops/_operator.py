@@ -194,8 +194,8 @@ class TorchOp:
         arrives there nor a saved tensor that a hook gives back need be."""
         dense = list(arguments)
         for i in self.tensors:
-            if dense[i] is not None:
-                dense[i] = dense[i].contiguous()
+            if (tensor := dense[i]) is not None:
+                dense[i] = tensor.contiguous()
         for i in self.lists:
             dense[i] = [t.contiguous() for t in dense[i]]
         return self.run(*dense)
@@ -216,7 +216,7 @@ def _choose(operator: Operator, device: str, kernels: dict[str, str], preferred:
         return "reference"
     on_device = KERNELS.get(device, ())
     if forced == "auto":
-        for backend in (preferred, *on_device) if preferred in on_device else on_device:
+        for backend in (preferred, *on_device) if preferred and preferred in on_device else on_device:
             if kernels[backend] == "" and not backends.why_missing(backend):
                 return backend
         return "reference"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,7 +30,7 @@ def bias_leaky_relu(x: Tensor, bias: Tensor | None, negative_slope: float, gain:
     a = x.to(torch.promote_types(x.dtype, torch.float32))
     if bias is not None:
         a = a + _per_channel(bias, x)
-    y = gain * torch.where(a > 0, a, negative_slope * a)
+    y = gain * F.leaky_relu(a, negative_slope)
     if clamp < math.inf:
         limit = torch.full((), clamp, dtype=x.dtype, device=x.device).to(y.dtype)
         y = torch.where(y.abs() >= limit, limit.copysign(y.detach()), y)
