@@ -86,10 +86,10 @@ def within(critic: Critic, x: Tensor, run: Callable[[], Penalised]) -> Penalised
 
 
 class Network(NamedTuple):
-    """A critic's steps, and their weights, read."""
+    """A critic's steps, and their weights, read where there is a penalty."""
 
     steps: tuple[Step, ...]
-    weights: tuple[dict, ...]
+    weights: tuple[dict, ...] = ()
 
 
 def network_of(
@@ -118,8 +118,10 @@ def network_of(
         return None, reason
     _refuse_sigmoid(who, next(step for step in reversed(steps) if not isinstance(step, Reshape)))
     check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
-    if not penalised or current_backend() == "reference":
-        return None, "the backend is 'reference'" if penalised else "there is no penalty"
+    if current_backend() == "reference":
+        return None, "the backend is 'reference'"
+    if not penalised:
+        return Network(steps), ""
     try:
         weights = parameters(steps)
     except ValueError as refusal:  # a normalised convolution that its first call will tell the size of its input
@@ -164,9 +166,9 @@ def gradient_of(who: str, scores: Tensor, x: Tensor, record: bool) -> Tensor:
     """The gradient of each sample's score, the mean over its patches, by x."""
     if not scores.requires_grad:
         raise ValueError(f"{who}: the critic's output must depend on its input, and autograd see how, got a constant")
-    (gradient,) = torch.autograd.grad(
-        scores.mean(1).sum(), x, create_graph=record, retain_graph=True, materialize_grads=True
-    )
+    # a score that is NaN has the slope NaN: derivatives of activations would hide it
+    seed = torch.where(scores.isnan(), scores.detach(), 1 / scores.shape[1])
+    (gradient,) = torch.autograd.grad(scores, x, seed, create_graph=record, retain_graph=True, materialize_grads=True)
     return gradient
 
 

@@ -9,7 +9,7 @@ from genkernels import ops
 from genkernels.losses import _critics
 from genkernels.losses._critics import Critic
 from genkernels.networks._outside import outside
-from genkernels.networks.gradient_penalty import explained, penalised
+from genkernels.networks.gradient_penalty import NormPenalty, explained, penalised
 from genkernels.ops import checks
 
 WHO = "gradient_penalty"
@@ -95,10 +95,7 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
     u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
     x = ops.interpolate_pairs(real, fake, u)
     network, reason = _critics.network_of(WHO, critic, x, y)
-
-    def penalty(gradient: Tensor) -> Tensor:
-        return ops.gradient_penalty(gradient, target, one_sided) * (every / len(gradient))
-
+    penalty = NormPenalty(every / len(x), target, one_sided)
     if network is not None:
         steps, weights = network
         found = _critics.within(critic, x, lambda: penalised(steps, [x], [penalty], weights=weights))

@@ -128,7 +128,7 @@ class Activate(Step):
     def scaled(self, weights: dict, x: Tensor, vectors: Tensor, in_place: bool) -> Tensor:
         """A vector a sample times the slopes at x, or at the value, for those `by_value`."""
         activation = ACTIVATIONS[self.name]
-        vectors = vectors.to(x.dtype)
+        vectors = vectors if vectors.dtype == x.dtype else vectors.to(x.dtype)
         if activation.scaled is None:
             return vectors * activation.slope(x, *weights.values())
         out = vectors if in_place else torch.empty_like(x)

@@ -74,14 +74,19 @@ class BiGAN(AdversarialModel):
         if player == "critic":
             with torch.no_grad():
                 code, fake = self.generator.encoder(real), self.generator(z, labels)
-            real_scores, fake_scores = self.critic(real, code, labels), self.critic(fake, z, labels)
+            real_scores, fake_scores = self._scores(real, code, fake, z, labels)
             means = {"real_score": real_scores.detach().mean(), "fake_score": fake_scores.detach().mean()}
             return {"loss": losses.critic_loss(real_scores, fake_scores, kind=self.loss_kind), **means}
         code, fake = self.generator.encoder(real), self.generator(z, labels)
         with frozen(self.critic):
-            real_scores, fake_scores = self.critic(real, code, labels), self.critic(fake, z, labels)
+            real_scores, fake_scores = self._scores(real, code, fake, z, labels)
         # each pair is to be taken for one of the other kind
         return {"loss": losses.critic_loss(fake_scores, real_scores, kind=self.loss_kind)}
+
+    def _scores(self, real: Tensor, code: Tensor, fake: Tensor, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the pairs of examples and of those of samples, all of them one batch of the critic's."""
+        labels = None if y is None else torch.cat([y, y])
+        return self.critic(torch.cat([real, fake]), torch.cat([code, z]), labels).chunk(2)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
