@@ -105,11 +105,9 @@ def network_of(
     critic = critic.module if isinstance(critic, DistributedDataParallel) else critic
     _refuse_sigmoid(who, _last_layer(critic))
     try:
-        steps = traced(critic, x) if y is None else None
+        steps = traced(critic, x, labelled=y is not None)
     except Untraceable as refusal:
         steps, reason, coupled = None, str(refusal).removeprefix("trace: "), refusal.couples_samples
-    else:
-        reason, coupled = "the critic takes labels", False
     if steps is None:
         if layer := couples_samples(critic):
             reason, coupled = layer, True
@@ -120,14 +118,20 @@ def network_of(
     check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
     if current_backend() == "reference":
         return None, "the backend is 'reference'"
+    if any(source.of_labels for step in steps for source in step.sources) and not _are_indices(y):
+        return None, "the critic takes labels that are no tensor of indices [N]"
     if not penalised:
         return Network(steps), ""
     try:
-        weights = parameters(steps)
+        weights = parameters(steps, y)
     except ValueError as refusal:  # a normalised convolution that its first call will tell the size of its input
         return None, str(refusal)
     reason = why_not(steps, weights)
     return (None, reason) if reason else (Network(steps, weights), "")
+
+
+def _are_indices(y) -> bool:
+    return isinstance(y, Tensor) and y.dim() == 1 and y.dtype in (torch.int64, torch.int32)
 
 
 def _last_layer(critic: nn.Module) -> nn.Module:

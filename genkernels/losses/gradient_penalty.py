@@ -42,8 +42,9 @@ def gradient_penalty(
 
     but for a gradient of zero, of which the norm has the gradient 0, not NaN. Where the critic consists of what
     `genkernels.networks.SUPPORTED` lists, the gradient by its parameters takes four passes through it, six where an
-    activation bends; double backward takes seven and more. Other critics, those with labels and any other function are
-    differentiated twice.
+    activation bends; double backward takes seven and more. Other critics and any other function are differentiated
+    twice. Labels take the short way where features are multiplied by an embedding of them, as in the projection
+    discriminator, or one is added.
 
     Args:
         critic: gives ``[N]``, ``[N, 1]``, ``[N, 1, 1, 1]`` or a patch map ``[N, 1, h, w]``, whose mean counts as the

@@ -98,7 +98,7 @@ def _tensors(b, m: nn.Module, weight: tuple[int, ...], outputs: int | None = Non
 
 def _given(b, weight, bias, axes: int | None) -> tuple[tuple[Source, ...], tuple[int, ...]]:
     """The weight and bias that a function is called with, and the weight's shape."""
-    if not b.is_own(weight) or not (bias is None or b.is_own(bias)):
+    if not b.is_own(weight) or not (bias is None or b.is_own(bias)) or b.is_of_labels(weight) or b.is_of_labels(bias):
         b.refuse("needs a weight and a bias that are parameters or buffers as they are")
     shape, of_bias = b.own_shape(weight), None if bias is None else b.own_shape(bias)
     if axes not in (None, len(shape)) or of_bias not in (None, shape[:1]):
@@ -176,6 +176,18 @@ def _numbers(b, **numbers) -> tuple[Source, ...]:
         if not is_number(value):
             b.refuse(f"has no rule for a {name} that is no number")
     return tuple(Source(name, constant=value) for name, value in numbers.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+@layer("embedding", nn.Embedding)
+def _embedding(b, m, input):
+    if not b.is_labels(input):
+        b.refuse("embeds something else than the labels")
+    if m.max_norm is not None:
+        b.refuse("changes its weight in a call: max_norm must be None")
+    return b.of_labels(m, (m.embedding_dim,))
 
 
 # ------------------------------------------------------------------------------------------------------------- identity

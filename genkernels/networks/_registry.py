@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -83,8 +84,8 @@ HINT = " (the first axis of the example is the batch)"
 
 
 def source(own, role: str) -> Source:
-    """Of a parameter or buffer, in the role that it plays in a step."""
-    return Source(role, own._source.name, own._source.path, own._source.owner)
+    """Of a parameter, a buffer or what labels give, in the role that it plays in a step."""
+    return replace(own._source, role=role)
 
 
 def is_number(x) -> bool:

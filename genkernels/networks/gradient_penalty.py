@@ -132,7 +132,7 @@ def penalised(
             itself, to ``[N]``, in fp32 at least, of which the sum counts; or None.
         objective: takes the scores ``[N]`` of every batch to a scalar; None for the penalties alone. It needs networks
             of one score.
-        weights: of `parameters`, read now if not given.
+        weights: of `parameters`, read now if not given. What labels give is the same for all batches.
 
     Raises:
         RuntimeError: a gradient of the gradient is asked for.
@@ -177,6 +177,10 @@ def _together(steps: Steps, batches, penalties, objective, weights) -> Penalised
     def of_all(scores: Tensor) -> Tensor:
         return objective(*scores.split(sizes))
 
+    weights = [
+        {**own, **{s.role: torch.cat([own[s.role]] * len(sizes)) for s in step.sources if s.of_labels}}
+        for step, own in zip(steps, weights, strict=True)
+    ]
     penalty = NormPenalty.joined(penalties, sizes, batches[0]) or each_its_own
     found = penalised(steps, [torch.cat(batches)], [penalty], of_all if objective else None, weights)
     (scores,), (values,) = found.scores, found.penalties

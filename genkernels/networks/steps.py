@@ -33,20 +33,24 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a step finds one of its tensors: the module that holds it and the attribute to read, or a constant."""
+    """Where a step finds one of its tensors: the module that holds it and the attribute to read, or a constant; or,
+    `of_labels`, the module that gives it for the labels of a batch, ``[N, ...]`` with an entry a sample."""
 
     role: str
     name: str = ""
     path: str = ""
     owner: nn.Module | weakref.ref | None = None
     constant: Any = None
+    of_labels: bool = False
 
-    def read(self):
+    def read(self, labels: Tensor | None = None):
         owner = self.owner
         if isinstance(owner, weakref.ref):
             owner = owner()
             if owner is None:
                 raise ReferenceError(f"traced: the module of these steps, which held {self.path or 'it'}, is gone")
+        if self.of_labels:
+            return owner(labels)
         return self.constant if owner is None else getattr(owner, self.name)
 
     def weakly(self) -> Source:

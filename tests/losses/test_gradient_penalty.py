@@ -148,7 +148,7 @@ def test_the_way_and_what_forced_it_is_told():
         (mlp(nn.ELU), {}, "six passes: layer '1' (ELU) has a second derivative"),
         (normed, {}, "double backward: layer '1' (LayerNorm) is none of Linear, Conv1d, …: it has no rule"),
         (lambda x: net(x), {}, "double backward: the critic is no nn.Module"),
-        (Labelled(), {"y": y}, "double backward: the critic takes labels"),
+        (Labelled(), {"y": y}, "six passes: layer 'net.1' (Tanh) has a second derivative"),
         (
             nn.Sequential(nn.Linear(4, 4), nets.LipSwish(), nn.Linear(4, 1)).double(),
             {},
