@@ -98,7 +98,7 @@ def why_not(steps: Steps, weights: Sequence[dict]) -> str:
         for role, value in own.items() if isinstance(step, Activate) else ():
             if isinstance(value, Tensor) and value.requires_grad:
                 return f"{step.label} learns its {role}"
-            if role in ("negative_slope", "alpha") and value < 0:
+            if role in ("negative_slope", "alpha", "gain") and value < 0:
                 return f"{step.label} has {role} = {value}: below 0 its output does not tell its slope"
     return ""
 

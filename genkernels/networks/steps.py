@@ -194,6 +194,17 @@ class Offset(Step):
         return self.coefficient * cotangent.sum_to_size(weights["offset"].shape)
 
 
+class ChannelOffset(Offset):
+    """x plus a number for each index of the first axis of a sample."""
+
+    def value(self, weights, x):
+        return x + weights["offset"].view(-1, *[1] * (x.dim() - 2))
+
+    def bias_gradient(self, weights, cotangent, factors=None):
+        sums = cotangent.flatten(2).sum(2) if cotangent.dim() > 2 else cotangent
+        return sums.sum(0) if factors is None else factors.to(sums.dtype) @ sums
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Add(Step):
     """x + coefficient · y."""

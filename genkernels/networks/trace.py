@@ -51,7 +51,9 @@ _CONDITIONS = {
     "linear": "functions: the weight and the bias are parameters or buffers",
     "conv": "padding by zeros or circular, also 'same'; functions as for linear",
     "conv_transpose": "without output_size",
-    "activation": "and layers with a `genkernels_activation` (lipswish, clipswish, or one of these)",
+    "upfirdn2d": "FilteredUpsample and FilteredDownsample of genkernels.nn",
+    "activation": "and layers with a `genkernels_activation` (lipswish, clipswish, or one of these); BiasLeakyReLU of "
+    "genkernels.nn without a clamp",
     "add": "of two values of one shape, or of a value and a number, parameter or buffer that broadcasts over it",
     "scale": "by a number, a parameter or a buffer that broadcasts over the value",
     "avg_pool": "adaptive ones where the output's size divides the input's",
