@@ -61,9 +61,20 @@ def check_weight(who: str, label: str, value) -> None:
         raise ValueError(f"{who}: {label} must be a finite number, 0 or more, got {value!r}")
 
 
-def bare(critic: Critic) -> Critic:
-    """The critic as it was before ``torch.compile``, which gives the same values and cannot be differentiated twice."""
-    return getattr(critic, "_orig_mod", critic)
+@contextlib.contextmanager
+def bare(critic: Critic) -> Iterator[Critic]:
+    """The critic as it was before ``torch.compile``, which gives the same values and cannot be differentiated twice;
+    `DistributedDataParallel` of a compiled one wraps what was compiled meanwhile."""
+    critic = getattr(critic, "_orig_mod", critic)
+    compiled = critic.module if isinstance(critic, DistributedDataParallel) else None
+    if not hasattr(compiled, "_orig_mod"):
+        yield critic
+        return
+    critic.module = compiled._orig_mod
+    try:
+        yield critic
+    finally:
+        critic.module = compiled
 
 
 def within(critic: Critic, x: Tensor, run: Callable[[], Penalised]) -> Penalised:
@@ -152,7 +163,7 @@ def _warn_coupled(who: str, reason: str) -> None:
     warnings.warn(
         f"{who}: {reason}: a sample has no gradient of its own then, and the penalty holds for the batch alone; a "
         "normalisation of each sample by itself, or spectral norm, has none of this",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

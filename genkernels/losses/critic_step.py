@@ -82,21 +82,24 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
     _critics.check_weight(WHO, "r1", r1)
     _critics.check_weight(WHO, "r2", r2)
     real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
-    critic = _critics.bare(critic)
+    with _critics.bare(critic) as bare:
+        parts, sentence = _step(bare, real, fake, loss, r1, r2, y)
+    result = parts if terms else parts["loss"]
+    return (result, sentence) if explain else result
+
+
+def _step(critic, real, fake, loss, r1, r2, y) -> tuple[dict[str, Tensor], str]:
+    """The parts, and how they were found."""
     penalises = bool(r1 or r2)
     network, reason = _critics.network_of(WHO, critic, real, y, penalises)
     if penalises and network is not None and network.steps[-1].shape[1:] not in ((), (1, 1)):
         network, reason = None, "the critic gives several scores a sample"
     if not penalises:
         joined = network is not None and as_one(network.steps, [real, fake])
-        parts, sentence = _without_penalty(critic, real, fake, loss, y, joined), "one backward: there is no penalty"
-    elif network is None:
-        parts, sentence = _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
-    else:
-        parts = _shared(critic, network, real, fake, loss, r1, r2)
-        sentence = explained(network.steps, with_loss=True)
-    result = parts if terms else parts["loss"]
-    return (result, sentence) if explain else result
+        return _without_penalty(critic, real, fake, loss, y, joined), "one backward: there is no penalty"
+    if network is None:
+        return _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
+    return _shared(critic, network, real, fake, loss, r1, r2), explained(network.steps, with_loss=True)
 
 
 def _shared(critic, network, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:

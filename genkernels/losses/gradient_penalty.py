@@ -82,6 +82,7 @@ def gradient_penalty(
 def _gradient_penalty(critic, real, fake, target, one_sided, every, step, generator, y, explain):
     real, fake = _critics.checked_pair(WHO, real, fake, y)
     _critics.check_weight(WHO, "target", target)
+    checks.flag(WHO, "one_sided", one_sided)
     checks.integer(WHO, "every", every, 1)
     checks.integer(WHO, "step", step, 0)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -90,20 +91,24 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
         skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
         skipped.requires_grad_(torch.is_grad_enabled())  # so that a step without it may call backward all the same
         return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
-    critic = _critics.bare(critic)
     device = real.device if generator is None else generator.device
     work = torch.promote_types(real.dtype, torch.float32)
     u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
     x = ops.interpolate_pairs(real, fake, u)
+    with _critics.bare(critic) as bare:
+        value, sentence = _at(bare, x, target, one_sided, every, y)
+    return (value, sentence) if explain else value
+
+
+def _at(critic: Critic, x: Tensor, target: float, one_sided: bool, every: int, y: Tensor | None) -> tuple[Tensor, str]:
+    """The penalty at x, and how it was found."""
     network, reason = _critics.network_of(WHO, critic, x, y)
     penalty = NormPenalty(every / len(x), target, one_sided)
-    if network is not None:
-        steps, weights = network
-        found = _critics.within(critic, x, lambda: penalised(steps, [x], [penalty], weights=weights))
-        value, sentence = found.total, explained(steps)
-    else:
-        value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
-    return (value, sentence) if explain else value
+    if network is None:
+        return _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
+    steps, weights = network
+    found = _critics.within(critic, x, lambda: penalised(steps, [x], [penalty], weights=weights))
+    return found.total, explained(steps)
 
 
 def _by_autograd(critic: Critic, x: Tensor, y: Tensor | None, penalty) -> Tensor:

@@ -115,6 +115,11 @@ def names_taking(data: str) -> list[str]:
     return [name for name, kind in MODELS.items() if data in getattr(kind, "takes", ())]
 
 
+def names_of_domains(count: int) -> list[str]:
+    """Names of the models whose data hold an image of each of so many domains."""
+    return [name for name, kind in MODELS.items() if getattr(kind, "domains", 1) == count]
+
+
 def hparams_of_format_1(name: str, hparams: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments as a ``config.json`` of format 1 told them, in today's names; today's stay as they are.
 

@@ -83,7 +83,7 @@ def fit(
     run = RunDirectory(out) if out is not None else None
     if resume and run is None:
         raise UsageError("resume needs the run's folder: give out")
-    check_model(model)
+    check_model(model, bundle.form)
     check_data(bundle)
     examples, is_image = len(bundle.train), bundle.form.is_image
     resolved(config, examples, is_image)  # what this machine cannot do is refused before anything is written
