@@ -18,6 +18,7 @@ _SIZES = {
     "ring2d": {"shape": (2,), "latent": 2, "width": 128},
     "digits": {"shape": (1, 8, 8), "grey_levels": 17, "latent": 32, "width": 64},
     "photos32": {"shape": (3, 32, 32), "latent": 64, "width": 32},
+    "cifar10": {"shape": (3, 32, 32), "latent": 64, "width": 64},
 }
 
 
@@ -43,7 +44,9 @@ class BiGAN(AdversarialModel):
         >>> model.encode(torch.randn(3, 2)).shape, model.sample(3).shape
         (torch.Size([3, 2]), torch.Size([3, 2]))
 
-    Source: Donahue et al., "Adversarial feature learning", 2017: Adam at 2e-4 with β₁ = 0.5.
+    Source: Donahue et al., "Adversarial feature learning", 2017: Adam at 2e-4 with β₁ = 0.5; Dumoulin et al.,
+    "Adversarially learned inference", 2017, the same of the same year, whose 64 latents of CIFAR-10 the preset
+    ``cifar10`` has, with the networks of `GAN`.
     """
 
     presets: ClassVar = presets(_SIZES, lr=2e-4, betas=(0.5, 0.999))
