@@ -95,7 +95,7 @@ def _step(critic, real, fake, loss, r1, r2, y) -> tuple[dict[str, Tensor], str]:
     if penalises and network is not None and network.steps[-1].shape[1:] not in ((), (1, 1)):
         network, reason = None, "the critic gives several scores a sample"
     if not penalises:
-        joined = network is not None and as_one(network.steps, [real, fake])
+        joined = network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor))
         return _without_penalty(critic, real, fake, loss, y, joined), "one backward: there is no penalty"
     if network is None:
         return _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
