@@ -82,21 +82,20 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
     _critics.check_weight(WHO, "r1", r1)
     _critics.check_weight(WHO, "r2", r2)
     real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
-    with _critics.bare(critic) as bare:
-        parts, sentence = _step(bare, real, fake, loss, r1, r2, y)
+    if r1 or r2:
+        with _critics.bare(critic) as bare:
+            parts, sentence = _penalised(bare, real, fake, loss, r1, r2, y)
+    else:
+        parts, sentence = _without_penalty(critic, real, fake, loss, y), "one backward: there is no penalty"
     result = parts if terms else parts["loss"]
     return (result, sentence) if explain else result
 
 
-def _step(critic, real, fake, loss, r1, r2, y) -> tuple[dict[str, Tensor], str]:
+def _penalised(critic, real, fake, loss, r1, r2, y) -> tuple[dict[str, Tensor], str]:
     """The parts, and how they were found."""
-    penalises = bool(r1 or r2)
-    network, reason = _critics.network_of(WHO, critic, real, y, penalises)
-    if penalises and network is not None and network.steps[-1].shape[1:] not in ((), (1, 1)):
+    network, reason = _critics.network_of(WHO, critic, real, y)
+    if network is not None and network.steps[-1].shape[1:] not in ((), (1, 1)):
         network, reason = None, "the critic gives several scores a sample"
-    if not penalises:
-        joined = network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor))
-        return _without_penalty(critic, real, fake, loss, y, joined), "one backward: there is no penalty"
     if network is None:
         return _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
     return _shared(critic, network, real, fake, loss, r1, r2), explained(network.steps, with_loss=True)
@@ -133,9 +132,11 @@ def _by_autograd(critic, real, fake, loss: str, r1: float, r2: float, y) -> dict
     return _parts(total if record else total.detach(), value, *penalties, *scores)
 
 
-def _without_penalty(critic, real: Tensor, fake: Tensor, loss: str, y, joined: bool) -> dict[str, Tensor]:
-    """The step by calls of the critic, one a batch, or one of both where they are `joined`."""
-    if joined:
+def _without_penalty(critic, real: Tensor, fake: Tensor, loss: str, y) -> dict[str, Tensor]:
+    """The step by calls of the critic, compiled or not: one a batch, or one of both where they are small."""
+    with _critics.bare(critic) as bare:
+        network, _ = _critics.network_of(WHO, bare, real, y, penalised=False)
+    if network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor)):
         both = _critics.scores_of(WHO, critic, torch.cat([real, fake]), y if y is None else torch.cat([y, y]))
         scores = both.chunk(2)
     else:

@@ -158,3 +158,18 @@ def test_a_small_critic_costs_two_thirds_of_the_reference_s_operators_at_most(lo
             loss(net, BATCH.float(), BATCH.float() + 1).backward()
         counts.append(counted.count)
     assert 0 < counts[0] <= counts[1] * 2 / 3
+
+
+def test_a_compiled_critic_is_called_as_it_is_where_nothing_is_differentiated_twice():
+    compiled, net = [], Net()
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    other = draw(3, (4,), torch.float64)
+    critic = torch.compile(net, backend=backend)
+    for weights in ({"r1": 1.0}, {}):
+        assert not compiled
+        close(critic_step(critic, BATCH, other, **weights), critic_step(net, BATCH, other, **weights))
+    assert compiled
