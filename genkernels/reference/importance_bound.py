@@ -11,8 +11,9 @@ and, for a Gaussian q,
     r_{nk} = \sum_d \tfrac12\varepsilon_{nkd}^2 + s_{nd} - \tfrac12 z_{nkd}^2
     = \ln\mathcal N(z_{nk}; 0, 1) - \ln\mathcal N(z_{nk}; \mu_n, e^{s_n}),
 
-without the prior :math:`r_{nk} = \sum_d \tfrac12\varepsilon^2_{nkd} + s_{nd} + \tfrac12\ln 2\pi`. *Stopped*, :math:`\mu`
-and s inside :math:`\ln q` are constants, and ε there is :math:`(z - \mu)/e^s`: the same values, another gradient.
+without the prior :math:`r_{nk} = \sum_d \tfrac12\varepsilon^2_{nkd} + s_{nd} + \tfrac12\ln 2\pi`. *Stopped*,
+:math:`\mu` and s inside :math:`\ln q` are constants, and ε there is :math:`(z - \mu)/e^s`: the same values, another
+gradient.
 
 Shapes: ℓ and r ``[N, K]``, F ``[N]``, ε and z ``[N, K, D]``, μ and s ``[N, D]``. F, weights and r are of fp32 (fp64 for
 fp64), z like ε. Saved for backward: the weights; ε, μ and s, from which z is found again.
