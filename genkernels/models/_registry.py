@@ -28,6 +28,8 @@ _LINES = {
     "cyclegan": "gan.cyclegan:CycleGAN",
     "vae": "vae.vae:VAE",
     "iwae": "vae.iwae:IWAE",
+    "hierarchicalvae": "vae.hierarchical:HierarchicalVAE",
+    "pixelvae": "vae.hierarchical:PixelVAE",
 }
 
 #: What else ``genkernels.models`` offers: the classes to build models of one's own on.

@@ -23,13 +23,15 @@ ROWS = 8192
 
 
 class Terms(NamedTuple):
-    """A bound and what it is made of, ``[N]`` each, nats; the last two where there was more than one draw."""
+    """A bound and what it is made of, ``[N]`` each, nats; the draws' weights where there was more than one; `shares`:
+    parts of the divergence by name, of models that have such."""
 
     bound: Tensor
     kl: Tensor
     log_likelihood: Tensor
     effective_draws: Tensor | None = None
     largest_weight: Tensor | None = None
+    shares: dict[str, Tensor] | None = None
 
 
 class Draws:
@@ -190,7 +192,8 @@ class VariationalModel(Model):
                 once, at most k; None: as many as make a few thousand rows.
 
         Returns:
-            The bound first. ``kl``: of q from the prior. ``reconstruction``: −E log p(x|z). With k > 1 also
+            The bound first. ``kl``: of q from the prior. ``reconstruction``: −E log p(x|z). Each level's ``kl_…`` of
+            models with levels. With k > 1 also
             ``effective_draws``, 1 / Σ w̃², of the k, and ``largest_weight``, % of all: where one draw has most of the
             weight, the estimate is still far below ln p(x).
         """
@@ -203,10 +206,12 @@ class VariationalModel(Model):
                 size = chunk or min(k, max(1, ROWS // max(len(x), 1)))
                 terms = self._terms_of(*self._prepared(x, y, binarised), importance, size, None)
                 row = [self.cost(terms.bound), terms.kl, -terms.log_likelihood]
+                row += (terms.shares or {}).values()
                 if k > 1:
                     row += [terms.effective_draws, 100 * terms.largest_weight]
                 found.append(tuple(row))
         names = [(self.measure, self.unit), ("kl", "nats"), ("reconstruction", "nats")]
+        names += [(name, "nats") for name in self._shares()]
         names += [("effective_draws", f"of {k}"), ("largest_weight", "%")] if k > 1 else []
         columns = [torch.cat(column) for column in zip(*found, strict=True)] or [torch.empty(0)] * len(names)
         return {
@@ -274,6 +279,10 @@ class VariationalModel(Model):
         return [f"{active} of {self.latent} latents are active, on {len(x)} examples"]
 
     # --- helpers --------------------------------------------------------------------------------------------------
+
+    def _shares(self) -> tuple[str, ...]:
+        """Names of the parts of the divergence that `_terms_of` gives."""
+        return ()
 
     def _check_draws(self, importance: int, chunk: int | None) -> None:
         name = type(self).__name__
