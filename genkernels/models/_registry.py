@@ -30,6 +30,7 @@ _LINES = {
     "iwae": "vae.iwae:IWAE",
     "hierarchicalvae": "vae.hierarchical:HierarchicalVAE",
     "pixelvae": "vae.hierarchical:PixelVAE",
+    "avade": "vae.avade:AVADE",
 }
 
 #: What else ``genkernels.models`` offers: the classes to build models of one's own on.
