@@ -168,7 +168,9 @@ def carry(latents: Sequence[Tensor], shares: Tensor) -> None:
     """What flows back through the latents of each sample is multiplied by its share."""
     for z in latents:
         if z.requires_grad:
-            z.register_hook(lambda g: g * shares.reshape(shares.shape + (1,) * (g.dim() - 2)).to(g.dtype))
+            weights = shares.reshape(shares.shape + (1,) * (z.dim() - 2)).to(z.dtype)
+            # None comes where nothing flows through this one of an operator's outputs
+            z.register_hook(lambda g, weights=weights: None if g is None else g * weights)
 
 
 def check_latents(who: str, estimator: Estimator, log_w: Tensor, latents: Sequence[Tensor], parameters) -> None:
