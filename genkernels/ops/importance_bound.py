@@ -137,9 +137,7 @@ def _reparameterize_backward(ctx, grad_z, grad_ratio):
 
 
 OPERATOR = Operator(
-    NAME,
-    functions=(importance_bound, gaussian_reparameterize),
-    kernels={"cpu": "", "triton": "", "cuda": ""},
+    NAME, functions=(importance_bound, gaussian_reparameterize), kernels={"cpu": "", "triton": "", "cuda": ""}
 )
 BOUND = OPERATOR.define(
     "importance_bound(Tensor log_w) -> (Tensor, Tensor)",
