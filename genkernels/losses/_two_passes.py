@@ -118,7 +118,7 @@ class Chunks:
     def _gradients(self, weighed: Weighed, grad: Tensor) -> list[Tensor | None]:
         known = {id(leaf) for leaf in self.leaves}
         points = [p for p in self.points if p.requires_grad]
-        sums: list[Tensor | None] = [None] * (len(points) + len(self.leaves))
+        sums = _Sums([*points, *self.leaves])
         end = sum(self.sizes)
         for index in reversed(range(len(self.sizes))):
             begin = end - self.sizes[index]
@@ -130,31 +130,24 @@ class Chunks:
                         f"{self.who}: log_weight must reach the same parameters in every chunk, got one whose graph "
                         f"has {len(new)} more than the last one's; chunk=None takes all samples in one graph"
                     )
-                part = slice(begin, end)
-                for i, g in enumerate(self._of_chunk(log_w, latents, weighed, grad, part, points)):
-                    sums[i] = _added(sums[i], g, fresh=len(self.sizes) > 1)
+                self._of_chunk(log_w, latents, weighed, grad, slice(begin, end), points, sums)
             del kept, log_w, latents
             end = begin
-        targets = [*points, *self.leaves]
-        sums = [None if s is None else s.to(t.dtype) for s, t in zip(sums, targets, strict=True)]
-        by_point = iter(sums)
-        return [next(by_point) if p.requires_grad else None for p in self.points] + sums[len(points) :]
+        totals = sums.totals()
+        by_point = iter(totals)
+        return [next(by_point) if p.requires_grad else None for p in self.points] + totals[len(points) :]
 
-    def _of_chunk(self, log_w, latents, weighed: Weighed, grad: Tensor, part: slice, points) -> Sequence[Tensor | None]:
+    def _of_chunk(self, log_w, latents, weighed: Weighed, grad: Tensor, part: slice, points, sums: _Sums) -> None:
         def seeds(weights: Tensor) -> Tensor:
             return (weights[:, part] * grad[:, None]).to(log_w.dtype)
 
-        with _graphs.without_hooks(self.leaves):
-            if not self.estimator.weighs_apart:
-                if self.estimator.name == "dreg":
-                    carry(latents, weighed.shares[:, part])
-                return torch.autograd.grad(log_w, [*points, *self.leaves], seeds(weighed.by_p), allow_unused=True)
-            found = []
-            for targets, weights in ((points, weighed.by_q), (self.leaves, weighed.by_p)):
-                again = targets is points and bool(self.leaves)
-                if targets:
-                    found += torch.autograd.grad(log_w, targets, seeds(weights), allow_unused=True, retain_graph=again)
-            return found
+        if self.estimator.name == "dreg":
+            carry(latents, weighed.shares[:, part])
+        if not self.estimator.weighs_apart:
+            sums.add(log_w, [*points, *self.leaves], seeds(weighed.by_p))
+            return
+        sums.add(log_w, points, seeds(weighed.by_q), retain_graph=bool(self.leaves))
+        sums.add(log_w, self.leaves, seeds(weighed.by_p))
 
     def attached(self, weighed: Weighed) -> Tensor:
         """The bound, with its gradient to come from the second pass."""
@@ -168,7 +161,9 @@ def carry(latents: Sequence[Tensor], shares: Tensor) -> None:
     """What flows back through the latents of each sample is multiplied by its share."""
     for z in latents:
         if z.requires_grad:
-            z.register_hook(lambda g: g * shares.reshape(shares.shape + (1,) * (g.dim() - 2)).to(g.dtype))
+            weights = shares.reshape(shares.shape + (1,) * (z.dim() - 2)).to(z.dtype)
+            # None comes where nothing flows through this one of an operator's outputs
+            z.register_hook(lambda g, weights=weights: None if g is None else g * weights)
 
 
 def check_latents(who: str, estimator: Estimator, log_w: Tensor, latents: Sequence[Tensor], parameters) -> None:
@@ -222,13 +217,42 @@ def _widened(log_w: Tensor) -> Tensor:
     return log_w.to(torch.promote_types(log_w.dtype, torch.float32))
 
 
-def _added(total: Tensor | None, g: Tensor | None, fresh: bool) -> Tensor | None:
-    """A running sum in fp32 at least, never written into what autograd gave."""
-    if g is None:
-        return total
-    if total is None:
-        return g.to(torch.promote_types(g.dtype, torch.float32), copy=True) if fresh else g
-    return total.add_(g)
+class _Sums:
+    """Running sums, in fp32 at least, of the gradients by some leaves. Each is taken as soon as it is there, so that
+    those of one chunk are never all alive beside the sums."""
+
+    def __init__(self, targets: Sequence[Tensor]):
+        self.targets = list(targets)
+        self.found: dict[int, Tensor] = {}
+
+    def add(self, root: Tensor, targets: Sequence[Tensor], seeds: Tensor, retain_graph: bool = False) -> None:
+        if not targets:
+            return
+        with _graphs.without_hooks(targets):
+            hooks = [t.register_hook(lambda g, t=t: self._taken(t, g)) for t in targets]
+            try:
+                torch.autograd.grad(root, targets, seeds, allow_unused=True, retain_graph=retain_graph)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def _taken(self, target: Tensor, g: Tensor | None) -> Tensor | None:
+        if g is None:
+            return None
+        wide = torch.promote_types(g.dtype, torch.float32)
+        total = self.found.get(id(target))
+        if total is None:
+            self.found[id(target)] = g.to(wide, copy=True)  # autograd may give the same tensor twice
+        elif g.is_sparse != total.is_sparse:
+            self.found[id(target)] = total + g
+        else:
+            total.add_(g)
+        # what autograd collects in its stead takes no memory
+        return g if g.is_sparse else g.new_zeros(()).expand_as(g)
+
+    def totals(self) -> list[Tensor | None]:
+        found = [self.found.get(id(t)) for t in self.targets]
+        return [None if s is None else s.to(t.dtype) for s, t in zip(found, self.targets, strict=True)]
 
 
 def _autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager]:

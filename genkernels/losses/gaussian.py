@@ -49,7 +49,7 @@ def gaussian_kl(
     checks.shape(WHO, "log_scale", log_scale, mean.shape, "[N, ...]")
     for label in ("prior_mean", "prior_log_scale"):
         given = named[label]
-        if given is not None and torch.broadcast_shapes(given.shape, mean.shape) != mean.shape:
+        if given is not None and not _expands(given.shape, mean.shape):
             raise ValueError(f"{WHO}: {label} must expand to mean's {list(mean.shape)}, got {list(given.shape)}")
     dtype = torch.float32
     for given in named.values():
@@ -63,3 +63,8 @@ def gaussian_kl(
     # e^{2 s} - 1 - 2 s without the difference of near numbers, as posteriors near their prior have it
     each = ((2 * log_scale).expm1() - 2 * log_scale + mean.square()) / 2
     return each.flatten(1).sum(1) if reduce and each.dim() > 1 else each
+
+
+def _expands(shape: torch.Size, wanted: torch.Size) -> bool:
+    tail = wanted[len(wanted) - len(shape) :]
+    return len(shape) <= len(wanted) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))

@@ -166,7 +166,7 @@ def importance_estimate(
     log_weight: LogWeight,
     *,
     k: int = 5000,
-    chunk: int = 100,
+    chunk: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
 ) -> ImportanceEstimate:
@@ -184,8 +184,8 @@ def importance_estimate(
     but for memory, which does not grow with k: of the samples three numbers an example are kept, in fp64.
 
     Args:
-        parameters, log_weight: as for `importance_loss`. k: samples for each example. chunk: samples at once; where it
-            does not divide k the last chunk is smaller.
+        parameters, log_weight: as for `importance_loss`. k: samples for each example. chunk: samples at once, 100
+            by default, or k where that is less; where it does not divide k the last chunk is smaller.
         generator, seed: as for `importance_loss`.
 
     Returns:
@@ -195,6 +195,8 @@ def importance_estimate(
 
     Source: Burda et al., "Importance weighted autoencoders", 2016 (k = 5,000).
     """
+    checks.integer(ESTIMATE, "k", k, 1)
+    chunk = min(k, 100) if chunk is None else chunk
     chunks = _chunks(ESTIMATE, parameters, log_weight, k, chunk, "iwae", generator, seed)
     total = squares = largest = None
     for index in range(len(chunks.sizes)):

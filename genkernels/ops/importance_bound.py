@@ -102,8 +102,8 @@ def _fake_bound(log_w):
     return log_w.new_empty((log_w.shape[0],), dtype=dtype), log_w.new_empty(log_w.shape, dtype=dtype)
 
 
-def _fake_bound_backward(grad_bound, grad_weights, weights):
-    return weights.new_empty(weights.shape)
+def _fake_bound_backward(grad_bound, grad_weights, weights, like):
+    return weights.new_empty(weights.shape, dtype=like.dtype)
 
 
 def _fake_reparameterize(noise, mean, log_scale, prior, stopped):
@@ -115,12 +115,13 @@ def _fake_reparameterize_backward(grad_z, grad_ratio, noise, mean, log_scale, pr
 
 
 def _setup_bound(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
+    log_w, weights = inputs[0], output[1]
+    ctx.save_for_backward(weights, *[log_w] * (log_w.dtype != weights.dtype))
 
 
 def _bound_backward(ctx, grad_bound, grad_weights):
-    return (BOUND_BACKWARD.dense(grad_bound, grad_weights, *ctx.saved_tensors).to(ctx.dtype),)
+    weights, *like = ctx.saved_tensors
+    return (BOUND_BACKWARD.dense(grad_bound, grad_weights, weights, *like or [weights]),)
 
 
 def _setup_reparameterize(ctx, inputs, output):
@@ -135,11 +136,8 @@ def _reparameterize_backward(ctx, grad_z, grad_ratio):
     return None, *grads, None, None
 
 
-_NOT_YET = "not written yet"
 OPERATOR = Operator(
-    NAME,
-    functions=(importance_bound, gaussian_reparameterize),
-    kernels={"cpu": _NOT_YET, "triton": _NOT_YET, "cuda": _NOT_YET},
+    NAME, functions=(importance_bound, gaussian_reparameterize), kernels={"cpu": "", "triton": "", "cuda": ""}
 )
 BOUND = OPERATOR.define(
     "importance_bound(Tensor log_w) -> (Tensor, Tensor)",
@@ -148,7 +146,7 @@ BOUND = OPERATOR.define(
     gradient=Formula(_setup_bound, _bound_backward),
 )
 BOUND_BACKWARD = OPERATOR.define(
-    "importance_bound_backward(Tensor? grad_bound, Tensor? grad_weights, Tensor weights) -> Tensor",
+    "importance_bound_backward(Tensor? grad_bound, Tensor? grad_weights, Tensor weights, Tensor like) -> Tensor",
     reference.importance_bound_backward,
     _fake_bound_backward,
     gradient=THROUGH_REFERENCE,

@@ -44,12 +44,14 @@ def importance_bound(log_w: Tensor) -> tuple[Tensor, Tensor]:
     return bound.masked_fill(peak == math.inf, math.inf)[:, 0], share / total
 
 
-def importance_bound_backward(grad_bound: Tensor | None, grad_weights: Tensor | None, weights: Tensor) -> Tensor:
-    """The gradient by ``log_w``, in the dtype of the weights."""
+def importance_bound_backward(
+    grad_bound: Tensor | None, grad_weights: Tensor | None, weights: Tensor, like: Tensor
+) -> Tensor:
+    """The gradient by ``log_w``, in the dtype of `like`."""
     slope = 0.0 if grad_bound is None else grad_bound[:, None]
     if grad_weights is not None:
         slope = slope + grad_weights - (grad_weights * weights).sum(1, keepdim=True)
-    return slope * weights
+    return (slope * weights).to(like.dtype)
 
 
 def _drawn(noise: Tensor, mean: Tensor, log_scale: Tensor, stopped: bool) -> tuple[Tensor, Tensor, Tensor]:
