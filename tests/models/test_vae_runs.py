@@ -1,9 +1,13 @@
 """Training of variational models: on the kernels and on the reference, in two precisions, cut in two, to an end."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
 import genkernels as gk
+from genkernels.cli import main
 from genkernels.training import TrainConfig, evaluate, fit
 from tests.models.gans import small
 from tests.models.vaes import EVERY, NAMES, tiny
@@ -79,3 +83,64 @@ def test_digits_are_learnt_and_more_draws_tighten_the_bound():
     # within what a mean over 100 examples of the same data is off
     assert all(tighter < looser + 0.003 for looser, tighter in zip(bounds, bounds[1:], strict=False))
     assert bounds[-1] < bounds[0] - 0.01
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_train_evaluate_and_sample_by_command(tmp_path, capsys, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--set", "latent=2", "--set", "width=8", "--set", "posterior=iaf", "--set", "importance=3"]
+    settings = ["--max-steps", "4", "--eval-examples", "50", "--samples", "9", "--accelerator", "cpu"]
+    assert main(["train", "iwae", "--data", "digits", "--out", "run", *sizes, *settings]) == 0
+    out, err = capsys.readouterr()
+    assert "held out: bits_per_dim" in out and "effective_draws" in out
+    assert all(word in err for word in ("bound", "kl", "reconstruction", "largest_weight"))
+    columns = (tmp_path / "run" / "losses.csv").read_text().splitlines()[0].split(",")
+    assert {"loss", "bound", "kl", "reconstruction"} <= set(columns)
+    sheet = np.asarray(image.open("run/samples/step-00000004-reconstructions.png"))
+    samples = np.asarray(image.open("run/samples/step-00000004.png"))
+    assert sheet.shape != samples.shape and samples.std() > 0
+
+    found = {}
+    for k in (1, 40):
+        argv = ["eval", "run", "--set", f"importance={k}", "--json", "e.json", "--accelerator", "cpu"]
+        assert main(argv) == 0
+        found[k] = json.loads((tmp_path / "e.json").read_text())["estimates"]
+    assert "latents are active" in capsys.readouterr().out
+    assert "effective_draws" not in found[1] and found[40]["effective_draws"]["unit"] == "of 40"
+    assert found[40]["bits_per_dim"]["value"] < found[1]["bits_per_dim"]["value"]
+    argv = ["sample", "run", "--n", "3", "--accelerator", "cpu"]
+    assert main([*argv, "--out", "a.npz"]) == 0 and main([*argv, "--set", "mean=false", "--out", "b.npz"]) == 0
+    mean, drawn = (np.load(tmp_path / name)["x"] for name in ("a.npz", "b.npz"))
+    assert mean.shape == drawn.shape == (3, 1, 8, 8) and (mean != drawn).any()
+    capsys.readouterr()
+    for setting, words in (
+        ("importance=0", "IWAE: importance, the number of draws, must be an integer of at least 1, got 0"),
+        ("chunk=7", "IWAE: chunk must be an integer from 1 to importance, 3, got 7"),
+        ("importence=4", "iwae's evaluate has no option 'importence'; did you mean importance?"),
+    ):
+        assert main(["eval", "run", "--set", setting, "--accelerator", "cpu"]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "setting", "words"),
+    [
+        ("moons", "importance=0", "must be an integer of at least 1, got 0"),
+        ("moons", "chunk=51", "chunk must be an integer from 1 to importance, 50, got 51"),
+        ("moons", "posterior=planer", "got 'planer'; did you mean planar?"),
+        ("moons", "likelihood=bernoulli", "likelihood bernoulli needs images"),
+        ("digits", "likelihood=poisson", "likelihood must be one of bernoulli, gaussian, logistic, got 'poisson'"),
+        ("moons", "estimator=dergg", "got 'dergg'; did you mean dreg?"),
+        ("moons", "estimator=vimco", "estimator must be one of continuous latents"),
+        ("moons", "estimator=miwae:7", "k must be a multiple of the 7 groups of miwae:7, got 50"),
+    ],
+)
+def test_what_the_command_refuses(data, setting, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "iwae", "--data", data, "--set", setting, "--max-steps", "1", "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
