@@ -11,7 +11,7 @@ import pytest
 from genkernels import models, tables
 from genkernels._words import UsageError
 from genkernels.cli import main
-from genkernels.tables import avade, hybrid
+from genkernels.tables import avade, hybrid, iwae
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -35,7 +35,7 @@ def small(tmp_path, monkeypatch):
 def test_every_table_has_its_three_parts_and_is_listed(capsys):
     assert main(["table"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == tables.names() == ["avade", "hybrid"]
+    assert [line.split()[0] for line in listed] == tables.names() == ["avade", "hybrid", "iwae"]
     for name, line in zip(tables.names(), listed, strict=True):
         module = importlib.import_module(f"genkernels.tables.{name}")
         assert line.endswith(module.TITLE) and callable(module.make) and callable(module.add_arguments)
@@ -87,6 +87,24 @@ def test_avade(tmp_path, monkeypatch, capsys):
         assert (row["steps"], row["examples"], row["samples"]) == ("2", "360", "100")
 
 
+def test_iwae(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(iwae, "IMPORTANCE", 20)
+    monkeypatch.setattr(iwae, "EXAMPLES", 30)
+    assert main(["table", "iwae", "--steps", "2", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "iwae.csv\niwae.png\n" and err.count("\n") == 5
+    with open("iwae.csv") as file:
+        rows = {(row["model"], row["k"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [(model, k) for k in ("1", "5", "50") for model in ("VAE", "IWAE")]
+    assert rows["VAE", "1"]["nats"] == rows["IWAE", "1"]["nats"], "one bound"
+    assert len({row["nats"] for row in rows.values()}) == 5
+    assert all(10 < float(row["nats"]) < 60 and row["draws"] == "20" for row in rows.values())
+    assert (rows["IWAE", "50"]["paper_nats"], rows["VAE", "50"]["paper_nats"]) == ("84.78", "86.35")
+    assert main(["table", "iwae", "--data", "moons"]) == 2
+    assert "--data must be images with grey levels" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_numbers(small, monkeypatch):
     monkeypatch.setattr(hybrid, "BLOCKS", {"glow": "Glow"})
     monkeypatch.setattr(hybrid, "PAPER", {"glow": hybrid.PAPER["glow"]})
@@ -132,7 +150,7 @@ def test_a_table_whose_picture_cannot_be_written_leaves_the_earlier_one(tmp_path
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("table hybird", "table: NAME must be one of avade, hybrid, got 'hybird'; did you mean hybrid?"),
+        ("table hybird", "table: NAME must be one of avade, hybrid, iwae, got 'hybird'; did you mean hybrid?"),
         ("tabel hybrid", "unknown command 'tabel'; did you mean table?"),
         ("table hybrid --step 4", "table hybrid: unknown argument '--step'; did you mean --steps"),
         ("table hybrid --steps 0", "--steps must be at least 1, got 0"),
