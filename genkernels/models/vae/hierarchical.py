@@ -20,6 +20,8 @@ from genkernels.models.vae.likelihoods import likelihood as likelihood_of
 from genkernels.models.vae.pixelcnn import PixelCNNLikelihood
 from genkernels.nn._modes import in_mode
 
+#: Nats without which the top level, which the lower ones can do without, falls out of use.
+_FREE_BITS = 4.0
 _SIZES = {
     "digits": {"shape": (1, 8, 8), "grey_levels": 17, "levels": (8, 2), "latent": (16, 2), "width": 32},
     "photos32": {"shape": (3, 32, 32), "levels": (32, 8), "latent": (32, 8), "width": 48},
@@ -88,7 +90,7 @@ class HierarchicalVAE(VariationalModel):
     """
 
     takes = ("images",)
-    presets: ClassVar = {name: Preset(sizes) for name, sizes in _SIZES.items()}
+    presets: ClassVar = {name: Preset({**sizes, "free_bits": _FREE_BITS}) for name, sizes in _SIZES.items()}
 
     def __init__(
         self,
@@ -293,7 +295,7 @@ class HierarchicalVAE(VariationalModel):
             return seen if raw else (seen + 1) / 2, self._shown(self.decoder(drawn.features), None, generator)
 
     def pictures(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``reconstructions``: each image beside its reconstruction. ``resampled LEVELS``: four times beside each image
+        """``reconstructions``: each image beside its reconstruction. ``resampled-LEVELS``: four times beside each image
         of the first few, the levels below drawn anew."""
         sheets = {"reconstructions": torch.cat(self.reconstruct(x, y, generator), 3)}
         few, few_y = x[:8], y[:8]
@@ -301,7 +303,7 @@ class HierarchicalVAE(VariationalModel):
             levels = "+".join(self._all_names()[first:])
             seen = self.reconstruct(few, few_y, generator)[0]
             drawn = [self.resample(few, levels, few_y, generator) for _ in range(4)]
-            sheets[f"resampled {levels}"] = torch.cat([seen, *drawn], 3)
+            sheets[f"resampled-{levels}"] = torch.cat([seen, *drawn], 3)
         return sheets
 
     def report(self, x: Tensor, y: Tensor) -> list[str]:
@@ -371,9 +373,12 @@ class PixelVAE(HierarchicalVAE):
     """
 
     presets: ClassVar = {
-        "digits": Preset({**_SIZES["digits"], "pixel_width": 24, "pixel_layers": 1}),
-        "photos32": Preset({**_SIZES["photos32"], "pixel_width": 32, "pixel_layers": 2, "head": "logistic_mixture"}),
-        "photos64": Preset({**_SIZES["photos64"], "pixel_width": 32, "pixel_layers": 2, "head": "logistic_mixture"}),
+        name: Preset({**_SIZES[name], "free_bits": _FREE_BITS, **pixels})
+        for name, pixels in (
+            ("digits", {"pixel_width": 24, "pixel_layers": 1}),
+            ("photos32", {"pixel_width": 32, "pixel_layers": 2, "head": "logistic_mixture"}),
+            ("photos64", {"pixel_width": 32, "pixel_layers": 2, "head": "logistic_mixture"}),
+        )
     }
 
     def __init__(
