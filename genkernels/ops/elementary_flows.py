@@ -143,7 +143,7 @@ OPERATOR = Operator(
     NAME,
     functions=(planar_flow, radial_flow),
     kernels={
-        "cpu": "not written yet: runs by the reference",
+        "cpu": "",
         "triton": "not written yet: runs by the reference",
         "cuda": "not written yet: runs by the reference",
     },

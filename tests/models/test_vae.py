@@ -186,6 +186,45 @@ def test_a_step_has_finite_terms_and_a_gradient_everywhere(name, kind, data):
     assert not any(term.requires_grad for key, term in terms.items() if key != "loss")
 
 
+@pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl", "miwae:2", "piwae:2", "ciwae:0.5"])
+@pytest.mark.parametrize("kind", POSTERIORS)
+def test_every_estimator_with_every_posterior_that_it_can_have(estimator, kind):
+    options = {"posterior": kind, "estimator": estimator, "chunk": 2}
+    cannot = kind in ("planar", "radial") if estimator in ("dreg", "stl") else (kind, estimator) == ("iaf", "piwae:2")
+    if cannot:
+        with pytest.raises(ValueError, match=f"^IWAE: estimator {estimator} needs a posterior .*, got {kind}"):
+            tiny("iwae", **options)
+        return
+    model, (x, y) = tiny("iwae", **options).train(), batch()
+    terms = model.losses("model", x, y, 0)
+    terms["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert terms["loss"].item() == pytest.approx(-terms["bound"].item())
+    assert 1 <= terms["effective_draws"] <= 4 and 25 <= terms["largest_weight"] <= 100
+    with torch.no_grad():  # the same draws, and no second pass
+        torch.manual_seed(0)
+        value = model.losses("model", x, y, 0)["bound"]
+        torch.manual_seed(0)
+        assert torch.equal(model.losses("model", x, y, 0)["bound"], value)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "iaf"])
+def test_dreg_has_the_gradient_of_iwae_in_the_mean(kind):
+    model = linear_gaussian("iwae", posterior=kind, flows=1, importance=3).float()
+    x = model.decoder.sample(1).repeat(1000, 1)
+    own = [p for name, p in model.posterior.named_parameters() if name.endswith("bias")]
+    means, errors = [], []
+    for model.estimator in ("iwae", "dreg"):
+        rows = []
+        for _ in range(12):
+            grads = torch.autograd.grad(model.losses("model", x, None, 0)["loss"], own)
+            rows.append(torch.cat([g.flatten() for g in grads]).double())
+        means.append(torch.stack(rows).mean(0))
+        errors.append(torch.stack(rows).std(0) / 12**0.5)
+    assert ((means[0] - means[1]).abs() <= 5 * (errors[0] ** 2 + errors[1] ** 2).sqrt() + 1e-6).all()
+    assert means[0].norm() > 5 * errors[0].norm()
+
+
 def test_the_terms_of_the_vae_are_those_of_its_paper():
     model, x = tiny("vae").double().train(), batch()[0].double()
     torch.manual_seed(3)
