@@ -9,6 +9,8 @@ import torch
 
 import genkernels as gk
 from genkernels.models.vae.avade import VARIANTS
+from genkernels.training import TrainConfig, fit
+from tests.models.gans import small
 
 TINY = {"shape": (1, 2, 4), "grey_levels": 17, "latent": 1, "width": 4, "steps": 2, "hidden": 4}
 
@@ -90,6 +92,18 @@ def test_each_variant_trains_what_it_has(variant):
     assert bool(model.pictures(x, torch.zeros(4))) == likelihood
 
 
+@pytest.mark.parametrize("variant", ["av-ade", "gan"])
+def test_classes_reach_encoder_decoder_and_critic(variant):
+    model = restless(variant, num_classes=3)
+    x, y = torch.randint(17, (4, 1, 2, 4)).to(torch.uint8), torch.tensor([0, 1, 2, 1])
+    for name, player in model.players().items():
+        model.losses(name, x, y, 0)["loss"].backward()
+        assert all(p.grad is not None for p in player.module.parameters())
+    one, other = (model.sample(3, y=k, generator=torch.Generator().manual_seed(0)) for k in (0, 1))
+    assert not torch.equal(one, other)
+    assert math.isfinite(model.evaluate([(x, y)])["sliced_wasserstein"].value)
+
+
 def test_without_its_critic_a_loss_is_the_bound():
     model = restless("v-ade")
     x = torch.randint(17, (4, 1, 2, 4)).to(torch.uint8)
@@ -97,6 +111,37 @@ def test_without_its_critic_a_loss_is_the_bound():
     terms = model.losses("model", x, torch.zeros(4), 0)
     torch.testing.assert_close(terms["loss"], terms["bound"] / (-8 * math.log(2)))
     torch.testing.assert_close(terms["bound"], -terms["kl"] - terms["reconstruction"])
+
+
+def tiny_run(variant: str, seed: int = 0) -> gk.models.Model:
+    torch.manual_seed(seed)
+    sizes = {"shape": (1, 8, 8), "grey_levels": 17, "latent": 2, "width": 4, "steps": 1, "hidden": 4}
+    return gk.models.AVADE(**sizes, variant=variant)
+
+
+@pytest.mark.parametrize("variant", ["v-ade", "av-ade", "av-gde"])
+def test_training_on_the_kernels_is_that_on_the_reference(variant, tmp_path):
+    pytest.importorskip("lightning")
+    settings = TrainConfig(max_steps=30, batch_size=8, eval_every=0, accelerator="cpu", lr=1e-3, ema=0.0)
+    bundle, found = small("digits", 60, 20), []
+    for backend in ("reference", "auto"):
+        with gk.use_backend(backend):
+            found.append(fit(tiny_run(variant), bundle, settings, quiet=True).history)
+    for name, values in found[0].items():
+        assert found[1][name] == pytest.approx(values, rel=1e-3), name
+
+
+def test_a_run_that_goes_on_reaches_the_same_losses(tmp_path):
+    pytest.importorskip("lightning")
+    bundle = small("digits", 60, 20)
+    settings = TrainConfig(max_steps=10, batch_size=8, ema=0.9, checkpoint_every=3, eval_every=0, accelerator="cpu")
+    whole = fit(tiny_run("av-ade"), bundle, settings, out=tmp_path / "whole", quiet=True)
+    fit(tiny_run("av-ade"), bundle, settings.changed(max_steps=6), out=tmp_path / "cut", quiet=True)
+    again = fit(tiny_run("av-ade", seed=1), bundle, settings, out=tmp_path / "cut", resume=True, quiet=True)
+    assert again.history == whole.history and repr(again.held_out) == repr(whole.held_out)
+    assert {"critic_loss", "bound", "quality", "kl"} & {key.split("/")[-1] for key in whole.history} | set(
+        whole.history
+    )
 
 
 @pytest.mark.parametrize(

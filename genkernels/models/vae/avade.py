@@ -55,6 +55,7 @@ class AVADE(VariationalModel):
         steps: invertible 1×1 convolution and affine coupling of the flow, so many times, behind one squeeze. hidden:
             width of the couplings' networks.
         grey_levels: how many values a pixel can take.
+        num_classes: give encoder, decoder and critic the class y. class_features: size of its embeddings.
 
     Example:
         >>> import torch, genkernels as gk
@@ -86,6 +87,8 @@ class AVADE(VariationalModel):
         steps: int = 4,
         hidden: int = 48,
         grey_levels: int = 256,
+        num_classes: int | None = None,
+        class_features: int = 16,
     ):
         if variant not in VARIANTS:
             hint = nearest(variant, VARIANTS, listed=True)
@@ -101,11 +104,12 @@ class AVADE(VariationalModel):
         likelihood, adversary, flow = VARIANTS[variant]
         rated = FeatureGaussian("AVADE", shape, grey_levels, feature_flow(shape[0], steps, hidden) if flow else None)
         sizes = {"shape": shape, "latent": latent, "network": "conv", "width": width, "depth": 1}
-        labels = {"num_classes": None, "class_features": 1}
+        labels = {"num_classes": num_classes, "class_features": class_features}
         encoder, decoder = networks("AVADE", outputs=rated.outputs, **sizes, **labels)
         posterior = GaussianPosterior(encoder.features, latent)
-        super().__init__(encoder, posterior, decoder, rated, latent=latent, shape=shape, grey_levels=grey_levels)
-        self.critic = Critic(*conv_critic(shape, width)) if adversary else None
+        data = {"shape": shape, "grey_levels": grey_levels, "num_classes": num_classes}
+        super().__init__(encoder, posterior, decoder, rated, latent=latent, **data)
+        self.critic = Critic(*conv_critic(shape, width), num_classes) if adversary else None
         self.variant, self.quality, self.r1, self.by_likelihood = variant, quality, r1, likelihood
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -122,23 +126,23 @@ class AVADE(VariationalModel):
         """Of ``model``: ``bound``, in nats, and its terms ``kl`` and ``reconstruction`` (−E ln p(x|z), the flow's
         log-determinant in it); ``quality``, the critic's opinion; ``loss``: the bound in bits/dim plus `quality` times
         that, or that alone. Of ``critic``: those of `genkernels.losses.critic_step`."""
-        target, _ = self._prepared(x, None, None)
+        target, labels = self._prepared(x, y, None)
         if player == "critic":
             with torch.no_grad():
-                fake = self._fakes(len(target))
-            terms = losses.critic_step(
-                self.critic, target.to(fake.dtype), fake, loss="logistic", r1=self.r1, terms=True
-            )
+                fake = self._fakes(len(target), labels)
+            real = target.to(fake.dtype)
+            terms = losses.critic_step(self.critic, real, fake, loss="logistic", r1=self.r1, y=labels, terms=True)
             return {name: term for name, term in terms.items() if name != "r2" and (self.r1 or name != "r1")}
         found: dict[str, Tensor] = {}
         loss = torch.zeros((), device=target.device)
         if self.by_likelihood:
-            terms = self._terms_of(target, None, 1, None, None)
+            terms = self._terms_of(target, labels, 1, None, None)
             loss = loss + self.cost(terms.bound).mean()
             found = {"bound": terms.bound, "kl": terms.kl, "reconstruction": -terms.log_likelihood}
         if self.critic is not None:
             with frozen(self.critic):
-                quality = losses.generator_loss(self.critic(self._fakes(len(target))), kind="logistic")
+                scores = self.critic(self._fakes(len(target), labels), labels)
+                quality = losses.generator_loss(scores, kind="logistic")
             loss = loss + (self.quality if self.by_likelihood else 1.0) * quality
             found["quality"] = quality
         return {"loss": loss, **{name: term.detach().mean() for name, term in found.items()}}
@@ -147,10 +151,10 @@ class AVADE(VariationalModel):
         """The negative bound in bits/dim, what likelihood alone would minimise."""
         return self.cost(self._terms_of(*self._prepared(x, y, generator), 1, None, generator).bound).mean()
 
-    def _fakes(self, count: int) -> Tensor:
+    def _fakes(self, count: int, y: Tensor | None) -> Tensor:
         """Samples in [-1, 1], with a graph where one is recorded: draws, or means where no likelihood says how far
         draws should stray."""
-        outputs = self.decoder(self._noise(count, 1, None).squeeze(1), None)
+        outputs = self.decoder(self._noise(count, 1, None).squeeze(1), y)
         return self.likelihood.images(outputs, None if self.by_likelihood else 0.0)
 
     # --- judgement, samples ---------------------------------------------------------------------------------------
@@ -173,7 +177,8 @@ class AVADE(VariationalModel):
         distance, count = math.nan, sum(len(x) for x, _ in batches)
         if count:
             real = torch.cat([self._exact(x) for x, _ in batches])
-            distance = metrics.sliced_wasserstein(self.sample(count), real, projections)
+            labels = torch.cat([y for _, y in batches]) if self.num_classes else None
+            distance = metrics.sliced_wasserstein(self.sample(count, y=labels), real, projections)
         return {**found, "sliced_wasserstein": Estimate("sliced_wasserstein", "", distance, math.nan, count)}
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genkernels import losses
-from genkernels._words import nearest
+from genkernels._words import UsageError, nearest
 from genkernels.losses import Estimator
 from genkernels.models._model import Preset
 from genkernels.models.vae.base import Terms, VariationalModel
@@ -23,9 +23,9 @@ from genkernels.nn._modes import in_mode
 #: Nats without which the top level, which the lower ones can do without, falls out of use.
 _FREE_BITS = 4.0
 _SIZES = {
-    "digits": {"shape": (1, 8, 8), "grey_levels": 17, "levels": (8, 2), "latent": (16, 2), "width": 32},
-    "photos32": {"shape": (3, 32, 32), "levels": (32, 8), "latent": (32, 8), "width": 48},
-    "photos64": {"shape": (3, 64, 64), "levels": (64, 8), "latent": (32, 8), "width": 48},
+    "digits": {"shape": (1, 8, 8), "grey_levels": 17, "strides": (8, 2), "latent": (16, 2), "width": 32},
+    "photos32": {"shape": (3, 32, 32), "strides": (32, 8), "latent": (32, 8), "width": 48},
+    "photos64": {"shape": (3, 64, 64), "strides": (64, 8), "latent": (32, 8), "width": 48},
 }
 
 
@@ -63,8 +63,8 @@ class HierarchicalVAE(VariationalModel):
 
     Args:
         shape: ``(C, H, W)``.
-        levels: pixels a side of a latent's cell, top first: (64, 8) of 64×64 images are grids of 1×1 and 8×8. Each
-            divides the one before it, H and W.
+        strides: pixels a side of a latent's cell, one a level, top first: (64, 8) of 64×64 images are grids of 1×1 and
+            8×8. Each divides the one before it, H and W.
         latent: channels of each level. width: channels of the networks.
         autoregressive: whether a grid's cells see those before them in the prior. prior_layers: masked convolutions of
             such a prior, after the first.
@@ -96,7 +96,7 @@ class HierarchicalVAE(VariationalModel):
         self,
         *,
         shape: tuple[int, ...],
-        levels: tuple[int, ...] = (8, 2),
+        strides: tuple[int, ...] = (8, 2),
         latent: tuple[int, ...] = (16, 2),
         width: int = 32,
         autoregressive: bool = True,
@@ -112,7 +112,7 @@ class HierarchicalVAE(VariationalModel):
     ):
         name = type(self).__name__
         rated = likelihood_of(name, likelihood, shape, grey_levels)
-        sizes = {"levels": levels, "latent": latent, "width": width}
+        sizes = {"strides": strides, "latent": latent, "width": width}
         prior = {"autoregressive": autoregressive, "prior_layers": prior_layers}
         data = {"shape": shape, "grey_levels": grey_levels, "num_classes": num_classes}
         super().__init__(*_parts(name, rated, **sizes, **prior, **data), rated, latent=0, **data)
@@ -183,7 +183,7 @@ class HierarchicalVAE(VariationalModel):
         return tuple(f"kl_{name}" for name in self.names)
 
     def _encoded(self, target: Tensor) -> list[Tensor]:
-        return self.encoder(self.likelihood.seen(target).to(self._like.dtype))
+        return self.encoder(target.to(self._like.dtype))
 
     def _draws(
         self, target: Tensor, y: Tensor | None, encoded: Sequence[Tensor], k: int, generator: torch.Generator | None
@@ -246,7 +246,7 @@ class HierarchicalVAE(VariationalModel):
             ``[n, C, H, W]``, floats in [0, 1] where the images have grey levels.
 
         Raises:
-            ValueError: `resample` names no level, or levels that are not the lowest ones.
+            UsageError: `resample` names no level, or levels that are not the lowest ones.
         """
         self._check_sample(n, temperature, generator)
         labels = self._drawn_labels(y, n, generator)
@@ -290,9 +290,7 @@ class HierarchicalVAE(VariationalModel):
         with in_mode(self, training=False):
             still = [torch.zeros_like(each) for each in self._noises(len(target), generator)]
             drawn = self.posterior(len(target), still, labels, self._encoded(target))
-            seen = self.likelihood.seen(target)
-            raw = self.grey_levels is None and self.likelihood.kind != "bernoulli"
-            return seen if raw else (seen + 1) / 2, self._shown(self.decoder(drawn.features), None, generator)
+            return self.likelihood.shown(target), self._shown(self.decoder(drawn.features), None, generator)
 
     def pictures(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``reconstructions``: each image beside its reconstruction. ``resampled-LEVELS``: four times beside each image
@@ -325,10 +323,10 @@ class HierarchicalVAE(VariationalModel):
         for each in wanted:
             if each not in names:
                 hint = nearest(str(each), names, listed=True)
-                raise ValueError(f"{who} must name levels of {', '.join(names)}, joined by +, got {each!r}{hint}")
+                raise UsageError(f"{who} must name levels of {', '.join(names)}, joined by +, got {each!r}{hint}")
         if sorted(wanted) != sorted(names[len(names) - len(wanted) :]):
             lowest = "+".join(names[len(names) - len(wanted) :])
-            raise ValueError(
+            raise UsageError(
                 f"{who} must name the lowest levels, as {lowest}, for they hang on those above, got {resample}"
             )
         return len(wanted) - (len(names) - len(self.names))
@@ -355,8 +353,9 @@ class PixelVAE(HierarchicalVAE):
     .. math:: p(x) = \int p(z) \prod_i p(x_i \mid x_{<i}, f(z))\,dz
 
     Args:
-        shape, levels, latent, width, autoregressive, prior_layers, importance, chunk, estimator, kl_warmup, free_bits,
-            grey_levels, num_classes: as for `HierarchicalVAE`; levels also names ``pixelcnn``, the lowest.
+        shape, strides, latent, width, autoregressive, prior_layers: as for `HierarchicalVAE`.
+        importance, chunk, estimator, kl_warmup, free_bits, grey_levels, num_classes: as for `HierarchicalVAE`; the
+            names of the levels end with ``pixelcnn``, the lowest.
         pixel_width, pixel_layers: of the PixelCNN. receptive: how many pixels to either side, and rows above, a pixel
             sees: 3 of its first layer and one more of each other; None: what the layers give. Few leave more to the
             latents, a lossy code of the image (Chen et al. 2017).
@@ -385,7 +384,7 @@ class PixelVAE(HierarchicalVAE):
         self,
         *,
         shape: tuple[int, ...],
-        levels: tuple[int, ...] = (8, 2),
+        strides: tuple[int, ...] = (8, 2),
         latent: tuple[int, ...] = (16, 2),
         width: int = 32,
         autoregressive: bool = True,
@@ -407,7 +406,7 @@ class PixelVAE(HierarchicalVAE):
         first, layers = _reach(name, receptive, pixel_layers)
         network = {"width": pixel_width, "layers": layers, "first_kernel": first, "head": head, "mixtures": mixtures}
         rated = PixelCNNLikelihood(name, shape, grey_levels, features=width, **network)
-        sizes = {"levels": levels, "latent": latent, "width": width}
+        sizes = {"strides": strides, "latent": latent, "width": width}
         prior = {"autoregressive": autoregressive, "prior_layers": prior_layers}
         data = {"shape": shape, "grey_levels": grey_levels, "num_classes": num_classes}
         VariationalModel.__init__(self, *_parts(name, rated, **sizes, **prior, **data), rated, latent=0, **data)
@@ -432,7 +431,7 @@ def _parts(
     rated: Likelihood,
     *,
     shape,
-    levels,
+    strides,
     latent,
     width,
     autoregressive,
@@ -441,28 +440,28 @@ def _parts(
     num_classes,
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Encoder, levels and decoder of a model of these sizes."""
-    grids = _grids(name, shape, levels)
-    if len(latent) != len(levels):
-        raise ValueError(f"{name}: latent must have one number of channels a level, {len(levels)}, got {latent}")
+    grids = _grids(name, shape, strides)
+    if len(latent) != len(strides):
+        raise ValueError(f"{name}: latent must have one number of channels a level, {len(strides)}, got {latent}")
     if width < 1 or not all(latent):
         raise ValueError(f"{name}: width and latent must be at least 1, got {width} and {latent}")
     encoder = BottomUp(shape[0], width, shape[1:], grids)
     top_down = TopDown(grids, latent, width, prior_layers, autoregressive, num_classes)
     last = [nn.SiLU(), nn.Conv2d(width, rated.outputs, 3, padding=1)]
-    return encoder, top_down, nn.Sequential(rising(width, width, levels[-1]), Residual(width), *last)
+    return encoder, top_down, nn.Sequential(rising(width, width, strides[-1]), Residual(width), *last)
 
 
-def _grids(name: str, shape: Sequence[int], levels: Sequence[int]) -> list[tuple[int, int]]:
+def _grids(name: str, shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
     if len(shape) != 3:
         raise ValueError(f"{name}: shape must be (C, H, W), its latents lie on grids, got {tuple(shape)}")
-    if not levels or not all(levels):
-        raise ValueError(f"{name}: levels must be pixels a side of a cell, one of each level, got {tuple(levels)}")
-    for above, below in zip(levels[:-1], levels[1:], strict=True):
+    if not strides or not all(strides):
+        raise ValueError(f"{name}: strides must be pixels a side of a cell, one of each level, got {tuple(strides)}")
+    for above, below in zip(strides[:-1], strides[1:], strict=True):
         if above % below or above == below:
-            raise ValueError(f"{name}: each level's cells must divide those of the one above, got {tuple(levels)}")
-    for level in levels:
-        if shape[1] % level or shape[2] % level:
+            raise ValueError(f"{name}: strides must each divide the one before, got {tuple(strides)}")
+    for stride in strides:
+        if shape[1] % stride or shape[2] % stride:
             raise ValueError(
-                f"{name}: levels must divide the image's height and width, {shape[1]} and {shape[2]}, got {level}"
+                f"{name}: strides must divide the image's height and width, {shape[1]} and {shape[2]}, got {stride}"
             )
-    return [(shape[1] // level, shape[2] // level) for level in levels]
+    return [(shape[1] // stride, shape[2] // stride) for stride in strides]

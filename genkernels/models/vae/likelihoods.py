@@ -50,9 +50,9 @@ class Likelihood(nn.Module):
         """Data as they are rated, ``[N, *shape]`` floats; random for binarised and dequantised images."""
         raise NotImplementedError
 
-    def seen(self, target: Tensor) -> Tensor:
-        """A target as an encoder sees it, in [-1, 1] where it is an image."""
-        return target
+    def shown(self, target: Tensor) -> Tensor:
+        """A target as `mean` shows what is made of it: images with grey levels as floats in [0, 1]."""
+        return target if self.grey_levels is None else (target + 1) / 2
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Nats, ``[N, K]``, fp32 or wider: each target, ``[N, *shape]``, under K outputs ``[N, K, outputs, *spatial]``
@@ -107,8 +107,8 @@ class Bernoulli(Likelihood):
         drawn = (uniform(p.shape, p.dtype, p.device, generator) < p).to(p.dtype)
         return torch.where(p.isnan(), p, drawn)  # what is no number is neither 0 nor 1
 
-    def seen(self, target: Tensor) -> Tensor:
-        return 2 * target - 1
+    def shown(self, target: Tensor) -> Tensor:
+        return target
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         outputs = self._wide(outputs)
