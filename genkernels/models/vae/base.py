@@ -72,6 +72,20 @@ class VariationalModel(Model):
         posterior: `genkernels.models.vae.posteriors`. likelihood: `genkernels.models.vae.likelihoods`.
         latent: size of z. importance: k, of a bound that is not told another.
         shape, grey_levels, num_classes: as for `Model`.
+
+    A class of one's own says in `losses` what it minimises; its parts may be any of this shape.
+
+    Example:
+        >>> import torch, genkernels as gk
+        >>> from genkernels.models.vae import likelihoods, posteriors
+        >>> class Net(torch.nn.Linear):
+        ...     def forward(self, x, y=None):
+        ...         return super().forward(x)
+        >>> q = posteriors.IAFPosterior(features=8, latent=2, flows=1, width=16)
+        >>> rated = likelihoods.Gaussian("Mine", (4,), None)
+        >>> model = gk.models.VariationalModel(Net(4, 8), q, Net(2, rated.outputs), rated, latent=2, shape=(4,))
+        >>> model.log_bound(torch.randn(3, 4), importance=10).shape
+        torch.Size([3])
     """
 
     def __init__(
