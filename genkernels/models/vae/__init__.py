@@ -21,6 +21,7 @@ themselves are another 0.013 bits/dim, or 0.18 nats:
 - ``vae --set likelihood=bernoulli``: 23.03 ± 0.07 nats, 22.83 ± 0.01;
 - ``iwae --set likelihood=bernoulli --set importance=5``: 22.85 ± 0.06 nats, 22.61 ± 0.02.
 
-Of 5,000 draws 76 to 84 count where the VAE's posterior is Gaussian and its likelihood logistic (1 / Σ w̃²), 138 where it
-is IAF, 23 for IWAE at k = 50, more than 1,400 with binarised images: an estimate by few is still a little below ln p(x).
+Of 5,000 draws 76 to 84 count (1 / Σ w̃²) where the VAE's posterior is Gaussian and its likelihood logistic, 138 where
+it is IAF, 23 for IWAE at k = 50, more than 1,400 with binarised images: an estimate by few is still a little below ln
+p(x).
 """
