@@ -35,7 +35,7 @@ class Autoencoder(nn.Module):
 
     def log_weights(self, x: Tensor, parameters, noise: Tensor, reparameterize, stopped: bool):
         mean, log_scale = parameters
-        z, ratio = reparameterize(noise, mean, log_scale, prior=True, stopped=stopped)
+        z, ratio = reparameterize(noise.to(mean.dtype), mean, log_scale, prior=True, stopped=stopped)
         logits = self.decoder(z)
         pixels = x[:, None].expand_as(logits)
         return ratio - F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(2), (z, ratio)

@@ -93,7 +93,7 @@ class Chunks:
 
     def _with_graph(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         with torch.enable_grad():
-            self.since = _graphs.now(self.points[0])
+            self.since = _graphs.now()
             log_w, latents = self.run(self.points, index)
         check_latents(self.who, self.estimator, log_w, latents, self.points)
         return log_w, latents
