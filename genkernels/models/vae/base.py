@@ -174,7 +174,7 @@ class VariationalModel(Model):
         self._check_draws(k, chunk)
         parameters = self.posterior_of(target, y)
         exact = self.posterior.kl(parameters).sum(1) if self.posterior.has_kl else None
-        if k == 1:
+        if k == 1 and estimator == "iwae":
             z, ratio = self.posterior.draw(parameters, self._noise(len(target), 1, generator))
             log_likelihood, kl = self.log_likelihood(target, z, y).squeeze(1), -ratio.squeeze(1)
             kl = kl if exact is None else exact
