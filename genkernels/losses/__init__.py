@@ -1,5 +1,5 @@
 """Losses, and the draws that belong to them: functions of tensors, one value a sample in nats; those of critics and
-generators are means over the batch."""
+generators are means over the batch, and importance-weighted bounds come as both."""
 
 from genkernels.losses._estimators import Estimator
 from genkernels.losses.adversarial import critic_loss, generator_loss

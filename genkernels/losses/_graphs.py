@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+#: The node of a leaf.
+ACCUMULATE = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
-def now(tensor: Tensor) -> int:
-    """A number that every node made from now on by this thread reaches; `tensor` is any that could have a gradient."""
+
+def now() -> int:
+    """A number that every node made from now on by this thread exceeds."""
     with torch.enable_grad():
-        return tensor.detach().requires_grad_().view_as(tensor).grad_fn._sequence_nr()
+        return torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
 
 
 def leaves(root: Tensor, since: int) -> tuple[dict[int, Tensor], str]:
     """The leaves below a tensor, by identity; and the name of a node older than `since`, "" where there is none."""
-    found, seen, stack = {}, set(), [root.grad_fn]
+    found, seen, stack = {}, set(), [edge.node for edge in edges([root])]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if isinstance(node, ACCUMULATE):
             found[id(node.variable)] = node.variable
         elif node._sequence_nr() < since:
             return found, node.name()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from genkernels._seeds import derive_seed, fixed_seed
+from genkernels._seeds import derive_seed
 from genkernels.losses import _graphs
 from genkernels.losses._estimators import Estimator, Weighed
 
@@ -51,7 +51,7 @@ class Chunks:
     def run(self, parameters: tuple[Tensor, ...], index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Log-weights ``[N, size]`` of one chunk, and its latents: the same numbers in every pass."""
         # whatever draws from torch's own generators (dropout) draws alike in both passes too
-        with self.autocast(), fixed_seed(derive_seed(self.seed, "own", index)):
+        with self.autocast(), _torchs_own(self.parameters[0].device, derive_seed(self.seed, "own", index)):
             return self._checked(parameters, self.sizes[index], self.generator(index))
 
     def _checked(self, parameters, size: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -93,7 +93,7 @@ class Chunks:
 
     def _with_graph(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         with torch.enable_grad():
-            self.since = _graphs.now(self.points[0])
+            self.since = _graphs.now()
             log_w, latents = self.run(self.points, index)
         check_latents(self.who, self.estimator, log_w, latents, self.points)
         return log_w, latents
@@ -253,6 +253,22 @@ class _Sums:
     def totals(self) -> list[Tensor | None]:
         found = [self.found.get(id(t)) for t in self.targets]
         return [None if s is None else s.to(t.dtype) for s, t in zip(found, self.targets, strict=True)]
+
+
+@contextlib.contextmanager
+def _torchs_own(device: torch.device, seed: int) -> Iterator[None]:
+    """Within, torch's own generators of the CPU and of `device` begin at `seed`; then they are where they were."""
+    own = [torch.default_generator]
+    if device.type == "cuda":
+        own.append(torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index])
+    states = [g.get_state() for g in own]
+    for g in own:
+        g.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for g, state in zip(own, states, strict=True):
+            g.set_state(state)
 
 
 def _autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager]:

@@ -83,7 +83,8 @@ def importance_loss(
         k: samples for each example, at least 1.
         chunk: samples a pass; None for all of them in one graph, which can be differentiated again.
         estimator: a word as above, or an `Estimator`.
-        generator: of the seeds, and so of all noise; torch's own by default. seed: in its place.
+        generator: of the seeds, and so of all noise; torch's own by default. seed: in its place. Chunks of another size
+            draw other noise.
 
     Returns:
         `Bound`: the loss, fp32 (fp64 for fp64 log-weights), and what describes it. Its gradient reaches `parameters`

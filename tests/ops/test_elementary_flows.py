@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from genkernels import ops
 from genkernels.reference import elementary_flows as reference
 from tests.checks import assert_as_accurate, bits, draw, off_address, strided
-from tests.implementations import slow_few
+from tests.implementations import interpreted_few, slow_few
 
 F64, F32, BF16, F16 = DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WORK = {F64: F64}
@@ -28,9 +28,12 @@ SIZES = [
     ((3, 70, 5), 2, True),
     ((18, 5, 33), 2, True),
     ((2, 600, 2), 1, True),
+    ((3, 2, 3), 2, True),
 ]
 FEW = [(size, F32) for size in (SIZES[2], SIZES[4], SIZES[6])] + [(SIZES[5], F64), (SIZES[5], BF16)]
+FEWEST = [(SIZES[1], F32), (SIZES[9], F64), (SIZES[9], BF16)]
 kernels = pytest.mark.implementations(reference=False)
+uninterpreted = pytest.mark.implementations(when=lambda i, **given: not i.is_interpreted)
 
 
 def inputs(kind, shape, layers, own, dtype=F64, device="cpu", seed=1):
@@ -90,7 +93,8 @@ def gradients(function, tensors, **options):
 
 
 @pytest.mark.every_build
-@pytest.mark.implementations(when=slow_few(FEW, "size", "dtype"))
+@pytest.mark.implementations(when=slow_few([*FEW, *FEWEST], "size", "dtype"))
+@pytest.mark.implementations(when=interpreted_few(FEWEST, "size", "dtype"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,6 +115,7 @@ def test_error_is_that_of_the_reference(functions, device, poisoned_memory, kind
             assert_as_accurate(name, *results, beside={F64: 256, F32: 16}.get(dtype, 1), size=size_of)
 
 
+@uninterpreted
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_papers_formula_with_its_gradient(implementation, device, kind):
     tensors = inputs(kind, (9, 3), 3, False, device=device)
@@ -120,6 +125,7 @@ def test_is_the_papers_formula_with_its_gradient(implementation, device, kind):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@uninterpreted
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_determinant_is_that_of_the_jacobian(implementation, device, kind):
     for features, layers in ((1, 4), (2, 16), (5, 3)):
@@ -132,6 +138,7 @@ def test_log_determinant_is_that_of_the_jacobian(implementation, device, kind):
         torch.testing.assert_close(ldj, expected, rtol=0, atol=1e-8)
 
 
+@uninterpreted
 @pytest.mark.parametrize("kind", KINDS)
 def test_own_parameters_are_those_of_each_example_alone(implementation, device, kind):
     z, *own = inputs(kind, (3, 4, 5), 2, True, device=device)
@@ -168,6 +175,7 @@ def test_w_times_u_hat_stays_above_minus_one(length):
     torch.testing.assert_close(found.u, u_hat(w, u), rtol=1e-9, atol=1e-9)
 
 
+@uninterpreted
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("length", [1e-30, 1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("a", [-1e3, -30.0, 0.0, 30.0])
@@ -205,6 +213,7 @@ def test_without_w_there_is_no_constraint(implementation, device):
     torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
 
 
+@uninterpreted
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("raw", [(-200.0, 0.5), (0.5, -200.0), (0.3, 0.4), (50.0, 50.0)])
 def test_radial_at_its_centre_is_finite(implementation, device, dtype, raw):
@@ -229,6 +238,7 @@ def test_radial_at_its_centre_is_finite(implementation, device, dtype, raw):
     torch.testing.assert_close(stretch[0, :, 0].double().cpu(), eye, rtol=1e-4, atol=1e-30)
 
 
+@uninterpreted
 def test_far_from_its_centre_a_radial_layer_is_the_identity(implementation, device):
     z = torch.tensor([[1e25, 1.0], [-3e38, 3e38], [1.0, 2.0]], device=device)
     _, center, alpha, beta = inputs("radial", (1, 2), 1, False, F32, device)
@@ -274,6 +284,7 @@ def test_no_layers_are_the_identity(implementation, device, kind, own, dtype):
     assert torch.equal(by_z, torch.ones_like(z))
 
 
+@uninterpreted
 @pytest.mark.parametrize(("shape", "own"), [((0, 2), False), ((0, 2), True), ((3, 0, 2), True), ((3, 0, 2), False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_give_none_and_gradients_of_zero(implementation, device, kind, shape, own):
@@ -284,6 +295,7 @@ def test_no_rows_give_none_and_gradients_of_zero(implementation, device, kind, s
     assert all(g.shape == t.shape and not g.any() for g, t in zip(found, leaves, strict=True))
 
 
+@uninterpreted
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,6 +324,7 @@ def test_gradients_to_second_order(implementation, device, kind, shape, own):
     assert torch.autograd.gradgradcheck(FLOWS[kind], tensors)
 
 
+@uninterpreted
 @kernels
 @pytest.mark.parametrize(("kind", "own"), [("planar", False), ("radial", True)])
 def test_torch_finds_nothing_amiss(functions, device, kind, own):
@@ -324,6 +337,7 @@ def test_torch_finds_nothing_amiss(functions, device, kind, own):
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
+@uninterpreted
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_stride_gives_the_same_and_inputs_are_left_alone(implementation, device, kind, dtype):
@@ -362,6 +376,7 @@ def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(function
         assert all(torch.equal(a, bits(b)) for a, b in zip(first, run(threads), strict=True))
 
 
+@uninterpreted
 def test_under_autocast_the_widest_dtype_is_taken(implementation, device):
     z, *parameters = inputs("planar", (3, 2), 2, False, F32, device)
     with torch.autocast(device, dtype=BF16):

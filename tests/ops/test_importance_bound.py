@@ -9,7 +9,7 @@ from torch.distributions import Normal
 
 from genkernels import ops
 from genkernels.reference import importance_bound as reference
-from tests.checks import assert_as_accurate, bits, draw, off_address, strided
+from tests.checks import assert_as_accurate, bits, draw, off_address, opcheck_backward, strided
 
 F64, F32, BF16, F16 = DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = math.inf, math.nan
@@ -237,8 +237,8 @@ def test_torch_finds_nothing_amiss(functions, device):
     )
     weights, bound = log_w.detach().softmax(1).requires_grad_(), torch.ones(2, dtype=F64, device=device)
     torch.library.opcheck(functions.importance_bound, (log_w,))
-    torch.library.opcheck(functions.importance_bound_backward, (bound, ratio, weights, weights.detach()))
-    torch.library.opcheck(functions.importance_bound_backward, (None, ratio.float(), weights.float(), mean.bfloat16()))
+    opcheck_backward(functions.importance_bound_backward, (bound, ratio, weights, weights.detach()))
+    opcheck_backward(functions.importance_bound_backward, (None, ratio.float(), weights.float(), mean.bfloat16()))
     held = noise.detach()
     torch.library.opcheck(functions.gaussian_reparameterize, (held, mean, log_scale, True, False))
     torch.library.opcheck(functions.gaussian_reparameterize_backward, (noise, ratio, held, mean, log_scale, True, True))

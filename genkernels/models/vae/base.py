@@ -74,6 +74,20 @@ class VariationalModel(Model):
         posterior: `genkernels.models.vae.posteriors`. likelihood: `genkernels.models.vae.likelihoods`.
         latent: size of z. importance: k, of a bound that is not told another.
         shape, grey_levels, num_classes: as for `Model`.
+
+    A class of one's own says in `losses` what it minimises; its parts may be any of this shape.
+
+    Example:
+        >>> import torch, genkernels as gk
+        >>> from genkernels.models.vae import likelihoods, posteriors
+        >>> class Net(torch.nn.Linear):
+        ...     def forward(self, x, y=None):
+        ...         return super().forward(x)
+        >>> q = posteriors.IAFPosterior(features=8, latent=2, flows=1, width=16)
+        >>> rated = likelihoods.Gaussian("Mine", (4,), None)
+        >>> model = gk.models.VariationalModel(Net(4, 8), q, Net(2, rated.outputs), rated, latent=2, shape=(4,))
+        >>> model.log_bound(torch.randn(3, 4), importance=10).shape
+        torch.Size([3])
     """
 
     def __init__(
@@ -162,7 +176,7 @@ class VariationalModel(Model):
         self._check_draws(k, chunk)
         parameters = self.posterior_of(target, y)
         exact = self.posterior.kl(parameters).sum(1) if self.posterior.has_kl else None
-        if k == 1:
+        if k == 1 and estimator == "iwae":
             z, ratio = self.posterior.draw(parameters, self._noise(len(target), 1, generator))
             log_likelihood, kl = self.log_likelihood(target, z, y).squeeze(1), -ratio.squeeze(1)
             kl = kl if exact is None else exact
@@ -179,6 +193,21 @@ class VariationalModel(Model):
 
     def _scale(self) -> float:
         return 1 / (self.dim * math.log(2)) if self.unit == "bits/dim" else 1.0
+
+    @torch.no_grad()
+    def begin(self, x: Tensor, y: Tensor) -> None:
+        """Sets the decoder's last bias so that it begins at the mean of binary data (as Burda et al. 2016): from 0 the
+        first thousand steps go into little else. Other decoders begin as they are."""
+        self._check_shape(x)
+        start = self.likelihood.start(x.to(self._like.device))
+        layers = [m for m in self.decoder.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.bias is not None]
+        if start is None or not layers:
+            return
+        bias = layers[-1].bias
+        if bias.numel() == start.numel():
+            bias.copy_(start.flatten())
+        elif bias.numel() == len(start):  # one a channel
+            bias.copy_(torch.logit(start.sigmoid().flatten(1).mean(1)))
 
     # --- judgement, samples, pictures -----------------------------------------------------------------------------
 

@@ -54,6 +54,10 @@ class Likelihood(nn.Module):
         """A target as `mean` shows what is made of it: images with grey levels as floats in [0, 1]."""
         return target if self.grey_levels is None else (target + 1) / 2
 
+    def start(self, x: Tensor) -> Tensor | None:
+        """Outputs, ``[outputs, *spatial]``, whose mean is that of data x; None where it does not matter."""
+        return None
+
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Nats, ``[N, K]``, fp32 or wider: each target, ``[N, *shape]``, under K outputs ``[N, K, outputs, *spatial]``
         of a decoder."""
@@ -95,6 +99,16 @@ class Bernoulli(Likelihood):
         self.outputs = shape[0]
 
     def target(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        p = self._probabilities(x)
+        drawn = (uniform(p.shape, p.dtype, p.device, generator) < p).to(p.dtype)
+        return torch.where(p.isnan(), p, drawn)  # what is no number is neither 0 nor 1
+
+    def start(self, x: Tensor) -> Tensor:
+        # half an example of either kind more: no pixel is certain from the start
+        count = len(x)
+        return torch.logit((self._probabilities(x).double().mean(0) * count + 0.5) / (count + 1)).float()
+
+    def _probabilities(self, x: Tensor) -> Tensor:
         if self.grey_levels is None:
             if not x.is_floating_point():
                 raise TypeError(f"{self.model}: x must be floats in [0, 1], without grey levels, got {x.dtype}")
@@ -104,8 +118,7 @@ class Bernoulli(Likelihood):
         else:
             index = level_indices(self.model, x, self.grey_levels, "its binarisation has no gradient")
             p = index.to(torch.float32) / (self.grey_levels - 1)
-        drawn = (uniform(p.shape, p.dtype, p.device, generator) < p).to(p.dtype)
-        return torch.where(p.isnan(), p, drawn)  # what is no number is neither 0 nor 1
+        return p
 
     def shown(self, target: Tensor) -> Tensor:
         return target
