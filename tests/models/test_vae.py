@@ -501,3 +501,17 @@ def test_the_preset_of_the_papers_network(name):
     assert model.likelihood.kind == "bernoulli" and model.latent == 50
     assert kind.presets["mnist"].training["batch_size"] == 20
     assert gk.models.VAE.presets.keys() == {"points", "digits", "photos32", "mnist"}
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_binary_data_begin_at_their_mean(network):
+    """The decoder of a run's start, at its bias, has the mean of what was seen, pixel by pixel or channel by channel."""
+    model = gk.models.VAE(shape=(1, 8, 8), grey_levels=17, likelihood="bernoulli", network=network, width=8, latent=2)
+    x = torch.randint(17, (400, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    x[:, :, :, 0] = 0
+    model.begin(x, torch.zeros(400))
+    (bias,) = [m.bias for m in model.decoder.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][-1:]
+    mean = x.double().mean(0) / 16
+    mean = mean if network == "mlp" else mean.mean((1, 2))
+    torch.testing.assert_close(bias.sigmoid().double().flatten(), mean.flatten(), rtol=0, atol=3e-3)
+    assert bias.isfinite().all()  # where a pixel is always black

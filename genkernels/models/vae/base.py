@@ -69,7 +69,7 @@ class VariationalModel(Model):
         F_1(x) = E \ln p(x|z) - KL(q(z|x)\,\|\,N(0, 1)).
 
     Args:
-        encoder: ``h = encoder(x, y)``, x as the target of `likelihood`. decoder: ``decoder(z, y)`` gives the outputs that
+        encoder: ``h = encoder(x, y)``, x a target of `likelihood`. decoder: ``decoder(z, y)`` gives the outputs that
             `likelihood` rates, z ``[M, latent]``. y is None where the model has no classes.
         posterior: `genkernels.models.vae.posteriors`. likelihood: `genkernels.models.vae.likelihoods`.
         latent: size of z. importance: k, of a bound that is not told another.
