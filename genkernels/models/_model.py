@@ -239,6 +239,10 @@ class Model(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it minimises: define losses")
 
+    def begin(self, x: Tensor, y: Tensor) -> None:
+        """What is set from data before the first step of a run: given the examples of its first batches, some
+        `genkernels.training.session.BEGIN` of them. Nothing, by default."""
+
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
         """Figures of merit over held-out batches ``(x, y)`` on the model's device, by name; the first decides which
         weights are the best. Keyword arguments that a model adds are options of ``genkernels eval --set``."""

@@ -26,6 +26,11 @@ _LINES = {
     "r3gan": "gan.r3gan:R3GAN",
     "bigan": "gan.bigan:BiGAN",
     "cyclegan": "gan.cyclegan:CycleGAN",
+    "vae": "vae.vae:VAE",
+    "iwae": "vae.iwae:IWAE",
+    "hierarchicalvae": "vae.hierarchical:HierarchicalVAE",
+    "pixelvae": "vae.hierarchical:PixelVAE",
+    "avade": "vae.avade:AVADE",
 }
 
 #: What else ``genkernels.models`` offers: the classes to build models of one's own on.
@@ -35,6 +40,7 @@ _BASES = {
     "FlowModel": "flows.base",
     "PixelModel": "autoregressive.base",
     "AdversarialModel": "gan.base",
+    "VariationalModel": "vae.base",
     "Player": "_model",
     "Estimate": "_model",
     "Preset": "_model",

@@ -1,4 +1,5 @@
-"""One of two processes: the gradients of a critic's penalty and of its step under DistributedDataParallel.
+"""One of two processes: the gradients of a critic's penalty and of its step, and of an importance-weighted bound, under
+DistributedDataParallel.
 
     python -m tests.losses.ddp_rank RANK STORE RESULT
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genkernels.losses import critic_step, gradient_penalty
-from tests.losses import definitions
+from tests.losses import definitions, importance_rank
 from tests.ops.ddp_rank import HALVES, by_hook, main
 
 NETWORKS = ("critic", "mlp SiLU", "mlp LipSwish")
@@ -84,7 +85,7 @@ def all_wrong(rank: int) -> dict[str, str]:
         if WAYS[network] == "double backward" and name == "the penalty":
             continue
         found[f"{network}, {name}, a wrapped critic, compiled"] = wrong(network, name, True, True, rank, compiled=True)
-    return found
+    return found | importance_rank.all_wrong(rank)
 
 
 if __name__ == "__main__":
