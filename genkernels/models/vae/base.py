@@ -67,7 +67,7 @@ class VariationalModel(Model):
         F_1(x) = E \ln p(x|z) - KL(q(z|x)\,\|\,N(0, 1)).
 
     Args:
-        encoder: ``h = encoder(x, y)``, x as `likelihood` shows it. decoder: ``decoder(z, y)`` gives the outputs that
+        encoder: ``h = encoder(x, y)``, x the likelihood's target. decoder: ``decoder(z, y)`` gives the outputs that
             `likelihood` rates, z ``[M, latent]``. y is None where the model has no classes.
         posterior: `genkernels.models.vae.posteriors`. likelihood: `genkernels.models.vae.likelihoods`.
         latent: size of z. importance: k, of a bound that is not told another.
@@ -155,7 +155,7 @@ class VariationalModel(Model):
 
     def posterior_of(self, target: Tensor, y: Tensor | None = None) -> Parameters:
         """The parameters of q(z|x)."""
-        return self.posterior(self.encoder(self.likelihood.seen(target).to(self._like.dtype), y))
+        return self.posterior(self.encoder(target.to(self._like.dtype), y))
 
     def _prepared(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         self._check_shape(x)
@@ -264,17 +264,15 @@ class VariationalModel(Model):
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Examples as the encoder sees them, and E[x|z] at the latents that their posteriors give without noise; both
-        ``[N, *shape]``, images as floats in [0, 1]."""
+        """Examples as they are rated, binarised ones as drawn, and E[x|z] at the latents that their posteriors give
+        without noise; both ``[N, *shape]``, images as floats in [0, 1]."""
         target, labels = self._prepared(x, y, generator)
         with in_mode(self, training=False):
             z = self.posterior.mean(self.posterior_of(target, labels))
-            seen = self.likelihood.seen(target)
-            shown = seen if self.grey_levels is None and self.likelihood.kind != "bernoulli" else (seen + 1) / 2
-            return shown, self.likelihood.mean(self.decoder(z, labels))
+            return self.likelihood.shown(target), self.likelihood.mean(self.decoder(z, labels))
 
     def pictures(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``reconstructions``: each image, as the encoder sees it, beside the decoder's mean; none of points."""
+        """``reconstructions``: each image, as it is rated, beside the decoder's mean; none of points."""
         if len(self.shape) == 1:
             return {}
         return {"reconstructions": torch.cat(self.reconstruct(x, y, generator), 3)}
