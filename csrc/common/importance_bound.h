@@ -77,9 +77,8 @@ std::tuple<Tensor, Tensor> importance_bound(Tensor log_w) {
   const ScalarType work = arithmetic_dtype(log_w);
   Tensor bound = empty(log_w, {rows.count}, work), weights = empty(log_w, {rows.count, rows.length}, work);
   if (log_w.numel() == 0) return {bound, weights};
-  with_dtype<float, double, BFloat16, Half>("importance_bound: log_w", log_w, [&]<typename S>() {
-    Backend::template bound<S>(rows, log_w, bound, weights);
-  });
+  with_dtype<float, double, BFloat16, Half>(
+      "importance_bound: log_w", log_w, [&]<typename S>() { Backend::template bound<S>(rows, log_w, bound, weights); });
   return {bound, weights};
 }
 

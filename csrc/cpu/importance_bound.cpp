@@ -1,12 +1,13 @@
-// The importance-weighted bound and the Gaussian terms under it on the CPU; genkernels/reference/importance_bound.py has
-// the maths, csrc/common/importance_bound.h its arithmetic.
+// The importance-weighted bound and the Gaussian terms under it on the CPU; genkernels/reference/importance_bound.py
+// has the maths, csrc/common/importance_bound.h its arithmetic.
 //
 // The bound: rows among threads; a row's peak, then its exponentials, which lie where the weights will, then these. It
 // stays in the first cache. Backward: rows among threads, one pass, or two where the weights have a gradient.
 //
 // The Gaussian: blocks of samples of one example among threads, each of which finds the example's scales anew; a sample
 // is a row of D numbers, in tiles (rows.h). Backward: tiles of one example's columns among threads, which run down its
-// samples; kStep of them are added up in T, these sums in fp64. The numbers depend on no number of threads.
+// samples; kStep of them are added up in T, these sums in fp64, as are kStep runs of a row. Nothing depends on the
+// number of threads.
 //
 // Bytes: log-weights once, weights once; backward weights once, the gradient once. The Gaussian reads ε and writes z;
 // its backward reads ε and the gradient of z.
@@ -23,9 +24,9 @@ using importance::Samples;
 
 constexpr int64_t kStep = 16, kBlock = 4096;
 
-// Calls f(values, results, done) for runs of kSumLanes numbers of a row, each of which it takes to a result. The last one
-// goes back to fill its lanes, of which `done` are known already; where a row has fewer, −∞ stands before them. Rows are
-// short: number by number their rest would cost more than all that is whole.
+// Calls f(values, results, done) for runs of kSumLanes numbers of a row, each of which it takes to a result. The last
+// one goes back to fill its lanes, of which `done` are known already; where a row has fewer, −∞ stands before them.
+// Rows are short: number by number their rest would cost more than all that is whole.
 template <typename T, typename F>
 inline void for_each_run(const T* from, T* to, int64_t n, F&& f) {
   int64_t i = 0;
@@ -72,19 +73,24 @@ T peak_of(const T* values, int64_t n) {
   return joined(lane, [](T a, T b) __attribute__((always_inline)) { return importance::larger(a, b); });
 }
 
-// share = e^{ℓ − peak}, and their sum.
+// share = e^{ℓ − peak}, and their sum: of kStep runs in T, of these in fp64.
 template <typename T>
 T exponentials(const T* log_weight, T peak, int64_t n, T* share) {
-  alignas(64) T lane[kSumLanes] = {};
-  for_each_run(log_weight, share, n, [&](const T* from, T* to, int64_t done) __attribute__((always_inline)) {
+  double total = 0;
+  for (int64_t at = 0; at < n; at += kStep * kSumLanes) {
+    alignas(64) T lane[kSumLanes] = {};
+    for_each_run(log_weight + at, share + at, std::min(n - at, kStep * kSumLanes),
+                 [&](const T* from, T* to, int64_t done) __attribute__((always_inline)) {
 #pragma GCC ivdep
-    for (int64_t l = 0; l < kSumLanes; ++l) {
-      const T e = math::exp(from[l] - peak);
-      to[l] = e;
-      lane[l] += l < done ? T(0) : e;
-    }
-  });
-  return joined(lane, [](T a, T b) __attribute__((always_inline)) { return a + b; });
+                   for (int64_t l = 0; l < kSumLanes; ++l) {
+                     const T e = math::exp(from[l] - peak);
+                     to[l] = e;
+                     lane[l] += l < done ? T(0) : e;
+                   }
+                 });
+    total += joined(lane, [](T a, T b) __attribute__((always_inline)) { return a + b; });
+  }
+  return T(total);
 }
 
 // Calls f(std::bool_constant<...>{}...) with the flags as constants.

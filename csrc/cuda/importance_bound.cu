@@ -10,7 +10,7 @@ using importance::kDown;
 using importance::Options;
 using importance::Samples;
 
-// Blocks for rows of so many numbers, a group of threads a row: two numbers a thread, or more where 256 threads have to.
+// Blocks for rows of so many numbers, a group of threads a row: two numbers a thread, more where 256 threads have to.
 struct Shape {
   int64_t blocks;
   dim3 block;
@@ -49,7 +49,8 @@ struct Cuda {
     using T = arithmetic_t<S>;
     const Launcher launch("gaussian_reparameterize", noise);
     const Shape shape(samples.rows * samples.count, samples.width);
-    const auto kernel = prior ? importance::reparameterize_kernel<S, true> : importance::reparameterize_kernel<S, false>;
+    const auto kernel =
+        prior ? importance::reparameterize_kernel<S, true> : importance::reparameterize_kernel<S, false>;
     launch(kernel, shape.blocks, shape.block, samples, data<S>(noise), data<S>(mean), data<S>(log_scale),
            mutable_data<S>(z), mutable_data<T>(ratio));
   }

@@ -41,9 +41,9 @@ __device__ __forceinline__ T group_peak(T value) {
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads) bound_kernel(const Rows rows, const double log_count,
-                                                         const S* __restrict__ log_w,             // [N, K]
-                                                         arithmetic_t<S>* __restrict__ bound,     // [N]
-                                                         arithmetic_t<S>* __restrict__ weights    // [N, K]
+                                                         const S* __restrict__ log_w,           // [N, K]
+                                                         arithmetic_t<S>* __restrict__ bound,   // [N]
+                                                         arithmetic_t<S>* __restrict__ weights  // [N, K]
 ) {
   using T = arithmetic_t<S>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -86,19 +86,17 @@ __global__ void __launch_bounds__(kThreads)
   if (!there) return;
   const T slope = (by_bound ? by_bound[row] : T(0)) - product;
   for (int64_t k = threadIdx.x; k < rows.length; k += blockDim.x)
-    by_log_w[offset + k] =
-        static_cast<S>((by_weights ? slope + by_weights[offset + k] : slope) * weights[offset + k]);
+    by_log_w[offset + k] = static_cast<S>((by_weights ? slope + by_weights[offset + k] : slope) * weights[offset + k]);
 }
 
 template <typename S, bool kPrior>
-__global__ void __launch_bounds__(kThreads)
-    reparameterize_kernel(const Samples samples,
-                          const S* __restrict__ noise,           // [N, K, D]
-                          const S* __restrict__ mean,            // [N, D]
-                          const S* __restrict__ log_scale,       // [N, D]
-                          S* __restrict__ z,                     // [N, K, D]
-                          arithmetic_t<S>* __restrict__ ratio    // [N, K]
-    ) {
+__global__ void __launch_bounds__(kThreads) reparameterize_kernel(const Samples samples,
+                                                                  const S* __restrict__ noise,         // [N, K, D]
+                                                                  const S* __restrict__ mean,          // [N, D]
+                                                                  const S* __restrict__ log_scale,     // [N, D]
+                                                                  S* __restrict__ z,                   // [N, K, D]
+                                                                  arithmetic_t<S>* __restrict__ ratio  // [N, K]
+) {
   using T = arithmetic_t<S>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool there = row < samples.rows * samples.count;
