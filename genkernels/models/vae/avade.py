@@ -237,11 +237,11 @@ class FeatureGaussian(Gaussian):
 
     def mean(self, outputs: Tensor) -> Tensor:
         """The image whose features are the means."""
-        return self._shown(self.images(outputs, 0.0))
+        return self._levels(self.images(outputs, 0.0))
 
     def draw(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean = self._split(outputs, 1)[0]
-        return self._shown(self.images(outputs, normal(mean.shape, mean.dtype, mean.device, generator)))
+        return self._levels(self.images(outputs, normal(mean.shape, mean.dtype, mean.device, generator)))
 
     def levels(self, x: Tensor) -> Tensor:
         """Images as floats in [0, 1], bytes at their levels."""

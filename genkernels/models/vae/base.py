@@ -284,15 +284,15 @@ class VariationalModel(Model):
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Examples as the encoder sees them, and E[x|z] at the latents that their posteriors give without noise; both
-        ``[N, *shape]``, images as floats in [0, 1]."""
+        """Examples as they are rated, binarised ones as drawn, and E[x|z] at the latents that their posteriors give
+        without noise; both ``[N, *shape]``, images as floats in [0, 1]."""
         target, labels = self._prepared(x, y, generator)
         with in_mode(self, training=False):
             z = self.posterior.mean(self.posterior_of(target, labels))
             return self.likelihood.shown(target), self.likelihood.mean(self.decoder(z, labels))
 
     def pictures(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``reconstructions``: each image, as the encoder sees it, beside the decoder's mean; none of points."""
+        """``reconstructions``: each image, as it is rated, beside the decoder's mean; none of points."""
         if len(self.shape) == 1:
             return {}
         return {"reconstructions": torch.cat(self.reconstruct(x, y, generator), 3)}

@@ -47,12 +47,13 @@ class Likelihood(nn.Module):
         self.model, self.shape, self.grey_levels = model, shape, grey_levels
 
     def target(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Data as they are rated, ``[N, *shape]`` floats; random for binarised and dequantised images."""
+        """Data as they are rated and as an encoder sees them, ``[N, *shape]`` floats; random for binarised and
+        dequantised images."""
         raise NotImplementedError
 
     def shown(self, target: Tensor) -> Tensor:
-        """A target as `mean` shows what is made of it: images with grey levels as floats in [0, 1]."""
-        return target if self.grey_levels is None else (target + 1) / 2
+        """A target as a picture: images with grey levels as floats in [0, 1]."""
+        return target
 
     def start(self, x: Tensor) -> Tensor | None:
         """Outputs, ``[outputs, *spatial]``, whose mean is that of data x; None where it does not matter."""
@@ -83,7 +84,8 @@ class Likelihood(nn.Module):
 
 class Bernoulli(Likelihood):
     r"""Each pixel is 1 with probability σ(output). Grey images are binarised anew at each call, a pixel being 1 with
-    probability its grey level: then the best output is that level, and few images last longer.
+    probability its grey level: then the best output is that level, and few images last longer. The encoder sees 0 and
+    1: on a background of −1 each of Adam's steps would move a unit by as much as there are pixels.
 
     .. math:: \log p(x|z) = \sum_i x_i o_i - \mathrm{softplus}(o_i)
 
@@ -119,9 +121,6 @@ class Bernoulli(Likelihood):
             index = level_indices(self.model, x, self.grey_levels, "its binarisation has no gradient")
             p = index.to(torch.float32) / (self.grey_levels - 1)
         return p
-
-    def shown(self, target: Tensor) -> Tensor:
-        return target
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         outputs = self._wide(outputs)
@@ -164,18 +163,21 @@ class Gaussian(Likelihood):
         nats = -0.5 * scaled.square() - log_scale - 0.5 * math.log(2 * math.pi)
         return nats.flatten(2).sum(2) + self.offset
 
+    def shown(self, target: Tensor) -> Tensor:
+        return self._levels(target)
+
     def mean(self, outputs: Tensor) -> Tensor:
-        return self._shown(self._split(outputs, 1)[0])
+        return self._levels(self._split(outputs, 1)[0])
 
     def draw(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean, log_scale = self._split(outputs, 1)
-        return self._shown(mean + log_scale.exp() * normal(mean.shape, mean.dtype, mean.device, generator))
+        return self._levels(mean + log_scale.exp() * normal(mean.shape, mean.dtype, mean.device, generator))
 
     def _split(self, outputs: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         mean, log_scale = self._wide(outputs).chunk(2, dim)
         return mean, log_scale.clamp(min=LEAST_LOG_SCALE)
 
-    def _shown(self, x: Tensor) -> Tensor:
+    def _levels(self, x: Tensor) -> Tensor:
         if self.grey_levels is None:
             return x
         level = (x + 1) * (self.grey_levels / 2) - 0.5  # a level's share of [-1, 1) has its middle there
@@ -206,6 +208,9 @@ class DiscretizedLogistic(Likelihood):
     def target(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         index = level_indices(self.model, x, self.grey_levels, "its probability has no gradient")
         return index.to(torch.float32) * (2 / (self.grey_levels - 1)) - 1
+
+    def shown(self, target: Tensor) -> Tensor:
+        return (target + 1) / 2
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         count, samples = outputs.shape[:2]

@@ -82,6 +82,9 @@ class PixelCNNLikelihood(Likelihood):
         index = level_indices(self.model, x, self.grey_levels, "its probability has no gradient")
         return index.to(torch.float32) * (2 / (self.grey_levels - 1)) - 1
 
+    def shown(self, target: Tensor) -> Tensor:
+        return (target + 1) / 2
+
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         count, samples = outputs.shape[:2]
         target = target.unsqueeze(1).expand(-1, samples, *self.shape).flatten(0, 1)
