@@ -505,8 +505,9 @@ def test_the_preset_of_the_papers_network(name):
 
 @pytest.mark.parametrize("network", ["mlp", "conv"])
 def test_binary_data_begin_at_their_mean(network):
-    """The decoder of a run's start, at its bias, has the mean of what was seen, pixel by pixel or channel by channel."""
-    model = gk.models.VAE(shape=(1, 8, 8), grey_levels=17, likelihood="bernoulli", network=network, width=8, latent=2)
+    """The decoder of a run's start has at its bias the mean of what was seen, pixel by pixel or channel by channel."""
+    sizes = {"shape": (1, 8, 8), "grey_levels": 17, "width": 8, "latent": 2}
+    model = gk.models.VAE(**sizes, likelihood="bernoulli", network=network)
     x = torch.randint(17, (400, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     x[:, :, :, 0] = 0
     model.begin(x, torch.zeros(400))
