@@ -240,8 +240,8 @@ class Model(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say what it minimises: define losses")
 
     def begin(self, x: Tensor, y: Tensor) -> None:
-        """What is set from data before the first step of a run: given the examples of its first batches, some
-        `genkernels.training.session.BEGIN` of them. Nothing, by default."""
+        """What is set from data before the first step of a run: from its first batches, a thousand examples and more
+        where there are so many. Nothing, by default."""
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
         """Figures of merit over held-out batches ``(x, y)`` on the model's device, by name; the first decides which

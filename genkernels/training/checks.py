@@ -9,14 +9,11 @@ import torch
 from genkernels._config import TrainConfig
 from genkernels._files import named_by
 from genkernels._words import UsageError, memory_ran_out
-from genkernels.data import Form
-from genkernels.models._model import check_domains
 from genkernels.nn.reversible import NotRebuilt
 
 
-def check_model(model: torch.nn.Module, form: Form) -> None:
-    """That it says what training asks it, that each player has something to train, and that it takes as many domains
-    as the data have."""
+def check_model(model: torch.nn.Module) -> None:
+    """That it says what training asks it, and that each player has something to train."""
     needed = ("players", "losses", "evaluate", "sample", "pictures")
     if missing := [name for name in needed if not callable(getattr(model, name, None))]:
         raise UsageError(
@@ -25,7 +22,6 @@ def check_model(model: torch.nn.Module, form: Form) -> None:
     for name, player in model.players().items():
         if not any(p.requires_grad for p in player.module.parameters()):
             raise UsageError(f"{type(model).__name__}: player {name!r} must have a parameter to train, it has none")
-    check_domains(type(model), form)
 
 
 def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:

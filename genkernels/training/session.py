@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from genkernels.data import DataBundle
     from genkernels.models import Model, Player
 
-BEGIN = 1000  # examples that a model sees before the first step, whole batches of them
 SAVE_SECONDS = 300.0  # what a killed run may lose at most, where checkpoint_every is left open
 
 
@@ -120,7 +119,7 @@ class Session:
         due.save = due.save or due.stop or (self.config.checkpoint_every is None and agree(late, all=False))
 
     def _begin(self, players: dict[str, Player]) -> None:
-        order, many = self.order(0), min(-(-BEGIN // self.config.batch_size), self.total)
+        order, many = self.order(0), min(-(-1000 // self.config.batch_size), self.total)
         if first := [fetch(self.bundle.train, order.batch(i)) for i in range(many)]:
             self.model.begin(*self.fabric.to_device(tuple(map(torch.cat, zip(*first, strict=True)))))
         if self.fabric.world_size > 1:
