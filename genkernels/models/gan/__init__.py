@@ -31,9 +31,9 @@ digits, those of ``r3gan`` at step 600 were rougher):
 weights. A critic's loss takes three passes for each of its two batches. Beside it WGAN-GP's penalty takes six by double
 backward and four here, so that the critic's step falls from 12 to 10; R1 and R2 take it from 12 to 8, as four passes
 serve loss and penalty of a batch. The generator's passes stay. That bounds what arithmetic can save of a whole step, as
-``genkernels bench training_step`` has it: the ratio of the floating-point operations of both ways comes first. Behind it
-stands what was measured, the ratio of the medians of processor time, from interleaved steps of both in one process, one
-thread of a CPU that others used too, fp32, torch 2.13:
+``genkernels bench training_step`` has it: the ratio of the floating-point operations of both ways comes first. Behind
+it stands what was measured, the ratio of the medians of processor time, from interleaved steps of both in one process,
+one thread of a CPU that others used too, fp32, torch 2.13:
 
 - ``wgangp``: points 1.17, measured 1.07; digits 1.17, measured 1.17; photos32 1.17, measured 1.26;
 - ``r3gan``: points 1.26, measured 1.15; digits 1.19, measured 1.48; photos32 1.15, measured 1.77;
