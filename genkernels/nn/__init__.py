@@ -8,6 +8,7 @@ from genkernels.nn.autoregressive import AutoregressiveTransform, InverseAutoreg
 from genkernels.nn.bias_leaky_relu import BiasLeakyReLU
 from genkernels.nn.conv_zeros import Conv2dZeros
 from genkernels.nn.dequantize import Dequantize, Logit
+from genkernels.nn.elementary_flows import PlanarFlow, RadialFlow
 from genkernels.nn.filtered import FilteredDownsample, FilteredUpsample
 from genkernels.nn.invertible_conv import InvertibleConv1x1
 from genkernels.nn.invertible_residual import InvertibleResidual
@@ -45,7 +46,9 @@ __all__ = [
     "Logit",
     "MaskedConv2d",
     "MaskedLinear",
+    "PlanarFlow",
     "Prior",
+    "RadialFlow",
     "Split",
     "Squeeze",
     "certify",

@@ -1,5 +1,5 @@
 """Pictures: images as a `sheet` of enlarged tiles, points as a `scatter` plot, losses as `curves`, matrices as
-`heatmaps`, curves side by side as `panels`, results as a `table`, and `save`.
+`heatmaps`, densities of the plane as `densities`, curves side by side as `panels`, results as a `table`, and `save`.
 
 Each gives pixels, ``[H, W]`` or ``[H, W, 3]`` bytes, which `save` writes and TensorBoard takes. Needs Pillow, and
 matplotlib for plots and for text; both are imported when something is drawn. `why_not` says early what is missing.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from genkernels.pictures.densities import densities
 from genkernels.pictures.files import save, why_not
 from genkernels.pictures.heatmaps import heatmaps
 from genkernels.pictures.panels import panels
@@ -17,7 +18,7 @@ from genkernels.pictures.plots import curves, scatter
 from genkernels.pictures.sheets import sheet
 from genkernels.pictures.tables import table
 
-__all__ = ["curves", "draw", "heatmaps", "panels", "save", "scatter", "sheet", "table", "why_not"]
+__all__ = ["curves", "densities", "draw", "heatmaps", "panels", "save", "scatter", "sheet", "table", "why_not"]
 
 
 def draw(samples: Tensor, real: Tensor | None = None) -> np.ndarray:

@@ -237,7 +237,7 @@ def test_a_weight_of_zeros_stays_finite_and_recovers(implementation, device, cas
     assert torch.equal(out.u[0], u[0]) and torch.equal(out.v[0], v[0])
     grad = torch.ones_like(zero)
     assert torch.equal(torch.autograd.grad(out.weights[0], zero, grad)[0], grad)
-    iterations = implementation.some([300], interpreted=[3])[0]
+    iterations = implementation.some([30], interpreted=[3])[0]
     again = ops.spectral_norm(weights, out.u, out.v, g, iterations=iterations)
     expected = reference.spectral_norm(weights, u, v, reference.as_plan(g), iterations)
     torch.testing.assert_close(again.sigma, expected[-1])
@@ -399,7 +399,8 @@ def test_gradients_of_first_and_second_order(implementation, device):
         )
         leaf = weights[0].requires_grad_()
         assert torch.autograd.gradcheck(function, (leaf,))
-        assert torch.autograd.gradgradcheck(function, (leaf,))
+        # of hundreds of weights along random directions
+        assert torch.autograd.gradgradcheck(function, (leaf,), fast_mode=case in CONVOLUTIONS)
 
 
 @pytest.mark.implementations(only=("cpu",))

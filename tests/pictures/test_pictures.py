@@ -190,6 +190,25 @@ def test_heatmaps_leave_exact_zeros_white():
             pictures.heatmaps(wrong)
 
 
+def test_densities_have_one_scale_a_row_and_y_upwards():
+    pytest.importorskip("matplotlib")
+    high, low = torch.zeros(8, 8), torch.zeros(8, 8)
+    high[6:, :2], low[6:, :2] = 2.0, 1.0
+    page = pictures.densities({"U": {"true": high, "fit": high}}, captions={("U", "fit"): "KL 0"}, title="t", note="n")
+    other = pictures.densities({"U": {"true": high, "fit": low}}, captions={("U", "fit"): "KL 0"}, title="t", note="n")
+    largest, least = (np.argwhere((page == colour).all(2)) for colour in ((251, 252, 191), (0, 0, 3)))
+    middle = page.shape[1] // 2
+    assert page.shape == other.shape and (page[:, :middle] == other[:, :middle]).all() and (page != other).any()
+    assert len(largest) and largest[:, 0].max() < least[:, 0].mean() < least[:, 0].max(), "the first rows lie below"
+    for wrong, words in (
+        ({}, "rows must have the same columns"),
+        ({"a": {"x": high}, "b": {"y": high}}, "rows must have the same columns"),
+        ({"a": {"x": torch.ones(3)}}, r"a panel must be \[height, width\], got \[3\]"),
+    ):
+        with pytest.raises(ValueError, match=f"densities: {words}"):
+            pictures.densities(wrong)
+
+
 def test_panels_share_colours_by_name_and_draw_what_is_exact_in_grey():
     pytest.importorskip("matplotlib")
     curve = ([0.0, 1.0, 2.0], [1.0, float("inf"), 3.0])
