@@ -138,13 +138,13 @@ struct PlanarConstraint {
 struct Planar {
   static constexpr const char* kName = "planar_flow";
   static constexpr int kVectors = 2;  // parameters [.., D]; the others of the three are [..]
-  static int64_t sums(int64_t features) { return 2 * features + 2; }
+  GK_HOST_DEVICE static inline int64_t sums(int64_t features) { return 2 * features + 2; }
 };
 
 struct Radial {
   static constexpr const char* kName = "radial_flow";
   static constexpr int kVectors = 1;
-  static int64_t sums(int64_t features) { return features + 2; }
+  GK_HOST_DEVICE static inline int64_t sums(int64_t features) { return features + 2; }
 };
 
 // Numbers of a layer in parameter j, and in all three.

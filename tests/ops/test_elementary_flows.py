@@ -32,7 +32,6 @@ SIZES = [
 ]
 FEW = [(size, F32) for size in (SIZES[2], SIZES[4], SIZES[6])] + [(SIZES[5], F64), (SIZES[5], BF16)]
 FEWEST = [(SIZES[1], F32), (SIZES[9], F64), (SIZES[9], BF16)]
-kernels = pytest.mark.implementations(reference=False)
 uninterpreted = pytest.mark.implementations(when=lambda i, **given: not i.is_interpreted)
 
 
@@ -324,8 +323,7 @@ def test_gradients_to_second_order(implementation, device, kind, shape, own):
     assert torch.autograd.gradgradcheck(FLOWS[kind], tensors)
 
 
-@uninterpreted
-@kernels
+@pytest.mark.implementations(reference=False, slow=False)
 @pytest.mark.parametrize(("kind", "own"), [("planar", False), ("radial", True)])
 def test_torch_finds_nothing_amiss(functions, device, kind, own):
     tensors = [t.requires_grad_() for t in inputs(kind, (3, 2, 2), 2, own, device=device)]
