@@ -105,3 +105,13 @@ def beside_forbidden_memory(tensor: Tensor, after: bool) -> Tensor:
     begin = room + pages - size if after else room + page
     copy = torch.frombuffer((ctypes.c_char * size).from_address(begin), dtype=tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
+
+
+def opcheck_backward(op, arguments: Sequence) -> None:
+    """``torch.library.opcheck`` of an operator whose gradient is its reference's: traced at the sizes given.
+
+    By symbolic sizes tracing a whole reference and its derivative takes torch up to half a minute; that the kit's way
+    through a reference bears them is tested once, on a small operator (`tests/ops/test_operator_kit.py`).
+    """
+    kinds = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(op, tuple(arguments), test_utils=kinds)

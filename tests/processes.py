@@ -66,7 +66,7 @@ class Command:
         handle, name = tempfile.mkstemp(suffix=".stderr")
         os.close(handle)
         self._stderr = Path(name)
-        self._process = context.Process(target=_run, args=(argv, before, name, os.getcwd()))
+        self._process = context.Process(target=_run, args=(argv, before, name, os.getcwd(), _threads()))
         self._process.start()
 
     @property
@@ -88,7 +88,13 @@ class Command:
         return self._process.exitcode
 
 
-def _run(argv: tuple[str, ...], before: Callable[[], None] | None, stderr: str, folder: str) -> None:
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _run(argv: tuple[str, ...], before: Callable[[], None] | None, stderr: str, folder: str, threads: int) -> None:
     threading.Thread(target=_end_with_test, daemon=True).start()
     os.chdir(folder)
     for path, number in ((os.devnull, 1), (stderr, 2)):
@@ -99,7 +105,7 @@ def _run(argv: tuple[str, ...], before: Callable[[], None] | None, stderr: str, 
 
     from genkernels.cli import main
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # the test's own: their sums are then the same, bit for bit
     if before:
         before()
     sys.exit(main(list(argv)))

@@ -68,12 +68,13 @@ ROOMS = {
 }
 
 #: Pages that tell of a base class say what its models have in common.
-BASES = ("Model", "LikelihoodModel", "FlowModel", "PixelModel", "AdversarialModel")
+BASES = ("Model", "LikelihoodModel", "FlowModel", "PixelModel", "AdversarialModel", "VariationalModel")
 
 FAMILIES = {
     "flows": "Normalizing flows",
     "autoregressive": "Autoregressive models",
     "gan": "Generative adversarial networks",
+    "vae": "Variational autoencoders",
 }
 
 

@@ -299,7 +299,7 @@ def draw(case: StepCase, device: torch.device) -> StepProblem:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
-        batches, several = batches_of(case, model, device), not hasattr(model, "loss")
+        batches, several = batches_of(case, model, device), len(model.players()) > 1
         if several:
             batches = batches[: math.ceil(len(batches) / period(model))]
         with use_backend("reference"):
@@ -332,7 +332,11 @@ class StepProvider:
         if self.compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise Unavailable("needs a C++ compiler (g++) on the CPU, and none was found")
         if self.compiled and not hasattr(problem.model, "loss"):
-            raise Unavailable("takes one graph, which a critic's step is not: torch.compile cannot differentiate twice")
+            if len(problem.model.players()) > 1:
+                why = "a critic's step is not: torch.compile cannot differentiate twice"
+            else:
+                why = "the model's loss is not: it is called outside of what torch.compile records"
+            raise Unavailable(f"takes one graph, which {why}")
         if self.backend == "auto":
             kernels = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
             reasons = [why_missing(name) for name in kernels]

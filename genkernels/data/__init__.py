@@ -4,7 +4,7 @@
 >>> bundle = data.load("moons", seed=0)
 >>> x, y = bundle.take("test", 3)
 >>> x.shape, bundle.form
-(torch.Size([3, 2]), Form(shape=(2,), grey_levels=None, num_classes=2))
+(torch.Size([3, 2]), Form(shape=(2,), grey_levels=None, num_classes=2, domains=1))
 
 The rules of a user's own data, ``folder:``, ``npz:`` and ``hf:``, are those of the modules `genkernels.data.folder`,
 `.npz`, `.hub` and, for pictures, `.images`; `docs/data.md` has them on one page.
@@ -36,6 +36,10 @@ NAMES: dict[str, str] = {
     "folder:A,B[?size=S]": "images of two domains, which nobody has paired",
     "npz:PATH[?layout=nchw|nhwc]": "your arrays x or x_train, x_test, with labels y or y_train, y_test",
 }
+
+#: What others, and presets of models, call a set of points.
+_ALSO_CALLED = {"ring2d": "eight_gaussians", "ring": "eight_gaussians", "8gaussians": "eight_gaussians"}
+_ALSO_CALLED |= {"two_moons": "moons", "2spirals": "spirals", "circles": "rings"}
 
 _PREFIXES = {"hf": hub.load, "folder": folder.load, "npz": npz.load}
 
@@ -85,6 +89,8 @@ def _advice(spec: str) -> str:
         return f"for images in a folder write folder:{spec}"
     if os.path.isfile(spec) and spec.endswith(".npz"):
         return f"for an archive write npz:{spec}"
+    if spec in _ALSO_CALLED:
+        return f"for {points.SETS[_ALSO_CALLED[spec]][2]} write {_ALSO_CALLED[spec]}"
     head, colon, rest = spec.partition(":")
     names = {f"{prefix}:": f"{prefix}:{rest or '…'}" for prefix in _PREFIXES}
     names |= {name: name for name in NAMES if ":" not in name}

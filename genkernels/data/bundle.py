@@ -52,11 +52,14 @@ class Form:
         shape: of one example, ``(C, H, W)`` or ``(D,)``.
         grey_levels: how many values a pixel can take (indices 0 to grey_levels − 1), None for points.
         num_classes: how many labels there are (0 to num_classes − 1), None where there are none.
+        domains: how many images, each of another domain and in no relation, a datum holds, one behind the other along
+            its channels.
     """
 
     shape: tuple[int, ...]
     grey_levels: int | None = None
     num_classes: int | None = None
+    domains: int = 1
 
     @property
     def is_image(self) -> bool:
@@ -143,6 +146,7 @@ def make_bundle(
     shape: Sequence[int],
     *,
     grey_levels: int | None = None,
+    domains: int = 1,
     classes: Sequence[str] | None = None,
     labels: Sequence[np.ndarray | Tensor] | None = None,
     contents: Sequence[np.ndarray] | None = None,
@@ -151,7 +155,7 @@ def make_bundle(
     """A `DataBundle` of ``parts = (train, test)`` whose description begins with `what`.
 
     Args:
-        spec, what, parts, shape, grey_levels: as in the bundle.
+        spec, what, parts, shape, grey_levels, domains: as in the bundle.
         classes: names of the labels.
         labels, contents: of a user's own data, for each part the labels and a hash of each example.
         notes: what the loader noticed.
@@ -168,7 +172,7 @@ def make_bundle(
             notes.append(f"{both:,} of the {len(test):,} held-out examples are among those to train on too")
         held = np.bincount(labels[0], minlength=len(classes or ()))
         untrained = tuple(name for name, count in zip(classes or (), held, strict=False) if not count)
-    form = Form(tuple(shape), grey_levels, len(classes) if classes else None)
+    form = Form(tuple(shape), grey_levels, len(classes) if classes else None, domains)
     description = f"{what}{_counted(classes)}; {len(train):,} to train on, {len(test):,} held out"
     names = tuple(classes) if classes else None
     return DataBundle(spec, train, test, form, description, names, untrained, tuple(notes), digest)

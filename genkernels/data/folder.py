@@ -37,16 +37,16 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class Files:
-    """An image `Source` of files below one folder."""
+    """An image `Source` of files below one folder; where there are several, `label` says which in a file's name."""
 
-    def __init__(self, base: Path, paths: list[str]):
-        self.base, self.paths = base, paths
+    def __init__(self, base: Path, paths: list[str], label: str = ""):
+        self.base, self.paths, self.label = base, paths, label
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return f"{self.label}/{self.paths[index]}" if self.label else self.paths[index]
 
     def encoded(self, index: int) -> Path:
         return self.base / self.paths[index]
@@ -55,7 +55,7 @@ class Files:
         return [os.fsencode(path) for path in self.paths]
 
     def pick(self, indices: np.ndarray) -> Files:
-        return Files(self.base, [self.paths[i] for i in indices])
+        return Files(self.base, [self.paths[i] for i in indices], self.label)
 
     def depth(self) -> int:
         """How many folders, one in the other, hold all files."""
@@ -76,7 +76,7 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
     base = _base(spec, path, root)
     notes: list[str] = []
     names = find_parts(_subfolders(spec, base))
-    files = [_files(spec, base / name, notes) for name in names or (".",)]
+    files = [_files(spec, base / name, notes, name) for name in names or ("",)]
     form, contents, more = survey(spec, files, options.get("size"))
     classes, labels = _classes(spec, files, names, notes)
     if names:
@@ -109,7 +109,7 @@ def _load_domains(spec: str, paths: list[str], size: int | None, root: str | Pat
     if not all(path.strip() for path in paths):
         raise DataError(f"{spec}: two folders must be given as two domains, got one without a name")
     notes: list[str] = []
-    files = [_files(spec, _base(spec, path, root), notes) for path in paths]
+    files = [_files(spec, _base(spec, path, root), notes, path.rstrip("/")) for path in paths]
     form, contents, more = survey(spec, files, size)
     orders = [held_out(spec, domain.keys(), f"images in {path!r}") for domain, path in zip(files, paths, strict=True)]
     parts, hashes, labels = [], [], []
@@ -124,7 +124,8 @@ def _load_domains(spec: str, paths: list[str], size: int | None, root: str | Pat
     what = f"{kind} images {form.height}x{form.width} of two domains, {counts}"
     shape = (2 * form.channels, form.height, form.width)
     notes += more
-    return make_bundle(spec, what, parts, shape, grey_levels=256, labels=labels, contents=hashes, notes=notes)
+    told = {"labels": labels, "contents": hashes, "notes": notes}
+    return make_bundle(spec, what, parts, shape, grey_levels=256, domains=2, **told)
 
 
 def _base(spec: str, path: str, root: str | PathLike[str] | None) -> Path:
@@ -143,7 +144,7 @@ def _subfolders(spec: str, base: Path) -> list[str]:
         raise DataError(f"{spec}: the folder {str(base)!r} cannot be read ({error.strerror})") from None
 
 
-def _files(spec: str, base: Path, notes: list[str]) -> Files:
+def _files(spec: str, base: Path, notes: list[str], label: str) -> Files:
     """All images below `base`, sorted by path; a linked folder is entered once."""
 
     def refuse(error: OSError) -> None:
@@ -178,7 +179,7 @@ def _files(spec: str, base: Path, notes: list[str]) -> Files:
         )
     if left_out:
         notes.append(f"files of {str(base)!r} {told}")
-    return Files(base, sorted(paths))
+    return Files(base, sorted(paths), label)
 
 
 def _beside(base: Path, names: tuple[str, str]) -> list[str]:

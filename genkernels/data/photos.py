@@ -75,7 +75,7 @@ def load_domains(spec: str, size: int, seed: int) -> DataBundle:
     both = [_crops({name: pixels}, size, seed, f"photos/{name}") for name, pixels in photos.items()]
     parts = [Domains(*domains) for domains in zip(*both, strict=True)]
     what = f"{size}x{size} crops of two photographs as two domains, a stripe of each held out"
-    return make_bundle(spec, what, parts, (6, size, size), grey_levels=256)
+    return make_bundle(spec, what, parts, (6, size, size), grey_levels=256, domains=2)
 
 
 def _crops(photos: dict[str, Tensor], size: int, seed: int, stream: str) -> list[PhotoCrops]:

@@ -61,9 +61,20 @@ def check_weight(who: str, label: str, value) -> None:
         raise ValueError(f"{who}: {label} must be a finite number, 0 or more, got {value!r}")
 
 
-def bare(critic: Critic) -> Critic:
-    """The critic as it was before ``torch.compile``, which gives the same values and cannot be differentiated twice."""
-    return getattr(critic, "_orig_mod", critic)
+@contextlib.contextmanager
+def bare(critic: Critic) -> Iterator[Critic]:
+    """The critic as it was before ``torch.compile``, which gives the same values and cannot be differentiated twice;
+    `DistributedDataParallel` of a compiled one wraps what was compiled meanwhile."""
+    critic = getattr(critic, "_orig_mod", critic)
+    compiled = critic.module if isinstance(critic, DistributedDataParallel) else None
+    if not hasattr(compiled, "_orig_mod"):
+        yield critic
+        return
+    critic.module = compiled._orig_mod
+    try:
+        yield critic
+    finally:
+        critic.module = compiled
 
 
 def within(critic: Critic, x: Tensor, run: Callable[[], Penalised]) -> Penalised:
@@ -86,10 +97,10 @@ def within(critic: Critic, x: Tensor, run: Callable[[], Penalised]) -> Penalised
 
 
 class Network(NamedTuple):
-    """A critic's steps, and their weights, read."""
+    """A critic's steps, and their weights, read where there is a penalty."""
 
     steps: tuple[Step, ...]
-    weights: tuple[dict, ...]
+    weights: tuple[dict, ...] = ()
 
 
 def network_of(
@@ -105,11 +116,9 @@ def network_of(
     critic = critic.module if isinstance(critic, DistributedDataParallel) else critic
     _refuse_sigmoid(who, _last_layer(critic))
     try:
-        steps = traced(critic, x) if y is None else None
+        steps = traced(critic, x, labelled=y is not None)
     except Untraceable as refusal:
         steps, reason, coupled = None, str(refusal).removeprefix("trace: "), refusal.couples_samples
-    else:
-        reason, coupled = "the critic takes labels", False
     if steps is None:
         if layer := couples_samples(critic):
             reason, coupled = layer, True
@@ -118,14 +127,22 @@ def network_of(
         return None, reason
     _refuse_sigmoid(who, next(step for step in reversed(steps) if not isinstance(step, Reshape)))
     check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
-    if not penalised or current_backend() == "reference":
-        return None, "the backend is 'reference'" if penalised else "there is no penalty"
+    if current_backend() == "reference":
+        return None, "the backend is 'reference'"
+    if any(source.of_labels for step in steps for source in step.sources) and not _are_indices(y):
+        return None, "the critic takes labels that are no tensor of indices [N]"
+    if not penalised:
+        return Network(steps), ""
     try:
-        weights = parameters(steps)
+        weights = parameters(steps, y)
     except ValueError as refusal:  # a normalised convolution that its first call will tell the size of its input
         return None, str(refusal)
     reason = why_not(steps, weights)
     return (None, reason) if reason else (Network(steps, weights), "")
+
+
+def _are_indices(y) -> bool:
+    return isinstance(y, Tensor) and y.dim() == 1 and y.dtype in (torch.int64, torch.int32)
 
 
 def _last_layer(critic: nn.Module) -> nn.Module:
@@ -146,7 +163,7 @@ def _warn_coupled(who: str, reason: str) -> None:
     warnings.warn(
         f"{who}: {reason}: a sample has no gradient of its own then, and the penalty holds for the batch alone; a "
         "normalisation of each sample by itself, or spectral norm, has none of this",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -164,9 +181,9 @@ def gradient_of(who: str, scores: Tensor, x: Tensor, record: bool) -> Tensor:
     """The gradient of each sample's score, the mean over its patches, by x."""
     if not scores.requires_grad:
         raise ValueError(f"{who}: the critic's output must depend on its input, and autograd see how, got a constant")
-    (gradient,) = torch.autograd.grad(
-        scores.mean(1).sum(), x, create_graph=record, retain_graph=True, materialize_grads=True
-    )
+    # a score that is NaN has the slope NaN: derivatives of activations would hide it
+    seed = torch.where(scores.isnan(), scores.detach(), 1 / scores.shape[1])
+    (gradient,) = torch.autograd.grad(scores, x, seed, create_graph=record, retain_graph=True, materialize_grads=True)
     return gradient
 
 

@@ -10,7 +10,7 @@ from genkernels.losses import _critics
 from genkernels.losses._critics import Critic
 from genkernels.losses.adversarial import CRITIC_LOSSES, critic_loss
 from genkernels.networks._outside import outside
-from genkernels.networks.gradient_penalty import explained, penalised
+from genkernels.networks.gradient_penalty import NormPenalty, as_one, explained, penalised
 from genkernels.ops import checks
 
 WHO = "critic_step"
@@ -47,7 +47,8 @@ def critic_step(
     activation bends.
 
     A critic that is taken the short way reads its weights once for both batches, where two calls would read them twice:
-    one power iteration a step, not two, of the spectral norm of ``torch.nn.utils``.
+    one power iteration a step, not two, of the spectral norm of ``torch.nn.utils``. So does, without a penalty, one of
+    such steps whose batches are small: it is called once, with both.
 
     Args:
         critic: as for `gradient_penalty`; of a patch map both penalties take the mean.
@@ -81,19 +82,23 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
     _critics.check_weight(WHO, "r1", r1)
     _critics.check_weight(WHO, "r2", r2)
     real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
-    critic = _critics.bare(critic)
-    penalises = bool(r1 or r2)
-    network, reason = _critics.network_of(WHO, critic, real, y, penalises)
+    if r1 or r2:
+        with _critics.bare(critic) as bare:
+            parts, sentence = _penalised(bare, real, fake, loss, r1, r2, y)
+    else:
+        parts, sentence = _without_penalty(critic, real, fake, loss, y), "one backward: there is no penalty"
+    result = parts if terms else parts["loss"]
+    return (result, sentence) if explain else result
+
+
+def _penalised(critic, real, fake, loss, r1, r2, y) -> tuple[dict[str, Tensor], str]:
+    """The parts, and how they were found."""
+    network, reason = _critics.network_of(WHO, critic, real, y)
     if network is not None and network.steps[-1].shape[1:] not in ((), (1, 1)):
         network, reason = None, "the critic gives several scores a sample"
     if network is None:
-        parts = _by_autograd(critic, real, fake, loss, r1, r2, y)
-        sentence = f"double backward: {reason}" if penalises else "one backward: there is no penalty"
-    else:
-        parts = _shared(critic, network, real, fake, loss, r1, r2)
-        sentence = explained(network.steps, with_loss=True)
-    result = parts if terms else parts["loss"]
-    return (result, sentence) if explain else result
+        return _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
+    return _shared(critic, network, real, fake, loss, r1, r2), explained(network.steps, with_loss=True)
 
 
 def _shared(critic, network, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float) -> dict[str, Tensor]:
@@ -102,21 +107,11 @@ def _shared(critic, network, real: Tensor, fake: Tensor, loss: str, r1: float, r
     def objective(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
         return critic_loss(real_scores, fake_scores, loss)
 
-    def penalty(weight: float):
-        return (lambda slopes: weight / (2 * len(slopes)) * ops.gradient_penalty(slopes, 0.0)) if weight else None
-
-    arguments = (network.steps, [real, fake], [penalty(r1), penalty(r2)], objective, network.weights)
+    penalties = [NormPenalty(weight / (2 * len(real))) if weight else None for weight in (r1, r2)]
+    arguments = (network.steps, [real, fake], penalties, objective, network.weights)
     found = _critics.within(critic, real, lambda: penalised(*arguments))
     of_real, of_fake = (found.loss.new_zeros(()) if p is None else p.sum() for p in found.penalties)
-    real_scores, fake_scores = found.scores
-    return {
-        "loss": found.total,
-        "critic": found.loss,
-        "r1": of_real,
-        "r2": of_fake,
-        "real_score": real_scores.mean(),
-        "fake_score": fake_scores.mean(),
-    }
+    return _parts(found.total, found.loss, of_real, of_fake, *found.scores)
 
 
 def _by_autograd(critic, real, fake, loss: str, r1: float, r2: float, y) -> dict[str, Tensor]:
@@ -132,14 +127,31 @@ def _by_autograd(critic, real, fake, loss: str, r1: float, r2: float, y) -> dict
                 penalties.append(weight / 2 * ops.gradient_penalty(gradient, 0.0).mean())
             else:
                 penalties.append(scores[-1].new_zeros(()))
-    real_scores, fake_scores = scores
     value = critic_loss(*(s.flatten() for s in scores), loss)
     total = value + penalties[0] + penalties[1]
+    return _parts(total if record else total.detach(), value, *penalties, *scores)
+
+
+def _without_penalty(critic, real: Tensor, fake: Tensor, loss: str, y) -> dict[str, Tensor]:
+    """The step by calls of the critic, compiled or not: one a batch, or one of both where they are small."""
+    with _critics.bare(critic) as bare:
+        network, _ = _critics.network_of(WHO, bare, real, y, penalised=False)
+    if network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor)):
+        both = _critics.scores_of(WHO, critic, torch.cat([real, fake]), y if y is None else torch.cat([y, y]))
+        scores = both.chunk(2)
+    else:
+        scores = [_critics.scores_of(WHO, critic, x, y) for x in (real, fake)]
+    value = critic_loss(*(s.flatten() for s in scores), loss)
+    nothing = value.new_zeros(())
+    return _parts(value, value, nothing, nothing, *scores)
+
+
+def _parts(total: Tensor, value: Tensor, of_real: Tensor, of_fake: Tensor, real_scores: Tensor, fake_scores: Tensor):
     return {
-        "loss": total if record else total.detach(),
+        "loss": total,
         "critic": value.detach(),
-        "r1": penalties[0].detach(),
-        "r2": penalties[1].detach(),
+        "r1": of_real.detach(),
+        "r2": of_fake.detach(),
         "real_score": real_scores.detach().mean(),
         "fake_score": fake_scores.detach().mean(),
     }

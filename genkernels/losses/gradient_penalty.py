@@ -9,7 +9,7 @@ from genkernels import ops
 from genkernels.losses import _critics
 from genkernels.losses._critics import Critic
 from genkernels.networks._outside import outside
-from genkernels.networks.gradient_penalty import explained, penalised
+from genkernels.networks.gradient_penalty import NormPenalty, explained, penalised
 from genkernels.ops import checks
 
 WHO = "gradient_penalty"
@@ -42,8 +42,9 @@ def gradient_penalty(
 
     but for a gradient of zero, of which the norm has the gradient 0, not NaN. Where the critic consists of what
     `genkernels.networks.SUPPORTED` lists, the gradient by its parameters takes four passes through it, six where an
-    activation bends; double backward takes seven and more. Other critics, those with labels and any other function are
-    differentiated twice.
+    activation bends; double backward takes seven and more. Other critics and any other function are differentiated
+    twice. Labels take the short way where features are multiplied by an embedding of them, as in the projection
+    discriminator, or one is added.
 
     Args:
         critic: gives ``[N]``, ``[N, 1]``, ``[N, 1, 1, 1]`` or a patch map ``[N, 1, h, w]``, whose mean counts as the
@@ -81,6 +82,7 @@ def gradient_penalty(
 def _gradient_penalty(critic, real, fake, target, one_sided, every, step, generator, y, explain):
     real, fake = _critics.checked_pair(WHO, real, fake, y)
     _critics.check_weight(WHO, "target", target)
+    checks.flag(WHO, "one_sided", one_sided)
     checks.integer(WHO, "every", every, 1)
     checks.integer(WHO, "step", step, 0)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -89,23 +91,24 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
         skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
         skipped.requires_grad_(torch.is_grad_enabled())  # so that a step without it may call backward all the same
         return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
-    critic = _critics.bare(critic)
     device = real.device if generator is None else generator.device
     work = torch.promote_types(real.dtype, torch.float32)
     u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
     x = ops.interpolate_pairs(real, fake, u)
-    network, reason = _critics.network_of(WHO, critic, x, y)
-
-    def penalty(gradient: Tensor) -> Tensor:
-        return ops.gradient_penalty(gradient, target, one_sided) * (every / len(gradient))
-
-    if network is not None:
-        steps, weights = network
-        found = _critics.within(critic, x, lambda: penalised(steps, [x], [penalty], weights=weights))
-        value, sentence = found.total, explained(steps)
-    else:
-        value, sentence = _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
+    with _critics.bare(critic) as bare:
+        value, sentence = _at(bare, x, target, one_sided, every, y)
     return (value, sentence) if explain else value
+
+
+def _at(critic: Critic, x: Tensor, target: float, one_sided: bool, every: int, y: Tensor | None) -> tuple[Tensor, str]:
+    """The penalty at x, and how it was found."""
+    network, reason = _critics.network_of(WHO, critic, x, y)
+    penalty = NormPenalty(every / len(x), target, one_sided)
+    if network is None:
+        return _by_autograd(critic, x, y, penalty), f"double backward: {reason}"
+    steps, weights = network
+    found = _critics.within(critic, x, lambda: penalised(steps, [x], [penalty], weights=weights))
+    return found.total, explained(steps)
 
 
 def _by_autograd(critic: Critic, x: Tensor, y: Tensor | None, penalty) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from genkernels._words import UsageError, nearest
 from genkernels.models._arguments import recorded
-from genkernels.models._registry import names_taking
+from genkernels.models._registry import names_of_domains, names_taking
 from genkernels.nn._buffers import follow_assigned
 from genkernels.nn._modes import in_mode
 from genkernels.nn._values import readable
@@ -135,6 +135,14 @@ class Preset:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+def check_domains(kind: type, form: Form) -> None:
+    """A UsageError where data hold images of several domains, side by side, and the model takes a datum for one."""
+    if form.domains > kind.domains:
+        others = " or ".join(names_of_domains(form.domains))
+        held = f"one of each of {form.domains} domains"
+        raise UsageError(f"{kind.__name__} is a model of one image a datum, the data hold {held}: try {others}")
+
+
 class Model(nn.Module):
     """A generative model that says what it minimises, who is trained, and how it is judged.
 
@@ -153,12 +161,14 @@ class Model(nn.Module):
         takes: ``images``, ``points`` or both.
         presets: by name, for `from_preset` and ``genkernels train --preset``.
         samples_by_class: whether `sample` takes a class, where there are classes.
+        domains: how many images, each of another domain, a datum holds along its channels.
         has_prior: whether there is something to sample from; a model that translates its data has none, and its
             pictures are those of `pictures` alone.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images", "points")
     samples_by_class: ClassVar[bool] = True
+    domains: ClassVar[int] = 1
     has_prior: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {}
     hparams: dict[str, Any]
@@ -206,6 +216,7 @@ class Model(nn.Module):
             raise UsageError(
                 f"{cls.__name__} is a model of {' and '.join(cls.takes)}, the data are {data}: try {others}"
             )
+        check_domains(cls, form)
         parameters = inspect.signature(cls).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         facts = {"shape": form.shape, "grey_levels": form.grey_levels}
@@ -227,6 +238,10 @@ class Model(nn.Module):
             step: of the run, from 0.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it minimises: define losses")
+
+    def begin(self, x: Tensor, y: Tensor) -> None:
+        """What is set from data before the first step of a run: from its first batches, a thousand examples and more
+        where there are so many. Nothing, by default."""
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
         """Figures of merit over held-out batches ``(x, y)`` on the model's device, by name; the first decides which

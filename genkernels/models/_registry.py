@@ -26,6 +26,11 @@ _LINES = {
     "r3gan": "gan.r3gan:R3GAN",
     "bigan": "gan.bigan:BiGAN",
     "cyclegan": "gan.cyclegan:CycleGAN",
+    "vae": "vae.vae:VAE",
+    "iwae": "vae.iwae:IWAE",
+    "hierarchicalvae": "vae.hierarchical:HierarchicalVAE",
+    "pixelvae": "vae.hierarchical:PixelVAE",
+    "avade": "vae.avade:AVADE",
 }
 
 #: What else ``genkernels.models`` offers: the classes to build models of one's own on.
@@ -35,6 +40,7 @@ _BASES = {
     "FlowModel": "flows.base",
     "PixelModel": "autoregressive.base",
     "AdversarialModel": "gan.base",
+    "VariationalModel": "vae.base",
     "Player": "_model",
     "Estimate": "_model",
     "Preset": "_model",
@@ -113,6 +119,11 @@ def build(name: str, **hparams):
 def names_taking(data: str) -> list[str]:
     """Names of the models of ``images`` or of ``points``."""
     return [name for name, kind in MODELS.items() if data in getattr(kind, "takes", ())]
+
+
+def names_of_domains(count: int) -> list[str]:
+    """Names of the models whose data hold an image of each of so many domains."""
+    return [name for name, kind in MODELS.items() if getattr(kind, "domains", 1) == count]
 
 
 def hparams_of_format_1(name: str, hparams: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkernels.networks._registry import HINT, each, filled, function, is_number, layer, source, spatial
+from genkernels.networks._registry import HINT, each, filled, function, is_number, layer, named, source, spatial
 from genkernels.networks.activations import ACTIVATIONS
 from genkernels.networks.convolutions import Convolution, Linear, TransposedConvolution
-from genkernels.networks.steps import Activate, Source
+from genkernels.networks.steps import Activate, ChannelOffset, Source
 
 # ------------------------------------------------------------------------------------------------- layers with weights
 
@@ -98,7 +98,7 @@ def _tensors(b, m: nn.Module, weight: tuple[int, ...], outputs: int | None = Non
 
 def _given(b, weight, bias, axes: int | None) -> tuple[tuple[Source, ...], tuple[int, ...]]:
     """The weight and bias that a function is called with, and the weight's shape."""
-    if not b.is_own(weight) or not (bias is None or b.is_own(bias)):
+    if not b.is_own(weight) or not (bias is None or b.is_own(bias)) or b.is_of_labels(weight) or b.is_of_labels(bias):
         b.refuse("needs a weight and a bias that are parameters or buffers as they are")
     shape, of_bias = b.own_shape(weight), None if bias is None else b.own_shape(bias)
     if axes not in (None, len(shape)) or of_bias not in (None, shape[:1]):
@@ -119,6 +119,21 @@ def _activation_layer(b, m, input):
     name = {nn.LeakyReLU: "leaky_relu"}.get(type(m), type(m).__name__.lower())
     sources = b.own(m, **{parameter: parameter for parameter in ACTIVATIONS[name].parameters})
     return _activation(b, input, name, sources, getattr(m, "inplace", False))
+
+
+@named("activation", "bias_leaky_relu")
+def _bias_leaky_relu(b, m, input):
+    """A layer with a ``bias`` a channel, or none, and the operator's options."""
+    shape = b.shape(input)
+    if m.clamp is not None:
+        b.refuse(f"clamps its output: clamp must be None, got {m.clamp}")
+    bias = m._parameters.get("bias")
+    if bias is not None or "bias" not in m._parameters:  # which a parametrisation computes
+        if bias is not None and tuple(bias.shape) != shape[:1]:
+            b.refuse(f"takes samples of {bias.shape[0]} channels, got {list(shape)}{HINT}")
+        input = b.emit(ChannelOffset, [input], shape, b.own(m, offset="bias"))
+    sources = b.own(m, negative_slope="negative_slope", gain="gain")
+    return _activation(b, input, "gained_leaky_relu", sources)
 
 
 @layer("activation", nn.GELU)
@@ -176,6 +191,18 @@ def _numbers(b, **numbers) -> tuple[Source, ...]:
         if not is_number(value):
             b.refuse(f"has no rule for a {name} that is no number")
     return tuple(Source(name, constant=value) for name, value in numbers.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+@layer("embedding", nn.Embedding)
+def _embedding(b, m, input):
+    if not b.is_labels(input):
+        b.refuse("embeds something else than the labels")
+    if m.max_norm is not None:
+        b.refuse("changes its weight in a call: max_norm must be None")
+    return b.of_labels(m, (m.embedding_dim,))
 
 
 # ------------------------------------------------------------------------------------------------------------- identity

@@ -26,7 +26,7 @@ class Run:
     """
 
     def __init__(self, plan: Plan, x: Tensor):
-        self.plan, self.steps, self.weights, self.x = plan, plan.steps, plan.weights, x
+        self.plan, self.layout, self.steps, self.weights, self.x = plan, plan.layout, plan.steps, plan.weights, x
         self.values, self.points, self.deltas = ([None] * len(plan.steps) for _ in range(3))
         self.of_x: Tensor | None = None
 
@@ -36,11 +36,12 @@ class Run:
         for index, step in enumerate(self.steps):
             if index:
                 values[index] = self._value(index, [values[i] for i in step.reads])
-            if self.plan.multiplied[index]:
+            if self.layout.multiplied[index]:
                 self.values[index] = values[index]
-            self.plan.forget(values, index)
+            self._forget(values, index)
         output = values[-1].reshape(len(self.x), -1)
-        self.seed = torch.full_like(values[-1], 1 / output.shape[1])
+        # a score that is NaN has the slope NaN: derivatives of activations would hide it
+        self.seed = torch.where(values[-1].isnan(), values[-1], 1 / output.shape[1])
         self.scores = output.to(torch.promote_types(output.dtype, torch.float32)).mean(1)
         return self.scores
 
@@ -49,7 +50,7 @@ class Run:
         cotangents = _Cotangents(self.steps, self.seed)
         for index in range(len(self.steps) - 1, 0, -1):
             w, owned = cotangents.take(index)
-            if self.plan.roles[index] or (self.plan.bends and isinstance(self.steps[index], Activate)):
+            if self.layout.roles[index] or (self.layout.bends and self.layout.activates[index]):
                 self.deltas[index], owned = w, False
             cotangents.add(index, self._pulled(index, w, owned))
         self.slopes, _ = cotangents.take(0)
@@ -67,16 +68,16 @@ class Run:
         for index, step in enumerate(self.steps[1:], start=1):
             given = [tangents[i] for i in step.reads]
             self._multiply(index, given[0], by_score)
-            if tangent is not None and self.plan.bends and isinstance(step, Activate):
+            if tangent is not None and self.layout.bends and isinstance(step, Activate):
                 sources[index] = self._source(index, given[0])
             self.deltas[index] = None  # before the next tangent, which takes as much
-            if tangent is not None and self.plan.ahead[index]:
+            if tangent is not None and self.layout.ahead[index]:
                 tangents[index] = self._pushed(index, given)
-            self.plan.forget(tangents, index)
-            if not self.plan.bends:
+            self._forget(tangents, index)
+            if not self.layout.bends:
                 self.points[index] = None
-                self.plan.forget(self.values, index)
-        if self.plan.bends:
+                self._forget(self.values, index)
+        if self.layout.bends:
             self._back(sources, by_score)
         elif by_score is not None:
             self.of_x = _weighed(self.slopes, by_score)
@@ -86,18 +87,18 @@ class Run:
 
     def _back(self, sources: list, by_score: Tensor | None) -> None:
         """One ordinary pass back of the loss and of what the slopes' change adds at the inputs of activations."""
-        plan, cotangents = self.plan, _Cotangents(self.steps)
+        plan, layout, cotangents = self.plan, self.layout, _Cotangents(self.steps)
         if by_score is not None:
             cotangents.held[-1] = _weighed(self.seed, by_score)
         for index in range(len(self.steps) - 1, 0, -1):
             step, own = self.steps[index], self.weights[index]
             w, owned = cotangents.take(index)
-            for role, key in plan.roles[index] if w is not None else ():
+            for role, number in layout.roles[index] if w is not None else ():
                 if role in ADDED:
-                    plan.collect(key, step.bias_gradient(own, w))
+                    plan.collect(number, step.bias_gradient(own, w))
                 else:
-                    plan.collect(key, step.weight_gradient(own, w, self.values[step.reads[0]]))
-            if any(plan.behind[i] for i in step.reads):
+                    plan.collect(number, step.weight_gradient(own, w, self.values[step.reads[0]]))
+            if any(layout.behind[i] for i in step.reads):
                 if w is not None:
                     cotangents.add(index, self._pulled(index, w, owned))
                 if sources[index] is not None:
@@ -107,6 +108,11 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------------- one step
 
+    def _forget(self, outputs: list, index: int) -> None:
+        """Drops what no step after this one reads."""
+        for i in self.layout.dropped[index]:
+            outputs[i] = None
+
     def _value(self, index: int, inputs: list[Tensor]) -> Tensor:
         step, own = self.steps[index], self.weights[index]
         if isinstance(step, MaxPool):
@@ -114,9 +120,7 @@ class Run:
             return value
         if not isinstance(step, Activate):
             return step.value(own, *inputs)
-        before = step.reads[0]  # whose memory the output may take, if nobody else reads it
-        in_place = self.plan.is_fresh(before) and not isinstance(self.steps[before], Activate)
-        value = step.value(own, *inputs, in_place=in_place and is_piecewise_linear((step,)))
+        value = step.value(own, *inputs, in_place=self.layout.over[index])
         self.points[index] = value if step.by_value else inputs[0]
         return value
 
@@ -129,7 +133,7 @@ class Run:
     def _pushed(self, index: int, tangents: list[Tensor]) -> Tensor:
         step, own, point = self.steps[index], self.weights[index], self.points[index]
         if isinstance(step, Activate):
-            return step.scaled(own, point, *tangents, in_place=self.plan.is_fresh(step.reads[0]))
+            return step.scaled(own, point, *tangents, in_place=self.layout.fresh[step.reads[0]])
         return step.push(own, point, *tangents)
 
     def _source(self, index: int, tangent: Tensor) -> Tensor | None:
@@ -142,21 +146,21 @@ class Run:
     def _multiply(self, index: int, tangent: Tensor | None, by_score: Tensor | None) -> None:
         """The gradients of a step's tensors as far as deltas tell them: of a network that bends, the penalty's part."""
         step, own, delta = self.steps[index], self.weights[index], self.deltas[index]
-        by_score = None if self.plan.bends else by_score
-        for role, key in self.plan.roles[index]:
+        by_score = None if self.layout.bends else by_score
+        for role, number in self.layout.roles[index]:
             if role in ADDED:
                 if by_score is not None:
-                    self.plan.collect(key, step.bias_gradient(own, delta, by_score))
+                    self.plan.collect(number, step.bias_gradient(own, delta, by_score))
             elif by_score is not None:
-                self.plan.collect(key, step.weight_gradient(own, delta, self._mixed(index, tangent, by_score)))
+                self.plan.collect(number, step.weight_gradient(own, delta, self._mixed(index, tangent, by_score)))
             elif tangent is not None:
-                self.plan.collect(key, step.weight_gradient(own, delta, tangent))
+                self.plan.collect(number, step.weight_gradient(own, delta, tangent))
 
     def _mixed(self, index: int, tangent: Tensor | None, by_score: Tensor) -> Tensor:
         """What a delta is multiplied with: a step's input, as the loss weighs each sample, plus its tangent."""
         before = self.steps[index].reads[0]
         value, out = self.values[before], None
-        if self.plan.multiplied[before] == index:
+        if self.layout.multiplied[before] == index:
             out = value
         factors = _factors(by_score, value)
         if tangent is None:

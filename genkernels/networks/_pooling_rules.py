@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genkernels.networks._registry import each, filled, function, layer, spatial
-from genkernels.networks.pooling import AveragePool, MaxPool, Upsample
+from genkernels.networks._registry import each, filled, function, layer, named, spatial
+from genkernels.networks.pooling import AveragePool, Filter, MaxPool, Upsample
+from genkernels.reference.upfirdn2d import length_of
 
 
 @layer("avg_pool", nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -118,3 +119,16 @@ def _interpolate(
     new = filled(b, (b.shape(input)[0], *each(size, dims)))
     scale = None if recompute_scale_factor else scale
     return b.emit(Upsample, [input], new, mode=mode, scale=scale, align_corners=align_corners)
+
+
+@named("upfirdn2d", "upfirdn2d")
+def _filter(b, m, input):
+    """A layer with ``taps`` and the operator's further arguments in ``options``."""
+    height, width = spatial(b, input, 2)
+    taps = m._buffers.get("taps")
+    if taps is None or taps.requires_grad:
+        b.refuse("learns its taps")
+    options = {"up": 1, "down": 1, "gain": 1.0, **m.options}
+    (left, right, top, bottom), count, up, down = options["padding"], taps.shape[0], options["up"], options["down"]
+    size = length_of(height, count, up, down, top, bottom), length_of(width, count, up, down, left, right)
+    return b.emit(Filter, [input], filled(b, (b.shape(input)[0], *size)), b.own(m, taps="taps"), **options)

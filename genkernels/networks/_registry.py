@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -29,12 +30,23 @@ class Rule(NamedTuple):
 
 
 LAYERS: dict[type[nn.Module], Rule] = {}
+NAMED: dict[str, Rule] = {}
 FUNCTIONS: dict[Callable, Rule] = {}
 
 
 def layer(kind: str, *classes: type[nn.Module]) -> Callable:
     def add(build):
         LAYERS.update({cls: Rule(kind, build, cls, cls.forward) for cls in classes})
+        return build
+
+    return add
+
+
+def named(kind: str, name: str) -> Callable:
+    """A rule for layers of ours that say by ``genkernels_layer`` that they are of this name."""
+
+    def add(build):
+        NAMED[name] = Rule(kind, build)
         return build
 
     return add
@@ -52,10 +64,11 @@ def function(kind: str, *targets: Callable) -> Callable:
 
 def layer_rule(m: nn.Module) -> Rule | None:
     """The rule for a layer's class, parametrised or not; a class of ours says by ``genkernels_layer`` that its
-    ``forward`` computes what that of a class of torch does."""
+    ``forward`` computes what that of a class of torch does, or what is known by a name."""
     cls = _class_of(m)
-    if cls not in LAYERS and "genkernels_layer" in cls.__dict__:
-        return LAYERS[cls.__dict__["genkernels_layer"]]._replace(cls=cls, forward=cls.forward)
+    if cls not in LAYERS and (told := cls.__dict__.get("genkernels_layer")):
+        rule = NAMED[told] if isinstance(told, str) else LAYERS[told]
+        return rule._replace(cls=cls, forward=cls.forward)
     return LAYERS.get(cls)
 
 
@@ -66,7 +79,8 @@ def _class_of(m: nn.Module) -> type[nn.Module]:
 
 def why_not(m: nn.Module) -> tuple | None:
     """Why a module without a rule is refused, for `Tracer.refuse`; None where its ``forward`` tells what it does."""
-    base = next((cls.__name__ for cls in type(m).__mro__ if cls in LAYERS), None)
+    told = (cls for cls in type(m).__mro__ if cls in LAYERS or "genkernels_layer" in cls.__dict__)
+    base = next((cls.__name__ for cls in told), None)
     if base is not None:
         return (f"is a subclass of {base}: it may do something else",)
     if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
@@ -83,8 +97,8 @@ HINT = " (the first axis of the example is the batch)"
 
 
 def source(own, role: str) -> Source:
-    """Of a parameter or buffer, in the role that it plays in a step."""
-    return Source(role, own._source.name, own._source.path, own._source.owner)
+    """Of a parameter, a buffer or what labels give, in the role that it plays in a step."""
+    return replace(own._source, role=role)
 
 
 def is_number(x) -> bool:

@@ -10,6 +10,7 @@ says ``genkernels_remembers = True``: they keep what follows from tensors (norma
 
 from __future__ import annotations
 
+import functools
 import pickle
 import random
 import types
@@ -61,23 +62,28 @@ def _add_module(state: State, module: nn.Module, seen: dict[int, int]) -> None:
     signs += id(module), kind, getattr(kind, "forward", None)
     state.objects.append(weakref.ref(module))
     for name in _HOOKS:
-        if attributes[name]:
-            signs += name, *attributes[name]
+        if hooks := attributes[name]:
+            signs += name, *hooks
     for tensors in (attributes["_parameters"], attributes["_buffers"]):
         for name, tensor in tensors.items():
             signs += name, None if tensor is None else tensor.shape
-    for name, value in attributes.items():
-        if name in _PASSED_OVER:
-            continue
+    for name in _read_by_calls(tuple(attributes)):
+        value = attributes[name]
         signs.append(name)
-        if type(value) in _PLAIN:
-            signs += type(value), value
+        if (kind := type(value)) in _PLAIN:
+            signs += kind, value
         else:
             _add_value(state, value, seen, 0)
     for name, child in attributes["_modules"].items():
         signs.append(name)
         if child is not None:
             _add_module(state, child, seen)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_by_calls(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a module's attributes that are told one by one: most of the many that it has are every module's."""
+    return tuple(name for name in names if name not in _PASSED_OVER)
 
 
 def _add_value(state: State, value, seen: dict[int, int], depth: int) -> None:

@@ -95,6 +95,11 @@ def _constant(b, constant, x, role: str) -> Source:
         b.refuse("computes with the batch's size")
     if not b.is_own(constant):
         b.refuse("computes with something that is neither a number nor a parameter nor a buffer")
+    if b.is_of_labels(constant):
+        shape, sample = b.own_shape(constant)[1:], b.shape(x)
+        if len(shape) != len(sample) or any(n not in (1, m) for n, m in zip(shape, sample, strict=True)):
+            b.refuse(f"combines samples {list(sample)} with an embedding {list(shape)}, which has another shape")
+        return source(constant, role)
     shape, whole = list(b.own_shape(constant)), [1, *b.shape(x)]
     if len(shape) > len(whole) or any(n not in (1, m) for n, m in zip(reversed(shape), reversed(whole), strict=False)):
         b.refuse(f"combines samples {whole[1:]} with a tensor {shape}, which does not broadcast over them")

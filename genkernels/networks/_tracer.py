@@ -61,11 +61,12 @@ class Tracer(fx.Tracer):
         self._written: dict[int, str] = {}
         self._refusal: Untraceable | None = None
 
-    def steps(self, sample: tuple[int, ...]) -> tuple[Step, ...]:
-        """The steps for inputs ``[N, *sample]``, from the input to the output."""
+    def steps(self, sample: tuple[int, ...], labelled: bool = False) -> tuple[Step, ...]:
+        """The steps from the input ``[N, *sample]``, beside labels ``[N]`` where it is `labelled`, to the output."""
         self._steps.append(Input(label="the input", path="", reads=(), shape=sample))
         self._input = self._symbol(0)
-        module = self._module
+        self._labels = Symbol((self._batch,)) if labelled else None
+        module = self._module if self._labels is None else lambda x: self._module(x, self._labels)
         # with gradients, as in them alone an autograd.Function, whose backward no rule knows, is told from what it does
         with Intercept(self), torch.enable_grad():
             self._modes = _modes()
@@ -81,14 +82,22 @@ class Tracer(fx.Tracer):
         raise self._refusal from cause
 
     def is_value(self, x) -> bool:
-        return isinstance(x, Symbol) and x._source is None
+        return isinstance(x, Symbol) and x._source is None and x is not self._labels
 
     def is_own(self, x) -> bool:
-        """Whether it is a parameter or a buffer."""
+        """Whether it is a parameter or a buffer, or what a layer gives for the labels."""
         return isinstance(x, Symbol) and x._source is not None
+
+    def is_labels(self, x) -> bool:
+        return x is not None and x is self._labels
+
+    def is_of_labels(self, x) -> bool:
+        return self.is_own(x) and x._source.of_labels
 
     def shape(self, x) -> tuple[int, ...]:
         """Of a sample of a value, without the batch; refuses what is no value of the network."""
+        if self.is_of_labels(x):
+            self.refuse("takes what the labels give, which may multiply a value or be added to one")
         if not self.is_value(x):
             self.refuse("is called with something that is no value of the network")
         return tuple(x._sizes[1:])
@@ -121,6 +130,11 @@ class Tracer(fx.Tracer):
     def own(self, layer: nn.Module, **roles: str) -> tuple[Source, ...]:
         """Where the tensors of a layer are, by role."""
         return tuple(Source(role, name, self._paths[id(layer)], layer) for role, name in roles.items())
+
+    def of_labels(self, layer: nn.Module, shape: tuple[int, ...]) -> Symbol:
+        """What a layer gives for the labels: a tensor with an entry of this shape a sample."""
+        source = Source("", path=self._paths[id(layer)], owner=layer, of_labels=True)
+        return Symbol((self._batch, *shape), source=source)
 
     # ------------------------------------------------------------------------------------------------ values, in memory
 
@@ -212,6 +226,8 @@ class Tracer(fx.Tracer):
             return _size(*args, **kwargs)
         self._function = name[2:-2] if name.startswith("__") else name
         self._same_modes()
+        if any(self.is_labels(x) for x in (*args, *kwargs.values())):
+            self.refuse("computes with the labels: only an embedding of them has a rule")
         if (why := _REASONS.get(name)) is not None:
             self.refuse(why)
         rule = FUNCTIONS.get(function)
@@ -253,7 +269,8 @@ class Tracer(fx.Tracer):
 
     def _take_output(self, result) -> None:
         if not self.is_value(result):
-            got = "a parameter or buffer" if self.is_own(result) else f"a {type(result).__name__}"
+            got = "what the labels give" if self.is_of_labels(result) or self.is_labels(result) else ""
+            got = got or ("a parameter or buffer" if self.is_own(result) else f"a {type(result).__name__}")
             self.refuse(f"must give one tensor that depends on its input, got {got}")
         self._output = result
 

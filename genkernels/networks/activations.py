@@ -165,6 +165,19 @@ def _leaky_relu_scaled(vectors: Tensor, y: Tensor, negative_slope, *, grad_input
     return _aten.leaky_relu_backward.grad_input(vectors, y, negative_slope, True, grad_input=grad_input)
 
 
+def _gained_leaky_relu(x: Tensor, negative_slope, gain, inplace=False) -> Tensor:
+    y = F.leaky_relu(x, negative_slope, inplace)
+    return y.mul_(gain) if inplace else y * gain
+
+
+def _gained_leaky_relu_slope(x: Tensor, negative_slope, gain) -> Tensor:
+    return gain * _leaky_relu_slope(x, negative_slope)
+
+
+def _gained_leaky_relu_scaled(vectors: Tensor, y: Tensor, negative_slope, gain, *, grad_input: Tensor) -> Tensor:
+    return _leaky_relu_scaled(vectors, y, negative_slope, grad_input=grad_input).mul_(gain)
+
+
 def _elu_scaled(vectors: Tensor, y: Tensor, alpha, *, grad_input: Tensor) -> Tensor:
     return _aten.elu_backward.grad_input(vectors, alpha, 1, 1, True, y, grad_input=grad_input)
 
@@ -193,6 +206,15 @@ ACTIVATIONS = {
         ("negative_slope",),
         piecewise_linear=True,
         scaled=_leaky_relu_scaled,
+        by_value=True,
+    ),
+    "gained_leaky_relu": Activation(
+        _gained_leaky_relu,
+        _gained_leaky_relu_slope,
+        _zero,
+        ("negative_slope", "gain"),
+        piecewise_linear=True,
+        scaled=_gained_leaky_relu_scaled,
         by_value=True,
     ),
     "silu": Activation(F.silu, _swish_slope, _swish_curvature, scaled=_aten.silu_backward.grad_input, bent=_swish_bent),

@@ -40,7 +40,9 @@ class Linear(Weighted):
 
     def weight_gradient(self, weights, cotangent, x):
         cotangent, x = autocast.lowered(cotangent, x)
-        return cotangent.flatten(0, -2).t() @ x.flatten(0, -2)
+        if x.dim() > 2:
+            cotangent, x = cotangent.flatten(0, -2), x.flatten(0, -2)
+        return torch.mm(cotangent.t(), x)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

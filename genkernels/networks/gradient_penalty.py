@@ -39,10 +39,43 @@ from genkernels.networks._penalty_run import Run
 from genkernels.networks.passes import Steps, parameters
 from genkernels.networks.properties import is_piecewise_linear
 from genkernels.networks.steps import Activate
+from genkernels.ops.gradient_penalty import PENALTY, PENALTY_BACKWARD
 
 Penalty = Callable[[Tensor], Tensor]
 #: Outputs of steps, in numbers, up to which several batches go as one: fewer calls then count for more than memory.
 TOGETHER = 2**20
+
+
+class NormPenalty:
+    """The penalty of `genkernels.ops.gradient_penalty` times a weight, which knows its gradient without autograd.
+
+    Args:
+        weight: a number, or one a sample, ``[N]``. target, one_sided: as there.
+    """
+
+    def __init__(self, weight: float | Tensor, target: float = 0.0, one_sided: bool = False):
+        self.weight, self.options = weight, (float(target), bool(one_sided))
+
+    def __call__(self, slopes: Tensor) -> Tensor:
+        return PENALTY(slopes, *self.options)[0] * self.weight
+
+    def with_gradient(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """What a call gives, and its gradient by the slopes; without a graph."""
+        value, norm = PENALTY(slopes, *self.options)
+        weights = torch.full_like(value, self.weight) if isinstance(self.weight, float) else self.weight
+        return value * weights, PENALTY_BACKWARD(weights, None, slopes, norm, *self.options)
+
+    @staticmethod
+    def joined(penalties: Sequence[NormPenalty], sizes: Sequence[int], like: Tensor) -> NormPenalty | None:
+        """One that does the same for batches of these sizes beside one another, if there is one."""
+        first = penalties[0]
+        if any(not isinstance(each, NormPenalty) or each.options != first.options for each in penalties):
+            return None
+        if all(each.weight == first.weight for each in penalties):
+            return first
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        weights = [like.new_full((n,), each.weight, dtype=dtype) for each, n in zip(penalties, sizes, strict=True)]
+        return NormPenalty(torch.cat(weights), *first.options)
 
 
 class Penalised(NamedTuple):
@@ -65,7 +98,7 @@ def why_not(steps: Steps, weights: Sequence[dict]) -> str:
         for role, value in own.items() if isinstance(step, Activate) else ():
             if isinstance(value, Tensor) and value.requires_grad:
                 return f"{step.label} learns its {role}"
-            if role in ("negative_slope", "alpha") and value < 0:
+            if role in ("negative_slope", "alpha", "gain") and value < 0:
                 return f"{step.label} has {role} = {value}: below 0 its output does not tell its slope"
     return ""
 
@@ -95,53 +128,60 @@ def penalised(
         steps: of `trace`, that `why_not` has nothing against, from ``[N, ...]`` to one score a sample or several, whose
             mean counts as the score.
         batches: ``[N, ...]`` each.
-        penalties: of each batch a function of slopes ``[N, ...]``, each of which it treats by itself, to ``[N]``, in
-            fp32 at least, of which the sum counts; or None.
+        penalties: of each batch a `NormPenalty`, or a function of slopes ``[N, ...]``, each of which it treats by
+            itself, to ``[N]``, in fp32 at least, of which the sum counts; or None.
         objective: takes the scores ``[N]`` of every batch to a scalar; None for the penalties alone. It needs networks
             of one score.
-        weights: of `parameters`, read now if not given.
+        weights: of `parameters`, read now if not given. What labels give is the same for all batches.
 
     Raises:
         RuntimeError: a gradient of the gradient is asked for.
     """
     read = parameters(steps) if weights is None else weights
-    if len(batches) > 1 and None not in penalties and _numbers(steps, batches) <= TOGETHER:
+    if len(batches) > 1 and None not in penalties and as_one(steps, batches):
         return _together(steps, batches, penalties, objective, read)
-    wanted = [x.requires_grad and torch.is_grad_enabled() for x in batches]
-    tensors = {id(t): t for own in read for t in own.values() if isinstance(t, Tensor) and t.requires_grad}
-    tensors = tensors if torch.is_grad_enabled() else {}
+    recording = torch.is_grad_enabled()
+    wanted = [x.requires_grad and recording for x in batches]
     with torch.no_grad():
-        plan = Plan(steps, read, tensors, any(wanted), objective is not None)
+        plan = Plan(steps, read, recording, any(wanted), objective is not None)
         runs = [Run(plan, x.detach()) for x in batches]
         scores = tuple(run.forward() for run in runs)
         loss, by_scores = scores[0].new_zeros(()), (None,) * len(runs)
         if objective is not None:
             loss, by_scores = _differentiated(objective, *scores)
         found = tuple(
-            _finished(*each, bool(tensors) or any(wanted)) for each in zip(runs, penalties, by_scores, strict=True)
+            _finished(*each, bool(plan.wanted) or any(wanted)) for each in zip(runs, penalties, by_scores, strict=True)
         )
-        total = loss + sum(penalty.sum() for penalty in found if penalty is not None)
-    known = [(t, plan.gradient_by(key)) for key, t in tensors.items()]
-    known += [(x, run.gradient_by_x()) for x, run, each in zip(batches, runs, wanted, strict=True) if each]
+        total = loss
+        for penalty in found:
+            total = total if penalty is None else total + penalty.sum()
+        known = plan.found() + [run.gradient_by_x() for run, each in zip(runs, wanted, strict=True) if each]
     if known:
-        total = _Known.apply(total, [gradient for _, gradient in known], *(t for t, _ in known))
+        asking = [x for x, each in zip(batches, wanted, strict=True) if each]
+        total = _Known.apply(total, known, *plan.wanted, *asking)
     return Penalised(total, loss, scores, found)
 
 
-def _numbers(steps: Steps, batches: Sequence[Tensor]) -> int:
-    return sum(prod(step.shape) for step in steps) * sum(len(x) for x in batches)
+def as_one(steps: Steps, batches: Sequence[Tensor]) -> bool:
+    """Whether batches are so small that they had better go through the network together."""
+    return sum(prod(step.shape) for step in steps) * sum(len(x) for x in batches) <= TOGETHER
 
 
 def _together(steps: Steps, batches, penalties, objective, weights) -> Penalised:
     """The same with all batches as one."""
     sizes = [len(x) for x in batches]
 
-    def penalty(slopes: Tensor) -> Tensor:
+    def each_its_own(slopes: Tensor) -> Tensor:
         return torch.cat([each(part) for each, part in zip(penalties, slopes.split(sizes), strict=True)])
 
     def of_all(scores: Tensor) -> Tensor:
         return objective(*scores.split(sizes))
 
+    weights = [
+        {**own, **{s.role: torch.cat([own[s.role]] * len(sizes)) for s in step.sources if s.of_labels}}
+        for step, own in zip(steps, weights, strict=True)
+    ]
+    penalty = NormPenalty.joined(penalties, sizes, batches[0]) or each_its_own
     found = penalised(steps, [torch.cat(batches)], [penalty], of_all if objective else None, weights)
     (scores,), (values,) = found.scores, found.penalties
     return found._replace(scores=scores.split(sizes), penalties=values.split(sizes))
@@ -150,9 +190,11 @@ def _together(steps: Steps, batches, penalties, objective, weights) -> Penalised
 def _finished(run: Run, penalty: Penalty | None, by_score: Tensor | None, recording: bool) -> Tensor | None:
     """The penalties of one batch, whose gradients are collected where they are `recording`."""
     value, direction = None, None
-    if penalty is not None or (recording and not run.plan.bends):
+    if penalty is not None or (recording and not run.plan.layout.bends):
         slopes = run.pull()
-    if penalty is not None:
+    if isinstance(penalty, NormPenalty):
+        value, direction = penalty.with_gradient(slopes)
+    elif penalty is not None:
         value, (direction,) = _differentiated(penalty, slopes)
     if recording:
         run.push(None if direction is None else direction.to(slopes.dtype), by_score)
@@ -183,5 +225,8 @@ class _Known(torch.autograd.Function):
                 "gradient_penalty: a gradient found in four or six passes cannot be differentiated again; that of a "
                 "critic given as a function, lambda x: critic(x), can be"
             )
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(gradient * grad.to(gradient.dtype) if need else None for gradient, need in needed)
+        gradients, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if all(needed) and len({gradient.dtype for gradient in gradients}) == 1:
+            return None, None, *torch._foreach_mul(gradients, grad.to(gradients[0].dtype))
+        pairs = zip(gradients, needed, strict=True)
+        return None, None, *(gradient * grad.to(gradient.dtype) if need else None for gradient, need in pairs)

@@ -37,9 +37,13 @@ class Linearization(NamedTuple):
     slopes: tuple[Tensor | None, ...]
 
 
-def parameters(steps: Steps) -> tuple[dict, ...]:
+def parameters(steps: Steps, labels: Tensor | None = None) -> tuple[dict, ...]:
     """The tensors of each step by role (``weight``, ``bias``, …), read from the layers now, each once: what is computed
-    on access (spectral norm, weight norm) is computed one time for all that is done with them."""
+    on access (spectral norm, weight norm) is computed one time for all that is done with them.
+
+    Args:
+        steps: of `trace` or `traced`. labels: of the batch that follows, ``[N]``, where the network takes them.
+    """
     read: dict[tuple, object] = {}
     found = []
     for step in steps:
@@ -47,7 +51,7 @@ def parameters(steps: Steps) -> tuple[dict, ...]:
         for source in step.sources:
             key = (id(source.owner), source.name) if source.owner is not None else (id(source), "")
             if key not in read:
-                read[key] = source.read()
+                read[key] = source.read(labels)
             tensors[source.role] = read[key]
         found.append(tensors)
     return tuple(found)

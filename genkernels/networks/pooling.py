@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genkernels import ops
 from genkernels.networks.steps import Size, Step
+from genkernels.reference.upfirdn2d import transposed
 
 _AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAXIMA = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -101,3 +103,25 @@ class Upsample(Step):
         scale = self.scale or [None] * (len(self.shape) - 1)
         backward = getattr(torch.ops.aten, f"upsample_{name}_backward")
         return (backward(cotangent, self.shape[1:], (len(cotangent), *sizes[0]), *corners, *scale),)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Filter(Step):
+    """Up-sampling by zeros, the filter ``taps`` along both axes, down-sampling: `genkernels.ops.upfirdn2d`."""
+
+    kind = "upfirdn2d"
+    up: int
+    down: int
+    padding: tuple[int, int, int, int]
+    gain: float
+
+    def value(self, weights, x):
+        options = {"up": self.up, "down": self.down, "padding": self.padding, "gain": self.gain}
+        return ops.upfirdn2d(x, weights["taps"], **options)
+
+    def pull(self, weights, slope, cotangent, sizes):
+        taps, (_, height, width), (left, right, top, bottom) = weights["taps"], sizes[0], self.padding
+        along_x = transposed(width, len(taps), self.up, self.down, left, right)
+        along_y = transposed(height, len(taps), self.up, self.down, top, bottom)
+        options = {"up": self.down, "down": self.up, "padding": (*along_x, *along_y), "gain": self.gain}
+        return (ops.upfirdn2d(cotangent, taps, **options, flip=True),)

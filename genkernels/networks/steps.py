@@ -33,20 +33,24 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a step finds one of its tensors: the module that holds it and the attribute to read, or a constant."""
+    """Where a step finds one of its tensors: the module that holds it and the attribute to read, or a constant; or,
+    `of_labels`, the module that gives it for the labels of a batch, ``[N, ...]`` with an entry a sample."""
 
     role: str
     name: str = ""
     path: str = ""
     owner: nn.Module | weakref.ref | None = None
     constant: Any = None
+    of_labels: bool = False
 
-    def read(self):
+    def read(self, labels: Tensor | None = None):
         owner = self.owner
         if isinstance(owner, weakref.ref):
             owner = owner()
             if owner is None:
                 raise ReferenceError(f"traced: the module of these steps, which held {self.path or 'it'}, is gone")
+        if self.of_labels:
+            return owner(labels)
         return self.constant if owner is None else getattr(owner, self.name)
 
     def weakly(self) -> Source:
@@ -128,7 +132,7 @@ class Activate(Step):
     def scaled(self, weights: dict, x: Tensor, vectors: Tensor, in_place: bool) -> Tensor:
         """A vector a sample times the slopes at x, or at the value, for those `by_value`."""
         activation = ACTIVATIONS[self.name]
-        vectors = vectors.to(x.dtype)
+        vectors = vectors if vectors.dtype == x.dtype else vectors.to(x.dtype)
         if activation.scaled is None:
             return vectors * activation.slope(x, *weights.values())
         out = vectors if in_place else torch.empty_like(x)
@@ -188,6 +192,17 @@ class Offset(Step):
         if factors is not None:
             cotangent = cotangent * factors.view(-1, *[1] * (cotangent.dim() - 1))
         return self.coefficient * cotangent.sum_to_size(weights["offset"].shape)
+
+
+class ChannelOffset(Offset):
+    """x plus a number for each index of the first axis of a sample."""
+
+    def value(self, weights, x):
+        return x + weights["offset"].view(-1, *[1] * (x.dim() - 2))
+
+    def bias_gradient(self, weights, cotangent, factors=None):
+        sums = cotangent.flatten(2).sum(2) if cotangent.dim() > 2 else cotangent
+        return sums.sum(0) if factors is None else factors.to(sums.dtype) @ sums
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

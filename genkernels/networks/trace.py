@@ -51,7 +51,9 @@ _CONDITIONS = {
     "linear": "functions: the weight and the bias are parameters or buffers",
     "conv": "padding by zeros or circular, also 'same'; functions as for linear",
     "conv_transpose": "without output_size",
-    "activation": "and layers with a `genkernels_activation` (lipswish, clipswish, or one of these)",
+    "upfirdn2d": "FilteredUpsample and FilteredDownsample of genkernels.nn",
+    "activation": "and layers with a `genkernels_activation` (lipswish, clipswish, or one of these); BiasLeakyReLU of "
+    "genkernels.nn without a clamp",
     "add": "of two values of one shape, or of a value and a number, parameter or buffer that broadcasts over it",
     "scale": "by a number, a parameter or a buffer that broadcasts over the value",
     "avg_pool": "adaptive ones where the output's size divides the input's",
@@ -60,6 +62,7 @@ _CONDITIONS = {
     "reshape": "the batch stays the first axis: x.shape[0] or -1",
     "sum": "over axes other than the batch's",
     "concat": "along an axis other than the batch's",
+    "embedding": "of labels, where they come beside the input; values may be multiplied by it or have it added",
     "identity": "dropout in evaluation mode or with p=0; such layers become no step",
 }
 
@@ -115,9 +118,12 @@ def trace(module: nn.Module, example: Tensor) -> tuple[Step, ...]:
     return _trace(module, _sample(module, example))[0]
 
 
-def traced(module: nn.Module, example: Tensor) -> tuple[Step, ...]:
+def traced(module: nn.Module, example: Tensor, labelled: bool = False) -> tuple[Step, ...]:
     """As `trace`, but each module is traced once for each shape of its samples, in training and in evaluation, and
     again when it has changed.
+
+    A module that is `labelled` is called with labels ``[N]`` beside its input: what they give, which does not depend on
+    the input, are tensors of the steps with an entry a sample, read by `parameters`.
 
     A call costs a walk over the modules and their attributes. A replaced layer, a hook, another mode of training, a
     parametrisation, a changed attribute that ``forward`` may read: each is seen, and the module is traced anew. Nothing
@@ -126,13 +132,13 @@ def traced(module: nn.Module, example: Tensor) -> tuple[Step, ...]:
     Args: as for `trace`.
     """
     if torch.compiler.is_compiling():
-        return outside(traced, module, example)
+        return outside(traced, module, example, labelled)
     sample = _sample(module, example)
     with _LOCK:
-        entries, key = _TRACED.setdefault(module, {}), (sample, module.training, autocast_modes())
+        entries, key = _TRACED.setdefault(module, {}), (sample, labelled, module.training, autocast_modes())
         entry = entries.get(key)
         if entry is None or not entry.state.still(state_of(module)):
-            entry = entries[key] = _traced(module, sample)
+            entry = entries[key] = _traced(module, sample, labelled)
             for oldest in list(entries)[:-_MOST]:
                 del entries[oldest]
     if entry.refusal is not None:
@@ -155,10 +161,10 @@ class Unsteady(Untraceable):
     """A forward that changes or draws something; it is not remembered, as another thread may have been at work."""
 
 
-def _traced(module: nn.Module, sample: tuple[int, ...]) -> _Entry:
+def _traced(module: nn.Module, sample: tuple[int, ...], labelled: bool) -> _Entry:
     before = state_of(module)
     try:
-        steps, state = _trace(module, sample)
+        steps, state = _trace(module, sample, labelled)
     except Unsteady:
         raise
     except Untraceable as refusal:
@@ -166,12 +172,12 @@ def _traced(module: nn.Module, sample: tuple[int, ...]) -> _Entry:
     return _Entry(state, tuple(replace(step, sources=tuple(s.weakly() for s in step.sources)) for step in steps))
 
 
-def _trace(module: nn.Module, sample: tuple[int, ...]) -> tuple[tuple[Step, ...], State]:
-    _one_input(module)
+def _trace(module: nn.Module, sample: tuple[int, ...], labelled: bool = False) -> tuple[tuple[Step, ...], State]:
+    _one_input(module, labelled)
     with _LOCK:
         before = Untouched(module)
         try:
-            steps = Tracer(module).steps(sample)
+            steps = Tracer(module).steps(sample, labelled)
         finally:
             state, drew = before.state(), before.drew()
             if state is None:
@@ -194,13 +200,13 @@ def _sample(module: nn.Module, example: Tensor) -> tuple[int, ...]:
     return tuple(example.shape[1:])
 
 
-def _one_input(module: nn.Module) -> None:
+def _one_input(module: nn.Module, labelled: bool) -> None:
     try:
         parameters = inspect.signature(type(module).forward).parameters.values()
     except (TypeError, ValueError, AttributeError):  # not told, as of a scripted module
         return
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wanted = [p.name for p in parameters if p.default is p.empty and p.kind in kinds][1:]  # without self
-    if len(wanted) > 1:
-        names, kind = ", ".join(wanted), type(module).__name__
-        raise Untraceable(f"trace: the network ({kind}) takes several inputs ({names}): it must take one")
+    if len(wanted) > 1 + labelled:
+        names, kind, beside = ", ".join(wanted), type(module).__name__, " beside labels" if labelled else ""
+        raise Untraceable(f"trace: the network ({kind}) takes several inputs ({names}): it must take one{beside}")

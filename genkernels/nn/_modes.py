@@ -1,4 +1,4 @@
-"""Training and evaluation mode, module by module."""
+"""Training and evaluation mode, module by module, and modules that ask for no gradient."""
 
 from __future__ import annotations
 
@@ -25,3 +25,16 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
                 module.train(mode)
         for module, mode in modes:  # a part of two modules may have been taken along by the second
             module.training = mode
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """What is computed within the block asks for no gradient of the module's parameters, its inputs may."""
+    asking = [p for p in module.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

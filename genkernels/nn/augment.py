@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from genkernels.nn._seen import enclosing_ddp
 from genkernels.nn.dequantize import uniform
 from genkernels.ops import checks
 
@@ -104,7 +106,8 @@ class AdaptiveAugment(Augment):
     The heuristic is :math:`r = E[\operatorname{sign} D(x_\text{real})]`: 0 where the critic cannot tell, 1 where it
     knows every real image. Every few updates p rises by a step where r is above its target, and falls by one where it
     is below. Neither an update nor a pass waits for the device; p and what was counted are buffers, which checkpoints
-    keep. Of several processes each follows the scores that it sees, unless DistributedDataParallel hands on buffers.
+    keep. Several processes (``torch.distributed``) have one p, which follows the scores of all of them, or of the group
+    in whose pass of ``DistributedDataParallel`` it is: each must call `update` as often as the others.
 
     Example::
 
@@ -159,7 +162,8 @@ class AdaptiveAugment(Augment):
             real_scores: ``[N, ...]``, positive for what looks real; of a map of patches each counts.
 
         Returns:
-            r of this batch, a scalar without a graph, for the loss curves.
+            r of this batch, of several processes that of all their batches; a scalar without a graph, for the loss
+            curves.
         """
         who = "AdaptiveAugment"
         checks.tensor(who, "real_scores", real_scores)
@@ -168,9 +172,13 @@ class AdaptiveAugment(Augment):
         checks.tensor(who, "the module", self.p, (torch.float32, torch.float64))
         scores = real_scores.float()
         r = torch.where(scores.isnan(), scores, scores.sign()).mean()  # the sign of NaN is 0, to torch
+        now = torch.stack([len(scores) * r, torch.full_like(r, len(scores))])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            within = enclosing_ddp()
+            dist.all_reduce(now, group=within.process_group if within else None)
         signs, seen, updates = self.counted.unbind()
-        signs += len(real_scores) * r
-        seen += len(real_scores)
+        signs += now[0]
+        seen += now[1]
         updates += 1
         due = updates >= self.every
         step = (signs / seen - self.target).sign() * (seen / self.images)
@@ -178,7 +186,7 @@ class AdaptiveAugment(Augment):
         moved = (self.p + step.nan_to_num(0.0)).clamp(0, self.most)
         self.p.copy_(torch.where(due, moved, self.p))
         self.counted.masked_fill_(due, 0.0)
-        return r
+        return now[0] / now[1]
 
     def extra_repr(self) -> str:
         told = f"target={self.target}, images={self.images}, every={self.every}, most={self.most}"

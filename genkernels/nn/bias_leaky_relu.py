@@ -33,6 +33,8 @@ class BiasLeakyReLU(nn.Module):
     Source: Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020.
     """
 
+    genkernels_layer = "bias_leaky_relu"  #: what `genkernels.networks` takes it for
+
     def __init__(
         self,
         channels: int,

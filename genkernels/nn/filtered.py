@@ -12,7 +12,9 @@ from genkernels.ops import checks
 
 
 class _Filtered(nn.Module):
-    """A separable filter that adds up to 1, and a factor."""
+    """A separable filter that adds up to 1, and a factor; `options` are the operator's."""
+
+    options: dict
 
     def __init__(self, factor: int, taps: Sequence[float]):
         super().__init__()
@@ -50,13 +52,19 @@ class FilteredUpsample(_Filtered):
     Source: Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020.
     """
 
+    genkernels_layer = "upfirdn2d"  #: what `genkernels.networks` takes it for
+
     def __init__(self, factor: int = 2, taps: Sequence[float] = (1, 3, 3, 1)):
         super().__init__(factor, taps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        count, factor = len(self.taps), self.factor
+    @property
+    def options(self) -> dict:
+        count, factor = self.taps.shape[0], self.factor
         pads = (count + factor - 1) // 2, (count - factor) // 2
-        return ops.upfirdn2d(x, self.taps, up=factor, padding=pads * 2, gain=factor**2)
+        return {"up": factor, "padding": pads * 2, "gain": float(factor**2)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.upfirdn2d(x, self.taps, **self.options)
 
 
 class FilteredDownsample(_Filtered):
@@ -82,10 +90,16 @@ class FilteredDownsample(_Filtered):
     Source: Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020.
     """
 
+    genkernels_layer = "upfirdn2d"  #: what `genkernels.networks` takes it for
+
     def __init__(self, factor: int = 2, taps: Sequence[float] = (1, 3, 3, 1)):
         super().__init__(factor, taps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        count, factor = len(self.taps), self.factor
+    @property
+    def options(self) -> dict:
+        count, factor = self.taps.shape[0], self.factor
         pads = (count - factor + 1) // 2, (count - factor) // 2
-        return ops.upfirdn2d(x, self.taps, down=factor, padding=pads * 2)
+        return {"down": factor, "padding": pads * 2}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.upfirdn2d(x, self.taps, **self.options)

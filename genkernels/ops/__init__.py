@@ -10,6 +10,7 @@ from genkernels.ops.autoregressive_sampling import Stage, autoregressive_samplin
 from genkernels.ops.bias_leaky_relu import bias_leaky_relu
 from genkernels.ops.elementary_flows import planar_flow, radial_flow
 from genkernels.ops.gradient_penalty import gradient_penalty, interpolate_pairs
+from genkernels.ops.importance_bound import gaussian_reparameterize, importance_bound
 from genkernels.ops.invertible_residual import Solution, invertible_residual
 from genkernels.ops.log_det_series import LogDetSeries, log_det_series
 from genkernels.ops.logistic_mixture import logistic_mixture_nll, logistic_mixture_sample

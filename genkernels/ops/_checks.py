@@ -77,6 +77,13 @@ def integer(who: str, label: str, value, least: int, most: int | None = None) ->
     return value
 
 
+def flag(who: str, label: str, value) -> bool:
+    """`value`, True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{who}: {label} must be True or False, got {value!r}")
+    return value
+
+
 def option(who: str, label: str, value, words: Sequence[str]) -> int:
     """The place of `value` among `words`, which is the number that kernels know it by (`Option.words`)."""
     if value not in words:

@@ -88,9 +88,9 @@ def gradient_penalty(gradient: Tensor, target: float = 1.0, one_sided: bool = Fa
     checks.tensors(NAME, {"gradient": gradient})
     if gradient.dim() == 0:
         raise ValueError(f"{NAME}: gradient must be [N, ...], got []")
-    if not isinstance(target, int | float) or not 0 <= target < math.inf:
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 <= target < math.inf:
         raise ValueError(f"{NAME}: target must be a finite number, 0 or more, got {target!r}")
-    return PENALTY(gradient, float(target), bool(one_sided))[0]
+    return PENALTY(gradient, float(target), checks.flag(NAME, "one_sided", one_sided))[0]
 
 
 def _fake_interpolate(real, fake, u):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from genkernels.pictures._text import FAINT, INK, typeface, wrapped
 
-_TILE = 64  # pixels that a tile is enlarged to at least; by whole factors, so that every source pixel stays a square
+#: Pixels that the shorter side of a tile is enlarged to at least; by whole factors, so that source pixels stay squares.
+_TILE = 64
 _SHEET = 2048  # pixels of a sheet's side at most, where the factor can still be reduced
 _LINE = 96  # grey of the lines between tiles: told apart from black and from white pictures
 
@@ -50,7 +51,7 @@ def sheet(
     for name, labels, count in (("rows", rows, lines), ("headings", headings, columns)):
         if labels and len(labels) != count:
             raise ValueError(f"sheet: {name} must be {count} labels, got {len(labels)}")
-    factor = max(1, min(math.ceil(_TILE / max(height, width)), _SHEET // max(columns * width, lines * height)))
+    factor = max(1, min(math.ceil(_TILE / min(height, width)), _SHEET // max(columns * width, lines * height)))
     line = max(1, factor // 4)
     step_y, step_x = height * factor + line, width * factor + line
     grid = np.full((lines * step_y + line, columns * step_x + line, channels), _LINE, np.uint8)

@@ -5,6 +5,7 @@ r"""Leaky ReLU with bias, gain and clamp in plain PyTorch: the definition, the o
 
 (Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020). With s ≥ 0 and γ > 0 the sign of y is
 that of x + b, and so y alone says what it was multiplied by: γ where y > 0, γs elsewhere, 0 where :math:`|y| \ge m`.
+Where a half y underflows to 0 it counts as not above it, whatever the sign of x + b.
 That is all that is saved for backward. Backward is linear in the gradient, and its own backward is itself.
 
 Shapes: ``x [N, C, ...]``, y like x; ``b [C]``, fp32 (fp64 for fp64). Half numbers are computed in fp32 and rounded
@@ -31,6 +32,9 @@ def bias_leaky_relu(x: Tensor, bias: Tensor | None, negative_slope: float, gain:
     if bias is not None:
         a = a + _per_channel(bias, x)
     y = gain * F.leaky_relu(a, negative_slope)
+    if y.dtype != x.dtype and gain < 1:  # what underflows has the slope that 0 has
+        lost = (a > 0) & (y.to(x.dtype) == 0)
+        y = torch.where(lost, y.detach() + gain * negative_slope * (a - a.detach()), y)
     if clamp < math.inf:
         limit = torch.full((), clamp, dtype=x.dtype, device=x.device).to(y.dtype)
         y = torch.where(y.abs() >= limit, limit.copysign(y.detach()), y)

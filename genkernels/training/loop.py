@@ -15,6 +15,7 @@ from genkernels._words import UsageError, notice
 from genkernels.backends import current_backend, use_backend
 from genkernels.data.batches import check_data
 from genkernels.data.provenance import data_facts
+from genkernels.models._model import check_domains
 from genkernels.nn._modes import in_mode
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.checkpoint import TrainingError
@@ -84,6 +85,7 @@ def fit(
     if resume and run is None:
         raise UsageError("resume needs the run's folder: give out")
     check_model(model)
+    check_domains(type(model), bundle.form)
     check_data(bundle)
     examples, is_image = len(bundle.train), bundle.form.is_image
     resolved(config, examples, is_image)  # what this machine cannot do is refused before anything is written

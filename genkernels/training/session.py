@@ -69,8 +69,8 @@ class Session:
         self.total = self.start if early else max(self.start, wanted)
         fabric.to_device(model)
         players = model.players()
-        if fabric.world_size > 1 and not self.start:
-            self._initialise(players)
+        if not self.start:
+            self._begin(players)
         self.players = {name: Moving(fabric, model, name, player, config) for name, player in players.items()}
         self.judge = Judge(self, state, early)
         self.keeper = Keeper(self, state)
@@ -118,13 +118,15 @@ class Session:
         late = time.monotonic() - self.keeper.saved_at > SAVE_SECONDS
         due.save = due.save or due.stop or (self.config.checkpoint_every is None and agree(late, all=False))
 
-    def _initialise(self, players: dict[str, Player]) -> None:
-        # ActNorm sets itself on the first batch that it sees. Each process sees another batch, so all of them are given
-        # the first process's now, before DDP makes sure that they begin with the same weights.
-        seed_everything(derive_seed(self.config.seed, "initialise"))
-        x, y = self.fabric.to_device(fetch(self.bundle.train, self.order(0).batch(0)))
-        for name in players:
-            self.model.losses(name, x, y, 0)
+    def _begin(self, players: dict[str, Player]) -> None:
+        order, many = self.order(0), min(-(-1000 // self.config.batch_size), self.total)
+        if first := [fetch(self.bundle.train, order.batch(i)) for i in range(many)]:
+            self.model.begin(*self.fabric.to_device(tuple(map(torch.cat, zip(*first, strict=True)))))
+        if self.fabric.world_size > 1:
+            # ActNorm sets itself on its first batch: all processes are given the first one's, before DDP compares them
+            seed_everything(derive_seed(self.config.seed, "initialise"))
+            for name in players:
+                self.model.losses(name, *self.fabric.to_device(first[0]), 0)
 
 
 class Moving:

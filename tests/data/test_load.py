@@ -88,6 +88,7 @@ def test_take_from_a_set_without_tensors():
         ("photo64", "photos64"),
         ("foldr:x/y", "folder:x/y"),
         ("HF:mnist", "hf:mnist"),
+        ("ring2d", "for eight Gaussians on a circle write eight_gaussians$"),
         ("wibble", "the names: .*digits.*rings"),
         ("", "the names: "),
         ("digits:8", "digits"),

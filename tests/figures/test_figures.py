@@ -137,8 +137,8 @@ def test_a_run_that_was_killed_is_drawn_without_its_half_row(drawn, runs, tmp_pa
     [
         (
             "figure temprature",
-            "NAME must be one of divergences, energies, jacobians, losses, temperature, vanishing, got 'temprature'; "
-            "did you mean temperature?",
+            "NAME must be one of bounds, divergences, energies, jacobians, losses, posteriors, snr, temperature, "
+            "vanishing, got 'temprature'; did you mean temperature?",
         ),
         ("figure temperature", "the following arguments are required: --run"),
         ("figure temperature --rum x --run DIGITS", "figure temperature: unknown argument '--rum'; did you mean --run"),

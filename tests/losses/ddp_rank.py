@@ -1,4 +1,5 @@
-"""One of two processes: the gradients of a critic's penalty and of its step under DistributedDataParallel.
+"""One of two processes: the gradients of a critic's penalty and of its step, and of an importance-weighted bound, under
+DistributedDataParallel.
 
     python -m tests.losses.ddp_rank RANK STORE RESULT
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genkernels.losses import critic_step, gradient_penalty
-from tests.losses import definitions
+from tests.losses import definitions, importance_rank
 from tests.ops.ddp_rank import HALVES, by_hook, main
 
 NETWORKS = ("critic", "mlp SiLU", "mlp LipSwish")
@@ -46,14 +47,16 @@ def expected(net, name, real, fake):
     return definitions.step(net, real, fake, "logistic", 0.5, 0.5)
 
 
-def wrong(network, name, wrapped, hook, rank) -> str:
+def wrong(network, name, wrapped, hook, rank, compiled=False) -> str:
     net, sample = definitions.critic(network)
     halves = [
         (definitions.draw(3, sample, seed=i), definitions.draw(3, sample, seed=9 + i)) for i in range(len(HALVES))
     ]
     each = [definitions.gradients(expected(net, name, *half), net) for half in halves]
     mean = [torch.stack(grads).mean(0) for grads in zip(*each, strict=True)]
-    parallel = DistributedDataParallel(net if wrapped else Loss(net, name))
+    whole = net if wrapped else Loss(net, name)
+    parallel = DistributedDataParallel(torch.compile(whole, backend="aot_eager") if compiled else whole)
+    before = parallel.module
     if hook:
         parallel.register_comm_hook(None, by_hook)
     for _ in range(2):
@@ -64,6 +67,7 @@ def wrong(network, name, wrapped, hook, rank) -> str:
         else:
             loss = parallel(*halves[rank])
         loss.backward()
+    assert parallel.module is before
     if any(p.grad is None for p in net.parameters()):
         return "no gradient"
     difference = definitions.apart([p.grad for p in net.parameters()], mean)
@@ -77,7 +81,11 @@ def all_wrong(rank: int) -> dict[str, str]:
             continue  # which gives the last bias no gradient, and DDP waits for one
         case = (network, name, *["a wrapped critic"] * wrapped, *["a communication hook"] * hook)
         found[", ".join(case)] = wrong(network, name, wrapped, hook, rank)
-    return found
+    for network, name in itertools.product(("critic", "mlp LipSwish"), LOSSES):
+        if WAYS[network] == "double backward" and name == "the penalty":
+            continue
+        found[f"{network}, {name}, a wrapped critic, compiled"] = wrong(network, name, True, True, rank, compiled=True)
+    return found | importance_rank.all_wrong(rank)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_the_way_and_what_forced_it_is_told():
         (mlp(nn.ELU), {}, "six passes: layer '1' (ELU) has a second derivative"),
         (normed, {}, "double backward: layer '1' (LayerNorm) is none of Linear, Conv1d, …: it has no rule"),
         (lambda x: net(x), {}, "double backward: the critic is no nn.Module"),
-        (Labelled(), {"y": y}, "double backward: the critic takes labels"),
+        (Labelled(), {"y": y}, "six passes: layer 'net.1' (Tanh) has a second derivative"),
         (
             nn.Sequential(nn.Linear(4, 4), nets.LipSwish(), nn.Linear(4, 1)).double(),
             {},
@@ -254,6 +254,8 @@ def test_inside_transforms_it_is_refused():
         (lambda x: x.view(2, 8)[:, :1], [(4, 4)] * 2, {}, "a score for each of the 4 samples, got 2 scores"),
         (lambda x: torch.ones(len(x)), [(4, 4)] * 2, {}, "must depend on its input"),
         (mlp(), [(4, 4)] * 2, {"target": -1.0}, "target must be a finite number, 0 or more, got -1.0"),
+        (mlp(), [(4, 4)] * 2, {"target": True}, "target must be a finite number, 0 or more, got True"),
+        (mlp(), [(4, 4)] * 2, {"one_sided": "no"}, "one_sided must be True or False, got 'no'"),
         (mlp(), [(4, 4)] * 2, {"every": 0}, "every must be an integer of at least 1, got 0"),
         (mlp(), [(4, 4)] * 2, {"step": -1}, "step must be an integer of at least 0, got -1"),
     ],

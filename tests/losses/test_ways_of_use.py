@@ -1,9 +1,12 @@
 """The penalties as training code calls them: at the end of networks as people write them, in inference mode, under
 autocast, in a step without a penalty."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genkernels as gk
 from genkernels.losses import critic_step, gradient_penalty
@@ -103,3 +106,70 @@ def test_what_a_critic_draws_it_draws_twice_alike():
 def test_one_sentence_says_what_must_hold(given, error, sentence):
     with pytest.raises(error, match=f"gradient_penalty: {sentence}"):
         gradient_penalty(lambda x, y=None: x.sum(1), BATCH, BATCH, **given)
+
+
+@pytest.mark.parametrize("middle", [lambda h: h, lambda h: torch.nn.functional.leaky_relu(h - 9, 0.1), torch.sigmoid])
+@pytest.mark.parametrize("called", [lambda net: net, lambda net: lambda x: net(x)])
+def test_one_nan_among_the_inputs_shows(called, middle):
+    """Activations that are piecewise linear have finite slopes at NaN, where the critic has none."""
+    net, broken = Net(middle=middle), BATCH.clone()
+    broken[1, 2] = torch.nan
+    for real, fake in ((broken, BATCH), (BATCH, broken)):
+        found = gradient_penalty(called(net), real, fake)
+        found.backward()
+        assert found.isnan() and net.first.weight.grad.isnan().any()
+        parts = critic_step(called(net), real, fake, r1=1.0, r2=1.0, terms=True)
+        assert parts["loss"].isnan() and parts["r1" if real is broken else "r2"].isnan()
+
+
+@pytest.mark.parametrize("r1", [0.0, 1.0])
+def test_small_batches_go_through_the_critic_as_one(r1):
+    """But for one whose samples may depend on one another, and where the reference is asked for."""
+    calls, other = [], draw(3, (4,), torch.float64)
+    net, counting = Net(), Net(middle=lambda h: (calls.append(h.shape[0]), h)[1])
+    found = critic_step(counting, BATCH, other, r1=r1)
+    close(found, critic_step(lambda x: net(x), BATCH, other, r1=r1))
+    assert [n for n in calls if isinstance(n, int)] == ([] if r1 else [6])
+    del calls[:]
+    with gk.use_backend("reference"):
+        close(critic_step(counting, BATCH, other, r1=r1), found)
+    assert [n for n in calls if isinstance(n, int)] == [3, 3]
+    if not r1:
+        coupled = Net(middle=lambda h: h - h.mean(0))
+        close(critic_step(coupled, BATCH, other), critic_step(lambda x: coupled(x), BATCH, other))
+
+
+class Counted(TorchDispatchMode):
+    """How many of torch's operators run, which is what the step of a small critic costs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", [gradient_penalty, critic_step, functools.partial(critic_step, r1=1.0, r2=1.0)])
+def test_a_small_critic_costs_two_thirds_of_the_reference_s_operators_at_most(loss):
+    counts = []
+    net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(4, 4), nn.LeakyReLU(0.2))), nn.Linear(4, 1))
+    for backend in ("auto", "reference"):
+        with gk.use_backend(backend), Counted() as counted:
+            loss(net, BATCH.float(), BATCH.float() + 1).backward()
+        counts.append(counted.count)
+    assert 0 < counts[0] <= counts[1] * 2 / 3
+
+
+def test_a_compiled_critic_is_called_as_it_is_where_nothing_is_differentiated_twice():
+    compiled, net = [], Net()
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    other = draw(3, (4,), torch.float64)
+    critic = torch.compile(net, backend=backend)
+    for weights in ({"r1": 1.0}, {}):
+        assert not compiled
+        close(critic_step(critic, BATCH, other, **weights), critic_step(net, BATCH, other, **weights))
+    assert compiled

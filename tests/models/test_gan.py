@@ -277,6 +277,16 @@ def test_the_sizes_of_the_papers():
         assert kind.presets["cifar10"].training["betas"] == (0.0, 0.9) and kind.from_preset("ring2d").n_critic == 5
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_has_a_size_for_cifar10(name):
+    with torch.device("meta"):
+        model = models.MODELS[name].from_preset("cifar10")
+    assert model.shape == (3, 32, 32) and model.grey_levels == 256
+    x = torch.empty(2, 3, 32, 32, device="meta")
+    codes = [model.generator.to("meta").encoder(x)] if name == "bigan" else []
+    assert all(code.shape == (2, 64) for code in codes) and model.critic(x, *codes).shape == (2, 1)
+
+
 def test_a_block_of_r3gan_begins_as_the_identity():
     model = tiny("r3gan", "images")
     blocks = [m for m in model.modules() if type(m).__name__ == "Block"]

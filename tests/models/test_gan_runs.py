@@ -21,12 +21,19 @@ def moved(history: dict) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_a_run_on_the_kernels_is_one_on_the_reference(name, kind):
+    """In fp64 to the sixth digit. In fp32 a weight whose gradient cancels in one order of sums and not in another moves
+    by Adam's whole step, which shifts the level of the scores: that is nobody's but the generator's loss shows it."""
     bundle = small("digits" if kind == "images" else "eight_gaussians")
-    found = [moved(fit(tiny(name, kind), bundle, config(backend=b), quiet=True).history) for b in ("reference", "auto")]
-    for player, truth in found[0].items():
-        assert len(truth) == (30 if player == "critic/loss" or name in ("gan", "r3gan", "bigan") else 6)
-        for a, b in zip(truth, found[1][player], strict=True):
-            assert abs(a - b) <= 1e-3 * abs(a), player
+    for dtype, relative, absolute in ((torch.float64, 1e-6, 0.0), (torch.float32, 1e-3, 1e-3)):
+        models = [tiny(name, kind).to(dtype) for _ in range(2)]
+        reference, auto = (
+            moved(fit(model, bundle, config(backend=b), quiet=True).history)
+            for model, b in zip(models, ("reference", "auto"), strict=True)
+        )
+        for player, truth in reference.items():
+            assert len(truth) == (30 if player == "critic/loss" or name in ("gan", "r3gan", "bigan") else 6)
+            for a, b in zip(truth, auto[player], strict=True):
+                assert abs(a - b) <= relative * abs(a) + absolute, (dtype, player)
 
 
 @pytest.mark.parametrize("name", ["wgangp", "sngan", "r3gan", "bigan"])

@@ -147,6 +147,18 @@ def test_what_follows_from_the_data(name):
         kind.fit_to(points)
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+def test_two_domains_are_one_image_to_no_model_but_those_of_domains(name):
+    kind, form = models.MODELS[name], Form((2, 4, 4), 17, domains=2)
+    if kind.domains == 2:
+        assert kind.fit_to(form)["shape"] == (2, 4, 4)
+        return
+    with pytest.raises(
+        UsageError, match=f"^{kind.__name__} is a model of one image a datum, .* 2 domains: try cyclegan$"
+    ):
+        kind.fit_to(form)
+
+
 def test_arguments_that_a_model_does_not_have_do_not_follow():
     class OfPoints(models.Model):
         takes = ("points",)

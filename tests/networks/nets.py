@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from genkernels.nn import BiasLeakyReLU, FilteredDownsample, FilteredUpsample
+
 
 class LipSwish(nn.Module):
     genkernels_activation = ("lipswish", "steepness")
@@ -138,6 +140,22 @@ def normed(wrap):
     return net
 
 
+def filtered():
+    """Layers of StyleGAN's critic: what a convolution without bias gives goes on to a bias, a leaky ReLU and a gain."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, bias=False), BiasLeakyReLU(3), FilteredDownsample(), BiasLeakyReLU(3, 0.1, 0.7)
+    )
+    for layer in net[1::2]:
+        nn.init.normal_(layer.bias)
+    return net
+
+
+def biased():
+    net = nn.Sequential(nn.Linear(4, 5), BiasLeakyReLU(5, 0.0, 1.5), nn.Linear(5, 3), BiasLeakyReLU(3))
+    nn.init.normal_(net[1].bias)
+    return net
+
+
 ACTIVATIONS = {
     "ReLU": nn.ReLU,
     "LeakyReLU": lambda: nn.LeakyReLU(0.2),
@@ -224,6 +242,12 @@ NETWORKS |= {
     ),
     "linear1d": (sequence(nn.Tanh, lambda: nn.Upsample(scale_factor=2, mode="linear", align_corners=True)), (2, 3)),
     "trilinear": (sequence(nn.Tanh, lambda: nn.Upsample(5, mode="trilinear")), (2, 3, 2, 4)),
+    "filtered up": (sequence(nn.Tanh, FilteredUpsample), (2, 3, 4)),
+    "filtered up, more": (sequence(lambda: FilteredUpsample(3, (1, 2, 4, 1)), nn.Tanh), (2, 3, 2)),
+    "filtered down": (sequence(nn.Tanh, FilteredDownsample), (2, 6, 4)),
+    "filtered down, odd": (sequence(lambda: FilteredDownsample(2, (1, 2, 3)), nn.Tanh), (2, 5, 7)),
+    "filtered in place": (filtered, (2, 6, 4)),
+    "bias, gain": (biased, (4,)),
     "unflatten": (
         sequence(lambda: nn.Linear(4, 12), lambda: nn.Unflatten(1, (3, 2, -1)), lambda: conv(2, 3, 2, 1), nn.Flatten),
         (4,),

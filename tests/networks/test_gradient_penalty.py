@@ -8,6 +8,7 @@ from torch import nn
 from genkernels import networks
 from genkernels.networks import gradient_penalty, penalised, trace
 from genkernels.networks.gradient_penalty import explained, why_not
+from genkernels.nn import BiasLeakyReLU
 from tests.losses import definitions
 from tests.networks import nets
 
@@ -221,6 +222,7 @@ def test_a_second_derivative_is_refused():
         (nets.LipSwish(), "layer '1' (LipSwish) learns its beta"),
         (nn.LeakyReLU(-0.5), "layer '1' (LeakyReLU) has negative_slope = -0.5: below 0"),
         (nn.ELU(-1.0), "layer '1' (ELU) has alpha = -1.0: below 0"),
+        (BiasLeakyReLU(4, gain=-1.0), "layer '1' (BiasLeakyReLU) has gain = -1.0: below 0"),
         (nn.ELU(), ""),
     ],
 )

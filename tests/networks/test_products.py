@@ -144,7 +144,7 @@ def test_within_functional_call_and_a_compiled_function():
 
 # --- activations -----------------------------------------------------------------------------------------------------
 
-PARAMETERS = {"negative_slope": 0.2, "alpha": 0.7, "beta": 1.3, "threshold": 20.0}
+PARAMETERS = {"gain": 1.4, "negative_slope": 0.2, "alpha": 0.7, "beta": 1.3, "threshold": 20.0}
 
 
 @pytest.mark.parametrize("name", networks.ACTIVATIONS)
@@ -189,7 +189,8 @@ def test_far_out_they_are_what_they_tend_to(name, dtype):
     numbers = [PARAMETERS[parameter] for parameter in activation.parameters]
     x = torch.tensor([-1e30, -1e15, -1e4, -300.0, 300.0, 1e4, 1e15, 1e30], dtype=dtype).requires_grad_()
     slope, curvature = activation.slope(x, *numbers), activation.curvature(x, *numbers)
-    low, high = {"relu": (0, 1), "leaky_relu": (0.2, 1), "tanh": (0, 0), "sigmoid": (0, 0)}.get(name, (0, 1))
+    ends = {"relu": (0, 1), "leaky_relu": (0.2, 1), "gained_leaky_relu": (0.28, 1.4), "tanh": (0, 0), "sigmoid": (0, 0)}
+    low, high = ends.get(name, (0, 1))
     high = high / {"lipswish": 1.1, "clipswish": 1.1 * 1.004}.get(name, 1)
     close(slope, torch.tensor([low] * 4 + [high] * 4, dtype=dtype))
     close(curvature, torch.zeros_like(x))

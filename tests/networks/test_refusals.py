@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from genkernels import networks
+from genkernels import nn as gnn
 from genkernels.networks import trace
 from tests.networks import nets
 from tests.networks.nets import calls
@@ -78,6 +79,11 @@ class Unknown(nn.Module):
         return x * torch.sigmoid(x)
 
 
+class Wider(gnn.BiasLeakyReLU):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
 class Pair(nn.Module):
     def forward(self, x, y):
         return x + y
@@ -108,6 +114,14 @@ LAYERS = [
     (lambda: changed(lambda net: prune.random_unstructured(net[0], "weight", 0.5)), "layer '0' (Linear)", HOOKS),
     (lambda: changed(lambda net: setattr(net[0], "forward", torch.tanh)), "layer '0' (Linear)", HOOKS),
     (lambda: torch.jit.script(linear), "the network (RecursiveScriptModule)", HOOKS),
+    (
+        lambda: gnn.BiasLeakyReLU(4, clamp=2.0),
+        "the network (BiasLeakyReLU)",
+        "clamps its output: clamp must be None, got 2",
+    ),
+    (lambda: gnn.BiasLeakyReLU(3), "the network (BiasLeakyReLU)", "takes samples of 3 channels, got [4]"),
+    (lambda: gnn.FilteredUpsample(), "the network (FilteredUpsample)", "takes samples of channels and 2 spatial axes"),
+    (lambda: Wider(4), "the network (Wider)", "is a subclass of BiasLeakyReLU: it may do something else"),
     (Pair, "the network (Pair)", "takes several inputs (x, y): it must take one"),
     (
         lambda: nn.Linear(5, 4),

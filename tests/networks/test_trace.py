@@ -114,6 +114,8 @@ def test_whether_a_network_is_piecewise_linear():
         "mlp LeakyReLU",
         "one layer",
         "critic",
+        "filtered in place",
+        "bias, gain",
         "unflatten",
         "nothing",
     }

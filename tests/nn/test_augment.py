@@ -8,6 +8,7 @@ import torch
 
 import genkernels as gk
 from genkernels.nn import augment as module
+from tests.processes import two_ranks
 
 OFF = {"colour": False, "translation": 0, "cutout": 0}
 
@@ -210,6 +211,11 @@ def test_a_state_goes_on_where_it_was():
     run(resumed, batches[5:])
     assert all(torch.equal(value, unbroken.state_dict()[key]) for key, value in resumed.state_dict().items())
     assert unbroken.p > 0 and unbroken.counted[2] == 1
+
+
+@pytest.mark.threads
+def test_two_processes_have_one_probability():
+    assert two_ranks("tests.nn.augment_rank") == {"alone": "", "within DistributedDataParallel": ""}
 
 
 def test_nan_is_forgotten_and_no_graph_is_kept():

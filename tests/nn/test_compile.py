@@ -1,4 +1,5 @@
-"""``torch.compile`` takes the loss of every likelihood as one graph, values and gradients those of eager mode."""
+"""``torch.compile`` takes the loss of every likelihood, and that of a VAE, as one graph, values and gradients those of
+eager mode."""
 
 import os
 import shutil
@@ -20,15 +21,17 @@ SMALL = {
     "hybridflow": {"steps": 1},
     "pixelcnn": {"layers": 1, "dropout": 0.0},
     "gatedpixelcnn": {"layers": 1, "dropout": 0.0},
+    "vae": {"width": 16},
 }
 #: residualflow differentiates inside its loss, where torch.compile breaks the graph; so do critics with a penalty.
 LIKELIHOODS = [name for name, kind in MODELS.items() if issubclass(kind, LikelihoodModel)]
 IMAGES = [(name, "digits", "auto") for name in LIKELIHOODS if name != "residualflow"]
 POINTS = [(name, "points", "auto") for name in ("glow", "maf")]
+BOUNDS = [("vae", "digits", "auto"), ("vae", "points", "auto")]  # of one draw; that of many finds its gradient itself
 REFERENCE = [("nice", "digits", "reference"), ("maf", "points", "reference"), ("pixelcnn", "digits", "reference")]
 
 
-@pytest.mark.parametrize(("name", "preset", "backend"), [*IMAGES, *POINTS, *REFERENCE])
+@pytest.mark.parametrize(("name", "preset", "backend"), [*IMAGES, *POINTS, *BOUNDS, *REFERENCE])
 def test_loss_is_one_graph(name, preset, backend):
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -200,3 +200,18 @@ def test_under_autocast_the_output_is_of_xs_dtype(implementation, device):
 def test_bad_input_gets_one_sentence(call, error, sentence):
     with pytest.raises(error, match=f"^bias_leaky_relu: {sentence}"):
         call(*draw((3, 4, 5), (4,)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_what_underflows_has_the_slope_of_0_by_every_implementation(implementation, device, dtype):
+    """As y alone is kept, and says 0; the definition's gradient is the same."""
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least number above 0
+    x = torch.tensor([[tiny, -tiny, 0.0, 1.0]], dtype=dtype, device=device).requires_grad_()
+    for function in (
+        ops.bias_leaky_relu,
+        lambda *a, negative_slope, gain: reference.bias_leaky_relu(*a, negative_slope, gain, math.inf),
+    ):
+        y = function(x, None, negative_slope=0.5, gain=0.25)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert y[0, :3].tolist() == [0.0] * 3
+        assert gradient.tolist() == [[0.125, 0.125, 0.125, 0.25]]

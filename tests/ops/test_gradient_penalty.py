@@ -301,6 +301,8 @@ def test_under_autocast_the_norm_is_in_fp32(implementation, device):
         (lambda x, u: ops.gradient_penalty(x.sum()), ValueError, r"gradient must be \[N, \.\.\.\], got \[\]"),
         (lambda x, u: ops.gradient_penalty(x, -1.0), ValueError, "target must be a finite number, 0 or more, got -1.0"),
         (lambda x, u: ops.gradient_penalty(x, float("nan")), ValueError, "target must be a finite number, .* got nan"),
+        (lambda x, u: ops.gradient_penalty(x, True), ValueError, "target must be a finite number, 0 or more, got True"),
+        (lambda x, u: ops.gradient_penalty(x, 1.0, "no"), ValueError, "one_sided must be True or False, got 'no'"),
         (lambda x, u: ops.gradient_penalty(x, "1"), ValueError, "target must be a finite number, 0 or more, got '1'"),
     ],
 )

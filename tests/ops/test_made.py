@@ -11,7 +11,7 @@ import genkernels as gk
 from genkernels import ops
 from genkernels.ops.made import METHODS, SCALE_MAPS
 from genkernels.reference.made import degree_mask, degrees_of, made_forward, plan
-from tests.checks import assert_as_accurate, behind, beside_forbidden_memory, pairwise
+from tests.checks import assert_as_accurate, behind, beside_forbidden_memory, opcheck_backward, pairwise
 from tests.implementations import slow_few
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -380,10 +380,8 @@ def test_opcheck(implementation, device):
     z, weights, biases, order, counts, options = network(4, (5, 6), batch=2, context=True, device=device)
     arguments = (options["context"], weights, biases, order, counts, False, 1)
     torch.library.opcheck(torch.ops.genkernels.made_inverse.default, (z, *arguments))
-    torch.library.opcheck(torch.ops.genkernels.made_inverse_backward.default, (z, None, z, *arguments))
-    torch.library.opcheck(
-        torch.ops.genkernels.made_inverse_backward.default, (None, z[:, 0].contiguous(), z, *arguments)
-    )
+    opcheck_backward(torch.ops.genkernels.made_inverse_backward.default, (z, None, z, *arguments))
+    opcheck_backward(torch.ops.genkernels.made_inverse_backward.default, (None, z[:, 0].contiguous(), z, *arguments))
 
 
 @inverse

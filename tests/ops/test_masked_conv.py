@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import genkernels as gk
 from genkernels import ops
 from genkernels.reference.masked_conv import ACTIVATIONS, MASK_TYPES, REGIONS, causal_mask, keeps_pre
-from tests.checks import assert_as_accurate, strided
+from tests.checks import assert_as_accurate, opcheck_backward, strided
 from tests.implementations import reference_of
 
 reference = reference_of("masked_conv")
@@ -279,7 +279,7 @@ def test_opcheck(implementation, device, problem):
     state = None if problem.activation == "none" else (pre if pre.numel() else output).detach().requires_grad_()
     has_condition = problem.condition != 0
     for wanted in ((True, True, True, has_condition), (False, True, False, False), (True, False, False, has_condition)):
-        torch.library.opcheck(
+        opcheck_backward(
             torch.ops.genkernels.masked_conv_backward.default,
             (
                 grad_output.requires_grad_(),

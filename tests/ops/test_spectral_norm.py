@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torchs
 
 from genkernels import ops
 from genkernels.ops import CIRCULAR, CONVOLUTION, Geometry
-from tests.checks import assert_as_accurate, beside_forbidden_memory, bits, off_address
+from tests.checks import assert_as_accurate, beside_forbidden_memory, bits, off_address, opcheck_backward
 from tests.implementations import reference_of
 
 reference = reference_of("spectral_norm")
@@ -237,7 +237,7 @@ def test_a_weight_of_zeros_stays_finite_and_recovers(implementation, device, cas
     assert torch.equal(out.u[0], u[0]) and torch.equal(out.v[0], v[0])
     grad = torch.ones_like(zero)
     assert torch.equal(torch.autograd.grad(out.weights[0], zero, grad)[0], grad)
-    iterations = implementation.some([300], interpreted=[3])[0]
+    iterations = implementation.some([30], interpreted=[3])[0]
     again = ops.spectral_norm(weights, out.u, out.v, g, iterations=iterations)
     expected = reference.spectral_norm(weights, u, v, reference.as_plan(g), iterations)
     torch.testing.assert_close(again.sigma, expected[-1])
@@ -399,7 +399,8 @@ def test_gradients_of_first_and_second_order(implementation, device):
         )
         leaf = weights[0].requires_grad_()
         assert torch.autograd.gradcheck(function, (leaf,))
-        assert torch.autograd.gradgradcheck(function, (leaf,))
+        # of hundreds of weights along random directions
+        assert torch.autograd.gradgradcheck(function, (leaf,), fast_mode=case in CONVOLUTIONS)
 
 
 @pytest.mark.implementations(only=("cpu",))
@@ -410,7 +411,7 @@ def test_torch_finds_nothing_amiss(implementation, device):
     out = [t.detach() for t in implementation.functions.spectral_norm(weights, u, v, plan, 1, 1.0, False)]
     grads = [torch.randn_like(w, requires_grad=True) for w in weights]
     for by_sigma in (None, torch.ones(2)):
-        torch.library.opcheck(
+        opcheck_backward(
             torch.ops.genkernels.spectral_norm_backward.default,
             (grads, by_sigma, weights, out[2:4], out[4:6], out[6], plan, 1.0, False),
         )

@@ -11,7 +11,7 @@ import pytest
 from genkernels import models, tables
 from genkernels._words import UsageError
 from genkernels.cli import main
-from genkernels.tables import hybrid
+from genkernels.tables import avade, hybrid, iwae
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -35,7 +35,7 @@ def small(tmp_path, monkeypatch):
 def test_every_table_has_its_three_parts_and_is_listed(capsys):
     assert main(["table"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == tables.names() == ["hybrid"]
+    assert [line.split()[0] for line in listed] == tables.names() == ["avade", "hybrid", "iwae"]
     for name, line in zip(tables.names(), listed, strict=True):
         module = importlib.import_module(f"genkernels.tables.{name}")
         assert line.endswith(module.TITLE) and callable(module.make) and callable(module.add_arguments)
@@ -66,6 +66,43 @@ def test_hybrid(small, capsys):
     assert [row["paper_bits_per_dim"] for row in rows[::3]] == ["", "", ""], "the paper tells none of λ = 0"
     bits = {(row["flow"], row["weight"]): row["bits_per_dim"] for row in rows}
     assert len(set(bits.values())) == 9, "two cells are of one run"
+
+
+def test_avade(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    from_preset = models.AVADE.from_preset
+    small = {"width": 4, "latent": 2, "steps": 1, "hidden": 2}
+    monkeypatch.setattr(models.AVADE, "from_preset", lambda name, **options: from_preset(name, **small, **options))
+    monkeypatch.setattr(avade, "SAMPLES", 100)
+    assert main(["table", "avade", "--steps", "2", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "avade.csv\navade.png\n" and err.count("\n") == 5
+    with open("avade.csv") as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["gan", "vae", "v-ade", "av-gde", "av-ade"]
+    assert rows["gan"]["bits_per_dim"] == "" and rows["av-ade"]["paper_fid"] == "28.0"
+    for name, row in rows.items():
+        assert float(row["frechet_distance"]) > 0 and float(row["sliced_wasserstein"]) > 0
+        assert name == "gan" or 1 < float(row["bits_per_dim"]) < 20
+        assert (row["steps"], row["examples"], row["samples"]) == ("2", "360", "100")
+
+
+def test_iwae(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(iwae, "IMPORTANCE", 20)
+    monkeypatch.setattr(iwae, "EXAMPLES", 30)
+    assert main(["table", "iwae", "--steps", "2", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "iwae.csv\niwae.png\n" and err.count("\n") == 5
+    with open("iwae.csv") as file:
+        rows = {(row["model"], row["k"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [(model, k) for k in ("1", "5", "50") for model in ("VAE", "IWAE")]
+    assert rows["VAE", "1"]["nats"] == rows["IWAE", "1"]["nats"], "one bound"
+    assert len({row["nats"] for row in rows.values()}) == 5
+    assert all(10 < float(row["nats"]) < 60 and row["draws"] == "20" for row in rows.values())
+    assert (rows["IWAE", "50"]["paper_nats"], rows["VAE", "50"]["paper_nats"]) == ("84.78", "86.35")
+    assert main(["table", "iwae", "--data", "moons"]) == 2
+    assert "--data must be images with grey levels" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_numbers(small, monkeypatch):
@@ -113,7 +150,7 @@ def test_a_table_whose_picture_cannot_be_written_leaves_the_earlier_one(tmp_path
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("table hybird", "table: NAME must be one of hybrid, got 'hybird'; did you mean hybrid?"),
+        ("table hybird", "table: NAME must be one of avade, hybrid, iwae, got 'hybird'; did you mean hybrid?"),
         ("tabel hybrid", "unknown command 'tabel'; did you mean table?"),
         ("table hybrid --step 4", "table hybrid: unknown argument '--step'; did you mean --steps"),
         ("table hybrid --steps 0", "--steps must be at least 1, got 0"),

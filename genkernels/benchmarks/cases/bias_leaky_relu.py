@@ -1,7 +1,5 @@
 """Benchmark cases of `genkernels.ops.bias_leaky_relu`: what follows a critic's convolution.
 
-The reference is the formula as it is mostly written, which takes a fraction of the definition's time.
-
 Bytes: forward reads x and writes y; backward reads the gradient and y and writes the gradient of x. The bias is small.
 """
 

@@ -19,7 +19,7 @@ class GatedPixelCNN(PixelModel):
     Args:
         shape: ``(C, H, W)``; colours are drawn R, G, B. grey_levels: how many values a pixel can take.
         width: channels of each stack, a multiple of C for the categorical head. layers: gated layers after the first.
-        kernel_size: of the layers after the first, odd; the first has 7.
+        kernel_size: of the layers after the first, odd. first_kernel: of the first, odd.
         head: ``categorical``: a softmax over the levels; ``logistic_mixture``: `mixtures` discretised logistics a
             pixel, whose coefficients tie its channels together (PixelCNN++). 1 or 3 channels.
         mixtures: how many logistics a pixel, for `logistic_mixture`.
@@ -52,6 +52,7 @@ class GatedPixelCNN(PixelModel):
         width: int = 64,
         layers: int = 8,
         kernel_size: int = 3,
+        first_kernel: int = 7,
         head: str = "categorical",
         mixtures: int = 10,
         dropout: float = 0.0,
@@ -60,7 +61,7 @@ class GatedPixelCNN(PixelModel):
         super().__init__(shape=shape, grey_levels=grey_levels, num_classes=num_classes, head=head, mixtures=mixtures)
         channels, groups = shape[0], self.data_channels
         check_width("GatedPixelCNN", width, groups)
-        sizes = [(channels, 7, "A"), *[(width, kernel_size, "B")] * layers]
+        sizes = [(channels, first_kernel, "A"), *[(width, kernel_size, "B")] * layers]
         self.blocks = nn.ModuleList(
             _Block(inputs, width, size, mask_type, groups, num_classes) for inputs, size, mask_type in sizes
         )
@@ -108,7 +109,8 @@ class _Block(nn.Module):
         v = self.vertical(v, class_bias(self.vertical_classes, y))
         condition = self.link(v)
         if self.horizontal_classes is not None:
-            condition = condition + self.horizontal_classes(y)[:, :, None, None]
+            beside = self.horizontal_classes(y)
+            condition = condition + beside.view(*beside.shape, *[1] * (4 - beside.dim()))
         return v, self.out(self.horizontal(h, condition), None, residual)
 
     def stages(self, v: int, h: int, residual: int | None, before: int, y: Tensor | None) -> list[Stage]:

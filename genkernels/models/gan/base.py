@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from genkernels import losses, metrics
 from genkernels._config import TrainConfig
 from genkernels.models._model import Estimate, Model, Player, Preset
 from genkernels.nn import AdaptiveAugment, Augment
-from genkernels.nn._modes import in_mode
+from genkernels.nn._modes import frozen, in_mode
 from genkernels.nn._values import level_indices
 from genkernels.nn.dequantize import normal
 
@@ -210,16 +209,3 @@ def presets(
         rate = points_lr if points_lr is not None and len(size["shape"]) == 1 else lr
         found[name] = Preset(size, {"clip": 0.0, "warmup": 0, **({} if rate == LR else {"lr": rate}), **training})
     return found | ({"points": found["ring2d"]} if "ring2d" in found else {})
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """What is computed within the block asks for no gradient of the module's parameters, its inputs may."""
-    asking = [p for p in module.parameters() if p.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)

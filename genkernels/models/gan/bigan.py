@@ -18,6 +18,7 @@ _SIZES = {
     "ring2d": {"shape": (2,), "latent": 2, "width": 128},
     "digits": {"shape": (1, 8, 8), "grey_levels": 17, "latent": 32, "width": 64},
     "photos32": {"shape": (3, 32, 32), "latent": 64, "width": 32},
+    "cifar10": {"shape": (3, 32, 32), "latent": 64, "width": 64},
 }
 
 
@@ -43,7 +44,9 @@ class BiGAN(AdversarialModel):
         >>> model.encode(torch.randn(3, 2)).shape, model.sample(3).shape
         (torch.Size([3, 2]), torch.Size([3, 2]))
 
-    Source: Donahue et al., "Adversarial feature learning", 2017: Adam at 2e-4 with β₁ = 0.5.
+    Source: Donahue et al., "Adversarial feature learning", 2017: Adam at 2e-4 with β₁ = 0.5; Dumoulin et al.,
+    "Adversarially learned inference", 2017, the same of the same year, whose 64 latents of CIFAR-10 the preset
+    ``cifar10`` has, with the networks of `GAN`.
     """
 
     presets: ClassVar = presets(_SIZES, lr=2e-4, betas=(0.5, 0.999))
@@ -74,14 +77,19 @@ class BiGAN(AdversarialModel):
         if player == "critic":
             with torch.no_grad():
                 code, fake = self.generator.encoder(real), self.generator(z, labels)
-            real_scores, fake_scores = self.critic(real, code, labels), self.critic(fake, z, labels)
+            real_scores, fake_scores = self._scores(real, code, fake, z, labels)
             means = {"real_score": real_scores.detach().mean(), "fake_score": fake_scores.detach().mean()}
             return {"loss": losses.critic_loss(real_scores, fake_scores, kind=self.loss_kind), **means}
         code, fake = self.generator.encoder(real), self.generator(z, labels)
         with frozen(self.critic):
-            real_scores, fake_scores = self.critic(real, code, labels), self.critic(fake, z, labels)
+            real_scores, fake_scores = self._scores(real, code, fake, z, labels)
         # each pair is to be taken for one of the other kind
         return {"loss": losses.critic_loss(fake_scores, real_scores, kind=self.loss_kind)}
+
+    def _scores(self, real: Tensor, code: Tensor, fake: Tensor, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the pairs of examples and of those of samples, all of them one batch of the critic's."""
+        labels = None if y is None else torch.cat([y, y])
+        return self.critic(torch.cat([real, fake]), torch.cat([code, z]), labels).chunk(2)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class CycleGAN(Model):
     """
 
     takes: ClassVar[tuple[str, ...]] = ("images",)
+    domains: ClassVar[int] = 2
     has_prior: ClassVar[bool] = False
     presets: ClassVar = presets(_SIZES, lr=2e-4, betas=(0.5, 0.999), batch_size=1, schedule="linear")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genkernels.models.gan.backbones import halvings, networks
 from genkernels.models.gan.base import AdversarialModel, presets
+from genkernels.nn import FilteredDownsample, FilteredUpsample
 
 #: Slope of the LeakyReLU, channels within a block as a multiple of those outside.
 SLOPE, EXPANSION = 0.2, 2
@@ -29,8 +30,8 @@ class R3GAN(AdversarialModel):
         \mathrm{softplus}(D(x) - D(G(z)))
 
     The networks have neither normalisation nor tanh: blocks of a 1×1, a grouped 3×3 and a 1×1 convolution, the last
-    zero at the start, between them biases and LeakyReLU; bilinear up-sampling, means of 2×2 pixels down. Those of
-    points are fully connected.
+    zero at the start, between them biases and LeakyReLU; up and down the resolution is changed through the filter
+    [1, 3, 3, 1] (`genkernels.nn.FilteredUpsample`). Those of points are fully connected.
 
     Args:
         shape: ``(C, H, W)`` or ``(D,)``.
@@ -100,7 +101,7 @@ def _generator(
     stage = partial(_stage, width, cardinality, blocks, (count + 1) * blocks)
     layers: list[nn.Module] = [Basis(inputs, width, grid), *stage()]
     for _ in range(count):
-        layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *stage()]
+        layers += [FilteredUpsample(), *stage()]
     return nn.Sequential(*layers, _scaled(nn.Conv2d(width, shape[0], 1, bias=False)))
 
 
@@ -111,7 +112,7 @@ def _critic(cardinality: int, blocks: int, shape: tuple[int, ...], width: int) -
     stage = partial(_stage, width, cardinality, blocks, (count + 1) * blocks)
     layers: list[nn.Module] = [_scaled(nn.Conv2d(shape[0], width, 1, bias=False)), *stage()]
     for _ in range(count):
-        layers += [nn.AvgPool2d(2), *stage()]
+        layers += [FilteredDownsample(), *stage()]
     return nn.Sequential(*layers, _scaled(nn.Conv2d(width, width, grid, groups=width, bias=False)), nn.Flatten()), width
 
 

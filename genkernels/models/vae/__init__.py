@@ -1,0 +1,27 @@
+r"""Variational autoencoders: latents whose posterior a network approximates, and a bound on the likelihood.
+
+They are judged by their bound. Of decoders that rate an image's own grey levels, ``logistic`` and ``gaussian`` (after
+dequantisation), it is in bits/dim, and compares with a flow's and a PixelCNN's figure. Of ``bernoulli`` it is in nats,
+as the literature has it: it is the probability of binarised images, which are other data than those given, so that bits
+for each of their grey levels would compare with nothing; held-out images are binarised by the same draws always. Of
+points it is in nats. With one draw it is the ELBO; ``genkernels eval RUN --set importance=5000`` estimates ln p(x) by
+5,000, and tells how far to trust that: 1 / Σ w̃² of the normalised weights, and the largest of them.
+
+What the preset ``digits`` reaches on the 8×8 digits (``genkernels train MODEL --data digits --max-steps 2000``, batches
+of 64, averaged weights), over the 360 held-out images, torch 2.13 on one thread of a CPU; the bound that the model
+maximises, then −ln p(x) by 5,000 draws; mean and standard deviation over seeds 0, 1 and 2, or seed 0 alone. The images
+themselves are another 0.013 bits/dim, or 0.18 nats:
+
+- ``vae``: 1.942 ± 0.008 bits/dim, by 5,000 draws 1.869 ± 0.001;
+- ``vae --set posterior=planar`` (seed 0, where the Gaussian has 1.935 and 1.870): 1.928, 1.864;
+- ``vae --set posterior=radial`` (seed 0): 1.937, 1.869;
+- ``vae --set posterior=iaf`` (seed 0): 1.923, 1.861;
+- ``iwae --set importance=5``: 1.900 ± 0.004, 1.851 ± 0.001;
+- ``iwae`` (k = 50; seed 0): 1.867, 1.839;
+- ``vae --set likelihood=bernoulli``: 23.03 ± 0.07 nats, 22.83 ± 0.01;
+- ``iwae --set likelihood=bernoulli --set importance=5``: 22.85 ± 0.06 nats, 22.61 ± 0.02.
+
+Of 5,000 draws 76 to 84 count (1 / Σ w̃²) where the VAE's posterior is Gaussian and its likelihood logistic, 138 where
+it is IAF, 23 for IWAE at k = 50, more than 1,400 with binarised images: an estimate by few is still a little below ln
+p(x).
+"""
