@@ -29,6 +29,7 @@ CHOSEN = (
     ("made/affine", "100×784×1024×1024", "float32", "inverse"),
     ("autoregressive_sampling/plain", "16×1×28×28", "float32", "sample"),
     ("logistic_mixture/rgb", "16×100×32×32", "float32", "forward+backward"),
+    ("importance_bound/bound", "4096×50", "float32", "forward+backward"),
 )
 
 _INSTRUCTIONS = {"avx512": " with AVX-512", "avx2": " with AVX2"}

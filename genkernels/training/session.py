@@ -122,8 +122,7 @@ class Session:
         order, many = self.order(0), min(-(-1000 // self.config.batch_size), self.total)
         if first := [fetch(self.bundle.train, order.batch(i)) for i in range(many)]:
             self.model.begin(*self.fabric.to_device(tuple(map(torch.cat, zip(*first, strict=True)))))
-        if self.fabric.world_size > 1:
-            # ActNorm sets itself on its first batch: all processes are given the first one's, before DDP compares them
+        if self.fabric.world_size > 1:  # ActNorm sets itself on its first batch: one for all, before DDP compares
             seed_everything(derive_seed(self.config.seed, "initialise"))
             for name in players:
                 self.model.losses(name, *self.fabric.to_device(first[0]), 0)

@@ -96,7 +96,7 @@ def test_the_bounds_error_is_that_of_the_reference(functions, device, poisoned_m
 @large_once
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", GAUSSIANS, ids=str)
-def test_the_gaussians_error_is_that_of_the_reference(functions, device, poisoned_memory, shape, dtype):
+def test_the_gaussians_error_is_that_of_the_reference(implementation, functions, device, poisoned_memory, shape, dtype):
     n, k, d = shape
     noise, mean, log_scale, by_z = draw(shape, (n, d), (n, d), shape, dtype=dtype, device=device)
     (by_ratio,) = draw((n, k), dtype=WORK.get(dtype, F32), device=device, seed=1)
@@ -104,7 +104,7 @@ def test_the_gaussians_error_is_that_of_the_reference(functions, device, poisone
     z = mean.double()[:, None] + log_scale.double().exp()[:, None] * noise.double()
     terms = (noise.double().square() + z.square()) / 2 + log_scale.double()[:, None].abs()
     largest = terms.sum(2).max() if by_ratio.numel() else 0.0  # of both signs: what is summed, not the sum
-    for prior, stopped in OPTIONS:
+    for prior, stopped in OPTIONS[1:3] if implementation.is_interpreted else OPTIONS:
         arguments = (*tensors, prior, stopped)
         assert_accurate("gaussian_reparameterize", functions, arguments, beside=2, sizes=(None, largest))
         for grads in ((by_z, None), (None, by_ratio), (by_z, by_ratio)):
@@ -150,7 +150,7 @@ def test_one_sample_and_equal_samples_give_the_elbo(implementation, device, k, d
 
 
 def test_the_mean_bound_is_monotone_in_k(implementation, device):
-    log_w = log_weights((500, 64), device=device, spread=2.0)
+    log_w = log_weights((60, 64), device=device, spread=2.0)
     means = [ops.importance_bound(log_w.reshape(-1, k))[0].mean().item() for k in (1, 2, 4, 8, 16, 32, 64)]
     assert means == sorted(means) and means[-1] > means[0] + 1  # of nested groups exactly, by Jensen's inequality
 
