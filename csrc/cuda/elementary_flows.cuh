@@ -22,7 +22,7 @@ namespace genkernels {
 namespace flows {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;  // of a block, shaped (32, 8)
-constexpr int kMostNumbers = 16;                      // of a thread
+constexpr int kMostNumbers = 8;                       // of a thread
 
 // One launch's work: which rows of which group a warp takes.
 struct Warps {
