@@ -21,6 +21,7 @@
 namespace genkernels {
 namespace flows {
 
+// Kernels ask for one block a multiprocessor at least: left to itself ptxas stops at 64 registers and spills a few.
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;  // of a block, shaped (32, 8)
 constexpr int kMostNumbers = 8;                       // of a thread
 
@@ -118,10 +119,10 @@ __device__ __forceinline__ PlanarConstraint<T> constraint_of(const S* w, const S
 
 // ready [G, K, D + 2]: û, m = wᵀû, 1 + m. A warp a layer.
 template <typename S, typename T>
-__global__ void __launch_bounds__(kThreads) planar_prepare(const int64_t count, const int64_t features,
-                                                           const S* __restrict__ w,  // [G, K, D]
-                                                           const S* __restrict__ u,  // [G, K, D]
-                                                           T* __restrict__ ready) {
+__global__ void __launch_bounds__(kThreads, 1) planar_prepare(const int64_t count, const int64_t features,
+                                                              const S* __restrict__ w,  // [G, K, D]
+                                                              const S* __restrict__ u,  // [G, K, D]
+                                                              T* __restrict__ ready) {
   const int64_t wanted = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   const int64_t layer = wanted < count ? wanted : count - 1;
   w += layer * features;
@@ -163,12 +164,12 @@ struct PlanarLayer {
 };
 
 template <typename S, typename T, int V>
-__global__ void __launch_bounds__(kThreads) planar_forward(const Warps warps,
-                                                           const S* __restrict__ z,      // [G, R, D]
-                                                           const S* __restrict__ w,      // [G, K, D]
-                                                           const S* __restrict__ b,      // [G, K]
-                                                           const T* __restrict__ ready,  // [G, K, D + 2]
-                                                           S* __restrict__ z_out, T* __restrict__ ldj) {
+__global__ void __launch_bounds__(kThreads, 1) planar_forward(const Warps warps,
+                                                              const S* __restrict__ z,      // [G, R, D]
+                                                              const S* __restrict__ w,      // [G, K, D]
+                                                              const S* __restrict__ b,      // [G, K]
+                                                              const T* __restrict__ ready,  // [G, K, D + 2]
+                                                              S* __restrict__ z_out, T* __restrict__ ldj) {
   const int64_t features = warps.sizes.features;
   for (int64_t turn = 0; turn < warps.turns; ++turn) {
     const Place at(warps, turn);
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) planar_forward(const Warps warps,
 }
 
 template <typename S, typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     planar_backward(const Warps warps,
                     const S* __restrict__ grad_z,    // [G, R, D], or null: zero
                     const T* __restrict__ grad_ldj,  // [G, R], or null: zero
@@ -256,7 +257,7 @@ __device__ __forceinline__ T total_of(const T* sums, const Warps& warps, int64_t
 
 // Of w/‖w‖² the derivative is that of w, less twice its part along w, over ‖w‖². A warp a layer.
 template <typename S, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     planar_finish(const Warps warps, T* sums, const S* __restrict__ w, const S* __restrict__ u, S* __restrict__ by_w,
                   S* __restrict__ by_u, S* __restrict__ by_b) {
   const int64_t count = warps.sizes.groups * warps.sizes.layers, features = warps.sizes.features;
@@ -287,8 +288,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ready [G, K, 2]: softplus of α and β. A thread a layer.
 template <typename S, typename T>
-__global__ void __launch_bounds__(kThreads) radial_prepare(const int64_t count, const S* __restrict__ alpha,
-                                                           const S* __restrict__ beta, T* __restrict__ ready) {
+__global__ void __launch_bounds__(kThreads, 1) radial_prepare(const int64_t count, const S* __restrict__ alpha,
+                                                              const S* __restrict__ beta, T* __restrict__ ready) {
   const int64_t layer = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.y * kWarp + threadIdx.x;
   if (layer >= count) return;
   ready[2 * layer] = Softplus<T>(static_cast<T>(alpha[layer])).value;
@@ -308,11 +309,11 @@ __device__ __forceinline__ RadialStep<T> radial_step(const Warps& warps, const P
 }
 
 template <typename S, typename T, int V>
-__global__ void __launch_bounds__(kThreads) radial_forward(const Warps warps,
-                                                           const S* __restrict__ z,       // [G, R, D]
-                                                           const S* __restrict__ center,  // [G, K, D]
-                                                           const T* __restrict__ ready,   // [G, K, 2]
-                                                           S* __restrict__ z_out, T* __restrict__ ldj) {
+__global__ void __launch_bounds__(kThreads, 1) radial_forward(const Warps warps,
+                                                              const S* __restrict__ z,       // [G, R, D]
+                                                              const S* __restrict__ center,  // [G, K, D]
+                                                              const T* __restrict__ ready,   // [G, K, 2]
+                                                              S* __restrict__ z_out, T* __restrict__ ldj) {
   const int64_t features = warps.sizes.features;
   for (int64_t turn = 0; turn < warps.turns; ++turn) {
     const Place at(warps, turn);
@@ -334,7 +335,7 @@ __global__ void __launch_bounds__(kThreads) radial_forward(const Warps warps,
 }
 
 template <typename S, typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     radial_backward(const Warps warps,
                     const S* __restrict__ grad_z,    // [G, R, D], or null: zero
                     const T* __restrict__ grad_ldj,  // [G, R], or null: zero
@@ -393,7 +394,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp a layer.
 template <typename S, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     radial_finish(const Warps warps, const T* __restrict__ sums, const S* __restrict__ alpha,
                   const S* __restrict__ beta, S* __restrict__ by_center, S* __restrict__ by_alpha,
                   S* __restrict__ by_beta) {
