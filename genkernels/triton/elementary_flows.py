@@ -330,13 +330,14 @@ def _radial_finish_kernel(
 
 
 def _plan(z: Tensor, lead: Tensor) -> tuple[int, tuple[int, int, int, int], dict]:
-    """Groups, the sizes that every kernel takes, and its constants; a warp for 256 numbers."""
+    """Groups, the sizes that every kernel takes, and its constants; a warp for 256 numbers. fp64 takes half as many."""
     groups = z.shape[0] if lead.dim() == 3 else 1
     features = z.shape[-1]
     rows = z.numel() // (groups * features)
     dim = triton.next_power_of_2(features)
-    tile = max(1, min(triton.next_power_of_2(rows), NUMBERS // dim, 32))
-    warps = max(1, min(8, tile * dim // 256))
+    share = 2 if z.dtype == torch.float64 else 1
+    tile = max(1, min(triton.next_power_of_2(rows), NUMBERS // share // dim, 32))
+    warps = max(1, min(8, tile * dim * share // 256))
     options = {"ROWS": tile, "DIM": dim, "num_warps": warps, "enable_fp_fusion": True}
     return groups, (rows, triton.cdiv(rows, tile), lead.shape[-2], features), options
 
@@ -370,7 +371,7 @@ def _backward(kernel, finish, sums: int, read: slice, grad_z, grad_ldj, z: Tenso
             *by_parameters,
             *sizes[1:4],
             DIM=options["DIM"],
-            num_warps=1,
+            num_warps=max(1, min(8, options["DIM"] // 128)),
             enable_fp_fusion=True,
         )
     return by_z, *by_parameters
