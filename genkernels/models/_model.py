@@ -146,7 +146,9 @@ def check_domains(kind: type, form: Form) -> None:
 class Model(nn.Module):
     """A generative model that says what it minimises, who is trained, and how it is judged.
 
-    Training, the command line and the benchmarks read this class and nothing below it. A constructor's arguments are
+    Training, the command line and the benchmarks read this class and nothing below it. A model may have ``begin(x, y)``
+    beside, which is called before the first step of a run with the examples of its first batches, a thousand and more
+    where there are so many: what is set from data goes there. A constructor's arguments are
     recorded and checked against their annotations (``int``: a count or a size, at least 0) before it begins; one that
     is called ``shape`` holds ``(C, H, W)`` or ``(D,)``, and ``grey_levels`` is None where that is ``(D,)``.
 
@@ -238,10 +240,6 @@ class Model(nn.Module):
             step: of the run, from 0.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it minimises: define losses")
-
-    def begin(self, x: Tensor, y: Tensor) -> None:
-        """What is set from data before the first step of a run: from its first batches, a thousand examples and more
-        where there are so many. Nothing, by default."""
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Estimate]:
         """Figures of merit over held-out batches ``(x, y)`` on the model's device, by name; the first decides which

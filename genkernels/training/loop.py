@@ -87,8 +87,8 @@ def fit(
     check_model(model)
     check_domains(type(model), bundle.form)
     check_data(bundle)
-    examples, is_image = len(bundle.train), bundle.form.is_image
-    resolved(config, examples, is_image)  # what this machine cannot do is refused before anything is written
+    facts = len(bundle.train), bundle.form.is_image
+    resolved(config, *facts)  # what this machine cannot do is refused before anything is written
     description = describe_model(model)
     with use_backend(config.backend or current_backend()):
         import_lightning()
@@ -99,7 +99,7 @@ def fit(
             notes = [f"{bundle.name}: {note}" for note in bundle.notes if not resume] + notes
             for note in notes if main else ():  # also when quiet: what was lost is never kept from the user
                 notice(note)
-            config = resolved(config, examples, is_image)
+            config = resolved(config, *facts)
             with fixed_seed(config.seed), in_mode(model, training=True):
                 result = _run(model, bundle, config, run, state, quiet)
             result.notes, result.seconds = notes + result.notes, time.monotonic() - began

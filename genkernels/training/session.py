@@ -87,8 +87,7 @@ class Session:
     def averages(self) -> list[tuple[nn.Module, Average | None]]:
         return [(player.module, player.average) for player in self.players.values()]
 
-    def tell(self, sentence: str) -> None:
-        """What must not be kept from the user, of a quiet run neither."""
+    def tell(self, sentence: str) -> None:  # what must not be kept from the user, of a quiet run neither
         self.notes.append(sentence)
         if self.fabric.is_global_zero:
             notice(sentence)
@@ -119,13 +118,14 @@ class Session:
         due.save = due.save or due.stop or (self.config.checkpoint_every is None and agree(late, all=False))
 
     def _begin(self, players: dict[str, Player]) -> None:
-        order, many = self.order(0), min(-(-1000 // self.config.batch_size), self.total)
-        if first := [fetch(self.bundle.train, order.batch(i)) for i in range(many)]:
-            self.model.begin(*self.fabric.to_device(tuple(map(torch.cat, zip(*first, strict=True)))))
+        if begin := getattr(self.model, "begin", None):
+            batches = map(self.order(0).batch, range(min(-(-1000 // self.config.batch_size), self.total)))
+            x_and_y = zip(*(fetch(self.bundle.train, rows) for rows in batches), strict=True)
+            begin(*self.fabric.to_device(tuple(map(torch.cat, x_and_y))))
         if self.fabric.world_size > 1:  # ActNorm sets itself on its first batch: one for all, before DDP compares
             seed_everything(derive_seed(self.config.seed, "initialise"))
             for name in players:
-                self.model.losses(name, *self.fabric.to_device(first[0]), 0)
+                self.model.losses(name, *self.fabric.to_device(fetch(self.bundle.train, self.order(0).batch(0))), 0)
 
 
 class Moving:
