@@ -25,7 +25,7 @@ _NAMES = {"planar": ("z", "w", "u", "b"), "radial": ("z", "center", "alpha", "be
 def cases(device: str, quick: bool) -> list[Case]:
     fp32, bf16 = torch.float32, torch.bfloat16
     if quick:
-        return [case(kind, (64, 2), 4, False, fp32) for kind in _NAMES]
+        return [case(kind, (64, 2), 2, False, fp32) for kind in _NAMES]
     rows = [((4096, 2), 16, False, fp32), ((4096, 2), 16, False, bf16), ((4096, 64), 16, False, fp32)]
     rows += [((100, 50, 40), 8, True, fp32), ((100, 40), 8, True, fp32)]
     if device == "cuda":
