@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-
 from genkernels._words import UsageError, notice
 from genkernels.figures._seed import add_seed, checked_seed
+from genkernels.tables._training import train
 
 TITLE = "The bound F_k against the number of draws k, of a VAE and of IWAEs, on held-out digits"
 STEPS, MOST = 1500, 1_000_000
@@ -48,20 +47,13 @@ def draw(arguments):
 
 def trained(k: int, bundle, steps: int, seed: int):
     """A VAE, or an IWAE of k draws, of one size and training."""
-    from genkernels._seeds import derive_seed, fixed_seed
     from genkernels.models import IWAE, VAE
-    from genkernels.training import TrainConfig, fit
+    from genkernels.training import TrainConfig
 
-    with fixed_seed(derive_seed(seed, "weights")):
-        model = VAE.from_preset("digits") if k == 1 else IWAE.from_preset("digits", importance=k)
-    settings = type(model).presets["digits"].training
+    kind, sizes = (VAE, {}) if k == 1 else (IWAE, {"importance": k})
+    settings = kind.presets["digits"].training
     config = TrainConfig(max_steps=steps, seed=seed, batch_size=BATCH, eval_every=0, **settings)
-    result = fit(model, bundle, config, quiet=True)
-    if result.interrupted:
-        if result.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + result.signal)
-    return result.model
+    return train(lambda: kind.from_preset("digits", **sizes), bundle, config).model
 
 
 def measured(model, bundle, seed: int) -> list[float]:

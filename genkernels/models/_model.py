@@ -148,9 +148,9 @@ class Model(nn.Module):
 
     Training, the command line and the benchmarks read this class and nothing below it. A model may have ``begin(x, y)``
     beside, which is called before the first step of a run with the examples of its first batches, a thousand and more
-    where there are so many: what is set from data goes there. A constructor's arguments are
-    recorded and checked against their annotations (``int``: a count or a size, at least 0) before it begins; one that
-    is called ``shape`` holds ``(C, H, W)`` or ``(D,)``, and ``grey_levels`` is None where that is ``(D,)``.
+    where there are so many: what is set from data goes there. A constructor's arguments are recorded and checked
+    against their annotations (``int``: a count or a size, at least 0) before it begins; one that is called ``shape``
+    holds ``(C, H, W)`` or ``(D,)``, and ``grey_levels`` is None where that is ``(D,)``.
 
     Args:
         shape: of one datum, ``(C, H, W)`` or ``(D,)``. grey_levels: how many values a pixel can take, None for points

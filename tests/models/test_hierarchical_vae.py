@@ -213,7 +213,7 @@ def test_classes_reach_every_level():
         ({"importance": 0}, "importance"),
         ({"importance": 4, "chunk": 5}, "chunk"),
         ({"importance": 4, "estimator": "dreg"}, "estimator must be iwae, miwae or ciwae"),
-        ({"importance": 4, "free_bits": 1.0}, "kl_warmup and free_bits need importance 1"),
+        ({"importance": 4, "free_bits": 1.0}, "kl_warmup and free_bits must be 0 where importance is not 1"),
         ({"free_bits": -1.0}, "free_bits must be at least 0"),
     ],
 )

@@ -15,6 +15,7 @@ from genkernels._words import nearest
 from genkernels.models._model import Estimate, Player, Preset
 from genkernels.models.flows.nets import ConvNet
 from genkernels.models.gan.backbones import Critic, conv_critic
+from genkernels.models.gan.base import PROJECTIONS, scaled, shown
 from genkernels.models.vae.base import VariationalModel
 from genkernels.models.vae.likelihoods import Gaussian
 from genkernels.models.vae.networks import networks
@@ -31,8 +32,6 @@ VARIANTS = {
     "av-gde": (True, True, False),
     "av-ade": (True, True, True),
 }
-#: Directions along which samples and held-out examples are compared.
-PROJECTIONS = 256
 _TRAINING = {"clip": 0.0, "lr": 2e-4, "betas": (0.5, 0.999), "warmup": 0}
 
 
@@ -176,7 +175,7 @@ class AVADE(VariationalModel):
         found = super().evaluate(batches, importance, chunk) if self.by_likelihood else {}
         distance, count = math.nan, sum(len(x) for x, _ in batches)
         if count:
-            real = torch.cat([self._exact(x) for x, _ in batches])
+            real = torch.cat([self.exact(x) for x, _ in batches])
             labels = torch.cat([y for _, y in batches]) if self.num_classes else None
             distance = metrics.sliced_wasserstein(self.sample(count, y=labels), real, projections)
         return {**found, "sliced_wasserstein": Estimate("sliced_wasserstein", "", distance, math.nan, count)}
@@ -202,9 +201,10 @@ class AVADE(VariationalModel):
     def extra_repr(self) -> str:
         return f"variant={self.variant}, quality={self.quality:g}, r1={self.r1:g}"
 
-    def _exact(self, x: Tensor) -> Tensor:
-        """Examples as `sample` gives them: exact levels as floats in [0, 1]."""
-        return self.likelihood.levels(x.to(self._like.device))
+    def exact(self, x: Tensor) -> Tensor:
+        """Examples as `sample` gives them: their levels as floats in [0, 1], without noise."""
+        self._check_shape(x)
+        return shown(scaled(self, x))
 
 
 class FeatureGaussian(Gaussian):
@@ -242,10 +242,6 @@ class FeatureGaussian(Gaussian):
     def draw(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean = self._split(outputs, 1)[0]
         return self._levels(self.images(outputs, normal(mean.shape, mean.dtype, mean.device, generator)))
-
-    def levels(self, x: Tensor) -> Tensor:
-        """Images as floats in [0, 1], bytes at their levels."""
-        return x.to(torch.float32) / (self.grey_levels - 1) if x.dtype == torch.uint8 else x
 
 
 class SqueezedFlow(nn.Module):

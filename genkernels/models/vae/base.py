@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,28 +36,29 @@ class Terms(NamedTuple):
 
 
 class Draws:
-    """log p(x, z) − log q(z|x) as `genkernels.losses.importance_loss` asks for it, and the sums of its terms over all
-    draws of a first pass."""
+    """What `genkernels.losses.importance_loss` calls for log-weights, and the sums of their terms over all draws of a
+    first pass.
 
-    def __init__(self, model: VariationalModel, target: Tensor, y: Tensor | None):
-        self.model, self.target, self.y = model, target, y
-        self.count, self.log_likelihood, self.ratio = 0, 0.0, 0.0
-        self.counting = True
+    Args:
+        draw: ``draw(parameters, size, generator, stopped)`` gives log p(x, z) − log q(z|x) ``[N, size]``, the latents,
+            and the terms to be averaged, ``[N, size]`` each.
+    """
 
-    def __call__(self, parameters: Parameters, size: int, generator: torch.Generator, stopped: bool):
-        model = self.model
-        z, ratio = model.posterior.draw(parameters, model._noise(len(self.target), size, generator), stopped)
-        log_likelihood = model.log_likelihood(self.target, z, self.y)
+    def __init__(self, draw: Callable[..., tuple[Tensor, Any, Sequence[Tensor]]]):
+        self.draw, self.count, self.sums, self.counting = draw, 0, [], True
+
+    def __call__(self, parameters: Sequence[Tensor], size: int, generator: torch.Generator, stopped: bool):
+        log_w, latents, terms = self.draw(parameters, size, generator, stopped)
         if self.counting:
+            found = [term.detach().sum(1) for term in terms]
+            self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
             self.count += size
-            self.log_likelihood += log_likelihood.detach().sum(1)
-            self.ratio += ratio.detach().sum(1)
-        return log_likelihood + ratio, model.posterior.ways(z, ratio)
+        return log_w, latents
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Of log p(x|z) and of log p(z) − log q(z|x), ``[N]``; what is drawn again, going back, is not counted."""
+    def means(self) -> list[Tensor]:
+        """Of each term, ``[N]``; what is drawn again, going back, is not counted."""
         self.counting = False
-        return self.log_likelihood / self.count, self.ratio / self.count
+        return [total / self.count for total in self.sums]
 
 
 class VariationalModel(Model):
@@ -181,7 +182,14 @@ class VariationalModel(Model):
             log_likelihood, kl = self.log_likelihood(target, z, y).squeeze(1), -ratio.squeeze(1)
             kl = kl if exact is None else exact
             return Terms(log_likelihood - kl, kl, log_likelihood)
-        draws = Draws(self, target, y)
+
+        def draw(parameters, size, generator, stopped):
+            noise = self._noise(len(target), size, generator)
+            z, ratio = self.posterior.draw(parameters, noise, stopped)
+            log_likelihood = self.log_likelihood(target, z, y)
+            return log_likelihood + ratio, self.posterior.ways(z, ratio), (log_likelihood, ratio)
+
+        draws = Draws(draw)
         options = {"k": k, "chunk": chunk, "estimator": estimator, "generator": generator}
         found = losses.importance_loss(parameters, draws, **options)
         log_likelihood, ratio = draws.means()

@@ -13,7 +13,7 @@ from genkernels import losses
 from genkernels._words import UsageError, nearest
 from genkernels.losses import Estimator
 from genkernels.models._model import Preset
-from genkernels.models.vae.base import Terms, VariationalModel
+from genkernels.models.vae.base import Draws, Terms, VariationalModel
 from genkernels.models.vae.grids import BottomUp, Drawn, Residual, TopDown, rising
 from genkernels.models.vae.likelihoods import Likelihood
 from genkernels.models.vae.likelihoods import likelihood as likelihood_of
@@ -27,30 +27,6 @@ _SIZES = {
     "photos32": {"shape": (3, 32, 32), "strides": (32, 8), "latent": (32, 8), "width": 48},
     "photos64": {"shape": (3, 64, 64), "strides": (64, 8), "latent": (32, 8), "width": 48},
 }
-
-
-class LevelDraws:
-    """log p(x, z) − log q(z|x) as `genkernels.losses.importance_loss` asks for it, and the sums of its terms over all
-    draws of a first pass."""
-
-    def __init__(self, model: HierarchicalVAE, target: Tensor, y: Tensor | None):
-        self.model, self.target, self.y = model, target, y
-        self.count, self.sums, self.counting = 0, [], True
-
-    def __call__(self, encoded: Sequence[Tensor], size: int, generator: torch.Generator, stopped: bool):
-        drawn, log_likelihood = self.model._draws(self.target, self.y, encoded, size, generator)
-        rows = log_likelihood.shape
-        ratio = (sum(drawn.log_prior) - sum(drawn.log_posterior)).view(rows)
-        if self.counting:
-            terms = [each.detach().view(rows).sum(1) for each in (log_likelihood, *drawn.kl)]
-            self.sums = [a + b for a, b in zip(self.sums, terms, strict=True)] if self.sums else terms
-            self.count += size
-        return log_likelihood + ratio, tuple(z.unflatten(0, rows) for z in drawn.latents)
-
-    def means(self) -> list[Tensor]:
-        """Of log p(x|z) and of each level's divergence, ``[N]``; what is drawn again, going back, is not counted."""
-        self.counting = False
-        return [each / self.count for each in self.sums]
 
 
 class HierarchicalVAE(VariationalModel):
@@ -132,7 +108,7 @@ class HierarchicalVAE(VariationalModel):
             raise ValueError(f"{who}: free_bits must be at least 0, got {free_bits}")
         if importance > 1 and (kl_warmup or free_bits):
             raise ValueError(
-                f"{who}: kl_warmup and free_bits need importance 1, the divergence's own term, got {importance}"
+                f"{who}: kl_warmup and free_bits must be 0 where importance is not 1, got {kl_warmup} and {free_bits:g}"
             )
         self.importance, self.chunk, self.estimator = importance, chunk, estimator
         self.kl_warmup, self.free_bits = kl_warmup, free_bits
@@ -167,12 +143,20 @@ class HierarchicalVAE(VariationalModel):
     def _terms_of(self, target, y, importance, chunk, generator, estimator: str = "iwae") -> Terms:
         k = self.importance if importance is None else importance
         self._check_draws(k, chunk)
-        draws = LevelDraws(self, target, y)
         if k == 1:
             drawn, log_likelihood = self._draws(target, y, self._encoded(target), 1, generator)
             shares = dict(zip(self._shares(), drawn.kl, strict=True))
             kl = sum(drawn.kl)
             return Terms(log_likelihood.squeeze(1) - kl, kl, log_likelihood.squeeze(1), shares=shares)
+
+        def draw(encoded, size, generator, stopped):
+            drawn, log_likelihood = self._draws(target, y, encoded, size, generator)
+            rows = log_likelihood.shape
+            ratio = (sum(drawn.log_prior) - sum(drawn.log_posterior)).view(rows)
+            terms = (log_likelihood, *(kl.view(rows) for kl in drawn.kl))
+            return log_likelihood + ratio, tuple(z.unflatten(0, rows) for z in drawn.latents), terms
+
+        draws = Draws(draw)
         options = {"k": k, "chunk": chunk, "estimator": estimator, "generator": generator}
         found = losses.importance_loss(tuple(self._encoded(target)), draws, **options)
         log_likelihood, *each = draws.means()
