@@ -5,7 +5,8 @@
 
 Records what the sample calls of each module of `genkernels.triton` launch, compiles each configuration for each compute
 capability and reads registers, spilled bytes and shared memory off the machine code. Exits with 1 if anything fails to
-compile or spills a register. Compiled kernels land in Triton's cache, so a second run is quick.
+compile, spills a register or forms an address by 32-bit arithmetic. Compiled kernels land in Triton's cache, so a
+second run is quick.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Result(NamedTuple):
     registers: int = 0
     spilled: int = 0  #: bytes of stack and local memory a thread
     shared: int = 0
+    narrow: int = 0  #: addresses and offsets that would wrap beyond 2^31 elements
     error: str = ""
 
 
@@ -82,6 +84,29 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return usage
 
 
+DEFINITION = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = (\S+) (.*?)(?: loc\(.*)?$", re.M)
+SHAPE_OPS = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "ttg.convert_layout"}
+
+
+def narrow_products(ttir: str) -> tuple[list, list]:
+    """(addresses formed from 32-bit offsets, 32-bit sums and products that are widened to 64 bits), both of which would
+    wrap beyond 2^31 elements."""
+    definitions = {name: (op, rest) for name, op, rest in DEFINITION.findall(ttir)}
+    addresses = [rest for op, rest in definitions.values() if op == "tt.addptr"]
+    # a constant, the place of a field in a record, is as wide as it is large
+    narrow = [rest for rest in addresses if not re.search(r"(xi64>|, i64)\s*$|%c\d+_i32 :", rest)]
+    widened = []
+    for op, rest in definitions.values():
+        if op not in ("arith.extsi", "arith.extui") or "i64" not in rest.split(" to ")[-1]:
+            continue
+        source = re.match(r"(%[\w#]+)", rest).group(1)
+        while definitions.get(source, ("", ""))[0] in SHAPE_OPS:
+            source = re.match(r"(%[\w#]+)", definitions[source][1]).group(1)
+        if definitions.get(source, ("argument", ""))[0] in ("arith.addi", "arith.muli", "arith.shli", "arith.subi"):
+            widened.append((source, *definitions[source]))
+    return narrow, widened
+
+
 _specs: list = []  # of a worker process
 
 
@@ -100,7 +125,8 @@ def _work(job: tuple[int, int]) -> Result:
     except Exception as error:  # whatever stops one kernel, the others are still to be seen
         return Result(name, spec.label, target, error=f"{type(error).__name__}: {error}")
     spilled = usage["STACK"] + usage.get("LOCAL", 0)
-    return Result(name, spec.label, target, usage["REG"], spilled, compiled.metadata.shared)
+    narrow = sum(map(len, narrow_products(compiled.asm["ttir"])))
+    return Result(name, spec.label, target, usage["REG"], spilled, compiled.metadata.shared, narrow)
 
 
 def main() -> int:
@@ -125,15 +151,16 @@ def main() -> int:
     print(f"{'kernel':18} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7}  configuration")
     for r in sorted(results):
         row = f"{r.kernel:18} {r.target:4} {r.registers:5} {r.spilled:6} {r.shared:7}  {r.label}"
-        print(row + (f"  FAILED {r.error}" if r.error else "  SPILLS" if r.spilled else ""))
+        print(row + (f"  FAILED {r.error}" if r.error else "  SPILLS" * bool(r.spilled) + "  NARROW" * bool(r.narrow)))
     failed = sum(bool(r.error) for r in results)
     spilling = sum(bool(r.spilled) for r in results)
+    narrow = sum(bool(r.narrow) for r in results)
     most = max((r.registers for r in results), default=0)
     print(
         f"{len(results)} kernels in {time.time() - started:.0f} s: {failed} failed, {spilling} spill, "
-        f"at most {most} registers"
+        f"{narrow} count in 32 bits, at most {most} registers"
     )
-    return 1 if failed or spilling or not results else 0
+    return 1 if failed or spilling or narrow or not results else 0
 
 
 if __name__ == "__main__":

@@ -274,8 +274,8 @@ struct TileSums {
 };
 
 // Adds one sample. Without a gradient of z, or of the ratio, what it would have been multiplied by plays no part.
-template <bool kByZ, bool kByRatio, bool kPrior, bool kStopped, typename T>
-inline void add_sample(TileSums<T>& sums, int64_t n, const T* by_z, T r, const T* e, const T* m, const T* s) {
+template <typename T, bool kByZ, bool kByRatio, bool kPrior, bool kStopped>
+void add_sample(TileSums<T>& sums, int64_t n, const T* by_z, T r, const T* e, const T* m, const T* s) {
   T *g_sum = sums.part[0], *g_noise = sums.part[1], *r_noise = sums.part[2], *r_noise2 = sums.part[3];
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
@@ -302,38 +302,43 @@ void Cpu::reparameterize_backward(const Samples& samples, const Options& options
   S *to_mean = mutable_data<S>(by_mean), *to_scale = mutable_data<S>(by_log_scale);
   const int64_t width = samples.width, tiles = (width + kTile - 1) / kTile;
   const int64_t grain = grain_of(samples.count * std::min(width, kTile));
-  const auto run = [&](auto z_comes, auto ratio_comes, auto with_prior, auto stopped) {
-    torch::stable::parallel_for(0, samples.rows * tiles, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task / tiles, at = task % tiles * kTile, n = std::min(kTile, width - at);
-        Room<T> mean_room, scale, noise_room, grad_room, out_mean, out_scale;
-        const T* m = widened(from_mean + row * width + at, mean_room, n);
-        scales_of(from_scale + row * width + at, n, scale.values);
-        TileSums<T> sums(n);
-        double r_sum = 0;
-        for (int64_t k = 0; k < samples.count; ++k) {
-          const int64_t offset = (row * samples.count + k) * width + at;
-          const T* e = widened(from + offset, noise_room, n);
-          const T* g = z_comes.value ? widened(by_z + offset, grad_room, n) : nullptr;
-          const T r = ratio_comes.value ? by_ratio[row * samples.count + k] : T(0);
-          r_sum += r;
-          add_sample<z_comes.value, ratio_comes.value, with_prior.value, stopped.value>(sums, n, g, r, e, m,
-                                                                                        scale.values);
-          if (k % kStep == kStep - 1) sums.flush(n);
-        }
-        sums.flush(n);
-        for (int64_t i = 0; i < n; ++i) {
-          const importance::Sums<double> all{sums.total[0][i], sums.total[1][i], sums.total[2][i], sums.total[3][i]};
-          const double s = scale.values[i];
-          out_mean.values[i] = T(all.by_mean(options, s));
-          out_scale.values[i] = T(all.by_log_scale(options, s, r_sum));
-        }
-        store(out_mean.values, to_mean + row * width + at, n);
-        store(out_scale.values, to_scale + row * width + at, n);
+  // one function for a tile's sample, not one loop over all tiles: the latter is ten times the code
+  decltype(&add_sample<T, true, true, true, true>) add = nullptr;
+  with_flags(
+      [&](auto z_comes, auto ratio_comes, auto prior, auto stopped) {
+        constexpr bool kByRatio = decltype(ratio_comes)::value;
+        add = add_sample<T, decltype(z_comes)::value, kByRatio, kByRatio&& decltype(prior)::value,
+                         kByRatio&& decltype(stopped)::value>;
+      },
+      by_z != nullptr, by_ratio != nullptr, options.prior, options.stopped);
+  torch::stable::parallel_for(0, samples.rows * tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / tiles, at = task % tiles * kTile, n = std::min(kTile, width - at);
+      Room<T> mean_room, scale, noise_room, grad_room, out_mean, out_scale;
+      const T* m = widened(from_mean + row * width + at, mean_room, n);
+      scales_of(from_scale + row * width + at, n, scale.values);
+      TileSums<T> sums(n);
+      double r_sum = 0;
+      for (int64_t k = 0; k < samples.count; ++k) {
+        const int64_t offset = (row * samples.count + k) * width + at;
+        const T* e = widened(from + offset, noise_room, n);
+        const T* g = by_z ? widened(by_z + offset, grad_room, n) : nullptr;
+        const T r = by_ratio ? by_ratio[row * samples.count + k] : T(0);
+        r_sum += r;
+        add(sums, n, g, r, e, m, scale.values);
+        if (k % kStep == kStep - 1) sums.flush(n);
       }
-    });
-  };
-  with_flags(run, by_z != nullptr, by_ratio != nullptr, options.prior, options.stopped);
+      sums.flush(n);
+      for (int64_t i = 0; i < n; ++i) {
+        const importance::Sums<double> all{sums.total[0][i], sums.total[1][i], sums.total[2][i], sums.total[3][i]};
+        const double s = scale.values[i];
+        out_mean.values[i] = T(all.by_mean(options, s));
+        out_scale.values[i] = T(all.by_log_scale(options, s, r_sum));
+      }
+      store(out_mean.values, to_mean + row * width + at, n);
+      store(out_scale.values, to_scale + row * width + at, n);
+    }
+  });
 }
 
 }  // namespace

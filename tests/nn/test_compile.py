@@ -107,12 +107,12 @@ def test_small_couplings_are_inlined_and_large_ones_call_the_operator(split, add
     assert ["genkernels" in graph for graph in graphs] == [False, True]
 
 
-@pytest.mark.parametrize("kind", [gk.models.Glow, gk.models.MAF])
-def test_loaded_weights_compile_as_one_graph_in_training(kind):
+@pytest.mark.parametrize(("kind", "depth"), [(gk.models.Glow, {"steps": 2}), (gk.models.MAF, {"transforms": 2})])
+def test_loaded_weights_compile_as_one_graph_in_training(kind, depth):
     """Whether its ActNorms have started is known from the loading; written in place, from one break of the graph."""
     torch._dynamo.reset()
     x = torch.randn(64, 4)
-    source, loaded, copied = (kind(shape=(4,), hidden=8) for _ in range(3))
+    source, loaded, copied = (kind(shape=(4,), hidden=8, **depth) for _ in range(3))
     source.loss(x)
     loaded.load_state_dict(source.state_dict())
     expected = source.loss(x)
