@@ -12,10 +12,11 @@ import importlib
 from genkernels._version import __version__
 
 _ROOMS = ("ops", "reference", "nn", "losses", "testing", "models", "data", "metrics")
-_ROOMS += ("pictures", "training", "benchmarks")
+_ROOMS += ("pictures", "training", "benchmarks", "swap")
+_FUNCTIONS = {"swap_": "genkernels.swap"}
 _BACKENDS = ("BackendUnavailable", "current_backend", "use_backend")
 
-__all__ = ["__version__", *_BACKENDS, *_ROOMS]
+__all__ = ["__version__", *_BACKENDS, *_ROOMS, *_FUNCTIONS]
 
 
 def __getattr__(name: str):
@@ -23,6 +24,8 @@ def __getattr__(name: str):
         return importlib.import_module(f"genkernels.{name}")
     if name in _BACKENDS:
         return getattr(importlib.import_module("genkernels.backends"), name)
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     raise AttributeError(f"module 'genkernels' has no attribute {name!r}")
 
 

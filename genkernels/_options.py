@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 
@@ -18,12 +19,27 @@ class Option(IntEnum):
 
 
 class ScaleMap(Option):
-    """`affine_coupling`, `made`: σ as a function of s."""
+    """`affine_coupling`, `made`: σ as a function of s, and of a constant c where it has one."""
 
     EXP = 0  #: σ = exp(s)
     SIGMOID = 1  #: σ = sigmoid(s + 2)
-    TANH = 2  #: σ = exp(tanh(s))
+    TANH = 2  #: σ = exp(c·tanh(s))
     ADDITIVE = 3  #: σ = 1, no log-scale among the parameters
+    SIGMOID_FLOOR = 4  #: σ = sigmoid(s + 2) + c
+    SOFTPLUS_FLOOR = 5  #: σ = softplus(s) + c
+    SIGMOID_INVERSE = 6  #: σ = 1 / sigmoid(s + 2)
+    ATAN = 7  #: σ = exp(c·atan(s))
+    SOFT_CLIP = 8  #: σ = exp(s / (1 + |s| / c))
+
+
+#: The scale maps that have a constant, with its default: for the soft clip −log(1e-3), σ then lies in (1e-3, 1e3).
+SCALE_CONSTANTS = {
+    ScaleMap.TANH: 1.0,
+    ScaleMap.SIGMOID_FLOOR: 1e-3,
+    ScaleMap.SOFTPLUS_FLOOR: 1e-3,
+    ScaleMap.ATAN: 1.0,
+    ScaleMap.SOFT_CLIP: -math.log(1e-3),
+}
 
 
 class Split(Option):
@@ -31,6 +47,8 @@ class Split(Option):
 
     CHANNEL = 0
     CHECKERBOARD = 1
+    NONE = 2  #: all of them, nothing passes
+    ALTERNATE = 3  #: every second channel
 
 
 class Layout(Option):
@@ -38,6 +56,8 @@ class Layout(Option):
 
     HALVES = 0
     INTERLEAVED = 1
+    SHIFT_HALVES = 2  #: as HALVES, the shift first
+    SHIFT_INTERLEAVED = 3  #: as INTERLEAVED, the shift first
 
 
 class Activation(Option):

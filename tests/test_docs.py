@@ -3,6 +3,7 @@ numbers are true."""
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -19,6 +20,9 @@ ROOT = Path(genkernels.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 OPTIONAL = {"genkernels.triton", "genkernels.__main__"}
+for library, file in genkernels.swap._walk.FILES.items():
+    if importlib.util.find_spec(library) is None:
+        OPTIONAL.add(f"genkernels.swap.{file}")
 
 
 def modules():
@@ -176,6 +180,18 @@ def test_the_python_in_the_readme_runs():
     exec(critics, space)
     assert space["way"].startswith("four passes") and space["found"].difference < 1e-4 and space["distance"] > 0
     assert all(p.grad is not None for p in space["critic"].parameters())
+
+
+def test_the_python_on_the_page_of_other_libraries_runs():
+    for library in ("nflows", "zuko", "normflows", "FrEIA"):
+        pytest.importorskip(library)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "swap.md").read_text(), flags=re.S)
+    space: dict = {}
+    for block in blocks[:5]:
+        exec(block, space)
+    assert space["score"].shape == (16, 1) and space["z"].shape == (16, 8)
+    assert type(space["maf"]).__module__.startswith("nflows")  # after undo
+    assert type(space["critic"][0].parametrizations.weight[0]).__module__ == "genkernels.swap.torch"
 
 
 # --- the README ---------------------------------------------------------------------------------------------------

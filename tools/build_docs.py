@@ -49,6 +49,7 @@ ROOMS = {
     ),
     "layers": ("Layers", "genkernels.nn", "genkernels.nn", None),
     "losses": ("Losses", "genkernels.losses", "genkernels.losses", None),
+    "swap": ("Models of other libraries", "genkernels.swap", "genkernels.swap", None),
     "testing": (
         "Checks of your own networks",
         "genkernels.testing",

@@ -23,15 +23,15 @@ SHAPES = [(2, 4, 3, 5), (1, 2, 1, 1), (3, 6, 8, 8), (2, 8, 33, 31), (70, 2)]
 def affine_coupling(shapes) -> int:
     runs = 0
     kinds = list(itertools.product(shapes, (torch.float32, torch.bfloat16)))
-    for turn, (scale_map, split, layout, flip) in enumerate(
-        itertools.product(SCALE_MAPS, SPLITS, LAYOUTS, (False, True))
-    ):
+    every = list(itertools.product(SCALE_MAPS[:4], SPLITS[:2], LAYOUTS[:2], (False, True)))
+    every += list(itertools.product(SCALE_MAPS[3:], SPLITS[2:], LAYOUTS[2:], (True,)))  # those of other libraries
+    for turn, (scale_map, split, layout, flip) in enumerate(every):
         options = {"scale_map": scale_map, "split": split, "layout": layout, "flip": flip}
         # Triton compiles five kernels a kind: one kind, each time another
         for shape, dtype in kinds if gk.current_backend() == "cuda" else [kinds[turn * 3 % len(kinds)]]:
             if split == "checkerboard" and len(shape) != 4:
                 continue
-            moved = shape[1] if split == "checkerboard" else shape[1] // 2
+            moved = shape[1] // 2 if split in ("channel", "alternate") else shape[1]
             rows = moved * (1 if scale_map == "additive" else 2)
             x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
             params = torch.randn(shape[0], rows, *shape[2:], device="cuda").to(dtype).requires_grad_()

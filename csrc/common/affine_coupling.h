@@ -9,7 +9,7 @@
 #pragma once
 
 #include "host.h"
-#include "options.h"
+#include "scale_map.h"
 
 namespace genkernels {
 namespace coupling {
@@ -19,8 +19,9 @@ namespace coupling {
 enum class Gradient : int { kForward, kInverse, kReverse };
 
 // One call's sizes, in elements. x [N, sample]: two halves of `moved` elements, one of which passes (channel split), or
-// one stretch of `moved` elements (checkerboard: element (c, h, w) is transformed where h + w is odd; flip: even).
-// params [N, param_sample]: log-scales and shifts in alternating rows of `row` elements; additive: shifts alone.
+// one stretch of `moved` elements (checkerboard: element (c, h, w) is transformed where h + w is odd; flip: even; no
+// split: all are). Alternating: the halves lie in turns, in rows of a channel's `pixels`. params [N, param_sample]:
+// log-scales and shifts, or shifts and log-scales, in alternating rows of `row` elements; additive: shifts alone.
 struct Call {
   int64_t samples;                // N
   int64_t sample, param_sample;   // elements of a sample
@@ -28,31 +29,39 @@ struct Call {
   int64_t moved_at, passed_at;    // where the halves begin in a sample; checkerboard: both at 0
   int64_t pixels, height, width;  // S; height and width: checkerboard
   ScaleMap map;
-  bool checkerboard, flip;
+  double constant;  // c of the scale map
+  bool checkerboard, turns, copies, shift_first, flip;
 };
 
-inline Call call_of(const Tensor& x, int64_t scale_map, int64_t split, int64_t layout, bool flip) {
-  require(scale_map >= 0 && scale_map <= int64_t(ScaleMap::kAdditive),
-          "affine_coupling: scale_map must be 0 to 3, got ", scale_map);
-  require(x.dim() >= 2 && (static_cast<Split>(split) == Split::kCheckerboard || x.size(1) % 2 == 0),
-          "affine_coupling: x must be [N, C, ...] with an even C for the channel split");
+inline Call call_of(const Tensor& x, int64_t scale_map, double constant, int64_t split, int64_t layout, bool flip) {
+  require(scale_map >= 0 && scale_map < kScaleMaps, "affine_coupling: scale_map must be 0 to ", kScaleMaps - 1,
+          ", got ", scale_map);
+  const bool halves = static_cast<Split>(split) == Split::kChannel || static_cast<Split>(split) == Split::kAlternate;
+  require(x.dim() >= 2 && (!halves || x.size(1) % 2 == 0),
+          "affine_coupling: x must be [N, C, ...] with an even C for a split of channels");
   Call c{};
   c.map = static_cast<ScaleMap>(scale_map);
+  c.constant = constant;
   c.checkerboard = static_cast<Split>(split) == Split::kCheckerboard;
+  c.turns = static_cast<Split>(split) == Split::kAlternate;
+  c.copies = halves;
   c.flip = flip;
   c.samples = x.size(0);
   c.pixels = 1;
   for (int64_t d = 2; d < x.dim(); ++d) c.pixels *= x.size(d);
   c.sample = x.size(1) * c.pixels;
-  c.moved = c.checkerboard ? c.sample : c.sample / 2;
+  c.moved = c.copies ? c.sample / 2 : c.sample;
   if (c.checkerboard) {
     c.height = x.size(2);
     c.width = x.size(3);
-  } else {
-    (flip ? c.passed_at : c.moved_at) = c.moved;
+  } else if (c.copies) {
+    (flip ? c.passed_at : c.moved_at) = c.turns ? c.pixels : c.moved;
   }
   const bool additive = c.map == ScaleMap::kAdditive;
-  c.row = static_cast<Layout>(layout) == Layout::kInterleaved && !additive ? c.pixels : c.moved;
+  const Layout order = static_cast<Layout>(layout);
+  c.shift_first = !additive && (order == Layout::kShiftHalves || order == Layout::kShiftInterleaved);
+  const bool interleaved = order == Layout::kInterleaved || order == Layout::kShiftInterleaved;
+  c.row = interleaved && !additive ? c.pixels : c.moved;
   c.param_sample = additive ? c.moved : 2 * c.moved;
   return c;
 }
@@ -70,9 +79,9 @@ void with_dtypes(const Tensor& x, const Tensor& params, F&& f) {
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> affine_coupling(Tensor input, Tensor params, int64_t scale_map, int64_t split,
-                                           int64_t layout, bool flip, bool inverse) {
-  const Call c = call_of(input, scale_map, split, layout, flip);
+std::tuple<Tensor, Tensor> affine_coupling(Tensor input, Tensor params, int64_t scale_map, double constant,
+                                           int64_t split, int64_t layout, bool flip, bool inverse) {
+  const Call c = call_of(input, scale_map, constant, split, layout, flip);
   Tensor output = empty(input), ldj = empty(input, {c.samples}, arithmetic_dtype(input));
   if (input.numel() == 0) return {output, torch::stable::zero_(ldj)};
   with_dtypes(input, params, [&]<typename X, typename P>() {
@@ -83,9 +92,9 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor input, Tensor params, int64_t 
 
 template <typename Backend>
 std::tuple<Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_ldj,
-                                                    Tensor input, Tensor params, int64_t scale_map, int64_t split,
-                                                    int64_t layout, bool flip, bool inverse) {
-  const Call c = call_of(input, scale_map, split, layout, flip);
+                                                    Tensor input, Tensor params, int64_t scale_map, double constant,
+                                                    int64_t split, int64_t layout, bool flip, bool inverse) {
+  const Call c = call_of(input, scale_map, constant, split, layout, flip);
   Tensor grad_input = empty(input), grad_params = empty(params);
   if (!grad_output && !grad_ldj) return {torch::stable::zero_(grad_input), torch::stable::zero_(grad_params)};
   if (input.numel() == 0) return {grad_input, grad_params};
@@ -99,12 +108,12 @@ std::tuple<Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> grad_o
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_reverse(std::optional<Tensor> grad_output,
                                                            std::optional<Tensor> grad_ldj, Tensor output, Tensor params,
-                                                           int64_t scale_map, int64_t split, int64_t layout,
-                                                           bool flip) {
-  const Call c = call_of(output, scale_map, split, layout, flip);
+                                                           int64_t scale_map, double constant, int64_t split,
+                                                           int64_t layout, bool flip) {
+  const Call c = call_of(output, scale_map, constant, split, layout, flip);
   if (!grad_output && !grad_ldj) {
     Tensor grad_input = empty(output), grad_params = empty(params);
-    return {std::get<0>(affine_coupling<Backend>(output, params, scale_map, split, layout, flip, true)),
+    return {std::get<0>(affine_coupling<Backend>(output, params, scale_map, constant, split, layout, flip, true)),
             torch::stable::zero_(grad_input), torch::stable::zero_(grad_params)};
   }
   Tensor input = empty(output), grad_input = empty(output), grad_params = empty(params);

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "host.h"
-#include "options.h"
+#include "scale_map.h"
 
 namespace genkernels {
 namespace made {
@@ -20,21 +20,22 @@ struct Layers {
   const Tensor& counts;  // [hidden layers, D + 1] units known once k features are
   bool residual;
   ScaleMap map;
+  double constant;  // c of the scale map
 
   int64_t hidden() const { return int64_t(weights.size()) - 1; }
 };
 
 inline ScaleMap map_of(int64_t scale_map) {
-  require(scale_map >= 0 && scale_map < int64_t(ScaleMap::kAdditive), "made: scale_map must be 0 to 2, got ",
-          scale_map);
+  require(scale_map >= 0 && scale_map < kScaleMaps && scale_map != int64_t(ScaleMap::kAdditive),
+          "made: scale_map must be 0 to ", kScaleMaps - 1, " but not 3, got ", scale_map);
   return static_cast<ScaleMap>(scale_map);
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor> made_inverse(Tensor z, std::optional<Tensor> context, std::vector<Tensor> weights,
                                         std::vector<Tensor> biases, Tensor order, Tensor counts, bool residual,
-                                        int64_t scale_map) {
-  const Layers layers{weights, biases, order, counts, residual, map_of(scale_map)};
+                                        int64_t scale_map, double constant) {
+  const Layers layers{weights, biases, order, counts, residual, map_of(scale_map), constant};
   Tensor x = empty(z), ldj = empty(z, {z.size(0)});
   if (z.size(0) == 0) return {x, ldj};
   with_dtype<float, double>("made: z", z,
@@ -46,8 +47,8 @@ template <typename Backend>
 std::vector<Tensor> made_inverse_backward(std::optional<Tensor> grad_x, std::optional<Tensor> grad_ldj, Tensor x,
                                           std::optional<Tensor> context, std::vector<Tensor> weights,
                                           std::vector<Tensor> biases, Tensor order, Tensor counts, bool residual,
-                                          int64_t scale_map) {
-  const Layers layers{weights, biases, order, counts, residual, map_of(scale_map)};
+                                          int64_t scale_map, double constant) {
+  const Layers layers{weights, biases, order, counts, residual, map_of(scale_map), constant};
   const int64_t samples = x.size(0);
   const auto fresh = [&](const std::vector<int64_t>& shape) { return samples ? empty(x, shape) : zeros(x, shape); };
   std::vector<Tensor> grads = {fresh(shape_of(x)), fresh({samples, weights[0].size(0)})};

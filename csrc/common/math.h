@@ -67,6 +67,9 @@ GK_HOST_DEVICE inline double exp(double x) {
 GK_HOST_DEVICE inline double log(double x) {
   return ::log(x);
 }
+GK_HOST_DEVICE inline double atan(double x) {
+  return ::atan(x);
+}
 GK_HOST_DEVICE inline double quotient(double a, double d) {
   return a / d;
 }
@@ -87,6 +90,9 @@ GK_HOST_DEVICE inline float exp(float x) {
 }
 GK_HOST_DEVICE inline float log(float x) {
   return ::logf(x);
+}
+GK_HOST_DEVICE inline float atan(float x) {
+  return ::atanf(x);
 }
 
 // a / d for d in [1, 3], to an ulp: the hardware's reciprocal and one correction. The division operator has a slow path
@@ -159,6 +165,22 @@ GK_HOST_DEVICE inline float log(float x) {
 
 GK_HOST_DEVICE inline float quotient(float a, float d) {
   return a / d;
+}
+
+// atan x (Cephes): |x| above tan(3π/8) by π/2 − atan(1/x), above tan(π/8) by π/4 + atan((x − 1)/(x + 1)), else an odd
+// polynomial.
+GK_HOST_DEVICE inline float atan(float x) {
+  const float a = ::fabsf(x);
+  const bool far = a > 2.414213562373095f, near = a <= 0.4142135623730950f;
+  const float up = far ? -1.0f : near ? a : a - 1.0f;
+  const float down = far ? a : near ? 1.0f : a + 1.0f;
+  const float r = up / down, z = r * r;
+  float p = 8.05374449538e-2f;
+  p = p * z - 1.38776856032e-1f;
+  p = p * z + 1.99777106478e-1f;
+  p = p * z - 3.33329491539e-1f;
+  const float base = far ? 1.57079632679489662f : near ? 0.0f : 0.785398163397448310f;
+  return ::copysignf(base + (p * z * r + r), x);
 }
 
 #endif

@@ -5,11 +5,21 @@
 namespace genkernels {
 
 // affine_coupling and made: log σ as a function of s.
-enum class ScaleMap : int { kExp = 0, kSigmoid = 1, kTanh = 2, kAdditive = 3 };
+enum class ScaleMap : int {
+  kExp = 0,
+  kSigmoid = 1,
+  kTanh = 2,
+  kAdditive = 3,
+  kSigmoidFloor = 4,
+  kSoftplusFloor = 5,
+  kSigmoidInverse = 6,
+  kAtan = 7,
+  kSoftClip = 8
+};
 
 // affine_coupling: which elements are transformed, and how log-scales and shifts lie in params.
-enum class Split : int { kChannel = 0, kCheckerboard = 1 };
-enum class Layout : int { kHalves = 0, kInterleaved = 1 };
+enum class Split : int { kChannel = 0, kCheckerboard = 1, kNone = 2, kAlternate = 3 };
+enum class Layout : int { kHalves = 0, kInterleaved = 1, kShiftHalves = 2, kShiftInterleaved = 3 };
 
 // masked_conv and the stages of autoregressive_sampling.
 enum class Activation : int { kNone = 0, kRelu = 1, kGate = 2 };

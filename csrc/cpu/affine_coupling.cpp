@@ -49,24 +49,25 @@ void Cpu::forward(const Call& c, bool inverse, const Tensor& input, const Tensor
   X* z = mutable_data<X>(output);
   T* log_det = mutable_data<T>(ldj);
   const int64_t chunks = chunks_of(g);
-  const bool masked = !g.mask.empty();
+  const bool masked = !g.mask.empty(), plain_x = !masked && !g.turns;
   std::vector<double> partial(chunks > 1 ? g.samples * chunks : g.samples, 0.0);
   const Forward<T> arithmetic = forward_for<T>(g.map, inverse);
+  const T constant = T(g.constant);
   for_each_tile(g, chunks, [&](const Tile& k, int64_t chunk) {
     alignas(64) T bx[kTile], bs[kTile], bt[kTile], bz[kTile], ell[kTile];
-    const T* tx = stage(x, g.sample, g.moved_at, k, bx);
+    const T* tx = stage_moved(x, g, k, bx);
     const T* ts = g.additive ? bs : stage_params(p, g, k, 0, bs);
     const T* tt = stage_params(p, g, k, 1, bt);
-    T* tz = target(z, g.sample, g.moved_at, k, bz, !masked);
+    T* tz = target(z, g.sample, g.moved_at, k, bz, plain_x);
     if (k.rows == 1 && !masked) {
-      partial[k.sample * chunks + chunk] += arithmetic.row(k.width, tx, ts, tt, tz);
-      unstage(tz, z, g.sample, g.moved_at, k);
+      partial[k.sample * chunks + chunk] += arithmetic.row(k.width, tx, ts, tt, constant, tz);
+      unstage_moved(tz, z, g, k);
       copy_passed(x, z, g, k);
       return;
     }
-    arithmetic.tile(k.count(), tx, ts, tt, tz, ell);
+    arithmetic.tile(k.count(), tx, ts, tt, constant, tz, ell);
     blend(tz, tx, g, k);
-    unstage(tz, z, g.sample, g.moved_at, k);
+    unstage_moved(tz, z, g, k);
     copy_passed(x, z, g, k);
     if (g.additive) return;
     blend(ell, static_cast<const T*>(nullptr), g, k);
@@ -94,42 +95,43 @@ void Cpu::backward(const Call& c, Gradient which, const std::optional<Tensor>& g
   X* back = rebuilt ? mutable_data<X>(*rebuilt) : nullptr;
   X* gi = mutable_data<X>(grad_input);
   P* gp = mutable_data<P>(grad_params);
-  const bool masked = !g.mask.empty();
+  const bool masked = !g.mask.empty(), plain_x = !masked && !g.turns;
   const bool needs_shift = (inverse && go) || back;
   const Backward<T> arithmetic = backward_for<T>(g.map, inverse);
   const Forward<T> rebuild = forward_for<T>(g.map, true);
+  const T constant = T(g.constant);
   for_each_tile(g, chunks_of(g), [&](const Tile& k, int64_t) {
     alignas(64) T bg[kTile], bl[kTile], bx[kTile], bs[kTile], bt[kTile], bi[kTile], bgs[kTile], bgt[kTile], bb[kTile];
-    const T* tg = go ? stage(go, g.sample, g.moved_at, k, bg) : nullptr;
-    const T* tx = go || back ? stage(x, g.sample, g.moved_at, k, bx) : nullptr;
+    const T* tg = go ? stage_moved(go, g, k, bg) : nullptr;
+    const T* tx = go || back ? stage_moved(x, g, k, bx) : nullptr;
     const T* ts = g.additive ? bs : stage_params(p, g, k, 0, bs);
     const T* tt = needs_shift ? stage_params(p, g, k, 1, bt) : bt;
     if (back) {
-      T* tb = target(back, g.sample, g.moved_at, k, bb, !masked);
-      rebuild.tile(k.count(), tx, ts, tt, tb, bgs);  // bgs only serves as the room for log σ
+      T* tb = target(back, g.sample, g.moved_at, k, bb, plain_x);
+      rebuild.tile(k.count(), tx, ts, tt, constant, tb, bgs);  // bgs only serves as the room for log σ
       blend(tb, tx, g, k);
-      unstage(tb, back, g.sample, g.moved_at, k);
+      unstage_moved(tb, back, g, k);
       copy_passed(x, back, g, k);
       tx = tb;
     }
     const bool plain = !masked && !g.interleaved;
-    T* ti = target(gi, g.sample, g.moved_at, k, bi, !masked);
-    T* tgs = g.additive ? bgs : target(gp, g.param_sample, 0, k, bgs, plain);
-    T* tgt = target(gp, g.param_sample, g.additive ? 0 : g.moved, k, bgt, plain);
+    T* ti = target(gi, g.sample, g.moved_at, k, bi, plain_x);
+    T* tgs = g.additive ? bgs : target(gp, g.param_sample, param_at(g, 0), k, bgs, plain);
+    T* tgt = target(gp, g.param_sample, param_at(g, 1), k, bgt, plain);
     if (go && k.rows == 1) {
-      arithmetic.row(k.width, tg, gl ? gl[k.sample] : T(0), tx, ts, tt, ti, tgs, tgt);
+      arithmetic.row(k.width, tg, gl ? gl[k.sample] : T(0), tx, ts, tt, constant, ti, tgs, tgt);
     } else {
       for (int64_t r = 0; r < k.rows; ++r) std::fill_n(bl + r * k.width, k.width, gl ? gl[k.sample + r] : T(0));
       if (go) {
-        arithmetic.tile(k.count(), tg, bl, tx, ts, tt, ti, tgs, tgt);
+        arithmetic.tile(k.count(), tg, bl, tx, ts, tt, constant, ti, tgs, tgt);
       } else {
-        arithmetic.log_det(k.count(), bl, ts, tgs);
+        arithmetic.log_det(k.count(), bl, ts, constant, tgs);
         std::fill_n(ti, k.count(), T(0));
         std::fill_n(tgt, k.count(), T(0));
       }
     }
     blend(ti, tg, g, k);
-    unstage(ti, gi, g.sample, g.moved_at, k);
+    unstage_moved(ti, gi, g, k);
     if (!g.additive) {
       blend(tgs, static_cast<const T*>(nullptr), g, k);
       unstage_params(tgs, gp, g, k, 0);

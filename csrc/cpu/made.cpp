@@ -86,6 +86,7 @@ struct Call {
     net.features = features;
     net.residual = layers.residual;
     net.map = layers.map;
+    net.constant = T(layers.constant);
     const int64_t hidden = layers.hidden();
     net.order.assign(data<int64_t>(layers.order), data<int64_t>(layers.order) + features);
     std::vector<bool> seen(features, false);

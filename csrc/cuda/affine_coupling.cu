@@ -9,14 +9,15 @@ namespace {
 using coupling::Call;
 using coupling::Gradient;
 
-// Calls f(std::integral_constant<ScaleMap, map>{}).
+// Calls f(std::integral_constant<Kernel, kernel>{}).
 template <typename F>
-void with_scale_map(ScaleMap map, F f) {
+void with_kernel_for(ScaleMap map, F f) {
   switch (map) {
-    case ScaleMap::kExp: return f(std::integral_constant<ScaleMap, ScaleMap::kExp>{});
-    case ScaleMap::kSigmoid: return f(std::integral_constant<ScaleMap, ScaleMap::kSigmoid>{});
-    case ScaleMap::kTanh: return f(std::integral_constant<ScaleMap, ScaleMap::kTanh>{});
-    case ScaleMap::kAdditive: return f(std::integral_constant<ScaleMap, ScaleMap::kAdditive>{});
+    case ScaleMap::kExp: return f(std::integral_constant<Kernel, Kernel::kExp>{});
+    case ScaleMap::kSigmoid: return f(std::integral_constant<Kernel, Kernel::kSigmoid>{});
+    case ScaleMap::kTanh: return f(std::integral_constant<Kernel, Kernel::kTanh>{});
+    case ScaleMap::kAdditive: return f(std::integral_constant<Kernel, Kernel::kAdditive>{});
+    default: return f(std::integral_constant<Kernel, Kernel::kOther>{});
   }
 }
 
@@ -26,6 +27,7 @@ Coupling describe(const Call& call) {
   c.samples = call.samples;
   c.moved = call.moved;
   c.row = Divisor(call.row);
+  c.x_row = Divisor(call.turns ? call.pixels : call.moved);
   if (call.checkerboard) {
     c.height = Divisor(call.height);
     c.width = Divisor(call.width);
@@ -34,7 +36,11 @@ Coupling describe(const Call& call) {
   c.param_size = call.param_sample;
   c.passed_at = call.passed_at;
   c.moved_at = call.moved_at;
+  (call.shift_first ? c.scale_at : c.shift_at) = call.map == ScaleMap::kAdditive ? 0 : call.row;
+  c.map = call.map;
+  c.constant = call.constant;
   c.checkerboard = call.checkerboard;
+  c.copies = call.copies;
   c.flip = call.flip;
   return c;
 }
@@ -56,7 +62,7 @@ inline Grid divide(Coupling& c, int lanes) {
 // whole numbers of runs, and so every address is aligned if the first one of its tensor is.
 template <int V>
 bool whole_runs(const Coupling& c) {
-  return c.moved % V == 0 && c.row.value() % V == 0;
+  return c.moved % V == 0 && c.row.value() % V == 0 && c.x_row.value() % V == 0;
 }
 
 // The backend of common/affine_coupling.h.
@@ -85,7 +91,7 @@ void Cuda::forward(const Call& call, bool inverse, const Tensor& input, const Te
   const bool staged = c.chunks > 1 && call.map != ScaleMap::kAdditive;
   const Tensor partial = staged ? empty(ldj, {c.samples * static_cast<int64_t>(c.chunks)}) : ldj;
   A* log_det = mutable_data<A>(partial);
-  with_scale_map(call.map, [&](auto m) {
+  with_kernel_for(call.map, [&](auto m) {
     auto kernel = coupling_forward<m.value, T, P, false>;
     if constexpr (kHasWide<T>) {
       if (wide) kernel = coupling_forward<m.value, T, P, true>;
@@ -110,7 +116,7 @@ void Cuda::backward(const Call& call, Gradient which, const std::optional<Tensor
   constexpr int V = kLanes<T, true>;
   const bool wide = kHasWide<T> && whole_runs<V>(c) && are_aligned<V>(g, x, p, gx, gp, x_out);
   const Grid grid = divide(c, wide ? V : kLanes<T, false>);
-  with_scale_map(call.map, [&](auto m) {
+  with_kernel_for(call.map, [&](auto m) {
     auto kernel = coupling_backward<m.value, T, P, false>;
     if constexpr (kHasWide<T>) {
       if (wide) kernel = coupling_backward<m.value, T, P, true>;

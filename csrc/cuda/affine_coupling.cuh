@@ -10,8 +10,11 @@
 // Layout, all tensors contiguous, S = product of the spatial sizes:
 //   channel split    x [N, 2, E], E = C/2·S: one half passes, the other is transformed
 //   checkerboard     x [N, E], E = C·H·W: element (c, h, w) is transformed where h + w is odd (flip: even)
-//   params           [N, E / L, 2, L], log-scales and shifts in alternating rows of L elements: the `halves` layout is
-//                    one pair of rows of L = E, the `interleaved` one a pair a channel; additive: shifts alone, [N, E]
+//   alternating      x [N, C/2, 2, S]: one channel passes, the next is transformed
+//   none             x [N, E]: all is transformed
+//   params           [N, E / L, 2, L], log-scales and shifts (or shifts and log-scales) in alternating rows of L
+//                    elements: the `halves` layouts are one pair of rows of L = E, the `interleaved` ones a pair a
+//                    channel; additive: shifts alone, [N, E]
 //
 // Parallelisation: a thread owns one 16-byte run of elements (4 fp32, 8 half) in each tensor, a group of threads a
 // chunk of one sample, a block 256 threads: many samples where they are small, a chunk of one where they are large.
@@ -45,13 +48,19 @@ struct Coupling {
   int64_t samples;  // N
   int64_t moved;    // E: what one of s and t covers in a sample
   Divisor row;      // L
+  Divisor x_row;    // alternating: S, the numbers of a channel; else E
   Divisor height;   // checkerboard: H and W
   Divisor width;
   int64_t x_size;      // elements of a sample of x
   int64_t param_size;  // elements of a sample of params
-  int64_t passed_at;   // where in a sample of x the two halves begin; checkerboard: both at 0
+  int64_t passed_at;   // where in a sample of x the two halves begin; without halves: both at 0
   int64_t moved_at;
+  int64_t scale_at;  // where in a sample of params log-scales and shifts begin
+  int64_t shift_at;
+  ScaleMap map;
+  double constant;  // c of the scale map
   bool checkerboard;
+  bool copies;  // there is a half that passes
   bool flip;
   unsigned int chunks = 1;  // a sample's, set with the group
 
@@ -67,9 +76,14 @@ struct Coupling {
     return {chunk_first + static_cast<int64_t>(threadIdx.x) * (kWide ? V : 1), moved, group};
   }
 
-  // Offset of element e's log-scale in a sample of params; its shift stands `row` further on.
+  // Offset of element e's log-scale behind `scale_at`, and of its shift behind `shift_at`, in a sample of params.
   __device__ __forceinline__ int64_t param_at(int64_t e) const {
     return row.value() < moved ? e + row.divide(e) * row.value() : e;
+  }
+
+  // Offset of element e behind `passed_at` or `moved_at` in a sample of x.
+  __device__ __forceinline__ int64_t x_at(int64_t e) const {
+    return x_row.value() < moved ? e + x_row.divide(e) * x_row.value() : e;
   }
 
   // Bit j: lane j holds a transformed element.
@@ -99,7 +113,30 @@ struct Coupling {
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels
 
-template <ScaleMap M, typename T, typename P, bool kWide>
+// The scale maps with kernels of their own; kOther stands for all the others, chosen in the kernel: the same for every
+// thread, the choice costs nothing beside the memory traffic, and the library does not grow by a kernel a map.
+enum class Kernel : int { kExp, kSigmoid, kTanh, kAdditive, kOther };
+
+// log σ, σ, 1 / σ and the slope; what a kernel does not use is not computed.
+template <Kernel K, typename A>
+__device__ __forceinline__ void scale_of(const Coupling& c, A s, A& log_scale, A& scale, A& shrink, A& slope) {
+  const auto by_map = [&]<ScaleMap M>() {
+    scale_map<M>(s, A(c.constant), log_scale, scale, slope);
+    shrink = shrink_of<M>(log_scale, scale);
+  };
+  if constexpr (K == Kernel::kExp)
+    by_map.template operator()<ScaleMap::kExp>();
+  else if constexpr (K == Kernel::kSigmoid)
+    by_map.template operator()<ScaleMap::kSigmoid>();
+  else if constexpr (K == Kernel::kTanh)
+    by_map.template operator()<ScaleMap::kTanh>();
+  else if constexpr (K == Kernel::kAdditive)
+    log_scale = slope = A(0), scale = shrink = A(1);
+  else
+    with_scale_map(c.map, by_map);
+}
+
+template <Kernel M, typename T, typename P, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     coupling_forward(const Coupling c, const bool inverse,
                      const T* __restrict__ x,               // [N, x_size]: z when inverse
@@ -109,12 +146,12 @@ __global__ void __launch_bounds__(kThreads)
     ) {
   using A = arithmetic_t<T>;
   constexpr int V = kLanes<T, kWide>;
-  constexpr bool kScales = M != ScaleMap::kAdditive;
+  constexpr bool kScales = M != Kernel::kAdditive;
   const int64_t sample = c.sample();
   const auto run = c.run<V, kWide>();
   A sum = 0;
   if (sample < c.samples && run.any()) {
-    const auto x_at = [](int64_t e) { return e; };
+    const auto x_at = [&c](int64_t e) { return c.x_at(e); };
     const auto p_at = [&c](int64_t e) { return c.param_at(e); };
     x += sample * c.x_size;
     out += sample * c.x_size;
@@ -123,19 +160,19 @@ __global__ void __launch_bounds__(kThreads)
     const Vector<T, V> passed = load(x + c.passed_at, run, x_at);
     Vector<T, V> moved = load(x + c.moved_at, run, x_at);
     Vector<P, V> s{};
-    if constexpr (kScales) s = load(params, run, p_at);
-    const Vector<P, V> t = load(params + (kScales ? c.row.value() : 0), run, p_at);
+    if constexpr (kScales) s = load(params + c.scale_at, run, p_at);
+    const Vector<P, V> t = load(params + c.shift_at, run, p_at);
 
-    if (!c.checkerboard) store(out + c.passed_at, run, x_at, passed);
+    if (c.copies) store(out + c.passed_at, run, x_at, passed);
     const unsigned int lanes = c.moved_lanes(run);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const A value = static_cast<A>(moved.lane[j]), shift = static_cast<A>(t.lane[j]);
-      A log_scale, scale, slope;
-      scale_map<M, A>(static_cast<A>(s.lane[j]), log_scale, scale, slope);
+      A log_scale, scale, shrink, slope;
+      scale_of<M, A>(c, static_cast<A>(s.lane[j]), log_scale, scale, shrink, slope);
       A result;
       if constexpr (kScales) {
-        result = inverse ? (value - shift) * math::exp(-log_scale) : value * scale + shift;
+        result = inverse ? (value - shift) * shrink : value * scale + shift;
       } else {
         result = inverse ? value - shift : value + shift;
       }
@@ -153,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <ScaleMap M, typename T, typename P, bool kWide>
+template <Kernel M, typename T, typename P, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     coupling_backward(const Coupling c, const Gradient which,
                       const bool has_grad_out,         // otherwise nothing is multiplied by it
@@ -167,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
     ) {
   using A = arithmetic_t<T>;
   constexpr int V = kLanes<T, kWide>;
-  constexpr bool kScales = M != ScaleMap::kAdditive;
+  constexpr bool kScales = M != Kernel::kAdditive;
   const bool from_output = which != Gradient::kForward;
   const bool inverse = which == Gradient::kInverse;
   const bool reverse = which == Gradient::kReverse;
@@ -175,7 +212,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto run = c.run<V, kWide>();
   if (sample >= c.samples || !run.any()) return;
 
-  const auto x_at = [](int64_t e) { return e; };
+  const auto x_at = [&c](int64_t e) { return c.x_at(e); };
   const auto p_at = [&c](int64_t e) { return c.param_at(e); };
   const int64_t x_first = sample * c.x_size, p_first = sample * c.param_size;
 
@@ -184,9 +221,9 @@ __global__ void __launch_bounds__(kThreads)
   Vector<T, V> passed{}, moved{};
   Vector<P, V> s{}, t{};
   if constexpr (kScales) {
-    s = load(params + p_first, run, p_at);
+    s = load(params + p_first + c.scale_at, run, p_at);
     moved = load(x + x_first + c.moved_at, run, x_at);
-    if (from_output) t = load(params + p_first + c.row.value(), run, p_at);
+    if (from_output) t = load(params + p_first + c.shift_at, run, p_at);
     if (reverse) passed = load(x + x_first + c.passed_at, run, x_at);
   } else if (reverse) {
     t = load(params + p_first, run, p_at);
@@ -196,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
   const A grad_log_det = grad_ldj != nullptr ? grad_ldj[sample] : A(0);
   if (!has_grad_out) grad_passed = grad = Vector<T, V>{};
 
-  if (!c.checkerboard) {
+  if (c.copies) {
     store(grad_x + x_first + c.passed_at, run, x_at, grad_passed);
     if (reverse) store(x_out + x_first + c.passed_at, run, x_at, passed);
   }
@@ -206,10 +243,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int j = 0; j < V; ++j) {
     const A g = static_cast<A>(grad.lane[j]);
     A value = static_cast<A>(moved.lane[j]);
-    A log_scale, scale, slope;
-    scale_map<M, A>(static_cast<A>(s.lane[j]), log_scale, scale, slope);
+    A log_scale, scale, shrink, slope;
+    scale_of<M, A>(c, static_cast<A>(s.lane[j]), log_scale, scale, shrink, slope);
     if (from_output) {
-      const A shrink = kScales ? math::exp(-log_scale) : A(1);
       value = (value - static_cast<A>(t.lane[j])) * shrink;
       if (inverse) scale = shrink;
     }
@@ -223,8 +259,8 @@ __global__ void __launch_bounds__(kThreads)
     grad_s.lane[j] = moves ? static_cast<P>(inverse ? -g_s : g_s) : P(0);
   }
   store(grad_x + x_first + c.moved_at, run, x_at, grad);
-  if constexpr (kScales) store(grad_params + p_first, run, p_at, grad_s);
-  store(grad_params + p_first + (kScales ? c.row.value() : 0), run, p_at, grad_t);
+  if constexpr (kScales) store(grad_params + p_first + c.scale_at, run, p_at, grad_s);
+  store(grad_params + p_first + c.shift_at, run, p_at, grad_t);
   if (reverse) store(x_out + x_first + c.moved_at, run, x_at, moved);
 }
 

@@ -21,6 +21,7 @@ class Call {
     net.layers = static_cast<int>(layers);
     net.residual = given.residual;
     net.map = given.map;
+    net.constant = T(given.constant);
     net.counts = data<int64_t>(given.counts);
     for (int64_t l = 0; l < layers; ++l) {
       net.size[l] = static_cast<int>(given.weights[l].size(0));

@@ -38,6 +38,7 @@ struct MadeNetwork {
   int features, layers;  // hidden layers
   bool residual;
   ScaleMap map;
+  T constant;                       // c of the scale map
   const int64_t* counts;            // [layers, D + 1]
   int size[kMaxLayers];             // units of each hidden layer
   const T* weight[kMaxLayers + 1];  // [H, inputs], the last [2·D, H]; for the transposed solve [inputs, H], [H, 2·D]
@@ -57,13 +58,12 @@ struct MadeNetwork {
 };
 
 template <typename T>
-__device__ __forceinline__ void scale_of(ScaleMap map, T s, T& log_scale, T& scale, T& slope) {
-  if (map == ScaleMap::kExp)
-    scale_map<ScaleMap::kExp>(s, log_scale, scale, slope);
-  else if (map == ScaleMap::kSigmoid)
-    scale_map<ScaleMap::kSigmoid>(s, log_scale, scale, slope);
-  else
-    scale_map<ScaleMap::kTanh>(s, log_scale, scale, slope);
+__device__ __forceinline__ void scale_of(const MadeNetwork<T>& net, T s, T& log_scale, T& shrink, T& slope) {
+  with_scale_map(net.map, [&]<ScaleMap M>() {
+    T scale;
+    scale_map<M>(s, net.constant, log_scale, scale, slope);
+    shrink = shrink_of<M>(log_scale, scale);
+  });
 }
 
 // The samples of this block.
@@ -163,9 +163,9 @@ __global__ void __launch_bounds__(kSolveThreads, 1)
         params[n * 2 * D + D + step] = shift;
       }
       if (z_steps != nullptr) {
-        T log_scale, scale, slope;
-        scale_of(net.map, scale_value, log_scale, scale, slope);
-        x_steps[n * D + step] = (z_steps[n * D + step] - shift) * math::exp(-log_scale);
+        T log_scale, shrink, slope;
+        scale_of(net, scale_value, log_scale, shrink, slope);
+        x_steps[n * D + step] = (z_steps[n * D + step] - shift) * shrink;
         total -= log_scale;
       }
     }
@@ -233,10 +233,10 @@ __global__ void __launch_bounds__(kSolveThreads, 1)
         if (!samples.inside(s)) continue;
         const int64_t n = samples.at(s), at = n * 2 * D + feature;
         const T given = grad_steps != nullptr ? grad_steps[n * D + feature] : T(0);
-        T log_scale, scale, slope;
-        scale_of(net.map, params[at], log_scale, scale, slope);
+        T log_scale, shrink, slope;
+        scale_of(net, params[at], log_scale, shrink, slope);
         const T by_x = given - rest[s];
-        T found = by_x * math::exp(-log_scale), by_log = by_x * x_steps[n * D + feature];
+        T found = by_x * shrink, by_log = by_x * x_steps[n * D + feature];
         if (unseen) found = by_log = T(0);
         solution[n * D + feature] = found;
         params[at] = (by_log + (grad_ldj != nullptr ? grad_ldj[n] : T(0))) * slope;

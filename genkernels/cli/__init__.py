@@ -1,4 +1,4 @@
-"""The command line: ``genkernels info | train | sample | eval | bench | figure | table``.
+"""The command line: ``genkernels info | train | sample | eval | bench | swap | figure | table``.
 
 Only what a command needs is imported, when it runs: ``genkernels --help`` needs none of it. Plain argparse, so that the
 base install, torch and numpy, has the whole command line.

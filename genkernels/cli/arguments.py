@@ -12,7 +12,7 @@ from genkernels._config import TrainConfig
 from genkernels._words import nearest
 from genkernels.models._registry import MODELS
 
-COMMANDS = ("info", "train", "sample", "eval", "bench", "figure", "table")
+COMMANDS = ("info", "train", "sample", "eval", "bench", "swap", "figure", "table")
 SUPPRESS = argparse.SUPPRESS  # settings that were not given do not appear: a resume keeps what it was begun with
 
 _EPILOG = """\
@@ -77,6 +77,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         ("sample", "sample", _sample, "draw samples from a trained model"),
         ("eval", "evaluate", _evaluate, "held-out figures of merit of a trained model"),
         ("bench", "bench", _bench, "speed of the operators against PyTorch and other libraries"),
+        ("swap", "swap", _swap, "what swap_ makes of a model of another library, and how much faster it is"),
         ("figure", "figure", _figure, "draw a figure; without a name, list them"),
         ("table", "table", _table, "train and compare: a table as CSV and picture; without a name, list them"),
     ):
@@ -212,7 +213,10 @@ def _evaluate(sub: Parser) -> None:
 
 def _bench(sub: Parser) -> None:
     sub.add_argument(
-        "cases", metavar="CASE", nargs="*", help="operators to measure (default: all), or training_step and models"
+        "cases",
+        metavar="CASE",
+        nargs="*",
+        help="operators to measure (default: all), or training_step and models, or swap",
     )
     sub.add_argument("--json", metavar="F", help="write the rows to a JSON file")
     sub.add_argument("--plot", metavar="F", help="draw them into a PNG file")
@@ -228,6 +232,16 @@ def _bench(sub: Parser) -> None:
     sub.add_argument(
         "--limit", type=float, metavar="S", help="begin no other row after S seconds; what is left out is named"
     )
+
+
+def _swap(sub: Parser) -> None:
+    sub.add_argument(
+        "factory",
+        metavar="MODULE:FUNCTION",
+        help="FUNCTION() gives (model, loss) or (model, loss, sample): loss(model) is the loss of one training step, "
+        "sample(model) draws",
+    )
+    sub.add_argument("--quick", action="store_true", help="measure briefly: to see that it works, not to quote")
 
 
 def _figure(sub: Parser) -> None:

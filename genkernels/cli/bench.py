@@ -4,6 +4,10 @@ from __future__ import annotations
 
 
 def run(arguments) -> int:
+    if arguments.cases == ["swap"]:
+        from genkernels.benchmarks import swap
+
+        return swap.main(arguments.quick, arguments.json, arguments.threads)
     from genkernels.benchmarks import main
 
     return main(

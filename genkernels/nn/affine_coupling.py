@@ -12,7 +12,7 @@ from genkernels import ops
 from genkernels.backends import current_backend
 from genkernels.nn._context import check_context
 from genkernels.nn._seen import wrapped
-from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
+from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, scale_constant_of
 from genkernels.reference import affine_coupling as reference
 from genkernels.reference.affine_coupling import Layout, ScaleMap, Split, transformed_pixels
 
@@ -48,11 +48,13 @@ class AffineCoupling(nn.Module):
             C, H, W]`` with 0 at the pixels that are transformed, and the result ``[N, 2*C, H, W]``. Additive: half as
             many channels.
         split: ``channel`` or ``checkerboard`` (pixels with even h + w pass).
-        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)).
+        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(c·tanh(s)); or another of
+            `genkernels.ops.affine_coupling`.
         additive: shift only (NICE); the log-determinant is 0 and `scale_map` plays no part.
         flip: swaps the half that passes and the half that is transformed.
         layout: ``halves``: the result's first half is the log-scale, its second the shift; ``interleaved``: they
-            alternate.
+            alternate; ``shift_halves``, ``shift_interleaved``: the same, the shift first.
+        scale_constant: c of the scale maps that have one, as for `genkernels.ops.affine_coupling`.
 
     A network that works in place on its input (``nn.ReLU(inplace=True)`` first) is given a copy.
 
@@ -72,10 +74,11 @@ class AffineCoupling(nn.Module):
         additive: bool = False,
         flip: bool = False,
         layout: str = "halves",
+        scale_constant: float | None = None,
     ):
         super().__init__()
         for name, value, options in (
-            ("split", split, SPLITS),
+            ("split", split, ("channel", "checkerboard")),
             ("scale_map", scale_map, SCALE_MAPS),
             ("layout", layout, LAYOUTS),
         ):
@@ -89,6 +92,10 @@ class AffineCoupling(nn.Module):
             "layout": layout,
             "flip": bool(flip),
         }
+        code = ScaleMap[self.options["scale_map"].upper()]
+        self._codes = code, scale_constant_of("AffineCoupling", code, scale_constant)
+        if scale_constant is not None:
+            self.options["scale_constant"] = scale_constant
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._couple(x, self.params(self.seen(x), context), inverse=False)
@@ -174,9 +181,14 @@ class AffineCoupling(nn.Module):
     def _couple(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         options = self.options
         if self._inlined(x, params):
-            codes = (ScaleMap[options["scale_map"].upper()], Split[options["split"].upper()])
             return reference.affine_coupling(
-                x, params, *codes, Layout[options["layout"].upper()], options["flip"], inverse
+                x,
+                params,
+                *self._codes,
+                Split[options["split"].upper()],
+                Layout[options["layout"].upper()],
+                options["flip"],
+                inverse,
             )
         return (ops.affine_coupling_inverse if inverse else ops.affine_coupling)(x, params, **options)
 

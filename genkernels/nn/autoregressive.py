@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from genkernels import ops
+from genkernels._options import ScaleMap
 from genkernels.nn.made import MADE, check_tensor
+from genkernels.ops.affine_coupling import scale_constant_of
 from genkernels.ops.made import METHODS, SCALE_MAPS
 from genkernels.reference.affine_coupling import log_scale
 
@@ -24,9 +26,11 @@ class AutoregressiveTransform(nn.Module):
 
     Args:
         made: a `MADE` of two parameters a feature: log-scales, then shifts.
-        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)).
+        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(c·tanh(s)); or another of
+            `genkernels.ops.affine_coupling`.
         method: how to invert: ``blocked`` (about the price of one pass), ``jacobi`` (sweeps until nothing changes, at
             most D) or ``sequential`` (D passes, the definition). Gradients are the same: of the implicit function.
+        scale_constant: c of the scale maps that have one, as for `genkernels.ops.affine_coupling`.
 
     Shapes:
         x, z ``[N, D]``; ldj ``[N]``, nats, fp32 or wider.
@@ -40,7 +44,9 @@ class AutoregressiveTransform(nn.Module):
     Source: Papamakarios et al., "Masked autoregressive flow for density estimation", 2017.
     """
 
-    def __init__(self, made: MADE, scale_map: str = "exp", method: str = "blocked"):
+    def __init__(
+        self, made: MADE, scale_map: str = "exp", method: str = "blocked", scale_constant: float | None = None
+    ):
         super().__init__()
         name = type(self).__name__
         for label, value, options in (("scale_map", scale_map, SCALE_MAPS), ("method", method, METHODS)):
@@ -49,7 +55,9 @@ class AutoregressiveTransform(nn.Module):
         if not isinstance(made, MADE) or made.params_per_feature != 2:
             got = f"{made.params_per_feature}" if isinstance(made, MADE) else type(made).__name__
             raise ValueError(f"{name}: made must be a MADE with params_per_feature=2, got {got}")
-        self.made, self.scale_map, self.method = made, scale_map, method
+        self.made, self.scale_map, self.method, self.scale_constant = made, scale_map, method, scale_constant
+        code = ScaleMap[scale_map.upper()]
+        self._codes = code, scale_constant_of(name, code, scale_constant)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._parallel(x, context)
@@ -70,7 +78,7 @@ class AutoregressiveTransform(nn.Module):
         params = self.made(x, context)
         params = params.to(torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32))
         s, t = params.chunk(2, dim=1)
-        return t, log_scale(s, SCALE_MAPS.index(self.scale_map))
+        return t, log_scale(s, *self._codes)
 
     def _solve(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         made = self.made
@@ -89,6 +97,7 @@ class AutoregressiveTransform(nn.Module):
             context=made.context_values(context, z.shape[0]),
             residual=made.residual,
             scale_map=self.scale_map,
+            scale_constant=self.scale_constant,
             method=self.method,
         )
 
@@ -118,7 +127,7 @@ class InverseAutoregressiveTransform(AutoregressiveTransform):
         x, ldj = maf(z, context)                  # inverse
 
     Args:
-        made, scale_map, method: as for `AutoregressiveTransform`.
+        made, scale_map, method, scale_constant: as for `AutoregressiveTransform`.
 
     Shapes:
         x, z ``[N, D]``; ldj ``[N]``, nats, fp32 or wider.

@@ -8,6 +8,7 @@ from torch import Tensor
 from genkernels._options import ScaleMap
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _checks as checks
+from genkernels.ops.affine_coupling import scale_constant_of
 
 NAME = "made"
 SCALE_MAPS = tuple(word for word in ScaleMap.words() if word != "additive")
@@ -39,9 +40,13 @@ def linear(
     return x, weight, bias
 
 
-def inverse(z, weights, biases, order, counts, context, residual, scale_map, method) -> int:
-    """All conditions of `made_inverse`; the scale map's code."""
-    code = checks.option(NAME, "scale_map", scale_map, SCALE_MAPS)
+def inverse(
+    z, weights, biases, order, counts, context, residual, scale_map, scale_constant, method
+) -> tuple[int, float]:
+    """All conditions of `made_inverse`; the scale map's code and its constant."""
+    checks.option(NAME, "scale_map", scale_map, SCALE_MAPS)
+    code = ScaleMap[scale_map.upper()]
+    constant = scale_constant_of(NAME, code, scale_constant)
     checks.option(NAME, "method", method, METHODS)
     layers = {f"weights[{i}]": w for i, w in enumerate(weights)} | {f"biases[{i}]": b for i, b in enumerate(biases)}
     tensors = {"z": z, "context": context, **layers}
@@ -71,7 +76,7 @@ def inverse(z, weights, biases, order, counts, context, residual, scale_map, met
     _integers("counts", counts, [len(weights) - 1, features + 1], "[layers - 1, D + 1]", "z", z)
     if context is not None:
         checks.shape(NAME, "context", context, [z.shape[0], weights[0].shape[0]], "[N, H]")
-    return code
+    return int(code), constant
 
 
 def plan_values(order: Tensor, counts: Tensor, sizes: list[int], residual: bool) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkernels._options import Layout, ScaleMap, Split
+from genkernels._options import SCALE_CONSTANTS, Layout, ScaleMap, Split
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _checks as checks
 from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, Refused
@@ -22,6 +22,7 @@ def affine_coupling(
     params: Tensor,
     *,
     scale_map: str = "exp",
+    scale_constant: float | None = None,
     split: str = "channel",
     layout: str = "halves",
     flip: bool = False,
@@ -40,16 +41,18 @@ def affine_coupling(
         x: ``[N, C, *spatial]``, fp64, fp32, bf16 or fp16. C is even for the channel split; the checkerboard split takes
             ``[N, C, H, W]``.
         params: what the network made of the pass-through half. Channel split: ``[N, C, *spatial]``, log-scale and shift
-            of the C/2
-            transformed channels. Checkerboard: ``[N, 2*C, H, W]``; values at pass-through pixels are ignored and get a
-                gradient of
-            exactly 0. Additive: the shift alone, half as many channels. The dtype of `x`, or bf16 or fp16 beside an
-                fp32 `x`.
-        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)); ``additive``: σ = 1
-            (NICE).
-        split: ``channel``, or ``checkerboard``: pixels with even h + w pass through.
+            of the C/2 transformed channels. Checkerboard: ``[N, 2*C, H, W]``; values at pass-through pixels are ignored
+            and get a gradient of exactly 0. Without a split: ``[N, 2*C, *spatial]``. Additive: the shift alone, half as
+            many channels. The dtype of `x`, or bf16 or fp16 beside an fp32 `x`.
+        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(c·tanh(s)); ``additive``: σ =
+            1 (NICE). What other libraries have: ``sigmoid_floor``: σ = sigmoid(s + 2) + c; ``softplus_floor``: σ =
+            softplus(s) + c; ``sigmoid_inverse``: σ = 1 / sigmoid(s + 2); ``atan``: σ = exp(c·atan(s));
+            ``soft_clip``: σ = exp(s / (1 + abs(s) / c)).
+        scale_constant: c > 0 of the scale maps that have one; by default 1, 1e-3 of the floors, log(1000) of the clip.
+        split: ``channel``; ``checkerboard``: pixels with even h + w pass through; ``none``: nothing passes through;
+            ``alternate``: as ``channel``, the halves being the even channels, which pass through, and the odd ones.
         layout: ``halves``: all log-scales, then all shifts; ``interleaved``: channel 2c is the log-scale, 2c + 1 the
-            shift.
+            shift; ``shift_halves``, ``shift_interleaved``: the same, the shift first.
         flip: swaps the half that passes through and the half that is transformed.
 
     Returns:
@@ -61,7 +64,7 @@ def affine_coupling(
 
     Source: Dinh et al., "Density estimation using Real NVP", 2017; Kingma & Dhariwal, "Glow", 2018.
     """
-    return _couple(x, params, scale_map, split, layout, flip, inverse=False)
+    return _couple(x, params, scale_map, scale_constant, split, layout, flip, inverse=False)
 
 
 def affine_coupling_inverse(
@@ -69,6 +72,7 @@ def affine_coupling_inverse(
     params: Tensor,
     *,
     scale_map: str = "exp",
+    scale_constant: float | None = None,
     split: str = "channel",
     layout: str = "halves",
     flip: bool = False,
@@ -84,7 +88,7 @@ def affine_coupling_inverse(
     Args:
         z: ``[N, C, *spatial]``, what `affine_coupling` gave.
         params: as for `affine_coupling`; the network reads them off z's pass-through half, which is x's.
-        scale_map, split, layout, flip: as for `affine_coupling`.
+        scale_map, scale_constant, split, layout, flip: as for `affine_coupling`.
 
     Raises: as for `affine_coupling`. Source: the same.
 
@@ -92,7 +96,7 @@ def affine_coupling_inverse(
         ``(x, ldj)``: x like `z` (contiguous); ldj ``[N]`` being the log-determinant of the inverse, minus that of the
         forward map.
     """
-    return _couple(z, params, scale_map, split, layout, flip, inverse=True)
+    return _couple(z, params, scale_map, scale_constant, split, layout, flip, inverse=True)
 
 
 def affine_coupling_reverse(
@@ -102,6 +106,7 @@ def affine_coupling_reverse(
     params: Tensor,
     *,
     scale_map: str = "exp",
+    scale_constant: float | None = None,
     split: str = "channel",
     layout: str = "halves",
     flip: bool = False,
@@ -120,7 +125,7 @@ def affine_coupling_reverse(
     Returns:
         ``(x, grad_x, grad_params)``. They carry no graph: differentiating them raises.
     """
-    codes = _check(z, params, scale_map, split, layout)
+    codes = _check(z, params, scale_map, scale_constant, split, layout)
     z, params = _one_pair(z, params)
     grads = {"grad_z": grad_z, "grad_ldj": grad_ldj}
     checks.tensors(NAME, {"z": z, **grads}, optional=grads)
@@ -138,8 +143,8 @@ def affine_coupling_reverse(
     return REVERSE.dense(*arguments)
 
 
-def _couple(x, params, scale_map, split, layout, flip, inverse):
-    codes = _check(x, params, scale_map, split, layout)
+def _couple(x, params, scale_map, scale_constant, split, layout, flip, inverse):
+    codes = _check(x, params, scale_map, scale_constant, split, layout)
     return COUPLING(*_one_pair(x, params), *codes, flip, inverse)
 
 
@@ -163,10 +168,26 @@ def _pairs(x: torch.dtype, params: torch.dtype) -> bool:
     return x == params or (x == torch.float32 and params in checks.HALVES)
 
 
-def _check(x: Tensor, params: Tensor, scale_map: str, split: str, layout: str) -> tuple[int, int, int]:
+def scale_constant_of(who: str, scale_map: int, given: float | None) -> float:
+    """c of a scale map: what was given, its default, or 1 where it has none."""
+    default = SCALE_CONSTANTS.get(ScaleMap(scale_map))
+    if given is None:
+        return 1.0 if default is None else default
+    if default is None:
+        raise ValueError(f"{who}: scale map {SCALE_MAPS[scale_map]} has no constant, got scale_constant={given!r}")
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < float("inf"):
+        raise ValueError(f"{who}: scale_constant must be a positive number, got {given!r}")
+    return float(given)
+
+
+def _check(
+    x: Tensor, params: Tensor, scale_map: str, scale_constant: float | None, split: str, layout: str
+) -> tuple[int, float, int, int]:
     """Every condition on shapes, dtypes, devices and options; the option codes."""
+    code = checks.option(NAME, "scale_map", scale_map, SCALE_MAPS)
     codes = (
-        checks.option(NAME, "scale_map", scale_map, SCALE_MAPS),
+        code,
+        scale_constant_of(NAME, code, scale_constant),
         checks.option(NAME, "split", split, SPLITS),
         checks.option(NAME, "layout", layout, LAYOUTS),
     )
@@ -184,9 +205,9 @@ def _check(x: Tensor, params: Tensor, scale_map: str, split: str, layout: str) -
     else:
         if x.dim() < 2:
             raise ValueError(f"{NAME}: x must be [N, C, ...], got {shape}")
-        if shape[1] % 2:
-            raise ValueError(f"{NAME}: x must have an even number of channels for the channel split, got {shape}")
-        moved = shape[1] // 2
+        if split in ("channel", "alternate") and shape[1] % 2:
+            raise ValueError(f"{NAME}: x must have an even number of channels for the {split} split, got {shape}")
+        moved = shape[1] if split == "none" else shape[1] // 2
     count, formula = (moved, "C") if scale_map == "additive" else (2 * moved, "2*C")
     expected, where = [shape[0], count, *shape[2:]], f", C = {moved} being the transformed channels"
     checks.shape(NAME, "params", params, expected, f"[N, {formula}, ...]", where)
@@ -233,7 +254,7 @@ OPERATOR = Operator(
     kernels={"cpu": "", "triton": "", "cuda": ""},
 )
 
-_OPTIONS = "int scale_map, int split, int layout, bool flip"
+_OPTIONS = "int scale_map, float constant, int split, int layout, bool flip"
 COUPLING = OPERATOR.define(
     f"affine_coupling(Tensor input, Tensor params, {_OPTIONS}, bool inverse) -> (Tensor, Tensor)",
     reference.affine_coupling,

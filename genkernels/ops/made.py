@@ -82,6 +82,7 @@ def made_inverse(
     context: Tensor | None = None,
     residual: bool = False,
     scale_map: str = "exp",
+    scale_constant: float | None = None,
     method: str = "blocked",
 ) -> tuple[Tensor, Tensor]:
     r"""Inverts an autoregressive affine transform at about the price of one forward pass, D being the number of
@@ -111,7 +112,9 @@ def made_inverse(
             units are sorted by degree).
         context: ``[N, H]`` added to the first hidden layer, or None.
         residual: hidden layers after the first come in pairs, each a residual block.
-        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(tanh(s)).
+        scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(c·tanh(s)); the others are
+            those of `affine_coupling`.
+        scale_constant: c of the scale maps that have one, as for `affine_coupling`.
         method: ``blocked``: the triangular solve; ``jacobi``: sweeps over all features until nothing changes, at most
             D;
             ``sequential``: D passes, the definition.
@@ -127,12 +130,12 @@ def made_inverse(
     al., "Masked autoregressive flow for density estimation", 2017.
     """
     weights, biases = list(weights), list(biases)
-    scale = checks.inverse(z, weights, biases, order, counts, context, residual, scale_map, method)
+    codes = checks.inverse(z, weights, biases, order, counts, context, residual, scale_map, scale_constant, method)
     dtype, work = z.dtype, work_dtype(z, context, *weights, *biases)
     # one dtype, dense: what every kernel asks for
     z, weights, biases = _dense(z, work), [_dense(w, work) for w in weights], [_dense(b, work) for b in biases]
     context = None if context is None else _dense(context, work)
-    arguments = (z, context, weights, biases, order.contiguous(), counts.contiguous(), bool(residual), scale)
+    arguments = (z, context, weights, biases, order.contiguous(), counts.contiguous(), bool(residual), *codes)
     with autocast.kept_out(z):
         if transforms_active():
             x, ldj = reference.made_inverse(*arguments)
@@ -175,11 +178,11 @@ class _Solved(torch.autograd.Function):
         return None, None, None, z, by_context, *weights, *biases
 
 
-def _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map):
+def _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant):
     """``(grad_z, grad_context, grad_weights, grad_biases)``, or None where nothing arrived."""
     if grad_x is None and grad_ldj is None:
         return None
-    arguments = grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map
+    arguments = grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant
     # a recorded pass that is mapped over takes the reference: lists of tensors have no fallback under vmap
     run = reference.made_inverse_backward if transforms_active() else INVERSE_BACKWARD.dense
     with autocast.kept_out(x):  # GPUs multiply by torch here
@@ -188,7 +191,7 @@ def _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, resi
 
 
 def _setup_inverse(ctx, inputs, output):
-    z, context, weights, biases, order, counts, ctx.residual, ctx.scale_map = inputs
+    z, context, weights, biases, order, counts, *ctx.codes = inputs
     ctx.layers = len(weights)
     ctx.save_for_backward(output[0], context, order, counts, *weights, *biases)
 
@@ -196,8 +199,8 @@ def _setup_inverse(ctx, inputs, output):
 def _backward_inverse(ctx, grad_x, grad_ldj):
     x, context, order, counts, *both = ctx.saved_tensors
     weights, biases = both[: ctx.layers], both[ctx.layers :]
-    grads = _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, ctx.residual, ctx.scale_map)
-    return *(grads or (None,) * 4), None, None, None, None
+    grads = _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, *ctx.codes)
+    return *(grads or (None,) * 4), None, None, None, None, None
 
 
 def _setup_linear(ctx, inputs, output):
@@ -230,11 +233,11 @@ def _fake_grad_weight(grad_output, input, in_degrees, out_degrees, strict):
     return input.new_empty((grad_output.shape[1], input.shape[1]))
 
 
-def _fake_inverse(z, context, weights, biases, order, counts, residual, scale_map):
+def _fake_inverse(z, context, weights, biases, order, counts, residual, scale_map, constant):
     return z.new_empty(z.shape), z.new_empty((z.shape[0],))
 
 
-def _fake_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map):
+def _fake_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant):
     grads = [x.new_empty(x.shape), x.new_empty((x.shape[0], weights[0].shape[0]))]
     for weight, bias in zip(weights, biases, strict=True):
         grads += [weight.new_empty(weight.shape), bias.new_empty(bias.shape)]
@@ -274,7 +277,8 @@ LINEAR_GRAD_WEIGHT = OPERATOR.define(
 )
 
 _NETWORK = (
-    "Tensor? context, Tensor[] weights, Tensor[] biases, Tensor order, Tensor counts, bool residual, int scale_map"
+    "Tensor? context, Tensor[] weights, Tensor[] biases, Tensor order, Tensor counts, bool residual, int scale_map, "
+    "float constant"
 )
 INVERSE = OPERATOR.define(
     f"made_inverse(Tensor z, {_NETWORK}) -> (Tensor, Tensor)",

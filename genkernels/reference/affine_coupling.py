@@ -8,7 +8,9 @@ with :math:`(s, t)` the parameters that a network computed from :math:`x_1` (Din
 
 Shapes: ``x [N, C, *spatial]``. Channel split: C even, one half passes, the other is transformed, params ``[N, C,
 *spatial]`` (the shift alone, ``[N, C/2, *spatial]``, when additive). Checkerboard split: ``x [N, C, H, W]``, params
-``[N, 2*C, H, W]`` at full resolution, of which only the transformed pixels count. ldj is ``[N]``, fp32 or wider.
+``[N, 2*C, H, W]`` at full resolution, of which only the transformed pixels count. No split: all is transformed, params
+``[N, 2*C, *spatial]``. Alternating: as the channel split, the halves being every second channel. ldj is ``[N]``, fp32
+or wider.
 
 Half inputs are computed in fp32 and cast once, at the end, as the kernels do it.
 """
@@ -22,22 +24,43 @@ from torch import Tensor
 from genkernels._options import Layout, ScaleMap, Split
 
 
-def log_scale(s: Tensor, scale_map: int) -> Tensor:
+def log_scale(s: Tensor, scale_map: int, constant: float = 1.0) -> Tensor:
     """log σ(s), finite wherever s is; `log(sigmoid(s))` written out would be −inf below −103."""
     if scale_map == ScaleMap.EXP:
         return s
     if scale_map == ScaleMap.SIGMOID:
         return F.logsigmoid(s + 2)
-    return torch.tanh(s)
+    if scale_map == ScaleMap.SIGMOID_INVERSE:
+        return -F.logsigmoid(s + 2)
+    if scale_map == ScaleMap.SIGMOID_FLOOR:
+        return torch.log(torch.sigmoid(s + 2) + constant)
+    if scale_map == ScaleMap.SOFTPLUS_FLOOR:
+        return torch.log(F.softplus(s) + constant)
+    if scale_map == ScaleMap.ATAN:
+        return constant * torch.atan(s)
+    if scale_map == ScaleMap.SOFT_CLIP:
+        return s / (1 + (s / constant).abs())
+    return constant * torch.tanh(s)
 
 
-def log_scale_slope(s: Tensor, scale_map: int) -> Tensor:
+def log_scale_slope(s: Tensor, scale_map: int, constant: float = 1.0) -> Tensor:
     """d log σ / d s."""
     if scale_map == ScaleMap.EXP:
         return torch.ones_like(s)
     if scale_map == ScaleMap.SIGMOID:
         return torch.sigmoid(-(s + 2))
-    return 1 - torch.tanh(s) ** 2
+    if scale_map == ScaleMap.SIGMOID_INVERSE:
+        return -torch.sigmoid(-(s + 2))
+    if scale_map == ScaleMap.SIGMOID_FLOOR:
+        sigma = torch.sigmoid(s + 2)
+        return sigma * torch.sigmoid(-(s + 2)) / (sigma + constant)
+    if scale_map == ScaleMap.SOFTPLUS_FLOOR:
+        return torch.where(s > 20, 1, torch.sigmoid(s)) / (F.softplus(s) + constant)
+    if scale_map == ScaleMap.ATAN:
+        return constant / (1 + s * s)
+    if scale_map == ScaleMap.SOFT_CLIP:
+        return (1 + (s / constant).abs()) ** -2
+    return constant * (1 - torch.tanh(s) ** 2)
 
 
 def transformed_pixels(height: int, width: int, flip: bool, device: torch.device) -> Tensor:
@@ -49,18 +72,18 @@ def transformed_pixels(height: int, width: int, flip: bool, device: torch.device
 def _scale_shift(params: Tensor, scale_map: int, layout: int) -> tuple[Tensor | None, Tensor]:
     if scale_map == ScaleMap.ADDITIVE:
         return None, params
-    if layout == Layout.HALVES:
-        s, t = params.chunk(2, dim=1)
-        return s, t
-    return params[:, 0::2], params[:, 1::2]
+    halves = layout in (Layout.HALVES, Layout.SHIFT_HALVES)
+    first, second = params.chunk(2, dim=1) if halves else (params[:, 0::2], params[:, 1::2])
+    return (second, first) if layout in (Layout.SHIFT_HALVES, Layout.SHIFT_INTERLEAVED) else (first, second)
 
 
 def _join_scale_shift(s: Tensor | None, t: Tensor, layout: int) -> Tensor:
     if s is None:
         return t
-    if layout == Layout.HALVES:
-        return torch.cat([s, t], dim=1)
-    return torch.stack([s, t], dim=2).flatten(1, 2)
+    both = [t, s] if layout in (Layout.SHIFT_HALVES, Layout.SHIFT_INTERLEAVED) else [s, t]
+    if layout in (Layout.HALVES, Layout.SHIFT_HALVES):
+        return torch.cat(both, dim=1)
+    return torch.stack(both, dim=2).flatten(1, 2)
 
 
 class _Halves:
@@ -72,6 +95,7 @@ class _Halves:
 
     def __init__(self, x: Tensor, split: int, flip: bool):
         self.flip = flip
+        self.whole, self.turns = split == Split.NONE, split == Split.ALTERNATE
         self.mask = None
         if split == Split.CHECKERBOARD:
             self.mask = transformed_pixels(x.shape[-2], x.shape[-1], flip, x.device)
@@ -79,7 +103,9 @@ class _Halves:
     def moved(self, x: Tensor) -> Tensor:
         if self.mask is not None:
             return x.masked_fill(~self.mask, 0)
-        first, second = x.chunk(2, dim=1)
+        if self.whole:
+            return x
+        first, second = (x[:, 0::2], x[:, 1::2]) if self.turns else x.chunk(2, dim=1)
         return first if self.flip else second
 
     def params(self, p: Tensor | None) -> Tensor | None:
@@ -90,6 +116,11 @@ class _Halves:
         moved = moved.to(x.dtype)
         if self.mask is not None:
             return torch.where(self.mask, moved, x)
+        if self.whole:
+            return moved.clone(memory_format=torch.contiguous_format)
+        if self.turns:
+            pair = [moved, x[:, 1::2]] if self.flip else [x[:, 0::2], moved]
+            return torch.stack(pair, dim=2).flatten(1, 2)
         first, second = x.chunk(2, dim=1)
         return torch.cat([moved, second] if self.flip else [first, moved], dim=1)
 
@@ -98,6 +129,7 @@ def affine_coupling(
     input: Tensor,
     params: Tensor,
     scale_map: int = ScaleMap.EXP,
+    constant: float = 1.0,
     split: int = Split.CHANNEL,
     layout: int = Layout.HALVES,
     flip: bool = False,
@@ -111,7 +143,7 @@ def affine_coupling(
     if s is None:
         out2 = x2 - t if inverse else x2 + t
         return halves.join(input, out2), input.new_zeros(input.shape[0], dtype=work)
-    ell = log_scale(s, scale_map)
+    ell = log_scale(s, scale_map, constant)
     out2 = (x2 - t) * torch.exp(-ell) if inverse else x2 * torch.exp(ell) + t
     if halves.mask is not None:
         ell = ell.masked_fill(~halves.mask, 0)
@@ -126,6 +158,7 @@ def affine_coupling_backward(
     input: Tensor,
     params: Tensor,
     scale_map: int = ScaleMap.EXP,
+    constant: float = 1.0,
     split: int = Split.CHANNEL,
     layout: int = Layout.HALVES,
     flip: bool = False,
@@ -148,8 +181,8 @@ def affine_coupling_backward(
     if s is None:
         grad_params = (-g if inverse else g.clone(memory_format=torch.contiguous_format)).to(params.dtype)
         return halves.join(grad_output, g), grad_params.contiguous()
-    ell = log_scale(s, scale_map)
-    slope = log_scale_slope(s, scale_map)
+    ell = log_scale(s, scale_map, constant)
+    slope = log_scale_slope(s, scale_map, constant)
     g_ldj = input.new_zeros(input.shape[0], dtype=work) if grad_ldj is None else grad_ldj.to(work)
     g_ldj = g_ldj.reshape(-1, *[1] * (input.dim() - 1))
     if of_ldj_alone:  # a zero is not multiplied in: it would turn infinities to NaN
@@ -174,11 +207,12 @@ def affine_coupling_reverse(
     output: Tensor,
     params: Tensor,
     scale_map: int = ScaleMap.EXP,
+    constant: float = 1.0,
     split: int = Split.CHANNEL,
     layout: int = Layout.HALVES,
     flip: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(input, grad_input, grad_params)` of the forward coupling from its output: reversible flows' backward."""
-    codes = (scale_map, split, layout, flip)
+    codes = (scale_map, constant, split, layout, flip)
     input, _ = affine_coupling(output, params, *codes, True)
     return input, *affine_coupling_backward(grad_output, grad_ldj, input, params, *codes, False)

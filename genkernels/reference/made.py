@@ -150,10 +150,11 @@ def made_forward(
     counts: Tensor,
     residual: bool = False,
     scale_map: int = ScaleMap.EXP,
+    constant: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``(z, ldj)``, in one pass of the network."""
     s, t = _Network(weights, biases, context, order, counts, residual).units(x)[0][-1].chunk(2, dim=1)
-    ell = log_scale(s, scale_map)
+    ell = log_scale(s, scale_map, constant)
     return x * torch.exp(ell) + t, ell.sum(1)
 
 
@@ -166,6 +167,7 @@ def made_inverse(
     counts: Tensor,
     residual: bool = False,
     scale_map: int = ScaleMap.EXP,
+    constant: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``(x, ldj)`` of the inverse by D sequential passes, ldj = −Σ log σ."""
     network = _Network(weights, biases, context, order, counts, residual)
@@ -174,7 +176,9 @@ def made_inverse(
     for step in range(1, z.shape[1] + 1):
         s, t = network.units(x)[0][-1].chunk(2, dim=1)
         now = network.degrees[0] == step
-        of_all = torch.where(now, log_scale(s, scale_map), 0)  # a guess may overflow, and meet a gradient of 0
+        of_all = torch.where(
+            now, log_scale(s, scale_map, constant), 0
+        )  # a guess may overflow, and meet a gradient of 0
         x = torch.where(now, (z - t) * torch.exp(-of_all), x)
         ell = torch.where(now, of_all, ell)
     return x, -ell.sum(1)
@@ -191,6 +195,7 @@ def made_inverse_backward(
     counts: Tensor,
     residual: bool = False,
     scale_map: int = ScaleMap.EXP,
+    constant: float = 1.0,
 ) -> list[Tensor]:
     """Gradients ``[z, context (of its shape even where it is None), weight and bias of each layer]`` from the solution
     x.
@@ -203,7 +208,7 @@ def made_inverse_backward(
     by_ldj = x.new_zeros((x.shape[0], 1)) if grad_ldj is None else grad_ldj.unsqueeze(1)
     values, inputs = network.units(seen)
     s, _ = values[-1].chunk(2, dim=1)
-    ell, slope = log_scale(s, scale_map), log_scale_slope(s, scale_map)
+    ell, slope = log_scale(s, scale_map, constant), log_scale_slope(s, scale_map, constant)
     steps = range(x.shape[1], 0, -1)
     if grad_x is None:
         x, grad_x, steps = seen, torch.zeros_like(x), steps[1:]
@@ -233,6 +238,7 @@ def made_inverse_jacobi(
     counts: Tensor,
     residual: bool = False,
     scale_map: int = ScaleMap.EXP,
+    constant: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`made_inverse` by sweeps that renew all features at once: k sweeps settle the first k, so D are exact.
 
@@ -244,7 +250,7 @@ def made_inverse_jacobi(
     look = 1 if z.device.type == "cpu" else 16
     for sweep in range(1, z.shape[1] + 1):
         s, t = network.units(x)[0][-1].chunk(2, dim=1)
-        ell = log_scale(s, scale_map)
+        ell = log_scale(s, scale_map, constant)
         before, after = x, (z - t) * torch.exp(-ell)
         # an infinity would reach earlier features, 0 times it being NaN: what is settled stays, a guess that overflowed
         # is none

@@ -36,6 +36,8 @@ EXP_RANGE_64 = tl.constexpr((-708.396, 709.782712893384))
 EXP_SERIES = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14)))  # e^r = sum of r^k / k!
 ATANH_SERIES = tl.constexpr(tuple(1 / (2 * k + 1) for k in range(16)))  # atanh(r) = r * sum of r^2k / (2k+1)
 
+QUARTER_PI = tl.constexpr(math.pi / 4)
+
 SQRT_HALF_BITS_32 = tl.constexpr(0x3F3504F3)
 SQRT_HALF_BITS_64 = tl.constexpr(0x3FE6A09E667F3BCD)
 
@@ -175,6 +177,58 @@ def tanh(b_s):
     b_q = reciprocal_of_sum(2.0, b_m)  # = (1 - tanh) / 2
     b_tanh = tl.where(b_m < 2.0, b_m * b_q, 1.0 - 2.0 * b_q)
     return tl.where(b_s < 0, -b_tanh, b_tanh), 4.0 * b_q * (1.0 - b_q)
+
+
+# atan by Cephes: |x| is brought below tan(π/8) (fp64: 0.66) by π/2 − atan(1/x) or π/4 + atan((x − 1)/(x + 1)).
+ATAN_32 = tl.constexpr((8.05374449538e-2, -1.38776856032e-1, 1.99777106478e-1, -3.33329491539e-1))
+ATAN_P = tl.constexpr(
+    (
+        -8.750608600031904122785e-1,
+        -1.615753718733365076637e1,
+        -7.500855792314704667340e1,
+        -1.228866684490136173410e2,
+        -6.485021904942025371773e1,
+    )
+)
+ATAN_Q = tl.constexpr(
+    (
+        2.485846490142306297962e1,
+        1.650270098316988542046e2,
+        4.328810604912902668951e2,
+        4.853903996359136964868e2,
+        1.945506571482613964425e2,
+    )
+)
+HALF_PI_LOW = tl.constexpr(6.123233995736765886130e-17)  # what π/2 in fp64 lacks
+
+
+@triton.jit
+def atan(b_x):
+    """The arc tangent; NaN for NaN."""
+    b_a = tl.abs(b_x)
+    b_far = b_a > 2.414213562373095
+    if b_x.dtype == tl.float64:
+        b_near = b_a <= 0.66
+    else:
+        b_near = b_a <= 0.4142135623730950
+    b_up = tl.where(b_far, -1.0, tl.where(b_near, b_a, b_a - 1.0))
+    b_r = b_up / tl.where(b_far, b_a, tl.where(b_near, 1.0, b_a + 1.0))
+    b_z = b_r * b_r
+    b_quarters = tl.where(b_far, 2.0, tl.where(b_near, 0.0, 1.0)).to(b_x.dtype)
+    if b_x.dtype == tl.float64:
+        b_p = b_z * ATAN_P[0] + ATAN_P[1]
+        b_q = b_z + ATAN_Q[0]
+        for k in tl.static_range(2, 5):
+            b_p = b_p * b_z + ATAN_P[k]
+        for k in tl.static_range(1, 5):
+            b_q = b_q * b_z + ATAN_Q[k]
+        b_y = b_quarters * QUARTER_PI + (b_r * (b_z * b_p / b_q) + b_r + b_quarters * (0.5 * HALF_PI_LOW))
+    else:
+        b_p = b_z * ATAN_32[0] + ATAN_32[1]
+        for k in tl.static_range(2, 4):
+            b_p = b_p * b_z + ATAN_32[k]
+        b_y = b_quarters * QUARTER_PI + (b_p * b_z * b_r + b_r)
+    return tl.where(b_x < 0, -b_y, b_y)
 
 
 @triton.jit

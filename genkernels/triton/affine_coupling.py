@@ -40,14 +40,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels._options import Layout, ScaleMap, Split
+from genkernels._options import SCALE_CONSTANTS, Layout, ScaleMap, Split
 from genkernels.triton import _math, _scale_map
 from genkernels.triton._recording import SampleCalls, meta
 
 CHANNEL = tl.constexpr(Split.CHANNEL.value)
 CHECKERBOARD = tl.constexpr(Split.CHECKERBOARD.value)
+NONE = tl.constexpr(Split.NONE.value)
+ALTERNATE = tl.constexpr(Split.ALTERNATE.value)
 HALVES = tl.constexpr(Layout.HALVES.value)
 INTERLEAVED = tl.constexpr(Layout.INTERLEAVED.value)
+SHIFT_HALVES = tl.constexpr(Layout.SHIFT_HALVES.value)
+SHIFT_INTERLEAVED = tl.constexpr(Layout.SHIFT_INTERLEAVED.value)
 
 # What the backward kernel differentiates: the forward from its input, the inverse from its input, the forward from its
 # output.
@@ -101,6 +105,21 @@ def _tile(
         m_moved = (((b_line - b_channel * height) + b_column * V)[:, None] + o_lane) % 2 == (0 if FLIP else 1)
         o_moved = (o_row * size)[:, None] + o_inner
         o_copied = o_moved
+    elif SPLIT == NONE:
+        b_channel = b_line
+        plane = width.to(tl.int64) * V
+        m_moved = m_unit[:, None]
+        o_moved = (o_row * size)[:, None] + o_inner
+        o_copied = o_moved
+    elif SPLIT == ALTERNATE:
+        b_channel = b_line
+        plane = width.to(tl.int64) * V
+        m_moved = m_unit[:, None]
+        # channel c of a half has c channels of the other half before it
+        o_copied = (o_row * (2 * size) + b_channel.to(tl.int64) * plane)[:, None] + o_inner
+        o_moved = o_copied + plane
+        if FLIP:
+            o_moved, o_copied = o_copied, o_moved
     else:
         b_channel = b_line
         plane = width.to(tl.int64) * V
@@ -111,13 +130,15 @@ def _tile(
     if MAP == _scale_map.ADDITIVE:
         o_shift = (o_row * size)[:, None] + o_inner
         o_scale = o_shift
-    elif LAYOUT == INTERLEAVED:
+    elif LAYOUT == INTERLEAVED or LAYOUT == SHIFT_INTERLEAVED:
         # channel c of the transformed part has its log-scale in channel 2c, which is c channels further on
         o_scale = (o_row * (2 * size) + b_channel.to(tl.int64) * plane)[:, None] + o_inner
         o_shift = o_scale + plane
     else:
         o_scale = (o_row * (2 * size))[:, None] + o_inner
         o_shift = o_scale + size
+    if MAP != _scale_map.ADDITIVE and (LAYOUT == SHIFT_HALVES or LAYOUT == SHIFT_INTERLEAVED):
+        o_scale, o_shift = o_shift, o_scale
     return o_row, m_unit[:, None], o_moved, o_copied, o_scale, o_shift, m_moved
 
 
@@ -133,6 +154,7 @@ def _couple_kernel(
     height,
     blocks,
     MAP: tl.constexpr,
+    CONSTANT: tl.constexpr,
     SPLIT: tl.constexpr,
     LAYOUT: tl.constexpr,
     FLIP: tl.constexpr,
@@ -150,14 +172,14 @@ def _couple_kernel(
     b_x_raw = tl.load(p_x + o_moved, m)
     b_t = _math.widened(tl.load(p_params + o_shift, m))
     b_s = b_t if MAP == _scale_map.ADDITIVE else _math.widened(tl.load(p_params + o_scale, m))
-    if SPLIT == CHANNEL:
+    if SPLIT == CHANNEL or SPLIT == ALTERNATE:
         tl.store(p_y + o_copied, tl.load(p_x + o_copied, m), m)
 
     b_x = _math.widened(b_x_raw)
     if MAP == _scale_map.ADDITIVE:
         b_y = b_x - b_t if IS_INVERSE else b_x + b_t
     else:
-        b_log, b_sigma, b_shrink, _ = _scale_map.scale(b_s, MAP, ROUGH)
+        b_log, b_sigma, b_shrink, _ = _scale_map.scale(b_s, MAP, CONSTANT, ROUGH)
         b_y = (b_x - b_t) * b_shrink if IS_INVERSE else b_x * b_sigma + b_t
         b_log = tl.where(m & m_moved, -b_log if IS_INVERSE else b_log, 0.0)
         b_sum = tl.sum(tl.reshape(b_log, (ROWS, COLS * V)), axis=1)
@@ -205,6 +227,7 @@ def _backward_kernel(
     height,
     blocks,
     MAP: tl.constexpr,
+    CONSTANT: tl.constexpr,
     SPLIT: tl.constexpr,
     LAYOUT: tl.constexpr,
     FLIP: tl.constexpr,
@@ -230,7 +253,7 @@ def _backward_kernel(
         b_s = _math.widened(tl.load(p_params + o_scale, m))
     if OF != FORWARD:
         b_x -= _math.widened(tl.load(p_params + o_shift, m))  # z - t, which is x times σ
-    if SPLIT == CHANNEL:
+    if SPLIT == CHANNEL or SPLIT == ALTERNATE:
         b_g_copied = tl.load(p_g + o_copied, m) if p_g is not None else b_g_raw
         if OF == REVERSE:
             tl.store(p_x_out + o_copied, tl.load(p_x + o_copied, m), m)
@@ -240,7 +263,7 @@ def _backward_kernel(
         b_g_x = b_g
         b_g_t = -b_g if OF == INVERSE else b_g
     else:
-        _, b_sigma, b_shrink, b_slope = _scale_map.scale(b_s, MAP, ROUGH)
+        _, b_sigma, b_shrink, b_slope = _scale_map.scale(b_s, MAP, CONSTANT, ROUGH)
         # a gradient that is not there is left out, not multiplied in as 0, which would turn inf to NaN
         b_g_x = b_g
         b_g_s = tl.zeros_like(b_x)
@@ -285,7 +308,14 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _plan(
-    shape: tuple[int, ...], itemsize: int, params_itemsize: int, scale_map: int, split: int, layout: int, flip: bool
+    shape: tuple[int, ...],
+    itemsize: int,
+    params_itemsize: int,
+    scale_map: int,
+    constant: float,
+    split: int,
+    layout: int,
+    flip: bool,
 ) -> _Plan:
     rows, channels, *spatial = shape
     if scale_map == ScaleMap.ADDITIVE:
@@ -294,8 +324,9 @@ def _plan(
         size = channels * math.prod(spatial)
         height, run = spatial
     else:
-        size = channels // 2 * math.prod(spatial)
-        height, run = 1, math.prod(spatial) if layout == INTERLEAVED.value else size
+        size = (channels if split == NONE.value else channels // 2) * math.prod(spatial)
+        interleaved = layout in (INTERLEAVED.value, SHIFT_INTERLEAVED.value) or split == ALTERNATE.value
+        height, run = 1, math.prod(spatial) if interleaved else size
     # the longest piece of at most 16 bytes that divides the run of neighbours which share a channel and an image row
     unit = math.gcd(run, 16 // min(itemsize, params_itemsize))
     units = size // unit
@@ -311,6 +342,7 @@ def _plan(
     tile_rows = tile // (cols * unit)
     constants = {
         "MAP": int(scale_map),
+        "CONSTANT": float(constant),
         "SPLIT": int(split),
         "LAYOUT": int(layout),
         "FLIP": bool(flip),
@@ -328,8 +360,10 @@ def _sum_tile(blocks: int) -> dict[str, int]:
     return {"STEPS": triton.cdiv(blocks, cols), "ROWS": 512 // cols, "COLS": cols}
 
 
-def _plan_of(input: Tensor, params: Tensor, scale_map: int, split: int, layout: int, flip: bool) -> _Plan:
-    return _plan(input.shape, input.element_size(), params.element_size(), scale_map, split, layout, flip)
+def _plan_of(
+    input: Tensor, params: Tensor, scale_map: int, constant: float, split: int, layout: int, flip: bool
+) -> _Plan:
+    return _plan(input.shape, input.element_size(), params.element_size(), scale_map, constant, split, layout, flip)
 
 
 def _empty_like(t: Tensor) -> Tensor:
@@ -337,7 +371,7 @@ def _empty_like(t: Tensor) -> Tensor:
 
 
 def affine_coupling(
-    input: Tensor, params: Tensor, scale_map: int, split: int, layout: int, flip: bool, inverse: bool
+    input: Tensor, params: Tensor, scale_map: int, constant: float, split: int, layout: int, flip: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """`(output, ldj)` of contiguous tensors on one GPU; the caller has checked them. Codes as in the operator's
     schema."""
@@ -346,7 +380,7 @@ def affine_coupling(
     ldj = input.new_empty(rows, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
     if input.numel() == 0:
         return output, ldj.zero_()
-    plan = _plan_of(input, params, scale_map, split, layout, flip)
+    plan = _plan_of(input, params, scale_map, constant, split, layout, flip)
     blocks = plan.sizes[-1]
     two_stages = blocks > 1 and scale_map != ScaleMap.ADDITIVE
     with torch.cuda.device_of(input):
@@ -380,6 +414,7 @@ def affine_coupling_backward(
     input: Tensor,
     params: Tensor,
     scale_map: int,
+    constant: float,
     split: int,
     layout: int,
     flip: bool,
@@ -387,7 +422,7 @@ def affine_coupling_backward(
 ) -> tuple[Tensor, Tensor]:
     """`(grad_input, grad_params)`; what a missing gradient would have been multiplied by plays no part.
     Conditions as for `affine_coupling`."""
-    codes = (scale_map, split, layout, flip)
+    codes = (scale_map, constant, split, layout, flip)
     of = INVERSE.value if inverse else FORWARD.value
     return _backward(grad_output, grad_ldj, input, params, None, codes, of)
 
@@ -398,13 +433,14 @@ def affine_coupling_reverse(
     output: Tensor,
     params: Tensor,
     scale_map: int,
+    constant: float,
     split: int,
     layout: int,
     flip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(input, grad_input, grad_params)` of the forward from its output. Conditions as for `affine_coupling`."""
     input = _empty_like(output)
-    codes = (scale_map, split, layout, flip)
+    codes = (scale_map, constant, split, layout, flip)
     return input, *_backward(grad_output, grad_ldj, output, params, input, codes, REVERSE.value)
 
 
@@ -444,6 +480,9 @@ def sample_calls() -> SampleCalls:
     large, whole, small, odd = (8, 12, 64, 64), (512, 12, 16, 16), (4096, 2), (64, 6, 7, 7)
     maps, splits, layouts = ScaleMap.words(), Split.words(), Layout.words()
     cases = [(large, f32, f32, code, split, 0) for code in range(4) for split in (0, 1)]
+    cases += [(large, f32, f32, code, 2, 2) for code in range(4, len(maps))]
+    cases += [(large, f32, f32, 4, 3, 2), (odd, b16, b16, 0, 3, 0)]
+    cases += [(odd, f64, f64, code, 2, 3) for code in (4, 5, 7)]
     cases += [(large, b16, b16, code, split, 0) for code in (1, 2) for split in (0, 1)]
     cases += [(large, f32, f32, 2, split, 1) for split in (0, 1)]
     cases += [(large, f64, f64, 2, split, 0) for split in (0, 1)]
@@ -455,11 +494,11 @@ def sample_calls() -> SampleCalls:
         for t, n in sums
     ]
     for shape, dtype, params_dtype, scale_map, split, layout in cases:
-        rows = shape[1] if split == CHECKERBOARD.value else shape[1] // 2
+        rows = shape[1] // 2 if split in (CHANNEL.value, ALTERNATE.value) else shape[1]
         rows *= 1 if scale_map == ScaleMap.ADDITIVE else 2
         x, params = meta(*shape, dtype=dtype), meta(shape[0], rows, *shape[2:], dtype=params_dtype)
         g_ldj = meta(shape[0], dtype=torch.promote_types(dtype, f32))
-        codes = (scale_map, split, layout, False)
+        codes = (scale_map, SCALE_CONSTANTS.get(scale_map, 1.0), split, layout, False)
         kinds = [{f64: "fp64", f32: "fp32", b16: "bf16"}[t] for t in (dtype, params_dtype)]
         label = " ".join(("x".join(map(str, shape)), *kinds, maps[scale_map], splits[split], layouts[layout]))
         for inverse, name in ((False, "forward"), (True, "inverse")):

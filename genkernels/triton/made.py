@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genkernels._options import SCALE_CONSTANTS, ScaleMap
 from genkernels.triton import _math, _scale_map
 from genkernels.triton._recording import SampleCalls, meta
 
@@ -85,6 +86,7 @@ def _extend_kernel(
     hidden,
     layers,
     MAP: tl.constexpr,
+    CONSTANT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SOLVES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -156,7 +158,7 @@ def _extend_kernel(
                 b_p += tl.load(p_out_bias + o_row, o_unit < 2, other=0.0)[None, :]
                 b_s = tl.sum(tl.where(o_unit[None, :] == 0, b_p, 0.0), axis=1)
                 b_t = tl.sum(tl.where(o_unit[None, :] == 1, b_p, 0.0), axis=1)
-                b_log, _ = _scale_map.log_scale(b_s, MAP)
+                b_log, _ = _scale_map.log_scale(b_s, MAP, CONSTANT)
                 b_z = tl.load(p_z + o_n * features + step, m_n, other=0.0)
                 tl.store(p_x + o_n * features + step, (b_z - b_t) * _math.exp(-b_log), m_n)
                 b_ldj -= b_log
@@ -183,6 +185,7 @@ def _transposed_kernel(
     hidden,
     layers,
     MAP: tl.constexpr,
+    CONSTANT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -248,7 +251,7 @@ def _transposed_kernel(
             if p_grad_x is not None:
                 b_rest += tl.load(p_grad_x + o_feature, m_n, other=0.0)
             o_c = o_n * (2 * features) + feature
-            b_log, b_slope = _scale_map.log_scale(tl.load(p_params + o_c, m_n, other=0.0), MAP)
+            b_log, b_slope = _scale_map.log_scale(tl.load(p_params + o_c, m_n, other=0.0), MAP, CONSTANT)
             b_found = b_rest * _math.exp(-b_log)
             b_by_log = b_rest * tl.load(p_x + o_feature, m_n, other=0.0)
             if p_grad_x is None:  # nothing sees the last feature's x, which may be infinite
@@ -292,7 +295,7 @@ class _Padded:
         return F.pad(context, (0, self.hidden - context.shape[1])).contiguous()
 
 
-def _extend(net: _Padded, z, x, ldj, context, residual, scale_map):
+def _extend(net: _Padded, z, x, ldj, context, residual, scale_map, constant):
     """Runs `_extend_kernel`: ``(values, units)`` ``[layers, N, H]``; solves for x where z is given."""
     n = x.shape[0]
     values, units = (x.new_zeros((net.layers, n, net.hidden)) for _ in range(2))
@@ -314,6 +317,7 @@ def _extend(net: _Padded, z, x, ldj, context, residual, scale_map):
             net.hidden,
             net.layers,
             MAP=int(scale_map),
+            CONSTANT=float(constant),
             RESIDUAL=bool(residual),
             SOLVES=z is not None,
             ROWS=ROWS,
@@ -325,19 +329,19 @@ def _extend(net: _Padded, z, x, ldj, context, residual, scale_map):
     return values, units
 
 
-def made_inverse(z, context, weights, biases, order, counts, residual, scale_map):
+def made_inverse(z, context, weights, biases, order, counts, residual, scale_map, constant):
     """`(x, ldj)` of contiguous fp32 or fp64 tensors on one GPU; the caller has checked them."""
     x, ldj = torch.empty_like(z), z.new_empty(z.shape[0])
     if z.shape[0] == 0:
         return x, ldj
     found = torch.empty_like(z)
     net = _Padded(weights, biases, order, counts)
-    _extend(net, z[:, order].contiguous(), found, ldj, context, residual, scale_map)
+    _extend(net, z[:, order].contiguous(), found, ldj, context, residual, scale_map, constant)
     x[:, order] = found
     return x, ldj
 
 
-def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map):
+def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant):
     """Gradients of z, context and each layer's weight and bias. Conditions as for `made_inverse`."""
     n, features = x.shape
     if n == 0:
@@ -345,7 +349,7 @@ def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, 
         return [torch.zeros_like(x), x.new_zeros((0, weights[0].shape[0])), *map(torch.zeros_like, both)]
     net = _Padded(weights, biases, order, counts)
     steps = x[:, order].contiguous()
-    values, units = _extend(net, None, steps, None, context, residual, scale_map)
+    values, units = _extend(net, None, steps, None, context, residual, scale_map, constant)
     in_steps = torch.arange(1, features + 1, device=x.device)
     ranks = [torch.searchsorted(c, torch.arange(net.hidden, device=x.device), right=True) for c in net.counts]
     live = [ranks[0][:, None] >= in_steps, *(ranks[i][:, None] >= ranks[i - 1] for i in range(1, net.layers))]
@@ -371,6 +375,7 @@ def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, 
             net.hidden,
             net.layers,
             MAP=int(scale_map),
+            CONSTANT=float(constant),
             RESIDUAL=bool(residual),
             ROWS=ROWS,
             DEPTH=DEPTH,
@@ -400,14 +405,16 @@ def sample_calls() -> SampleCalls:
     """Each scale map and type, with and without context and residual blocks."""
     n, features, hidden = 8, 6, (8, 8, 8)
     calls = []
-    for dtype, scale_map, flag in (("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)):
+    cases = [("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)]
+    cases += [("fp32", code, True) for code in range(ScaleMap.SIGMOID_FLOOR, len(ScaleMap))] + [("fp64", 7, False)]
+    for dtype, scale_map, flag in cases:
         tensor = partial(meta, dtype=torch.float64 if dtype == "fp64" else torch.float32)
         sizes = (features, *hidden, 2 * features)
         weights = [tensor(out, into) for into, out in zip(sizes, sizes[1:], strict=False)]
         biases = [tensor(out) for out in sizes[1:]]
         order, counts = meta(features, dtype=torch.int64), meta(len(hidden), features + 1, dtype=torch.int64)
         z, context = tensor(n, features), tensor(n, hidden[0]) if flag else None
-        net = (context, weights, biases, order, counts, flag, scale_map)
+        net = (context, weights, biases, order, counts, flag, scale_map, SCALE_CONSTANTS.get(scale_map, 1.0))
         label = f"{dtype} map {scale_map} residual {flag}"
         calls.append((f"{label} inverse", partial(made_inverse, z, *net)))
         calls.append((f"{label} backward", partial(made_inverse_backward, z, tensor(n), z, *net)))

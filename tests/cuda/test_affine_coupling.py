@@ -53,7 +53,7 @@ def test_forward_beyond_2_31_elements(kernels, shape):
     total = samples * 2 * half
     needs_memory(4.2 * total * 2 / 2**30)
     x, params = uniform(*shape), uniform(*shape)
-    z, ldj = kernels.affine_coupling(x, params, 0, 0, 0, False, False)
+    z, ldj = kernels.affine_coupling(x, params, 0, 1.0, 0, 0, False, False)
     at = windows(total, 2 * half)
     n, r = at // (2 * half), at % (2 * half)
     moved, flat = r >= half, params.view(-1)
@@ -77,7 +77,7 @@ def test_backward_beyond_2_31_elements(kernels):
     needs_memory(6.2 * total * 2 / 2**30)
     x, params, grad = uniform(*shape), uniform(*shape), uniform(*shape)
     grad_ldj = torch.tensor([1.0, 2.0, 3.0], device="cuda")
-    codes = 0, 0, 0, False
+    codes = 0, 1.0, 0, 0, False
     grad_x, grad_params = kernels.affine_coupling_backward(grad, grad_ldj, x, params, *codes, False)
     at = windows(total, 2 * half)
     n, moved = at // (2 * half), at % (2 * half) >= half

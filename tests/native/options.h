@@ -19,9 +19,14 @@ using namespace genkernels;
 inline void bind_module(pybind11::module_& m) {
   const std::map<std::string, Numbers> options{
       {"ScaleMap",
-       {NUMBER(ScaleMap, kExp), NUMBER(ScaleMap, kSigmoid), NUMBER(ScaleMap, kTanh), NUMBER(ScaleMap, kAdditive)}},
-      {"Split", {NUMBER(Split, kChannel), NUMBER(Split, kCheckerboard)}},
-      {"Layout", {NUMBER(Layout, kHalves), NUMBER(Layout, kInterleaved)}},
+       {NUMBER(ScaleMap, kExp), NUMBER(ScaleMap, kSigmoid), NUMBER(ScaleMap, kTanh), NUMBER(ScaleMap, kAdditive),
+        NUMBER(ScaleMap, kSigmoidFloor), NUMBER(ScaleMap, kSoftplusFloor), NUMBER(ScaleMap, kSigmoidInverse),
+        NUMBER(ScaleMap, kAtan), NUMBER(ScaleMap, kSoftClip)}},
+      {"Split",
+       {NUMBER(Split, kChannel), NUMBER(Split, kCheckerboard), NUMBER(Split, kNone), NUMBER(Split, kAlternate)}},
+      {"Layout",
+       {NUMBER(Layout, kHalves), NUMBER(Layout, kInterleaved), NUMBER(Layout, kShiftHalves),
+        NUMBER(Layout, kShiftInterleaved)}},
       {"Activation", {NUMBER(Activation, kNone), NUMBER(Activation, kRelu), NUMBER(Activation, kGate)}},
       {"MaskType", {NUMBER(MaskType, kA), NUMBER(MaskType, kB)}},
       {"Region", {NUMBER(Region, kRaster), NUMBER(Region, kVertical), NUMBER(Region, kHorizontal)}},

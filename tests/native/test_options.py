@@ -31,6 +31,7 @@ def test_no_option_of_the_header_is_left_out_of_the_binding():
 
 
 def test_words_are_the_names_of_users():
-    assert _options.ScaleMap.words() == ("exp", "sigmoid", "tanh", "additive")
+    assert _options.ScaleMap.words()[:4] == ("exp", "sigmoid", "tanh", "additive")
+    assert _options.ScaleMap.words()[_options.ScaleMap.SOFT_CLIP] == "soft_clip"
     assert _options.MaskType.words() == ("A", "B")
     assert _options.Head.words()[_options.Head.LOGISTIC_MIXTURE] == "logistic_mixture"

@@ -171,6 +171,59 @@ def call(module, name, dtype, way, values):
     return [getattr(module, f"{name}_{np.dtype(dtype).name}_{part}")(values) for part in PARTS]
 
 
+#: The maps of other libraries as mpmath writes log σ, from s and c.
+OTHERS = {
+    "sigmoid_floor": lambda s, c: mpmath.log(1 / (1 + mpmath.exp(-(s + 2))) + c),
+    "softplus_floor": lambda s, c: mpmath.log((mpmath.log1p(mpmath.exp(s)) if s <= 20 else s) + c),
+    "sigmoid_inverse": lambda s, c: mpmath.log1p(mpmath.exp(-(s + 2))),
+    "atan": lambda s, c: c * mpmath.atan(s),
+    "soft_clip": lambda s, c: s / (1 + abs(s) / c),
+    "tanh": lambda s, c: c * mpmath.tanh(s),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_maps_of_other_libraries(module, name, dtype):
+    """log σ and σ to the rounding of what they are made of, the slope by mpmath's derivative."""
+    c = float(dtype(0.3))
+    s = np.concatenate([np.linspace(-30.5, 29.5, 61), [2.5e-3, 0.4, 0.42, 0.66, -0.5, 2.41, 2.42, -1e4, 1e4]]).astype(
+        dtype
+    )
+    found = getattr(module, f"{name}_{np.dtype(dtype).name}_loop")(s, c)
+    unit = np.finfo(dtype).eps
+    with mpmath.workdps(40):
+        for i, value in enumerate(map(mpmath.mpf, s.astype(F64))):
+            log_scale = OTHERS[name](value, c)
+            slope = mpmath.diff(lambda x: OTHERS[name](x, c), value) if value != 0 else None
+            # the argument s + 2 is rounded before it is used, and a logarithm near 0 keeps no more than σ has
+            size = max(abs(log_scale), 1 if "floor" in name else abs(value) if "inverse" in name else 0)
+            assert abs(mpmath.mpf(float(found[0][i])) - log_scale) <= 6 * unit * size, (name, value)
+            if abs(log_scale) < 80:
+                scale = mpmath.exp(log_scale)
+                near = 6 + 2 * (abs(value) if "inverse" in name else 0)
+                assert abs(mpmath.mpf(float(found[1][i])) - scale) <= near * unit * scale, (name, value)
+            if slope is not None:
+                near = 8 + 2 * min(abs(value), 30)
+                assert abs(mpmath.mpf(float(found[2][i])) - slope) <= near * unit * abs(slope) + 1e-12, (name, value)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_the_ends_of_the_maps_of_other_libraries(module, dtype):
+    """Infinities where the definition has them, and NaN."""
+    ends = {
+        "sigmoid_floor": (np.log(dtype(1e-3)), np.log1p(dtype(1e-3))),
+        "softplus_floor": (np.log(dtype(1e-3)), np.inf),
+        "sigmoid_inverse": (np.inf, 0),
+        "atan": (-np.pi / 2 * 1e-3, np.pi / 2 * 1e-3),
+    }
+    for name, limits in ends.items():
+        for s, limit in zip((-np.inf, np.inf), limits, strict=True):
+            log_scale = getattr(module, f"{name}_{np.dtype(dtype).name}_loop")(np.full(19, s, dtype), 1e-3)[0]
+            np.testing.assert_allclose(log_scale, limit, rtol=1e-6, atol=np.finfo(dtype).eps)
+        assert np.isnan(getattr(module, f"{name}_{np.dtype(dtype).name}_loop")(np.full(19, np.nan, dtype), 1e-3)).all()
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_additive_is_the_identity(module, dtype):
     s = np.array([0, 1, -5, np.inf, np.nan], dtype)

@@ -357,7 +357,10 @@ REFUSED = [
     (lambda: MADE(3, 2.5), "MADE: hidden_features must be one integer or several, got \\[2.5, 2.5\\]"),
     (lambda: MADE(3, "12"), "MADE: hidden_features must be one integer or several, got \\['12', '12'\\]"),
     (lambda: MADE(3, 4, order=["a", "b", "c"]), "order must be a permutation of 0 to 2, got \\['a', 'b', 'c'\\]"),
-    (lambda: AutoregressiveTransform(MADE(3, 4), "cube"), "scale_map must be one of exp, sigmoid, tanh, got 'cube'"),
+    (
+        lambda: AutoregressiveTransform(MADE(3, 4), "cube"),
+        "scale_map must be one of exp, sigmoid, tanh, sigmoid_floor, ",
+    ),
     (
         lambda: InverseAutoregressiveTransform(MADE(3, 4), method="fast"),
         "method must be one of blocked, jacobi, sequential, got 'fast'",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
+from genkernels._options import SCALE_CONSTANTS, Layout, ScaleMap, Split
 from genkernels.reference.affine_coupling import transformed_pixels
 from tests.checks import assert_as_accurate, off_address
 from tests.implementations import reference_of
@@ -17,6 +17,25 @@ from tests.implementations import reference_of
 reference = reference_of("affine_coupling")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (F32, F16)]
+#: What this library's own layers use, each with each; and those that are there for the layers of other libraries.
+SCALE_MAPS, SPLITS, LAYOUTS = (
+    ("exp", "sigmoid", "tanh", "additive"),
+    ("channel", "checkerboard"),
+    ("halves", "interleaved"),
+)
+OTHERS = [
+    ("sigmoid_floor", "none", "shift_halves", False),
+    ("softplus_floor", "none", "interleaved", False),
+    ("sigmoid_inverse", "channel", "shift_interleaved", True),
+    ("atan", "channel", "halves", True),
+    ("soft_clip", "none", "shift_interleaved", False),
+    ("softplus_floor", "checkerboard", "shift_halves", False),
+    ("additive", "none", "shift_interleaved", False),
+    ("exp", "none", "halves", True),
+    ("sigmoid_floor", "alternate", "shift_halves", False),
+    ("tanh", "alternate", "interleaved", True),
+    ("additive", "alternate", "halves", False),
+]
 OPTIONS = list(itertools.product(SCALE_MAPS, SPLITS, LAYOUTS, (False, True)))
 
 
@@ -31,8 +50,13 @@ class Case:
     spread: float = 1.0
 
     @property
-    def codes(self) -> tuple[int, int, int, bool]:
-        return SCALE_MAPS.index(self.scale_map), SPLITS.index(self.split), LAYOUTS.index(self.layout), self.flip
+    def codes(self) -> tuple[int, float, int, int, bool]:
+        scale_map, split, layout = (
+            ScaleMap[self.scale_map.upper()],
+            Split[self.split.upper()],
+            Layout[self.layout.upper()],
+        )
+        return int(scale_map), SCALE_CONSTANTS.get(scale_map, 1.0), int(split), int(layout), self.flip
 
     @property
     def options(self) -> dict:
@@ -40,7 +64,7 @@ class Case:
 
     @property
     def params_shape(self) -> tuple[int, ...]:
-        moved = self.shape[1] if self.split == "checkerboard" else self.shape[1] // 2
+        moved = self.shape[1] // 2 if self.split in ("channel", "alternate") else self.shape[1]
         return (self.shape[0], moved if self.scale_map == "additive" else 2 * moved, *self.shape[2:])
 
     def __str__(self) -> str:
@@ -54,6 +78,11 @@ class Case:
         mask = torch.zeros(self.shape, dtype=torch.bool)
         if self.split == "checkerboard":
             return mask | transformed_pixels(*self.shape[-2:], self.flip, mask.device)
+        if self.split == "none":
+            return ~mask
+        if self.split == "alternate":
+            mask[:, 0 if self.flip else 1 :: 2] = True
+            return mask
         half = self.shape[1] // 2
         mask[:, slice(0, half) if self.flip else slice(half, None)] = True
         return mask

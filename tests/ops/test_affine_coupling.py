@@ -9,10 +9,27 @@ from hypothesis import strategies as st
 
 import genkernels as gk
 from genkernels import backends, ops
-from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, SPLITS
+from genkernels._options import SCALE_CONSTANTS, ScaleMap
+from genkernels.ops.affine_coupling import SCALE_MAPS as SCALE_MAPS_ALL
 from tests.checks import behind, beside_forbidden_memory, bits, off_address, opcheck_backward, pairwise, strided
 from tests.implementations import interpreted_few, reference_of, slow_few
-from tests.ops.coupling import BF16, DTYPES, F16, F32, F64, OPTIONS, Case, Inputs, check_values, draw, run_all
+from tests.ops.coupling import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    OPTIONS,
+    OTHERS,
+    SCALE_MAPS,
+    SPLITS,
+    Case,
+    Inputs,
+    check_values,
+    draw,
+    run_all,
+)
 
 reference = reference_of("affine_coupling")
 inf, nan = float("inf"), float("nan")
@@ -67,6 +84,66 @@ def test_agrees_with_the_definition(implementation, poisoned_memory, scale_map, 
     for shape in implementation.some(SHAPES[split], turn, interpreted=interpreted, emulated=emulated):
         spread = 1.5 if implementation.name == "cpu" else 1.0
         check_values(implementation, Case(shape, split, scale_map, layout, flip, dtypes, spread))
+
+
+CONSTANTS = [name for name in SCALE_MAPS_ALL if ScaleMap[name.upper()] in SCALE_CONSTANTS]
+MET_OTHERS = pairwise(OTHERS, [(F32, F32), (F64, F64), (BF16, BF16)], [(3, 5, 3, 7), (37, 3), (2, 3, 24, 24)])
+
+
+@compiled
+@pytest.mark.implementations(when=lambda i, row: not i.is_slow or row in range(0, len(MET_OTHERS), 2))
+@pytest.mark.every_build("row", rows=[(row,) for row in range(len(MET_OTHERS))])
+@pytest.mark.parametrize("row", range(len(MET_OTHERS)))
+def test_the_maps_and_layouts_of_other_libraries(implementation, poisoned_memory, row):
+    """Without a split too, at odd numbers of channels, and with the shift first."""
+    (scale_map, split, layout, flip), dtypes, shape = MET_OTHERS[row]
+    if split in ("channel", "alternate"):
+        shape = (shape[0], 4, *shape[2:])
+    if split == "checkerboard":
+        shape = (*shape, 1, 1)[:4]
+    check_values(implementation, Case(shape, split, scale_map, layout, flip, dtypes))
+
+
+@pytest.mark.parametrize("scale_map,split,layout,flip", [*OTHERS[:5], OTHERS[8]], ids=str)
+def test_gradients_of_the_maps_of_other_libraries(implementation, device, scale_map, split, layout, flip):
+    """Of both orders, and of a constant that is not the default."""
+    case = Case((2, 4, 3) if not implementation.is_slow else (1, 2), split, scale_map, layout, flip, (F64, F64))
+    options = case.options | ({"scale_constant": 0.7} if scale_map in CONSTANTS else {})
+    leaves = [t.requires_grad_() for t in list(draw(case, device))[:2]]
+    for function in (ops.affine_coupling, ops.affine_coupling_inverse):
+        assert torch.autograd.gradcheck(lambda x, p, f=function: f(x, p, **options), leaves, fast_mode=True)
+        if not implementation.is_slow:
+            assert torch.autograd.gradgradcheck(lambda x, p, f=function: f(x, p, **options), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("scale_map", SCALE_MAPS_ALL)
+def test_the_constant_of_a_scale_map(implementation, device, scale_map):
+    """σ as torch writes it, for another constant than the default; a map without one refuses it."""
+    if scale_map == "additive":
+        return
+    s = torch.linspace(-7, 25, 48, dtype=F64, device=device).unsqueeze(0)
+    x, params, c = torch.ones_like(s), torch.cat([torch.zeros_like(s), s], 1), 0.3
+    options = {"scale_map": scale_map, "split": "none", "layout": "shift_halves"}
+    if scale_map not in CONSTANTS:
+        with pytest.raises(ValueError, match=f"scale map {scale_map} has no constant, got scale_constant=0.3"):
+            ops.affine_coupling(x, params, scale_constant=c, **options)
+        return
+    sigma = {
+        "tanh": lambda: torch.exp(c * torch.tanh(s)),
+        "sigmoid_floor": lambda: torch.sigmoid(s + 2) + c,
+        "softplus_floor": lambda: torch.nn.functional.softplus(s) + c,
+        "atan": lambda: torch.exp(c * torch.atan(s)),
+        "soft_clip": lambda: torch.exp(s / (1 + abs(s / c))),
+    }[scale_map]()
+    z, ldj = ops.affine_coupling(x, params, scale_constant=c, **options)
+    torch.testing.assert_close(z, sigma, rtol=1e-14, atol=0)
+    torch.testing.assert_close(ldj, sigma.log().sum(1), rtol=1e-13, atol=0)
+    back, minus = ops.affine_coupling_inverse(z, params, scale_constant=c, **options)
+    torch.testing.assert_close(back, x, rtol=1e-13, atol=0)
+    torch.testing.assert_close(minus, -ldj, rtol=1e-13, atol=0)
+    for wrong in (0.0, -1.0, float("inf"), True, "1"):
+        with pytest.raises(ValueError, match="scale_constant must be a positive number, got"):
+            ops.affine_coupling(x, params, scale_constant=wrong, **options)
 
 
 @compiled
@@ -728,10 +805,10 @@ def test_autocast_pairs_fp32_inputs_with_half_params(implementation, device):
 @pytest.mark.implementations(only=("cuda", "cuda emulated"))
 def test_the_compiled_operators_refuse_unknown_codes_and_wrong_pairs_of_dtypes(functions, device):
     x = torch.zeros(2, 4, device=device)
-    with pytest.raises(RuntimeError, match="scale_map must be 0 to 3, got 7"):
-        functions.affine_coupling(x, x, 7, 0, 0, False, False)
+    with pytest.raises(RuntimeError, match="scale_map must be 0 to 8, got 9"):
+        functions.affine_coupling(x, x, 9, 1.0, 0, 0, False, False)
     with pytest.raises(RuntimeError, match="params must have x's dtype"):
-        functions.affine_coupling(x.bfloat16(), x, 0, 0, 0, False, False)
+        functions.affine_coupling(x.bfloat16(), x, 0, 1.0, 0, 0, False, False)
 
 
 @pytest.mark.implementations(only=("cpu", "cuda", "cuda emulated"))
@@ -801,7 +878,7 @@ def test_reverse_refuses_to_be_differentiated():
         (
             lambda x, p: ops.affine_coupling(x, p, split="row"),
             ValueError,
-            "split must be one of channel, checkerboard, got 'row'",
+            "split must be one of channel, checkerboard, none, alternate, got 'row'",
         ),
         (
             lambda x, p: ops.affine_coupling(x, p, layout="half"),

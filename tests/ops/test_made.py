@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 import genkernels as gk
 from genkernels import ops
-from genkernels.ops.made import METHODS, SCALE_MAPS
+from genkernels._options import SCALE_CONSTANTS, ScaleMap
+from genkernels.ops.made import METHODS
+from genkernels.ops.made import SCALE_MAPS as ALL_MAPS
 from genkernels.reference.made import degree_mask, degrees_of, made_forward, plan
 from tests.checks import assert_as_accurate, behind, beside_forbidden_memory, opcheck_backward, pairwise
 from tests.implementations import slow_few
@@ -253,6 +255,9 @@ SMALL = [
 ]
 
 
+#: What this library's own layers use.
+SCALE_MAPS = ("exp", "sigmoid", "tanh")
+
 #: The gradients that are given: of both outputs, of x alone, of the log-determinant alone.
 GIVEN = [(True, True), (True, False), (False, True)]
 MET = pairwise(range(len(SMALL)), SCALE_MAPS, [F64, F32, BF16], GIVEN)
@@ -341,14 +346,14 @@ def test_gradients_where_the_scale_overflows(implementation, device):
 
 
 @inverse
-@pytest.mark.parametrize("scale_map", SCALE_MAPS)
+@pytest.mark.parametrize("scale_map", ALL_MAPS)
 def test_it_is_the_inverse(implementation, device, scale_map):
-    sizes = (9, (14, 15)) if implementation.is_slow else (40, (60, 70))
+    sizes, code = (9, (14, 15)) if implementation.is_slow else (40, (60, 70)), ScaleMap[scale_map.upper()]
     z, weights, biases, order, counts, options = network(*sizes, context=True, order="random", device=device)
     for method in METHODS:
         x, ldj = ops.made_inverse(z, weights, biases, order, counts, scale_map=scale_map, method=method, **options)
         back, forward_ldj = made_forward(
-            x, options["context"], weights, biases, order, counts, False, SCALE_MAPS.index(scale_map)
+            x, options["context"], weights, biases, order, counts, False, code, SCALE_CONSTANTS.get(code, 1.0)
         )
         torch.testing.assert_close(back, z)
         torch.testing.assert_close(forward_ldj, -ldj)
@@ -362,7 +367,8 @@ def test_gradcheck(implementation, device):
         3, (4, 4, 4), batch=2, residual=True, context=True, order="random", device=device
     )
     leaves = [t.requires_grad_() for t in (z, options["context"], *weights, *biases)]
-    for scale_map, method in zip(SCALE_MAPS, METHODS, strict=True):
+    ways = [*zip(SCALE_MAPS, METHODS, strict=True), *((scale_map, "blocked") for scale_map in ALL_MAPS[3:])]
+    for scale_map, method in ways:
 
         def function(z, context, *both, scale_map=scale_map, method=method):
             return ops.made_inverse(
@@ -378,7 +384,7 @@ def test_gradcheck(implementation, device):
 @quick
 def test_opcheck(implementation, device):
     z, weights, biases, order, counts, options = network(4, (5, 6), batch=2, context=True, device=device)
-    arguments = (options["context"], weights, biases, order, counts, False, 1)
+    arguments = (options["context"], weights, biases, order, counts, False, 1, 1.0)
     torch.library.opcheck(torch.ops.genkernels.made_inverse.default, (z, *arguments))
     opcheck_backward(torch.ops.genkernels.made_inverse_backward.default, (z, None, z, *arguments))
     opcheck_backward(torch.ops.genkernels.made_inverse_backward.default, (None, z[:, 0].contiguous(), z, *arguments))
@@ -484,7 +490,7 @@ def test_any_network(implementation, device, poisoned_memory, features, hidden, 
 def test_more_layers_than_the_kernels_take_are_refused(functions, device):
     z, *rest, _ = network(2, (2,) * 17, batch=1, dtype=F32, device=device)
     with pytest.raises(RuntimeError, match="the CUDA kernels take at most 16 hidden layers"):
-        functions.made_inverse(z, None, *rest, False, 0)
+        functions.made_inverse(z, None, *rest, False, 0, 1.0)
 
 
 @inverse
@@ -494,7 +500,7 @@ def test_a_wrong_plan_reads_nothing_outside(functions):
     z, weights, biases, order, counts, _ = network(4, (5, 6), order="random", batch=3, dtype=F32)
     beside = [[beside_forbidden_memory(t, True) for t in group] for group in (weights, biases)]
     for wrong_order, wrong_counts in ((order, counts + 3), (order, counts - 3), (order + 2, counts)):
-        functions.made_inverse(z, None, *beside, wrong_order, wrong_counts, False, 0)
+        functions.made_inverse(z, None, *beside, wrong_order, wrong_counts, False, 0, 1.0)
 
 
 def test_the_plan_can_be_undone():
@@ -545,7 +551,12 @@ REFUSED = [
         r"made: counts must be \[layers - 1, D \+ 1\] = \[2, 4\], got \[2, 3\]",
     ),
     (changed(context=ZEROS(5, 3, dtype=F64)), ValueError, r"made: context must be \[N, H\] = \[5, 4\], got \[5, 3\]"),
-    (changed(scale_map="cube"), ValueError, "made: scale_map must be one of exp, sigmoid, tanh, got 'cube'"),
+    (
+        changed(scale_map="cube"),
+        ValueError,
+        "made: scale_map must be one of exp, sigmoid, tanh, sigmoid_floor, softplus_floor, "
+        "sigmoid_inverse, atan, soft_clip, got 'cube'",
+    ),
     (changed(method="guess"), ValueError, "made: method must be one of blocked, jacobi, sequential, got 'guess'"),
     (
         lambda: ops.masked_linear(ZEROS(2, 3), ZEROS(4, 2), None, torch.arange(2), torch.arange(4)),

@@ -6,11 +6,10 @@ import itertools
 import pytest
 import torch
 
-from genkernels.ops.affine_coupling import LAYOUTS, SPLITS
 from genkernels.triton import affine_coupling as kernels
 from tests.checks import pairwise
 from tests.implementations import INTERPRETED
-from tests.ops.coupling import Case, draw, run_all
+from tests.ops.coupling import LAYOUTS, SPLITS, Case, draw, run_all
 from tests.ops.test_affine_coupling import LARGE
 
 
@@ -18,7 +17,7 @@ from tests.ops.test_affine_coupling import LARGE
 @pytest.mark.parametrize("shape", LARGE)
 def test_large_samples_take_several_tiles(shape, split):
     for layout in range(len(LAYOUTS)):
-        blocks = kernels._plan(shape, 4, 4, 1, SPLITS.index(split), layout, False).sizes[-1]
+        blocks = kernels._plan(shape, 4, 4, 1, 1.0, SPLITS.index(split), layout, False).sizes[-1]
         assert blocks > 1, "the shape no longer takes several tiles"
 
 

@@ -64,30 +64,81 @@ T* target(S* base, int64_t stride, int64_t offset, const Tile& k, T* buffer, boo
   return buffer;
 }
 
-// Visits the channel segments of a tile in the interleaved layout: f(params offset, position in the tile, length).
+// Which of two rows of params the log-scales (which = 0) and the shifts (1) are; additive: there is one.
+inline int64_t param_row(const Geometry& g, int64_t which) {
+  return g.additive ? 0 : which ^ int64_t(g.shift_first);
+}
+
+inline int64_t param_at(const Geometry& g, int64_t which) {
+  return param_row(g, which) * g.moved;
+}
+
+// Visits the channels of a tile, one row of two in tensors whose samples are 2·C rows of `pixels`: f(offset, position
+// in the tile, length). row: 0 the first of each pair, 1 the second.
 template <typename F>
-void each_segment(const Geometry& g, const Tile& k, int64_t which, F&& f) {
+void each_segment(const Geometry& g, const Tile& k, int64_t sample, int64_t row, F&& f) {
   for (int64_t r = 0; r < k.rows; ++r)
     for (int64_t i = 0; i < k.width;) {
       const int64_t channel = (k.begin + i) / g.pixels, pixel = (k.begin + i) % g.pixels;
       const int64_t n = std::min(g.pixels - pixel, k.width - i);
-      f((k.sample + r) * g.param_sample + (2 * channel + which) * g.pixels + pixel, r * k.width + i, n);
+      f((k.sample + r) * sample + (2 * channel + row) * g.pixels + pixel, r * k.width + i, n);
       i += n;
     }
+}
+
+// The same rows, read into a plain array and written from one. Rows of one pixel are every second number.
+template <typename S, typename T>
+void load_rows(const S* base, const Geometry& g, const Tile& k, int64_t sample, int64_t row, T* buffer) {
+  if constexpr (same<S, T>)
+    if (g.pixels == 1) {
+      for (int64_t r = 0; r < k.rows; ++r) {
+        const S* from = base + (k.sample + r) * sample + 2 * k.begin + row;
+        for (int64_t i = 0; i < k.width; ++i) buffer[r * k.width + i] = from[2 * i];
+      }
+      return;
+    }
+  each_segment(g, k, sample, row, [&](int64_t at, int64_t i, int64_t n) { load(base + at, buffer + i, n); });
+}
+
+template <typename S, typename T>
+void store_rows(const T* buffer, S* base, const Geometry& g, const Tile& k, int64_t sample, int64_t row) {
+  if constexpr (same<S, T>)
+    if (g.pixels == 1) {
+      for (int64_t r = 0; r < k.rows; ++r) {
+        S* to = base + (k.sample + r) * sample + 2 * k.begin + row;
+        for (int64_t i = 0; i < k.width; ++i) to[2 * i] = buffer[r * k.width + i];
+      }
+      return;
+    }
+  each_segment(g, k, sample, row, [&](int64_t at, int64_t i, int64_t n) { store(buffer + i, base + at, n); });
+}
+
+// The transformed part of a tensor like x.
+template <typename S, typename T>
+const T* stage_moved(const S* x, const Geometry& g, const Tile& k, T* buffer) {
+  if (!g.turns) return stage(x, g.sample, g.moved_at, k, buffer);
+  load_rows(x, g, k, g.sample, g.flip ? 0 : 1, buffer);
+  return buffer;
+}
+
+template <typename S, typename T>
+void unstage_moved(const T* buffer, S* x, const Geometry& g, const Tile& k) {
+  if (!g.turns) return unstage(buffer, x, g.sample, g.moved_at, k);
+  store_rows(buffer, x, g, k, g.sample, g.flip ? 0 : 1);
 }
 
 // which: 0 the log-scale, 1 the shift.
 template <typename P, typename T>
 const T* stage_params(const P* params, const Geometry& g, const Tile& k, int64_t which, T* buffer) {
-  if (!g.interleaved) return stage(params, g.param_sample, g.additive || which == 0 ? 0 : g.moved, k, buffer);
-  each_segment(g, k, which, [&](int64_t at, int64_t i, int64_t n) { load(params + at, buffer + i, n); });
+  if (!g.interleaved) return stage(params, g.param_sample, param_at(g, which), k, buffer);
+  load_rows(params, g, k, g.param_sample, param_row(g, which), buffer);
   return buffer;
 }
 
 template <typename P, typename T>
 void unstage_params(const T* buffer, P* params, const Geometry& g, const Tile& k, int64_t which) {
-  if (!g.interleaved) return unstage(buffer, params, g.param_sample, g.additive || which == 0 ? 0 : g.moved, k);
-  each_segment(g, k, which, [&](int64_t at, int64_t i, int64_t n) { store(buffer + i, params + at, n); });
+  if (!g.interleaved) return unstage(buffer, params, g.param_sample, param_at(g, which), k);
+  store_rows(buffer, params, g, k, g.param_sample, param_row(g, which));
 }
 
 // Runs f(tile, chunk index) over everything, in parallel. Chunks never depend on the number of threads.
@@ -117,12 +168,23 @@ inline int64_t chunks_of(const Geometry& g) {
   return g.moved >= kTile ? (g.moved + kChunk - 1) / kChunk : 1;
 }
 
-// The half that passes through, byte for byte; for the checkerboard it is part of the tile and handled by `blend`. A
+// The half that passes through, byte for byte; for the checkerboard it is part of the tile and handled by `blend`, and
+// without a split there is none. A
 // sample of several tiles copies a whole chunk at its first one: long runs keep fewer streams open at once than a piece
 // a tile.
 template <typename X>
 void copy_passed(const X* from, X* to, const Geometry& g, const Tile& k) {
-  if (!g.mask.empty() || k.begin % kChunk != 0) return;
+  if (!g.copies) return;
+  if (g.turns) {
+    each_segment(g, k, g.sample, g.flip ? 1 : 0, [&](int64_t at, int64_t, int64_t n) {
+      if (from)
+        std::copy_n(from + at, n, to + at);
+      else
+        std::fill_n(to + at, n, X(0));
+    });
+    return;
+  }
+  if (k.begin % kChunk != 0) return;
   const int64_t width = std::min(kChunk, g.moved - k.begin);
   for (int64_t r = 0; r < k.rows; ++r) {
     const int64_t at = (k.sample + r) * g.sample + g.passed_at + k.begin;

@@ -21,6 +21,7 @@ struct Network {
   std::vector<const int64_t*> counts;     // of each hidden layer [D + 1]: units known once k features are
   bool residual = false;
   ScaleMap map = ScaleMap::kExp;
+  T constant = T(1);  // c of the scale map
 
   int64_t hidden() const { return int64_t(sizes.size()); }
   bool joins(int64_t layer) const { return residual && layer >= 2 && layer % 2 == 0; }
@@ -28,18 +29,17 @@ struct Network {
   int64_t inputs(int64_t layer) const { return layer == 0 ? features : sizes[layer - 1]; }
 };
 
+// log σ, 1 / σ and the slope.
 template <typename T>
-void scale_row(ScaleMap map, const T* s, T* log_scale, T* scale, T* slope, int64_t width) {
-  const auto run = [&]<ScaleMap M>() {
+void scale_row(const Network<T>& net, const T* s, T* log_scale, T* shrink, T* slope, int64_t width) {
+  with_scale_map(net.map, [&]<ScaleMap M>() {
 #pragma GCC ivdep
-    for (int64_t n = 0; n < width; ++n) scale_map<M>(s[n], log_scale[n], scale[n], slope[n]);
-  };
-  if (map == ScaleMap::kExp)
-    run.template operator()<ScaleMap::kExp>();
-  else if (map == ScaleMap::kSigmoid)
-    run.template operator()<ScaleMap::kSigmoid>();
-  else
-    run.template operator()<ScaleMap::kTanh>();
+    for (int64_t n = 0; n < width; ++n) {
+      T scale;
+      scale_map<M>(s[n], net.constant, log_scale[n], scale, slope[n]);
+      shrink[n] = shrink_of<M>(log_scale[n], scale);
+    }
+  });
 }
 
 // Everything that one chunk of samples needs, samples side by side.
@@ -141,11 +141,11 @@ void invert(Chunk<T>& c, const T* z, const T* context, int64_t count, T* x_out, 
         const T* pair[2] = {w[2 * (i - a)] + known, w[2 * (i - a) + 1] + known};
         multiply(pair, 2, 1, c.unit(last, known), width, now - known, s, width, width);
       }
-      T* log_scale = room;
-      scale_row(net.map, s, log_scale, log_scale + width, log_scale + 2 * width, width);
+      T *log_scale = room, *shrink = log_scale + width;
+      scale_row(net, s, log_scale, shrink, shrink + width, width);
       T* xi = c.x + i * width;
       const T* zi = given + (i - a) * width;
-      for (int64_t n = 0; n < width; ++n) xi[n] = (zi[n] - t[n]) * math::exp(-log_scale[n]);
+      for (int64_t n = 0; n < width; ++n) xi[n] = (zi[n] - t[n]) * shrink[n];
       for (int64_t n = 0; n < width; ++n) total[n] += double(log_scale[n]);
       for (int64_t l = 0; l <= last; ++l) {
         const int64_t from = net.counts[l][i], to = net.counts[l][i + 1];
@@ -292,9 +292,9 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
       T* s = params + i * width;
       T* t = params + (D + i) * width;
       T* log_scale = room;
-      T* scale = log_scale + width;
-      T* slope = scale + width;
-      scale_row(net.map, s, log_scale, scale, slope, width);
+      T* shrink = log_scale + width;
+      T* slope = shrink + width;
+      scale_row(net, s, log_scale, shrink, slope, width);
       const T* g = given + i * width;
       const T* x = c.x + i * width;
       if (!grad_x && i == D - 1) {  // nothing sees the last feature's x, which may be infinite
@@ -304,7 +304,7 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
         continue;
       }
       for (int64_t n = 0; n < width; ++n) {
-        const T by_x = g[n] - out[n], found = by_x * math::exp(-log_scale[n]);
+        const T by_x = g[n] - out[n], found = by_x * shrink[n];
         out[n] = found;
         s[n] = (by_x * x[n] + by_ldj[n]) * slope[n];
         t[n] = found;

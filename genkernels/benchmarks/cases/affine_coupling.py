@@ -13,6 +13,7 @@ import math
 import torch
 
 from genkernels import ops
+from genkernels._options import SCALE_CONSTANTS
 from genkernels.benchmarks.cases import Case
 from genkernels.reference import affine_coupling as reference
 from genkernels.reference.affine_coupling import Layout, ScaleMap, Split
@@ -42,7 +43,8 @@ def cases(device: str, quick: bool) -> list[Case]:
 def case(shape, scale_map, direction, dtype, options) -> Case:
     """One row; `options` are those of ``split`` and ``layout`` that differ from the operator's defaults."""
     settings = {"scale_map": scale_map, "split": "channel", "layout": "halves", **options}
-    codes = (ScaleMap[scale_map.upper()], Split[settings["split"].upper()], Layout[settings["layout"].upper()])
+    code = ScaleMap[scale_map.upper()]
+    codes = (code, SCALE_CONSTANTS.get(code, 1.0), Split[settings["split"].upper()], Layout[settings["layout"].upper()])
     first = direction.split("+", 1)[0]
     op = {
         "forward": ops.affine_coupling,

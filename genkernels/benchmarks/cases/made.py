@@ -91,12 +91,12 @@ def invert(z, *both):
 
 def plain_forward(x, *both):
     weights, biases, (order, counts, _) = _split(x, both)
-    return made_forward(x, None, weights, biases, order, counts, False, 1)
+    return made_forward(x, None, weights, biases, order, counts, False, 1, 1.0)
 
 
 def plain_inverse(z, *both):
     weights, biases, (order, counts, _) = _split(z, both)
-    return reference.made_inverse(z, None, weights, biases, order, counts, False, 1)
+    return reference.made_inverse(z, None, weights, biases, order, counts, False, 1, 1.0)
 
 
 def _inputs(shape, rng) -> dict[str, torch.Tensor]:

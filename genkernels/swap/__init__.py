@@ -1,0 +1,70 @@
+"""One line makes a model faster that was built with another library: its layers then compute by these operators.
+
+You have this, write that. nflows::
+
+    import torch
+    from nflows import distributions, flows, transforms
+
+    maf = transforms.MaskedAffineAutoregressiveTransform(features=8, hidden_features=32)
+    flow = flows.Flow(maf, distributions.StandardNormal([8]))
+
+    import genkernels as gk
+
+    report = gk.swap_(flow)           # in place; print(report) says what became of each module
+    x = flow.sample(16)               # one solve, where it was one pass a feature
+    loss = -flow.log_prob(x).mean()
+    report.undo()                     # the same weights, by nflows again
+
+zuko, without a change of the code around it::
+
+    import zuko
+
+    flow = zuko.flows.MAF(features=8, transforms=2)
+    gk.swap_(flow)
+    x = flow().sample((16,))
+
+normflows::
+
+    import normflows as nf
+
+    blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([4, 32, 8])) for _ in range(4)]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(8), blocks)
+    gk.swap_(flow)
+    loss = flow.forward_kld(x)
+
+FrEIA::
+
+    from FrEIA import framework, modules
+
+    flow = framework.SequenceINN(8)
+    flow.append(modules.AllInOneBlock, subnet_constructor=lambda i, o: torch.nn.Linear(i, o))
+    gk.swap_(flow)
+    z, log_det = flow(x)
+
+torch's spectral norm, by either of its functions::
+
+    from torch.nn.utils.parametrizations import spectral_norm
+
+    critic = torch.nn.Sequential(spectral_norm(torch.nn.Linear(8, 32)), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+    gk.swap_(critic)
+    score = critic(x)
+
+What is swapped:
+
+==========  ==========================================================================================================
+nflows      ``AffineCouplingTransform``, ``AdditiveCouplingTransform``, ``MaskedAffineAutoregressiveTransform``,
+            ``OneByOneConvolution``, ``Flow`` (its ``sample`` keeps no graph)
+normflows   ``AffineCouplingBlock`` (by channels), ``MaskedAffineAutoregressive``, ``Planar``
+zuko        ``MaskedAutoregressiveTransform`` and ``GeneralCouplingTransform`` of affine maps: ``MAF``, ``NICE``
+FrEIA       ``GLOWCouplingBlock``, ``RNVPCouplingBlock``, ``AllInOneBlock``
+torch       both kinds of ``spectral_norm``
+==========  ==========================================================================================================
+
+``genkernels swap MODULE:FUNCTION`` prints the report for a model of your own, and how much faster a training step and a
+call that draws samples become.
+"""
+
+from genkernels.swap._report import Entry, Report
+from genkernels.swap._walk import swap_
+
+__all__ = ["swap_", "Report", "Entry"]

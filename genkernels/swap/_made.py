@@ -1,0 +1,105 @@
+"""The masked networks of other libraries, read as `genkernels.ops.made_inverse` takes a network: units by degree.
+
+A network is a list of weights and biases with the degrees of what each layer makes. Whether its masks are those of its
+degrees is looked at where they have changed, and so is what follows from them: the orders in which units are sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genkernels import ops
+from genkernels.nn._seen import Seen
+from genkernels.reference.made import degree_mask, plan
+
+
+class Layer(NamedTuple):
+    """One masked layer: its weight ``[out, in]``, bias and mask (1 where a weight is live)."""
+
+    weight: Tensor
+    bias: Tensor
+    mask: Tensor
+
+
+class Sorted:
+    """How the units of a network are sorted by degree, kept until a mask changes."""
+
+    def __init__(self) -> None:
+        self._seen: list[Seen] = []
+        self.fits = False
+
+    def __deepcopy__(self, memo: dict) -> Sorted:
+        return Sorted()
+
+    def __reduce__(self):
+        return Sorted, ()
+
+    def look(
+        self, masks: Sequence[Tensor], places: Tensor, scale_row: int, shift_row: int, seen_first: int | None = None
+    ) -> bool:
+        """Whether the masks are those of a network that the blocked solve takes.
+
+        Args:
+            masks: of all layers, ``[out, in]``; the last one's outputs are 2 a feature, side by side.
+            places: of the features in the order, a permutation of 0 … D − 1.
+            scale_row, shift_row: which of the two is which.
+            seen_first: how many columns of the first mask are features; the others are a context's.
+        """
+        watched = [*masks, places]
+        if len(self._seen) == len(watched) and all(s.holds(m) for s, m in zip(self._seen, watched, strict=True)):
+            return self.fits
+        self._seen = [Seen() for _ in watched]
+        for seen, tensor in zip(self._seen, watched, strict=True):
+            seen.note(tensor)
+        features = places.numel()
+        live = [m.detach().cpu() != 0 for m in masks]
+        live[0] = live[0][:, :seen_first]
+        degrees = _degrees(live, places.cpu() + 1)
+        self.fits = degrees is not None
+        if degrees is None:
+            return False
+        device = masks[0].device
+        rows = [torch.argsort(d, stable=True) for d in degrees[1:]]
+        self.columns = [None, *(r.to(device) for r in rows)]
+        steps = 2 * torch.arange(features)
+        outputs = torch.cat([steps + scale_row, steps + shift_row])
+        self.rows = [*(r.to(device) for r in rows), outputs.to(device)]
+        hidden = [d[r] for d, r in zip(degrees[1:], rows, strict=True)]
+        order, counts = plan([degrees[0], *hidden])
+        self.order, self.counts = order.to(device), counts.to(device)
+        return True
+
+    def weights(self, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+        """The layers with their units sorted; entries that the mask kills never act."""
+        weights = []
+        for layer, rows, columns in zip(layers, self.rows, self.columns, strict=True):
+            weight = layer.weight.index_select(0, rows)
+            weights.append(weight if columns is None else weight.index_select(1, columns))
+        return weights, [layer.bias.index_select(0, rows) for layer, rows in zip(layers, self.rows, strict=True)]
+
+    def solve(self, z: Tensor, layers: Sequence[Layer], context: Tensor | None, **options: Any):
+        weights, biases = self.weights(layers)
+        if context is not None:
+            context = context.index_select(1, self.rows[0])
+        return ops.made_inverse(z, weights, biases, self.order, self.counts, context=context, **options)
+
+
+def _degrees(masks: list[Tensor], first: Tensor) -> list[Tensor] | None:
+    """The degrees of the features and of the units of each hidden layer that give these masks, or None. A unit has the
+    degree of the last feature that it sees."""
+    features = first.numel()
+    if masks[-1].shape[0] != 2 * features or masks[0].shape[1] != features:
+        return None
+    degrees, reach = [first], torch.eye(features, dtype=torch.float32)
+    for mask in masks[:-1]:
+        reach = (mask.float() @ reach).clamp(max=1)
+        degrees.append((reach * first).amax(1).long())
+    ends = [*degrees[1:], first.repeat_interleave(2)]
+    for i, (mask, into, out) in enumerate(zip(masks, degrees, ends, strict=True)):
+        if not torch.equal(mask, degree_mask(into, out, strict=i == len(masks) - 1)):
+            return None
+    return degrees

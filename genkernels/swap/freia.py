@@ -1,0 +1,121 @@
+"""FrEIA: the coupling blocks with two halves, and the all-in-one block."""
+
+from __future__ import annotations
+
+import torch
+from FrEIA import modules
+from FrEIA.modules.coupling_layers import _BaseCouplingBlock
+from torch import Tensor
+
+from genkernels._options import Layout, ScaleMap, Split
+from genkernels.swap._coupling import Coupling
+from genkernels.swap._rules import Becomes, Library, stays
+
+#: What FrEIA takes for 2 / π.
+TWO_OVER_PI = 0.636
+
+
+def _clamp(block) -> Coupling | None:
+    """The scale map of ``clamp · f_clamp(s)``, None where it is none."""
+    clamp, function = block.clamp, block.f_clamp
+    if isinstance(clamp, bool) or not isinstance(clamp, int | float) or not 0 < clamp < float("inf"):
+        return None
+    if function is torch.tanh:
+        return Coupling(ScaleMap.TANH, float(clamp), Layout.HALVES)
+    probe = torch.tensor([-3.0, -0.4, 0.0, 1.7, 25.0])
+    built_in = getattr(function, "__qualname__", "").startswith(f"{_BaseCouplingBlock.__name__}.__init__")
+    if built_in and torch.equal(function(probe), TWO_OVER_PI * torch.atan(probe)):
+        return Coupling(ScaleMap.ATAN, TWO_OVER_PI * float(clamp), Layout.HALVES)
+    return None
+
+
+def _keep_clamp(block) -> bool:
+    """Whether a block's clamping is a scale map, which it keeps until the clamping changes."""
+    found = _clamp(block)
+    if found is not None:
+        block._gk_map = block.clamp, block.f_clamp, found
+    return found is not None
+
+
+class _TwoSided:
+    """Both halves transformed, one after the other, each by what a network makes of the other half."""
+
+    def forward(self, x, c=[], rev=False, jac=True):  # noqa: B006 - as FrEIA has it
+        if torch.compiler.is_compiling():
+            return super().forward(x, c, rev, jac)
+        if self._gk_map[:2] != (self.clamp, self.f_clamp) and not _keep_clamp(self):
+            return super().forward(x, c, rev, jac)
+        coupling = self._gk_map[2]
+        whole, total = x[0], None
+        for first in (False, True) if rev else (True, False):  # whether the first half is the one that is transformed
+            one, two = torch.split(whole, [self.split_len1, self.split_len2], dim=1)
+            moving, seen = (one, two) if first else (two, one)
+            params = self._gk_params(torch.cat([seen, *c], 1) if self.conditional else seen, first)
+            if self.split_len1 == self.split_len2:
+                whole, log_det = coupling(whole, params, Split.CHANNEL, first, rev)
+            else:
+                moved, log_det = coupling(moving, params, Split.NONE, False, rev)
+                whole = torch.cat((moved, two) if first else (one, moved), 1)
+            total = log_det if total is None else total + log_det
+        return (whole,), total
+
+
+class GLOWCouplingBlock(_TwoSided, modules.GLOWCouplingBlock):
+    """`FrEIA.modules.GLOWCouplingBlock`."""
+
+    def _gk_params(self, seen: Tensor, first: bool) -> Tensor:
+        return self.subnet2(seen) if first else self.subnet1(seen)
+
+
+class RNVPCouplingBlock(_TwoSided, modules.RNVPCouplingBlock):
+    """`FrEIA.modules.RNVPCouplingBlock`: log-scale and shift by networks of their own."""
+
+    def _gk_params(self, seen: Tensor, first: bool) -> Tensor:
+        if first:
+            return torch.cat([self.subnet_s2(seen), self.subnet_t2(seen)], 1)
+        return torch.cat([self.subnet_s1(seen), self.subnet_t1(seen)], 1)
+
+
+def _two_sided(to: type):
+    def rule(thing) -> Becomes | str:
+        if not _keep_clamp(thing):
+            return "its clamping is neither FrEIA's arctangent nor the tanh"
+        if not 0 < thing.split_len1 < thing.channels:
+            return "a half of it is empty"
+        return Becomes(to)
+
+    return rule
+
+
+class AllInOneBlock(modules.AllInOneBlock):
+    """`FrEIA.modules.AllInOneBlock`: its affine coupling; permutation and global scale stay."""
+
+    def _affine(self, x, a, rev=False):
+        if torch.compiler.is_compiling():
+            return super()._affine(x, a, rev)
+        return Coupling(ScaleMap.TANH, float(self.clamp), Layout.HALVES)(x, a * 0.1, Split.NONE, False, rev)
+
+
+def _all_in_one(thing) -> Becomes | str:
+    if thing.GIN:
+        return "as a GIN block it takes the mean off its log-scales"
+    if isinstance(thing.clamp, bool) or not isinstance(thing.clamp, int | float) or not thing.clamp > 0:
+        return "its clamping is no positive number"
+    if not thing.splits[1]:
+        return "a half of it is empty"
+    return Becomes(AllInOneBlock)
+
+
+LIBRARY = Library(
+    "FrEIA",
+    ("0.2",),
+    {
+        modules.GLOWCouplingBlock: _two_sided(GLOWCouplingBlock),
+        modules.RNVPCouplingBlock: _two_sided(RNVPCouplingBlock),
+        modules.AllInOneBlock: _all_in_one,
+        modules.NICECouplingBlock: stays("two additions: there is nothing to gain"),
+        modules.GINCouplingBlock: stays("it takes the mean off its log-scales"),
+        modules.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
+        modules.IResNetLayer: stays("not swapped yet"),
+    },
+)

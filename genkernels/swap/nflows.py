@@ -1,0 +1,136 @@
+"""nflows: couplings, the masked affine autoregressive transform, the 1×1 convolution, sampling without graphs."""
+
+from __future__ import annotations
+
+import torch
+from nflows import flows, transforms
+from nflows.transforms import made as nflows_made
+from torch import Tensor
+
+from genkernels._options import Layout, ScaleMap, Split
+from genkernels.nn._log_det import per_sample
+from genkernels.nn._pixelwise import pixelwise_linear
+from genkernels.swap._coupling import Coupling
+from genkernels.swap._features import Features, couple
+from genkernels.swap._residual_made import inverse_refused, solve_made
+from genkernels.swap._rules import Becomes, Library, becomes, stays
+
+#: What nflows adds to each of its scales.
+FLOOR = 1e-3
+
+
+class _Coupling:
+    """Both directions of a coupling in one pass; the network is called as ever."""
+
+    def forward(self, inputs, context=None):
+        return self._gk_couple(inputs, context, inverse=False)
+
+    def inverse(self, inputs, context=None):
+        return self._gk_couple(inputs, context, inverse=True)
+
+    def _gk_couple(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling() or inputs.dim() not in (2, 4) or inputs.shape[1] != self.features:
+            return (super().inverse if inverse else super().forward)(inputs, context)
+        if not hasattr(self, "_gk_features"):
+            self._gk_features = Features()
+        self._gk_features.look(self.identity_features, self.transform_features)
+        return couple(
+            self._gk_features, inputs, lambda half: self.transform_net(half, context), inverse, self._gk_coupling
+        )
+
+
+class AffineCoupling(_Coupling, transforms.AffineCouplingTransform):
+    """`nflows.transforms.AffineCouplingTransform`: σ = sigmoid(s + 2) + 1e-3, shifts first."""
+
+    _gk_coupling = Coupling(ScaleMap.SIGMOID_FLOOR, FLOOR, Layout.SHIFT_HALVES)
+
+
+class AdditiveCoupling(_Coupling, transforms.AdditiveCouplingTransform):
+    """`nflows.transforms.AdditiveCouplingTransform`."""
+
+    _gk_coupling = None
+
+
+def _coupling(to: type):
+    def rule(thing) -> Becomes | str:
+        if thing.unconditional_transform is not None:
+            return "its other features have a transform of their own"
+        return Becomes(to)
+
+    return rule
+
+
+class MaskedAffineAutoregressive(transforms.MaskedAffineAutoregressiveTransform):
+    """`nflows.transforms.MaskedAffineAutoregressiveTransform`: the affine map in one pass, its inverse as a solve."""
+
+    def forward(self, inputs, context=None):
+        if torch.compiler.is_compiling():
+            return super().forward(inputs, context)
+        params = self.autoregressive_net(inputs, context)
+        coupling = Coupling(ScaleMap.SOFTPLUS_FLOOR, self._epsilon, Layout.INTERLEAVED)
+        return coupling(inputs, params, Split.NONE)
+
+    def inverse(self, inputs, context=None):
+        solved = None if torch.compiler.is_compiling() else solve_made(self, nflows_made, inputs, context)
+        return super().inverse(inputs, context) if solved is None else solved
+
+    @property
+    def _gk_options(self) -> dict:
+        return {"scale_map": "softplus_floor", "scale_constant": self._epsilon}
+
+
+def _autoregressive(thing) -> Becomes | str:
+    why = inverse_refused(thing.autoregressive_net, nflows_made, thing.features)
+    return Becomes(MaskedAffineAutoregressive, f"one direction: the inverse keeps its D passes, {why}" if why else "")
+
+
+class OneByOneConvolution(transforms.OneByOneConvolution):
+    """`nflows.transforms.OneByOneConvolution`: permutation, L and U as one matrix, so one pass over the pixels."""
+
+    def forward(self, inputs, context=None):
+        if torch.compiler.is_compiling() or inputs.dim() != 4 or inputs.shape[1] != self.features:
+            return super().forward(inputs, context)
+        lower, upper = self._create_lower_upper()
+        weight = (lower @ upper)[:, torch.argsort(self.permutation._permutation)]
+        outputs = pixelwise_linear(inputs, weight) + self.bias.view(1, -1, 1, 1)
+        return outputs, per_sample(self.logabsdet(), inputs).contiguous()
+
+    def inverse(self, inputs, context=None):
+        if torch.compiler.is_compiling() or inputs.dim() != 4 or inputs.shape[1] != self.features:
+            return super().inverse(inputs, context)
+        lower, upper = (t.double() for t in self._create_lower_upper())
+        identity = torch.eye(self.features, dtype=torch.float64, device=inputs.device)
+        half_way = torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+        weight = torch.linalg.solve_triangular(upper, half_way, upper=True)[self.permutation._permutation.argsort()]
+        outputs = pixelwise_linear(inputs - self.bias.view(1, -1, 1, 1), weight)
+        return outputs, per_sample(-self.logabsdet(), inputs).contiguous()
+
+
+def _convolution(thing) -> Becomes | str:
+    if thing.using_cache:
+        return "it keeps its matrices in evaluation by itself"
+    return Becomes(OneByOneConvolution)
+
+
+class Flow(flows.Flow):
+    """`nflows.flows.Flow`: ``sample`` keeps no graph."""
+
+    @torch.no_grad()
+    def _sample(self, num_samples, context):
+        return super()._sample(num_samples, context)
+
+
+LIBRARY = Library(
+    "nflows",
+    ("0.14",),
+    {
+        transforms.AffineCouplingTransform: _coupling(AffineCoupling),
+        transforms.AdditiveCouplingTransform: _coupling(AdditiveCoupling),
+        transforms.MaskedAffineAutoregressiveTransform: _autoregressive,
+        transforms.OneByOneConvolution: _convolution,
+        transforms.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
+        transforms.PiecewiseRationalQuadraticCouplingTransform: stays("splines are not swapped yet"),
+        transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: stays("splines are not swapped yet"),
+        flows.Flow: becomes(Flow, "sample keeps no graph; what needs one calls the transform's inverse"),
+    },
+)

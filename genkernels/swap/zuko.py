@@ -1,0 +1,192 @@
+"""zuko: masked autoregressive and coupling transforms of affine maps.
+
+zuko's modules make a transform (of `torch.distributions`) for each context; so do those that take their place, and what
+they make is a subclass of zuko's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform
+from zuko import flows, transforms
+from zuko.nn import MLP, MaskedLinear, MaskedMLP
+from zuko.utils import broadcast
+
+from genkernels._options import Layout, ScaleMap, Split
+from genkernels.networks._plain import hooked
+from genkernels.swap._coupling import Coupling
+from genkernels.swap._features import Features, couple
+from genkernels.swap._made import Layer, Sorted
+from genkernels.swap._rules import Becomes, Library
+
+Affine = transforms.MonotonicAffineTransform
+
+
+def _slope(module) -> float | None:
+    """The least slope of a module's affine maps, None where it makes others."""
+    univariate, slope = module.univariate, 1e-3
+    if type(univariate) is functools.partial and not univariate.args and set(univariate.keywords) <= {"slope"}:
+        slope, univariate = univariate.keywords.get("slope", slope), univariate.func
+    fits = univariate is Affine and [tuple(s) for s in module.shapes] == [(), ()]
+    return slope if fits and isinstance(slope, float) and 0 < slope < 1 else None
+
+
+def _rows(x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:
+    """x and the context as ``[N, D]`` and ``[N, C]``, and the batch's own shape."""
+    if c is not None:
+        x, c = broadcast(x, c, ignore=1)
+        c = c.reshape(-1, c.shape[-1])
+    return x.reshape(-1, x.shape[-1]), c, x.shape[:-1]
+
+
+class _Together(Transform):
+    """A transform whose values and log-determinants come together, ``_gk_run(x, inverse)``."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._gk_run(x, False)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._gk_run(y, True)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._gk_run(x, False)[1]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._gk_run(x, False)
+
+
+class _Autoregressive(_Together, transforms.AutoregressiveTransform):
+    """`zuko.transforms.AutoregressiveTransform` of one module and one context."""
+
+    def __init__(self, module, context: Tensor | None):
+        super().__init__(partial(module.meta, context), module.passes)
+        self._module, self._context = module, context
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x = self._module._gk_solve(y, self._context)
+        return transforms.AutoregressiveTransform._inverse(self, y) if x is None else x
+
+    def _gk_run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        module = self._module
+        flat, context, batch = _rows(x, self._context)
+        params = module.hyper(flat if context is None else torch.cat([flat, context], -1))
+        z, log_det = _fused(module)(flat, params, Split.NONE)
+        return z.reshape(*batch, -1), log_det.reshape(batch)
+
+
+def _fused(module) -> Coupling:
+    return Coupling(ScaleMap.SOFT_CLIP, -math.log(_slope(module)), Layout.SHIFT_INTERLEAVED)
+
+
+class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTransform):
+    """`zuko.flows.MaskedAutoregressiveTransform` of affine maps; its inverse as a solve."""
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return super().forward(c) if torch.compiler.is_compiling() else _Autoregressive(self, c)
+
+    def _gk_solve(self, z: Tensor, c: Tensor | None) -> Tensor | None:
+        """None where the network is not one for the blocked solve."""
+        if _why_not(self):
+            return None
+        features = len(self.order)
+        flat, context, batch = _rows(z, c)
+        layers = [layer for layer in self.hyper if type(layer) is MaskedLinear]
+        first = layers[0]
+        if not hasattr(self, "_gk_sorted"):
+            self._gk_sorted = Sorted()
+        masks = [first.mask, *(layer.mask for layer in layers[1:])]
+        if not self._gk_sorted.look(masks, self.order, 1, 0, seen_first=features):
+            return None
+        weight = first.weight[:, :features]
+        added = None if context is None else context @ (first.mask * first.weight)[:, features:].mT
+        given = [Layer(weight, first.bias, first.mask)]
+        given += [Layer(layer.weight, layer.bias, layer.mask) for layer in layers[1:]]
+        x, _ = self._gk_sorted.solve(flat, given, added, scale_map="soft_clip", **_fused(self).options)
+        return x.reshape(*batch, features)
+
+
+def _why_not(module) -> str:
+    network = module.hyper
+    if module.order is None:
+        return "for its graph of features, which is no order"
+    if module.passes != len(module.order):
+        return "for its passes, which settle several features each"
+    if type(network) is not MaskedMLP or hooked(network):
+        return "for its network"
+    linear, between = list(network)[0::2], list(network)[1::2]
+    if len(linear) < 2 or any(type(layer) is not MaskedLinear or layer.bias is None for layer in linear):
+        return "for its residual blocks"
+    if any(type(layer) is not nn.ReLU for layer in between):
+        return "for its activation"
+    return "for hooks on its layers" if any(hooked(layer) for layer in network) else ""
+
+
+def _masked(thing) -> Becomes | str:
+    if _slope(thing) is None:
+        return "not of affine maps; splines are not swapped yet"
+    why = _why_not(thing)
+    return Becomes(MaskedAutoregressiveTransform, f"one direction: the inverse keeps its passes, {why}" if why else "")
+
+
+class _Coupling(_Together, transforms.CouplingTransform):
+    """`zuko.transforms.CouplingTransform` of one module and one context."""
+
+    def __init__(self, module, context: Tensor | None):
+        Transform.__init__(self)
+        self.meta, self._module, self._context = partial(module.meta, context), module, context
+
+    @property
+    def idx_a(self) -> Tensor:
+        return self._module._gk_indices()[0]
+
+    @property
+    def idx_b(self) -> Tensor:
+        return self._module._gk_indices()[1]
+
+    def _gk_run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        module = self._module
+        flat, context, batch = _rows(x, self._context)
+
+        def params(seen: Tensor) -> Tensor:
+            return module.hyper(seen if context is None else torch.cat([seen, context], -1))
+
+        z, log_det = couple(module._gk_look(), flat, params, inverse, _fused(module))
+        return z.reshape(*batch, -1), log_det.reshape(batch)
+
+
+class GeneralCouplingTransform(flows.coupling.GeneralCouplingTransform):
+    """`zuko.flows.GeneralCouplingTransform` of affine maps."""
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return super().forward(c) if torch.compiler.is_compiling() else _Coupling(self, c)
+
+    def _gk_indices(self) -> tuple[Tensor, Tensor]:
+        held = getattr(self, "_gk_held", None)
+        if held is None or held[0] is not self.mask or held[1] != self.mask._version:
+            passing, moving = self.mask.nonzero().squeeze(-1), (~self.mask).nonzero().squeeze(-1)
+            held = self._gk_held = (self.mask, self.mask._version, passing, moving)
+        return held[2:]
+
+    def _gk_look(self) -> Features:
+        if not hasattr(self, "_gk_features"):
+            self._gk_features = Features()
+        self._gk_features.look(*self._gk_indices())
+        return self._gk_features
+
+
+def _coupling(thing) -> Becomes | str:
+    if _slope(thing) is None:
+        return "not of affine maps; splines are not swapped yet"
+    return Becomes(GeneralCouplingTransform) if isinstance(thing.hyper, MLP) else "its network is of another class"
+
+
+LIBRARY = Library(
+    "zuko",
+    ("1.6.0",),
+    {flows.autoregressive.MaskedAutoregressiveTransform: _masked, flows.coupling.GeneralCouplingTransform: _coupling},
+)

@@ -1,0 +1,69 @@
+"""``genkernels swap`` and ``genkernels bench swap``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from genkernels.benchmarks import swap
+from genkernels.cli import main
+
+
+def critic():
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 8)), nn.Tanh(), spectral_norm(nn.Linear(8, 1)))
+    x = torch.randn(6, 4)
+    return model, lambda m: m(x).square().mean(), lambda m: m(x)
+
+
+def bare():
+    return nn.Linear(2, 2)
+
+
+def test_a_model_of_ones_own(capsys):
+    assert main(["swap", "tests.swap.test_command:critic", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 modules swapped" in out and "→ genkernels.swap.torch.SpectralNorm" in out
+    assert "training step" in out and "sampling" in out and out.rstrip().endswith("×")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("critic", "FACTORY must be MODULE:FUNCTION, got 'critic'"),
+        ("no_such_module:f", "no_such_module:f: no module named 'no_such_module' can be imported from here"),
+        ("tests.swap.test_command:f", "module tests.swap.test_command must have a function f, it has none"),
+        (
+            "tests.swap.test_command:bare",
+            "must give (model, loss) or (model, loss, sample), functions of the model, got",
+        ),
+    ],
+)
+def test_what_is_no_factory(capsys, name, sentence):
+    assert main(["swap", name]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_bench_writes_its_rows_and_tells_no_speed_of_other_values(tmp_path, monkeypatch, capsys):
+    def missing():
+        import no_such_library  # noqa: F401
+
+    def other():
+        model, loss, _ = critic()
+        calls = iter(range(100))
+        return model, lambda m: loss(m) + next(calls), None
+
+    monkeypatch.setattr(swap, "CASES", {"one": critic, "two": missing, "three": other})
+    file = tmp_path / "rows.json"
+    assert main(["bench", "swap", "--quick", "--json", str(file)]) == 1
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["case"], row["call"], row["gate"]) for row in rows] == [
+        ("one", "training step", "pass"),
+        ("one", "sampling", "pass"),
+        ("three", "training step", "fail"),
+    ]
+    out = capsys.readouterr().out
+    assert "two: left out, no_such_library is not installed" in out and "no speed is told" in out

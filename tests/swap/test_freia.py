@@ -1,0 +1,76 @@
+"""Blocks of FrEIA, swapped and not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from genkernels.swap import swap_
+from tests.swap.checks import check_swap
+from tests.swap.test_nflows import DTYPES, draw
+
+pytest.importorskip("FrEIA", reason="needs the extra bench")
+
+from FrEIA import modules
+
+
+def linear(into, out):
+    return nn.Linear(into, out)
+
+
+def both_ways(x, *conditions):
+    def run(model):
+        (z,), log_det = model((x,), list(conditions))
+        (back,), minus = model((x.flip(0),), list(conditions), rev=True)
+        return {"z": z, "log-det": log_det, "x": back, "minus": minus}
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [4, 5])
+@pytest.mark.parametrize("clamp_activation", ["ATAN", "TANH"])
+@pytest.mark.parametrize("kind", ["GLOWCouplingBlock", "RNVPCouplingBlock"])
+def test_two_sided(kind, clamp_activation, channels, dtype):
+    options = {"subnet_constructor": linear, "clamp": 1.3, "clamp_activation": clamp_activation}
+    make = lambda: getattr(modules, kind)([(channels,)], **options)  # noqa: E731
+    x = (2 if dtype == torch.float64 else 0.5) * draw(5, channels, dtype=dtype)
+    check_swap(make, both_ways(x), dtype, swapped=1)
+    make = lambda: getattr(modules, kind)([(channels,)], [(2,)], **options)  # noqa: E731
+    check_swap(make, both_ways(x, draw(5, 2, dtype=dtype, seed=1)), dtype, swapped=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options", [{}, {"learned_householder_permutation": 2}, {"reverse_permutation": True}], ids=str
+)
+def test_all_in_one(options, dtype):
+    for channels in (4, 5):
+        make = lambda n=channels: modules.AllInOneBlock([(n,)], subnet_constructor=linear, **options)  # noqa: E731
+        check_swap(make, both_ways(3 * draw(5, channels, dtype=dtype)), dtype, swapped=1, copies=not options)
+
+
+def test_images():
+    net = lambda i, o: nn.Conv2d(i, o, 3, padding=1)  # noqa: E731
+    make = lambda: modules.GLOWCouplingBlock([(4, 3, 3)], subnet_constructor=net)  # noqa: E731
+    check_swap(make, both_ways(draw(2, 4, 3, 3, dtype=torch.float64)), torch.float64, swapped=1)
+
+
+def test_what_stays_and_a_clamp_that_changes():
+    blocks = [
+        modules.GLOWCouplingBlock([(4,)], subnet_constructor=linear, clamp_activation="SIGMOID"),
+        modules.GLOWCouplingBlock([(4,)], subnet_constructor=linear, clamp_activation=torch.sin),
+        modules.AllInOneBlock([(4,)], subnet_constructor=linear, gin_block=True),
+        modules.NICECouplingBlock([(4,)], subnet_constructor=linear),
+        modules.GLOWCouplingBlock([(4,)], subnet_constructor=linear),
+    ]
+    report = swap_(nn.ModuleList(blocks))
+    assert [bool(entry.became) for entry in report.entries] == [False] * 4 + [True]
+    block, x = blocks[4], draw(5, 4, dtype=torch.float32)
+    for change in ({"clamp": 0.5}, {"f_clamp": torch.tanh}, {"f_clamp": torch.sin}):
+        for name, value in change.items():
+            setattr(block, name, value)
+        found = block((x,))
+        expected = modules.GLOWCouplingBlock.forward(block, (x,))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

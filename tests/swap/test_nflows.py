@@ -1,0 +1,154 @@
+"""Transforms of nflows, swapped and not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from genkernels.swap import swap_
+from tests.swap.checks import CLOSE, check_swap
+
+pytest.importorskip("nflows", reason="needs the extra bench")
+
+from nflows import distributions, flows, transforms
+from nflows.nn.nets import ConvResidualNet, ResidualNet
+
+DTYPES = [torch.float64, torch.float32]
+MASKS = {
+    "turns": [1, 0, 1, 0, 1, 0],
+    "runs": [0, 0, 0, 1, 1, 1],
+    "odd": [1, 1, 0, 0, 0],
+    "anyhow": [1, 0, 0, 1, 1, 0, 1],
+}
+
+
+class InPlace(nn.Module):
+    """A network that writes over what it is given, as one may where an index has made a copy."""
+
+    def __init__(self, features, out):
+        super().__init__()
+        self.linear = nn.Linear(features, out)
+
+    def forward(self, x, context=None):
+        x += 0.25
+        return self.linear(x if context is None else x + context.sum(1, keepdim=True))
+
+
+def both_ways(x, context=None):
+    def run(model):
+        z, log_det = model(x, context)
+        back, minus = model.inverse(x.flip(0), context)
+        return {"z": z, "log-det": log_det, "x": back, "minus": minus}
+
+    return run
+
+
+def draw(*shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", ["AffineCouplingTransform", "AdditiveCouplingTransform"])
+def test_couplings(kind, mask, dtype):
+    mask = MASKS[mask]
+    make = lambda: getattr(transforms, kind)(mask, lambda i, o: InPlace(i, o))  # noqa: E731
+    x = draw(4, len(mask), dtype=dtype)
+    check_swap(make, both_ways(x), dtype, swapped=1)
+    check_swap(make, both_ways(x, draw(4, 2, dtype=dtype)), dtype)
+
+
+@pytest.mark.parametrize("mask", [[0, 1, 0, 1], [1, 1, 0, 0], [0, 1, 1]])
+def test_couplings_of_images(mask):
+    net = lambda i, o: ConvResidualNet(i, o, hidden_channels=3, num_blocks=1)  # noqa: E731
+    make = lambda: transforms.AffineCouplingTransform(mask, net)  # noqa: E731
+    check_swap(make, both_ways(draw(3, len(mask), 4, 5, dtype=torch.float64)), torch.float64, swapped=1)
+
+
+MADES = [
+    {"features": 5, "hidden_features": 8},
+    {"features": 6, "hidden_features": 4, "num_blocks": 1},
+    {"features": 4, "hidden_features": 7, "use_residual_blocks": False, "context_features": 2},
+    {"features": 4, "hidden_features": 7, "context_features": 2},
+    {"features": 3, "hidden_features": 6, "use_residual_blocks": False, "random_mask": True},
+    {"features": 1, "hidden_features": 3},
+    {"features": 3, "hidden_features": 6, "activation": torch.tanh},
+    {"features": 3, "hidden_features": 6, "use_batch_norm": True},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", MADES, ids=lambda o: "-".join(str(getattr(v, "__name__", v)) for v in o.values()))
+def test_masked_autoregressive(options, dtype):
+    make = lambda: transforms.MaskedAffineAutoregressiveTransform(**options)  # noqa: E731
+    context = draw(4, 2, dtype=dtype, seed=1) if "context_features" in options else None
+    report = check_swap(make, both_ways(draw(4, options["features"], dtype=dtype), context), dtype, swapped=1)
+    keeps = "activation" in options or "use_batch_norm" in options
+    assert ("keeps its D passes" in report.entries[0].reason) == (keeps or options == MADES[3])
+
+
+def test_the_inverse_is_the_solve_and_notices_new_masks_and_hooks(monkeypatch):
+    from genkernels import ops
+
+    calls = []
+    monkeypatch.setattr(ops, "made_inverse", lambda *a, real=ops.made_inverse, **k: calls.append(1) or real(*a, **k))
+    model = transforms.MaskedAffineAutoregressiveTransform(4, 9).double()
+    swap_(model)
+    z = draw(3, 4, dtype=torch.float64)
+    x = model.inverse(z)[0]
+    torch.testing.assert_close(model(x)[0], z)
+    assert calls == [1]
+    hook = model.autoregressive_net.blocks[0].linear_layers[0].register_forward_hook(lambda m, i, out: 2 * out)
+    assert torch.allclose(model(model.inverse(z)[0])[0], z) and calls == [1]
+    hook.remove()
+    model.autoregressive_net.final_layer.mask[:, 0] = 0
+    assert torch.allclose(model(model.inverse(z)[0])[0], z) and calls == [1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_convolution(dtype):
+    def run(model):
+        z, log_det = model(draw(3, 5, 4, 2, dtype=dtype))
+        return {"z": z, "log-det": log_det}
+
+    make = lambda: transforms.OneByOneConvolution(5, identity_init=False)  # noqa: E731
+    check_swap(make, run, dtype, swapped=1)
+    model = make().to(dtype)
+    swap_(model)
+    x = draw(3, 5, 4, 2, dtype=dtype)
+    z, log_det = model(x)
+    back, minus = model.inverse(z)
+    torch.testing.assert_close(back, x, **(CLOSE[dtype] | ({"atol": 1e-5} if dtype == torch.float32 else {})))
+    torch.testing.assert_close(minus, -log_det, **CLOSE[dtype])
+
+
+def test_a_flow():
+    """Of couplings, permutations, MAFs and splines: its density, and samples without a graph."""
+
+    def make():
+        net = lambda i, o: ResidualNet(i, o, 6, context_features=2, num_blocks=1)  # noqa: E731
+        layers = [
+            transforms.AffineCouplingTransform([1, 0, 1, 0], net),
+            transforms.RandomPermutation(4),
+            transforms.MaskedAffineAutoregressiveTransform(4, 6, context_features=2, use_residual_blocks=False),
+            transforms.ActNorm(4),
+            transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+                4, 6, context_features=2, tails="linear"
+            ),
+        ]
+        return flows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([4]), nn.Linear(3, 2))
+
+    x, context = draw(5, 4, dtype=torch.float64), draw(5, 3, dtype=torch.float64, seed=1)
+    report = check_swap(make, lambda m: {"log p": m.log_prob(x, context)}, torch.float64, swapped=3)
+    reasons = [entry.reason for entry in report.stayed]
+    assert len(reasons) == 2 and "nothing to gain" in reasons[0] and "splines" in reasons[1]
+    torch.manual_seed(0)
+    theirs, context = make().eval(), context.float()
+    torch.manual_seed(5)
+    expected = theirs.sample(3, context)
+    swap_(theirs)
+    torch.manual_seed(5)
+    found = theirs.sample(3, context)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert expected.requires_grad and not found.requires_grad

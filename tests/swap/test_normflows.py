@@ -1,0 +1,71 @@
+"""Flows of normflows, swapped and not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from genkernels.swap import swap_
+from tests.swap.checks import check_swap
+from tests.swap.test_nflows import DTYPES, draw
+
+pytest.importorskip("normflows", reason="needs the extra bench")
+
+import normflows as nf
+
+
+def both_ways(x):
+    def run(model):
+        z, log_det = model(x)
+        back, minus = model.inverse(x.flip(0))
+        return {"z": z, "log-det": log_det, "x": back, "minus": minus}
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split_mode", ["channel", "channel_inv"])
+@pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv"])
+def test_couplings(scale_map, split_mode, dtype):
+    make = lambda: nf.flows.AffineCouplingBlock(nn.Linear(3, 6), True, scale_map, split_mode)  # noqa: E731
+    check_swap(make, both_ways(draw(5, 6, dtype=dtype)), dtype, swapped=1)
+
+
+def test_a_glow_block():
+    make = lambda: nf.flows.GlowBlock(4, 6, init_zeros=False)  # noqa: E731
+    report = check_swap(make, both_ways(draw(3, 4, 2, 2, dtype=torch.float64)), torch.float64, swapped=1)
+    assert {entry.was.split()[1] for entry in report.stayed} == {"GlowBlock", "Invertible1x1Conv", "ActNorm"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [True, False])
+def test_masked_autoregressive(residual, dtype):
+    make = lambda: nf.flows.MaskedAffineAutoregressive(5, 8, use_residual_blocks=residual)  # noqa: E731
+    report = check_swap(make, both_ways(draw(4, 5, dtype=dtype)), dtype, swapped=1)
+    reason = "one direction: the inverse keeps its D passes, for its first layer, which has no activation"
+    assert report.entries[0].reason == ("" if residual else reason)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planar(dtype):
+    def run(model):
+        z, log_det = model(draw(6, 3, dtype=dtype))
+        return {"z": z, "log-det": log_det}
+
+    check_swap(lambda: nf.flows.Planar((3,)), run, dtype, swapped=1)
+
+
+def test_what_stays():
+    model = nn.ModuleList(
+        [
+            nf.flows.AffineCouplingBlock(nn.Conv2d(2, 4, 1), split_mode="checkerboard"),
+            nf.flows.AffineCouplingBlock(nn.Linear(1, 1), scale=False),
+            nf.flows.Planar((3,), act="leaky_relu"),
+            nf.flows.Planar((3, 2, 2)),
+        ]
+    )
+    with pytest.warns(UserWarning, match="no module of this ModuleList was swapped"):
+        reasons = [entry.reason for entry in swap_(model).entries]
+    assert "checkerboard" in reasons[0] and "nothing to gain" in reasons[1]
+    assert reasons[2:] == ["its activation is leaky_relu", "not of points"]

@@ -1,0 +1,76 @@
+"""Flows of zuko, swapped and not."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from genkernels.swap import swap_
+from tests.swap.checks import check_swap
+from tests.swap.test_nflows import DTYPES, draw
+
+pytest.importorskip("zuko", reason="needs the extra bench")
+
+import zuko
+
+
+def run_of(x, context=None):
+    def run(model):
+        flow = model(context)
+        z, log_det = flow.transform.call_and_ladj(x)
+        return {"log p": flow.log_prob(x), "z": z, "log-det": log_det, "x": flow.transform.inv(x)}
+
+    return run
+
+
+FLOWS = {
+    "maf": (partial(zuko.flows.MAF, 4, transforms=2, hidden_features=(9, 7)), 2),
+    "narrow": (partial(zuko.flows.MAF, 6, transforms=2, randperm=True, hidden_features=(4,)), 2),
+    "tanh": (partial(zuko.flows.MAF, 4, transforms=1, activation=nn.Tanh), 1),
+    "residual": (partial(zuko.flows.MAF, 4, transforms=1, residual=True), 1),
+    "passes": (partial(zuko.flows.MAF, 4, transforms=1, passes=2), 1),
+    "nice": (partial(zuko.flows.NICE, 5, transforms=2), 2),
+    "nice even": (partial(zuko.flows.NICE, 4, transforms=2, randmask=True), 2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows(name, dtype):
+    make, count = FLOWS[name]
+    features = make.args[0]
+    report = check_swap(make, run_of(draw(5, features, dtype=dtype)), dtype, swapped=count)
+    keeps = name in ("tanh", "residual", "passes")
+    assert all(("keeps its passes" in entry.reason) == keeps for entry in report.entries)
+
+
+@pytest.mark.parametrize("flow", [zuko.flows.MAF, zuko.flows.NICE])
+def test_contexts_and_batches(flow):
+    make = lambda: flow(4, 3, transforms=2, hidden_features=(8, 8))  # noqa: E731
+    for shape, context in (((5, 4), (5, 3)), ((5, 4), (3,)), ((2, 5, 4), (5, 3)), ((4,), (3,))):
+        x, c = draw(*shape, dtype=torch.float64), draw(*context, dtype=torch.float64, seed=1)
+        check_swap(make, run_of(x, c), torch.float64, swapped=2)
+
+
+def test_the_inverse_is_the_solve(monkeypatch):
+    from genkernels import ops
+
+    calls = []
+    monkeypatch.setattr(ops, "made_inverse", lambda *a, real=ops.made_inverse, **k: calls.append(1) or real(*a, **k))
+    model = zuko.flows.MAF(6, 2, transforms=2)
+    swap_(model)
+    flow = model(torch.randn(2))
+    x = flow.sample((3,))
+    assert calls == [1, 1]
+    torch.testing.assert_close(flow.transform.inv(flow.transform(x)), x, rtol=1e-4, atol=1e-5)
+
+
+def test_splines_and_other_slopes():
+    model = nn.ModuleList([zuko.flows.NSF(3, transforms=1), zuko.flows.MAF(3, transforms=1)])
+    affine = zuko.transforms.MonotonicAffineTransform
+    make = lambda: zuko.flows.MAF(3, transforms=1, univariate=partial(affine, slope=1e-2))  # noqa: E731
+    assert [bool(e.became) for e in swap_(model).entries] == [False, True]
+    check_swap(make, run_of(3 * draw(5, 3, dtype=torch.float64)), torch.float64, swapped=1)
