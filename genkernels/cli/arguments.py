@@ -45,6 +45,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         SystemExit: after ``--help``, ``--version`` and errors.
     """
     parser, commands = _parsers()
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     command = next((a for a in argv if not a.startswith("-")), None)
     if command is not None and command not in commands:
         parser.error(f"unknown command {command!r}{nearest(command, commands)}")
@@ -119,10 +121,19 @@ def _train(sub: Parser) -> None:
         "--resume", action="store_true", help="go on with the run in --out; what is not given stays as it was"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    sub.add_argument(
+        "--like", metavar="RUN", help="begin as another run did: model, data and settings, but for what is given"
+    )
+    sub.add_argument(
+        "--config", metavar="FILE", help="the same from a JSON file, of a run's config.json or a part of it"
+    )
 
     model = sub.add_argument_group("model")
     model.add_argument(
-        "--preset", metavar="P", help="sizes of a paper or for a data set (default: the data set's own, if any)"
+        "--preset",
+        metavar="P",
+        help="sizes of a paper or for a data set (default: the data set's own, or those that fit their form; "
+        "genkernels models NAME lists them)",
     )
     model.add_argument(
         "--set",
@@ -170,7 +181,10 @@ def _flag(name: re.Match | str) -> str:
 
 def _run_arguments(sub: Parser) -> None:
     sub.add_argument("run", metavar="RUN", help="the run's folder")
-    sub.add_argument("--checkpoint", default="best", choices=("best", "last"), help="default: best, by held-out data")
+    sub.add_argument(
+        "--checkpoint", default="best", metavar="C", help="best, by held-out data, last, or a step (default: best)"
+    )
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     sub.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto")
     sub.add_argument("--backend", metavar="B", help="auto, reference, cpu, triton or cuda (default: auto)")
     sub.add_argument(
@@ -197,7 +211,17 @@ def _sample(sub: Parser) -> None:
         help="keep this part of held-out images and draw the rest (PixelCNN family): top-half, top-quarter, left-half",
     )
     sub.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at once (default: 256)")
-    sub.add_argument("--out", metavar="F.png|F.npz", help="a sheet, or the arrays (default: a PNG in RUN/samples)")
+    sub.add_argument(
+        "--out",
+        metavar="F.png|F.npz|DIR/",
+        help="a sheet, the arrays, or a PNG of each in a new folder (default: a sheet in RUN/samples)",
+    )
+    sub.add_argument(
+        "--real",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="held-out examples beside them on a sheet (default; where the run's data can be read)",
+    )
 
 
 def _evaluate(sub: Parser) -> None:

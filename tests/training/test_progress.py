@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from genkernels._bar import Bar, bar_on, duration, number, rate_text
+from genkernels._interrupt import Interrupt
 from genkernels._loss_file import LossFile
 from genkernels._words import UsageError
-from genkernels.training.interrupt import Interrupt
 from genkernels.training.report import history_of, remember
 from genkernels.training.watch import LossRecord, StepClock, check_terms, first_bad, weights_are_finite
 
