@@ -60,7 +60,8 @@ def _report(result, directory, noun: str) -> None:
         best = f"; best {result.best[1]:.4f} at step {result.best[0]:,}" if result.best and not i else ""
         called = f"{held.name} " if len(result.held_out) > 1 else ""
         print(f"held out: {called}{held} over {held.examples:,} {noun}{best}")
-    print(f"{directory}: metrics.json, losses.csv, best.ckpt, samples/, checkpoints/")
+    curves = f"; tensorboard --logdir {shlex.quote(str(directory))}" if directory.tensorboard.is_dir() else ""
+    print(f"{directory}: metrics.json, losses.csv, best.ckpt, samples/, checkpoints/{curves}")
 
 
 def _begun(arguments, given: dict):
