@@ -45,23 +45,8 @@ def run(arguments) -> int:
     if result.interrupted:
         notice(f"interrupted after step {result.steps}: saved {result.checkpoint}; go on with: {resume}")
         return 128 + result.signal
-    _report(result, directory, "images" if bundle.form.is_image else "points")
+    print(result)
     return 0
-
-
-def _report(result, directory, noun: str) -> None:
-    from genkernels._bar import duration, rate_text
-
-    speed = f", {rate_text(result.examples_per_second, noun)} (median step)" if result.examples_per_second else ""
-    print(
-        f"{result.steps:,} steps{speed}, {duration(result.seconds)} in all, {result.device}, backend {result.backend}"
-    )
-    for i, held in enumerate(result.held_out.values()):
-        best = f"; best {result.best[1]:.4f} at step {result.best[0]:,}" if result.best and not i else ""
-        called = f"{held.name} " if len(result.held_out) > 1 else ""
-        print(f"held out: {called}{held} over {held.examples:,} {noun}{best}")
-    curves = f"; tensorboard --logdir {shlex.quote(str(directory))}" if directory.tensorboard.is_dir() else ""
-    print(f"{directory}: metrics.json, losses.csv, best.ckpt, samples/, checkpoints/{curves}")
 
 
 def _begun(arguments, given: dict):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from genkernels._config import TrainConfig
 from genkernels._files import write_json
 from genkernels._interrupt import Interrupt
+from genkernels._lightning import import_lightning, quiet_lightning
 from genkernels._machine import cpu_threads, is_main_process
 from genkernels._seeds import derive_seed, fixed_seed, seed_everything
 from genkernels._words import UsageError, notice
@@ -21,7 +22,6 @@ from genkernels.nn._modes import in_mode
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.checkpoint import TrainingError
 from genkernels.training.checks import check_model, explained, resolved
-from genkernels.training.lightning_guard import import_lightning, quiet_lightning
 from genkernels.training.order import make_loader
 from genkernels.training.results import Result, metrics
 from genkernels.training.resume import going_on, refuse_changes

@@ -583,3 +583,20 @@ def test_unreadable_data_in_the_midst_of_a_run(tmp_path):
         ) as error:
             fit(model_for(bundle), bundle, config(workers=workers), quiet=True)
         assert "\n" not in str(error.value)
+
+
+def test_a_result_says_what_came_of_it_in_three_lines(tmp_path):
+    result = fit(
+        model_for(images()), images(), TrainConfig(max_steps=3, batch_size=4), out=tmp_path / "run", quiet=True
+    )
+    speed, held, out = str(result).splitlines()
+    assert speed.startswith("3 steps, ") and " images/s (median step), 0:0" in speed
+    assert held == f"held out: {result.held_out['bits_per_dim']} over 13 images; best {result.best[1]:.4f} at step 3"
+    assert out.startswith(f"{tmp_path / 'run'}: metrics.json") and out.endswith(
+        f"tensorboard --logdir {tmp_path / 'run'}"
+    )
+    assert repr(result) == str(result)
+    quiet = fit(
+        model_for(images()), images(), TrainConfig(max_steps=1, batch_size=4, tensorboard=False, threads=1), quiet=True
+    )
+    assert str(quiet).splitlines()[2] == "nothing was written"

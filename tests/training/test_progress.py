@@ -104,6 +104,19 @@ def test_on_a_terminal_nothing_is_cut(now, monkeypatch, width):
     assert terminal.getvalue().endswith("\n") or lines[-1] == ""
 
 
+def test_the_time_left_is_told_within_a_fifth_over_the_last_half(now):
+    """A slow beginning, and an evaluation in every tenth step."""
+    bar, seconds = Bar(1000, 0, io.StringIO(), quiet=True), [1.0 + 3.0 * (step % 100 == 99) for step in range(1000)]
+    seconds[0] = 400.0
+    for step, passed in enumerate(seconds, 1):
+        now[0] += passed
+        bar.update(step, list)
+        left = sum(seconds[step:])
+        if step >= 500 and left > 20:
+            assert bar._left(now[0]) == pytest.approx(left, rel=0.2), step
+    assert len(bar._marks) < 400
+
+
 def test_where_rich_is_missing_a_terminal_gets_plain_lines(now, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     terminal = Terminal()
