@@ -30,8 +30,9 @@ class Bar:
     def update(self, done: int, parts: Callable[[], list[str]]) -> None:
         """Shows that `done` steps are finished, with ``parts()`` beside it; not where it was shown just now."""
         self.done, now = done, time.monotonic()
-        if done - self._marks[-1][1] >= max(1, self.total // MARKS):
-            self._marks.append((now, done))
+        if len(self._marks) >= MARKS:
+            del self._marks[1::2]
+        self._marks.append((now, done))
         if self.quiet or (now - self._drawn < self._every and done < self.total):
             return
         self._drawn = now
@@ -40,11 +41,7 @@ class Bar:
     def _left(self, now: float) -> float:
         """Seconds that are left, at the pace of the newer half of the steps: what the first of all have to wait for
         says nothing of the others."""
-        then, step = next(
-            mark for mark in self._marks if 2 * mark[1] >= self.start + self.done or mark[1] >= self.done - 1
-        )
-        if step == self.done:
-            then, step = self._marks[max(0, len(self._marks) - 2)]
+        then, step = next(mark for mark in reversed(self._marks) if 2 * mark[1] <= self.start + self.done)
         return (now - then) / max(1, self.done - step) * (self.total - self.done)
 
     def _draw(self, parts: list[str], left: str) -> None:

@@ -108,10 +108,11 @@ def _like(arguments) -> dict:
 
 
 def check_length(config: TrainConfig, bundle) -> None:
-    """What makes no sense beside the number of steps or of examples: refused, or told."""
+    """Tells what makes little sense beside the number of steps or of examples."""
     steps = config.total_steps(len(bundle.train), config.world_size)
     if config.warmup is not None and config.warmup > steps:
-        raise UsageError(f"warmup must be at most the {steps:,} steps of the run, got {config.warmup:,}")
+        peak = config.lr_at(steps - 1, steps)
+        notice(f"--warmup {config.warmup:,} does not end within {steps:,} steps: the largest step size is {peak:.3g}")
     if config.batch_size > len(bundle.train):
         times = config.batch_size / len(bundle.train)
         notice(f"a batch of {config.batch_size:,} holds each of the {len(bundle.train):,} examples {times:.3g} times")

@@ -208,4 +208,6 @@ def _restore(run, model, description, bundle, config, data, resume, main) -> tup
             damaged.rename(damaged.with_suffix(".ckpt.damaged"))
     if run and main:
         run.write_config(model=description, data=data, train=config.to_dict())
+        if not state:  # killed before the next one, a run goes on from the weights that it began with
+            ckpt.write_checkpoint(ckpt.step_path(run.checkpoints, 0), {"step": 0, "model": model.state_dict()})
     return state, config, notes

@@ -4,7 +4,8 @@
 
     RUN/config.json                        the model, the training settings, and the data: how to load them, their
                                            classes, how many there are, and a digest by which they are known again
-    RUN/checkpoints/step-00001000.ckpt     the two newest periodic checkpoints, all that a resume needs
+    RUN/checkpoints/step-00001000.ckpt     the two newest periodic checkpoints, all that a resume needs; that of step 0
+                                           holds the weights that the run began with
     RUN/best.ckpt                          the weights with the best held-out value
     RUN/samples/step-00001000.png          a sheet of samples, and others that the model has: -NAME.png
     RUN/losses.csv                         one row a step, a column for each term

@@ -121,7 +121,6 @@ def run_folder(tmp_path_factory):
         ("train nice --data digits --set hidden=1000000 --set layers=3", "parameters, whose training takes 160 TB at"),
         ("train nice --data digits --samples 100000000", "--samples must be at most 4,096 on a sheet, got 100,000,000"),
         ("train nice --data moons --samples 100000000", "--samples must be at most 1,000,000 on a sheet"),
-        ("train nice --data digits --warmup 1000000000", "--warmup must be at most the 2,000 steps of the run, got"),
         ("train nice --data digits --seed 99999999999999999999", "--seed must be an integer of 64 bits"),
         ("train nice --data digits --threads 0", "--threads must be an integer of at least 1, got 0"),
         ("train nice --data digits --backend=tritn", "--backend must be one of"),
@@ -445,3 +444,13 @@ def test_a_checkpoint_that_is_not_there(refused, run_folder):
 def test_help_by_its_name(capsys):
     assert main(["help"]) == 0 and "usage: genkernels" in capsys.readouterr().out
     assert main(["help", "sample"]) == 0 and "--temperature" in capsys.readouterr().out
+
+
+def test_what_makes_little_sense_is_told(capsys):
+    pytest.importorskip("lightning")
+    few = ["--max-steps", "1", "--samples", "4", "--eval-examples", "4", "--accelerator", "cpu", "--quiet"]
+    argv = ["train", "nice", "--data", "digits", *TINY, *few]
+    assert main([*argv, "--warmup", "1000000000", "--batch-size", "2874"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("--warmup 1,000,000,000 does not end within 1 steps: the largest step size is 1e-12")
+    assert second.endswith("a batch of 2,874 holds each of the 1,437 examples 2 times")

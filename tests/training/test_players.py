@@ -414,7 +414,7 @@ begin = toys.ToyGAN.__init__
 toys.ToyGAN.__init__ = functools.wraps(begin)(lambda self, **given: (begin(self, **given), made.append(self))[0])
 code = main()
 
-torch.save({n: p.detach() for n, p in made[0].named_parameters()}, "rank" + os.environ["LOCAL_RANK"] + ".pt")
+torch.save({n: p.detach() for n, p in made[-1].named_parameters()}, "rank" + os.environ["LOCAL_RANK"] + ".pt")
 sys.exit(code)
 """
 
