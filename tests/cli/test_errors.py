@@ -454,3 +454,23 @@ def test_what_makes_little_sense_is_told(capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith("--warmup 1,000,000,000 does not end within 1 steps: the largest step size is 1e-12")
     assert second.endswith("a batch of 2,874 holds each of the 1,437 examples 2 times")
+
+
+def test_info_names_the_packages_that_are_missing(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "genkernels.cli.info._EXTRAS", {"torch": "torch", "no_such_module": "nothing", "nor_this": "nil"}
+    )
+    assert main(["info"]) == 0
+    assert "not installed: nothing, nil (pip install 'genkernels[train]')\n" in capsys.readouterr().out
+
+
+def test_threads_wait_without_spinning(monkeypatch):
+    """But in a benchmark, and where the user has said otherwise."""
+    monkeypatch.setattr("genkernels.cli.info.run", lambda arguments: 0)
+    monkeypatch.setattr("genkernels.cli.bench.run", lambda arguments: 0)
+    for command, said, waits in (("bench", None, None), ("info", None, "PASSIVE"), ("info", "ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if said:
+            monkeypatch.setenv("OMP_WAIT_POLICY", said)
+        assert main([command]) == 0 and os.environ.get("OMP_WAIT_POLICY") == waits
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
