@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+MARKS = 256  # moments of a run that the time left is told by
+
 
 def bar_on(stream: TextIO | None, total: int, start: int = 0, *, quiet: bool = False) -> Bar:
     """Rich's bar on a terminal where rich is installed; else plain lines; nothing where stderr is closed."""
@@ -23,16 +25,24 @@ class Bar:
 
     def __init__(self, total: int, start: int, stream: TextIO, every: float = 10.0, quiet: bool = False) -> None:
         self.total, self.start, self.done, self.stream, self.quiet = total, start, start, stream, quiet
-        self._every, self._began, self._drawn = every, time.monotonic(), -float("inf")
+        self._every, self._drawn, self._marks = every, -float("inf"), [(time.monotonic(), start)]
 
     def update(self, done: int, parts: Callable[[], list[str]]) -> None:
         """Shows that `done` steps are finished, with ``parts()`` beside it; not where it was shown just now."""
         self.done, now = done, time.monotonic()
+        if len(self._marks) >= MARKS:
+            del self._marks[1::2]
+        self._marks.append((now, done))
         if self.quiet or (now - self._drawn < self._every and done < self.total):
             return
         self._drawn = now
-        seconds = (now - self._began) / max(1, done - self.start) * (self.total - done)
-        self._draw(parts(), f"{duration(seconds)} left")
+        self._draw(parts(), f"{duration(self._left(now))} left")
+
+    def _left(self, now: float) -> float:
+        """Seconds that are left, at the pace of the newer half of the steps: what the first of all have to wait for
+        says nothing of the others."""
+        then, step = next(mark for mark in reversed(self._marks) if 2 * mark[1] <= self.start + self.done)
+        return (now - then) / max(1, self.done - step) * (self.total - self.done)
 
     def _draw(self, parts: list[str], left: str) -> None:
         head = f"{self.done / max(1, self.total):4.0%} {self.done}/{self.total}"

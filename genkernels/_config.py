@@ -17,7 +17,8 @@ LONGEST = 10**12  # steps
 #: What a resumed run may be told anew. The rest (seed, batch size, …) fixes which examples and noise a step sees.
 CHANGEABLE = frozenset(
     "max_steps epochs lr warmup schedule clip precision accelerator devices strategy workers log_every eval_every "
-    "sample_every checkpoint_every patience samples temperature eval_examples eval_batch_size backend".split()
+    "sample_every checkpoint_every patience samples temperature eval_examples eval_batch_size backend threads "
+    "tensorboard".split()
 )
 
 
@@ -60,6 +61,9 @@ class TrainConfig:
             weights, the result at the end is over all (None: 512, or all points; 0: all).
         eval_batch_size: examples at once in evaluation (None: `batch_size`).
         backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None leaves the choice in force alone.
+        threads: CPU threads (None: torch's choice). Beside a busy process one fewer than there are cores is often
+            faster, and so is one alone for a small model.
+        tensorboard: whether event files for TensorBoard are written.
     """
 
     max_steps: int | None = None
@@ -88,15 +92,15 @@ class TrainConfig:
     eval_examples: int | None = None
     eval_batch_size: int | None = None
     backend: str | None = None
+    threads: int | None = None
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list back
         if self.max_steps is not None and self.epochs is not None:
-            raise UsageError(
-                f"give max_steps or epochs, not both: got max_steps={self.max_steps}, epochs={self.epochs:g}"
-            )
+            raise UsageError(f"only one of max_steps={self.max_steps} and epochs={self.epochs:g} can be given")
         _integers(self, 1, "batch_size", "devices")
-        _integers(self, 1, "max_steps", "log_every", "eval_batch_size", "samples", optional=True)
+        _integers(self, 1, "max_steps", "log_every", "eval_batch_size", "samples", "threads", optional=True)
         _integers(self, 0, "workers", "patience")
         _integers(self, 0, "warmup", "eval_examples", "eval_every", "sample_every", "checkpoint_every", optional=True)
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:

@@ -38,6 +38,13 @@ def memory_ran_out(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
+def bytes_text(count: float) -> str:
+    """``3.4 GB``."""
+    power = next((i for i in range(4) if count < 1000 ** (i + 1)), 4)
+    value = count / 1000**power
+    return f"{value:.0f} bytes" if not power else f"{value:.{int(value < 100)}f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+
+
 def notice(sentence: str) -> None:
     """A line on stderr, where there is one and its reader has not gone."""
     with contextlib.suppress(OSError, AttributeError):

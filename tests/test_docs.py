@@ -157,10 +157,10 @@ def test_examples_in_docstrings_run(name):
     assert not failed
 
 
-def test_the_python_in_the_readme_runs():
+def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 6
-    drop_in, equivalent, deep, masked, lipschitz, critics = blocks
+    assert len(blocks) == 7
+    drop_in, equivalent, deep, masked, lipschitz, critics, train = blocks
     space: dict = {}
     exec(drop_in, space)
     fused = space["layer"](space["x"])
@@ -180,6 +180,11 @@ def test_the_python_in_the_readme_runs():
     exec(critics, space)
     assert space["way"].startswith("four passes") and space["found"].difference < 1e-4 and space["distance"] > 0
     assert all(p.grad is not None for p in space["critic"].parameters())
+    monkeypatch.chdir(tmp_path)
+    assert "max_steps=1000" in train
+    exec(train.replace("max_steps=1000", "max_steps=2"), space)
+    assert space["result"].steps == space["state"]["step"] == 2 and space["images"].shape == (16, 1, 8, 8)
+    assert space["estimates"] == space["result"].held_out and (tmp_path / "sheet.png").stat().st_size > 500
 
 
 def test_the_python_on_the_page_of_other_libraries_runs():
@@ -230,7 +235,7 @@ def test_the_commands_in_the_readme_are_understood(tmp_path):
         if program == "genkernels":
             arguments = parse(words)
             if words[0] == "train":
-                assert arguments.model in models.MODELS
+                assert arguments.like or arguments.model in models.MODELS
             if words[0] in ("figure", "table"):
                 room = figures if words[0] == "figure" else tables
                 own_options(words[0], arguments.name, room.find(arguments.name), arguments.options)

@@ -1,4 +1,4 @@
-"""The command line: ``genkernels info | train | sample | eval | bench | swap | figure | table``.
+"""The command line: ``genkernels train | sample | eval``, lists of models, data and runs, and more.
 
 Only what a command needs is imported, when it runs: ``genkernels --help`` needs none of it. Plain argparse, so that the
 base install, torch and numpy, has the whole command line.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 
@@ -49,6 +50,9 @@ def _run(argv: list[str], debug: bool) -> int:
 
     try:
         arguments = parse(argv)
+        if arguments.command != "bench":
+            # Threads of OpenMP spin while they wait: beside another busy process a step may take 100 times as long.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         module = importlib.import_module(f"genkernels.cli.{arguments.module}")
         return module.run(arguments) or 0
     except SystemExit as leave:  # argparse, after --help and after an error of its own
@@ -58,7 +62,7 @@ def _run(argv: list[str], debug: bool) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = _sentence(error, argv)
         if sentence is None or debug:
             import traceback
 
@@ -71,19 +75,30 @@ def _run(argv: list[str], debug: bool) -> int:
         return _say(sentence, MENDABLE)
 
 
-def _sentence(error: Exception) -> str | None:
+def _sentence(error: Exception, argv: list[str]) -> str | None:
     """What an error that the user can mend says, None for a fault in the program.
 
     Errors are told by name: a module that was never imported cannot have raised any, and importing it would be slow.
     """
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("genkernels.")}
     if names & {"UsageError", "DataError", "BackendUnavailable", "CheckpointError", "TrainingError"}:
-        return str(error)
+        return _as_typed(str(error), argv)
     if memory_ran_out(error):
         return "memory ran out: choose a smaller --batch-size"
     if isinstance(error, OSError):
         return ": ".join(filter(None, (named_by(error), error.strerror or str(error))))
     return None
+
+
+def _as_typed(sentence: str, argv: list[str]) -> str:
+    """A sentence of the library with the settings that were typed by their flags: ``--max-steps`` for ``max_steps``."""
+    flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    for flag in sorted(flags, key=len, reverse=True):
+        name = flag[2:].replace("-", "_")
+        # a setting of one word is meant where a sentence begins with it, or says its value
+        where = rf"\b{name}\b" if "_" in name else rf"(?:^|(?<=begun with )){name}\b(?= \S)|\b{name}(?==)"
+        sentence = re.sub(rf"(?<![\w-])(?:{where})", flag, sentence)
+    return sentence
 
 
 def _say(sentence: str, code: int) -> int:

@@ -7,16 +7,17 @@ import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Callable
 
 from genkernels._config import TrainConfig
 from genkernels._words import nearest
 from genkernels.models._registry import MODELS
 
-COMMANDS = ("info", "train", "sample", "eval", "bench", "swap", "figure", "table")
 SUPPRESS = argparse.SUPPRESS  # settings that were not given do not appear: a resume keeps what it was begun with
 
 _EPILOG = """\
 examples:
+  genkernels data folder:~/pictures
   genkernels train glow --data digits --max-steps 2000
   genkernels train --out runs/glow-digits --resume
   genkernels sample runs/glow-digits --n 64 --temperature 0.7
@@ -32,6 +33,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
+        self.rules: Callable[[], str] | None = None  # what stands at the end of a help that is asked for
+
+    def format_help(self) -> str:
+        if self.rules is not None:
+            self.epilog = self.rules()
+        return super().format_help()
 
     def error(self, message: str):
         print(f"genkernels: error: {message}", file=sys.stderr)
@@ -44,7 +51,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         SystemExit: after ``--help``, ``--version`` and errors.
     """
-    parser, commands = _parsers()
+    parser, commands = parsers()
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     command = next((a for a in argv if not a.startswith("-")), None)
     if command is not None and command not in commands:
         parser.error(f"unknown command {command!r}{nearest(command, commands)}")
@@ -62,7 +71,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _parsers() -> tuple[Parser, dict[str, Parser]]:
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and that of each command by its name."""
     parser = Parser(
         prog="genkernels", description="Fast kernels, layers and models for deep generative modelling.", epilog=_EPILOG
     )
@@ -76,10 +86,14 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         ("train", "train", _train, "train a model; stop with Ctrl-C and go on with --resume"),
         ("sample", "sample", _sample, "draw samples from a trained model"),
         ("eval", "evaluate", _evaluate, "held-out figures of merit of a trained model"),
+        ("models", "models", _models, "the models; of one its arguments, their defaults and its presets"),
+        ("data", "data", _data, "what is understood of a data set, and pictures of it; without SPEC, list them"),
+        ("runs", "runs", _runs, "the runs below a folder, beside each other"),
         ("bench", "bench", _bench, "speed of the operators against PyTorch and other libraries"),
         ("swap", "swap", _swap, "what swap_ makes of a model of another library, and how much faster it is"),
         ("figure", "figure", _figure, "draw a figure; without a name, list them"),
         ("table", "table", _table, "train and compare: a table as CSV and picture; without a name, list them"),
+        ("completion", "completion", _completion, "what a shell runs so that it completes commands and names"),
     ):
         parsers[name] = sub = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(module=module)
@@ -112,7 +126,7 @@ def _train(sub: Parser) -> None:
     sub.add_argument(
         "--data",
         help="digits, photos32, photos64, moons, ..., or your own: folder:PATH, npz:PATH, hf:NAME (their rules: "
-        "docs/data.md, or python -m pydoc genkernels.data.folder, .npz, .hub)",
+        "genkernels data --help)",
     )
     sub.add_argument("--data-root", metavar="DIR", help="where relative paths in DATA start; the cache folder of hf:")
     sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA)")
@@ -120,10 +134,19 @@ def _train(sub: Parser) -> None:
         "--resume", action="store_true", help="go on with the run in --out; what is not given stays as it was"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    sub.add_argument(
+        "--like", metavar="RUN", help="begin as another run did: model, data and settings, but for what is given"
+    )
+    sub.add_argument(
+        "--config", metavar="FILE", help="the same from a JSON file, of a run's config.json or a part of it"
+    )
 
     model = sub.add_argument_group("model")
     model.add_argument(
-        "--preset", metavar="P", help="sizes of a paper or for a data set (default: the data set's own, if any)"
+        "--preset",
+        metavar="P",
+        help="sizes of a paper or for a data set (default: the data set's own, or those that fit their form; "
+        "genkernels models NAME lists them)",
     )
     model.add_argument(
         "--set",
@@ -171,7 +194,10 @@ def _flag(name: re.Match | str) -> str:
 
 def _run_arguments(sub: Parser) -> None:
     sub.add_argument("run", metavar="RUN", help="the run's folder")
-    sub.add_argument("--checkpoint", default="best", choices=("best", "last"), help="default: best, by held-out data")
+    sub.add_argument(
+        "--checkpoint", default="best", metavar="C", help="best, by held-out data, last, or a step (default: best)"
+    )
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     sub.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto")
     sub.add_argument("--backend", metavar="B", help="auto, reference, cpu, triton or cuda (default: auto)")
     sub.add_argument(
@@ -198,7 +224,17 @@ def _sample(sub: Parser) -> None:
         help="keep this part of held-out images and draw the rest (PixelCNN family): top-half, top-quarter, left-half",
     )
     sub.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at once (default: 256)")
-    sub.add_argument("--out", metavar="F.png|F.npz", help="a sheet, or the arrays (default: a PNG in RUN/samples)")
+    sub.add_argument(
+        "--out",
+        metavar="F.png|F.npz|DIR/",
+        help="a sheet, the arrays, or a PNG of each in a new folder (default: a sheet in RUN/samples)",
+    )
+    sub.add_argument(
+        "--real",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="held-out examples beside them on a sheet (default; where the run's data can be read)",
+    )
 
 
 def _evaluate(sub: Parser) -> None:
@@ -209,6 +245,33 @@ def _evaluate(sub: Parser) -> None:
     sub.add_argument("--batch-size", type=int, metavar="N", help="examples at once (default: as in training)")
     sub.add_argument("--seed", type=int, metavar="N", help="of the noise (default: the run's)")
     sub.add_argument("--json", metavar="F", help="also write the result to a JSON file")
+
+
+def _models(sub: Parser) -> None:
+    sub.add_argument("name", metavar="NAME", nargs="?", help="which (default: lists them)")
+
+
+def _data(sub: Parser) -> None:
+    def rules() -> str:
+        from genkernels.cli.data import rules
+
+        return rules()
+
+    sub.rules = rules
+    sub.usage = "genkernels data [SPEC [--data-root DIR] [--out F.png]]"
+    sub.add_argument("spec", metavar="SPEC", nargs="?", help="as train's --data (default: lists the names)")
+    sub.add_argument("--data-root", metavar="DIR", help="where relative paths in SPEC start; the cache folder of hf:")
+    sub.add_argument("--out", metavar="F.png", help="sixteen pictures, or points (default: data-SPEC.png)")
+
+
+def _runs(sub: Parser) -> None:
+    sub.add_argument("folder", metavar="DIR", nargs="?", default="runs", help="default: runs")
+
+
+def _completion(sub: Parser) -> None:
+    sub.usage = "genkernels completion bash|zsh|fish"
+    sub.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish", "words"), help="bash, zsh or fish")
+    sub.add_argument("line", nargs=argparse.REMAINDER, help=SUPPRESS)
 
 
 def _bench(sub: Parser) -> None:

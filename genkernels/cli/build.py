@@ -4,36 +4,119 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from genkernels._words import UsageError, nearest
+import torch
+
+from genkernels._machine import free_memory
+from genkernels._seeds import fixed_seed
+from genkernels._words import UsageError, bytes_text, memory_ran_out, nearest
+from genkernels.data import NAMES
 from genkernels.data.bundle import listed
 from genkernels.models import model_class
 
 if TYPE_CHECKING:
-    from genkernels.models import Model, Preset
+    from genkernels.models import Model
 
-__all__ = ["build", "chosen_preset", "keyed", "model_class", "model_kwargs"]
+__all__ = ["build", "chosen_preset", "fitted", "keyed", "model_class", "model_kwargs"]
+
+FEW = 1000  # examples to train on
+#: Of a parameter: itself, its gradient, two moments, its average; single precision.
+_BYTES = 5 * 4
 
 
-def chosen_preset(kind: type, bundle, preset: str | None) -> Preset | None:
-    """The preset that is named; else the one called like the data set, or ``points`` for points, if there is one.
+def chosen_preset(kind: type, bundle, preset: str | None) -> str | None:
+    """The name of the preset that is asked for, or of the first of `candidates`."""
+    return candidates(kind, bundle, preset)[0]
+
+
+def candidates(kind: type, bundle, preset: str | None) -> list[str | None]:
+    """Names of the presets to try, the best first: the one that is named; else the one called like the data set; else,
+    by the form of the data, ``points``, or those sizes of images that are called like a data set of this package. The
+    nearest in the number of values comes first, of few examples the smallest: the sizes of papers are to be named.
 
     Raises:
         UsageError: the model has none of that name.
     """
     presets = kind.presets
-    if preset is None:
-        fitting = (bundle.name,) if bundle.form.is_image else (bundle.name, "points")
-        preset = next((name for name in fitting if name in presets), None)
-    elif preset not in presets:
-        raise UsageError(f"unknown preset {preset!r} of {kind.__name__}{nearest(preset, presets) or '; it has none'}")
-    return None if preset is None else presets[preset]
+    if preset is not None:
+        if preset not in presets:
+            hint = nearest(preset, presets) or "; it has none"
+            raise UsageError(f"unknown preset {preset!r} of {kind.__name__}{hint}")
+        return [preset]
+    if bundle.name in presets:
+        return [bundle.name]
+    if not bundle.form.is_image:
+        return ["points"] if "points" in presets else [None]
+    values = {name: math.prod(presets[name].sizes["shape"]) for name in presets if name in NAMES}
+    few, own = len(bundle.train) < FEW, math.prod(bundle.form.shape)
+    return sorted(values, key=lambda name: values[name] if few else abs(math.log(own / values[name]))) or [None]
+
+
+def fitted(
+    kind: type, name: str, bundle, *, preset: str | None, settings: list[str], base: dict | None = None, **flags
+) -> tuple[Model, str | None, str]:
+    """The model, of a size that fits its data; the name of its preset; and words on that.
+
+    Args: as for `model_kwargs`.
+
+    Raises:
+        UsageError: none of the sizes fits, and what the first of them lacks.
+    """
+    refusal, own = None, {key for key, _ in keyed(settings)}
+    for size in [None] if base is not None else candidates(kind, bundle, preset):
+        arguments = model_kwargs(kind, name, bundle, preset=size, settings=settings, base=base, **flags)
+        by_form = size is not None and size not in (preset, bundle.name)
+        for changed in _adapted(arguments, own) if by_form else [{}]:
+            try:
+                return build(kind, name, arguments | changed), size, _of_size(kind, bundle, size, by_form)
+            except UsageError as error:
+                refusal = refusal or error
+    raise UsageError(f"{refusal}{_other_size(bundle, str(refusal))}") from refusal
+
+
+def _adapted(arguments: dict, own: set[str]) -> Iterator[dict]:
+    """Ways in which a preset's sizes may fit pictures of another height and width; what the user set stays."""
+    yield {}
+    if "scales" in arguments and "scales" not in own:
+        yield from ({"scales": scales} for scales in range(arguments["scales"] - 1, 0, -1))
+    if "strides" in arguments and "strides" not in own:
+        yield {"strides": tuple(math.gcd(stride, *arguments["shape"][1:]) for stride in arguments["strides"])}
+
+
+def _of_size(kind: type, bundle, size: str | None, by_form: bool) -> str:
+    if not by_form:
+        return "" if size is None else f" at the preset {size}"
+    if not bundle.form.is_image:
+        return f" at the preset {size}"
+    others = [name for name in kind.presets if name != size and "-" not in name and name != "points"]
+    more = f" (by name: --preset {' or '.join(others)})" if others else ""
+    form = "x".join(map(str, bundle.form.shape))
+    return f" at the preset {size}, which fits {form} and {len(bundle.train):,} examples{more}"
+
+
+def _other_size(bundle, refusal: str) -> str:
+    """The option that would scale pictures of one's own, where a model's refusal is about their size."""
+    about_size = any(word in refusal for word in ("multiple", "divide", "even"))
+    if not about_size or not bundle.name.startswith(("folder:", "hf:")) or "?" in bundle.name:
+        return ""
+    side = max(8, round(min(bundle.form.shape[1:]) / 8) * 8)
+    return f"; --data '{bundle.name}?size={side}' scales and crops the pictures"
 
 
 def model_kwargs(
-    kind: type, name: str, bundle, *, preset: str | None, settings: list[str], reversible: bool, classes: bool
+    kind: type,
+    name: str,
+    bundle,
+    *,
+    preset: str | None,
+    settings: list[str],
+    reversible: bool,
+    classes: bool,
+    base: dict | None = None,
 ) -> dict:
     """The constructor's arguments: the preset's sizes, then what the data say, then what the user set.
 
@@ -44,12 +127,13 @@ def model_kwargs(
         preset: a name in ``kind.presets``, or None, as for `chosen_preset`.
         settings: ``key=value`` strings.
         reversible, classes: the flags.
+        base: sizes in place of a preset's: another run's.
 
     Raises:
         UsageError: an unknown preset or argument, one that contradicts the data, or classes that the data do not have.
     """
-    chosen = chosen_preset(kind, bundle, preset)
-    arguments = dict(chosen.sizes) if chosen else {}
+    chosen = None if base is not None else chosen_preset(kind, bundle, preset)
+    arguments = dict(kind.presets[chosen].sizes if chosen else base or {})
     arguments.pop("num_classes", None)
     allowed = _parameters(kind)
     facts = kind.fit_to(bundle.form)
@@ -84,14 +168,37 @@ def model_kwargs(
 
 
 def build(kind: type, name: str, arguments: dict) -> Model:
-    """Calls the constructor; what it refuses becomes a sentence that names the model."""
+    """Calls the constructor; what it refuses, and a model that this machine has no room for, becomes a sentence that
+    names the model."""
     try:
+        _check_room(kind, name, arguments)
         return kind(**arguments)
+    except UsageError:
+        raise
     except (TypeError, ValueError) as error:
         sentence = str(error).removeprefix(f"{kind.__name__}.__init__() ")
         raise UsageError(sentence if sentence.lower().startswith(name) else f"{name}: {sentence}") from error
-    except Exception as error:  # torch itself: a negative width, more memory than there is
+    except Exception as error:  # torch itself
+        if memory_ran_out(error):
+            size = re.search(r"allocate (\d+) bytes", str(error))
+            needed = f": one of its tensors takes {bytes_text(int(size[1]))}" if size else ""
+            raise UsageError(f"{name} of these sizes is more than the memory here{needed}") from error
         raise UsageError(f"{name} cannot be built from {arguments}: {str(error).splitlines()[0]}") from error
+
+
+def _check_room(kind: type, name: str, arguments: dict) -> None:
+    """Refuses a model whose training takes more memory than there is, before any is taken: built without storage."""
+    free = free_memory()
+    try:
+        with torch.device("meta"), fixed_seed(0):
+            needed = _BYTES * sum(p.numel() for p in kind(**arguments).parameters())
+    except Exception:  # one that cannot be built so; what is wrong with it, building it says
+        return
+    if free is not None and needed > free:
+        raise UsageError(
+            f"{name} of these sizes has {needed // _BYTES:,} parameters, whose training takes {bytes_text(needed)} at "
+            f"least: {bytes_text(free)} are free"
+        )
 
 
 def keyed(settings: list[str]) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
+
+#: What training, data and pictures need beside torch: by module, the package.
+_EXTRAS = {"lightning": "lightning", "tensorboard": "tensorboard", "rich": "rich", "matplotlib": "matplotlib"}
+_EXTRAS |= {"PIL": "pillow", "sklearn": "scikit-learn", "datasets": "datasets"}
 
 
 def run(arguments) -> int:
@@ -22,6 +27,8 @@ def run(arguments) -> int:
     else:
         print(f"GPU: none ({backends.why_missing('triton')})")
     print(f"backend in force: {backends.current_backend()}\n")
+    if missing := [package for module, package in _EXTRAS.items() if importlib.util.find_spec(module) is None]:
+        print(f"not installed: {', '.join(missing)} (pip install 'genkernels[train]')\n")
     rows = backends.describe()
     print(table(["backend", "runs", ""], [[row["backend"], row["runs"], row["why"]] for row in rows]))
     if arguments.ops:

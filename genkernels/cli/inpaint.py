@@ -38,6 +38,8 @@ def complete(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
         batch_size=arguments.batch_size,
     )
     top = bundle.form.grey_levels - 1
+    if not out.suffix:
+        raise UsageError("--inpaint writes a sheet or arrays: --out must end in .png or .npz")
     if out.suffix.lower() == ".npz":
         save_npz(out, drawn / top, config, known=known.numpy(), original=x.numpy())
     else:
@@ -45,7 +47,13 @@ def complete(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
         triples = torch.stack([x / top, kept, drawn / top], 1).flatten(0, 1)
         if triples.shape[1] not in (1, 3):
             triples = triples.flatten(0, 1).unsqueeze(1)
-        save(out, sheet(triples, columns=3 * max(1, round((len(x) / 3) ** 0.5))))
+        across = max(1, round((len(x) / 3) ** 0.5))
+        title = f"{type(model).__name__} on {config['data']['spec']}, step {state['step']:,}"
+        note = f"held-out pictures with the {arguments.inpaint} kept, temperature {arguments.temperature:g}"
+        headings = ["whole", "kept", "completed"] * across
+        facts = {"model": type(model).__name__, "data": config["data"]["spec"], "step": state["step"]}
+        facts |= {"kept": arguments.inpaint, "temperature": arguments.temperature, "seed": arguments.seed}
+        save(out, sheet(triples, 3 * across, title=title, note=note, headings=headings), facts)
     print(
         f"{out}: {len(x):,} held-out images (each: whole, kept, completed) with the {arguments.inpaint} kept, "
         f"temperature {arguments.temperature:g}, weights of step {state['step']}"
@@ -61,7 +69,7 @@ def known_region(region: str, shape: tuple[int, int, int]) -> Tensor:
     """
     _, height, width = shape
     if region not in REGIONS:
-        raise UsageError(f"region must be one of {', '.join(REGIONS)}, got {region!r}")
+        raise UsageError(f"--inpaint must be one of {', '.join(REGIONS)}, got {region!r}")
     rows = {"top-half": height // 2, "top-quarter": height // 4}.get(region, height)
     columns = width // 2 if region == "left-half" else width
     known = torch.zeros(height, width, dtype=torch.bool)

@@ -13,12 +13,27 @@ def load(arguments):
     over."""
     import torch
 
-    from genkernels.training.rundir import load_model
+    from genkernels.data.bundle import listed
+    from genkernels.training.checkpoint import CheckpointError, list_checkpoints, step_of
+    from genkernels.training.rundir import RunDirectory, load_model
 
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     gpu = torch.cuda.is_available()
     if arguments.accelerator == "gpu" and not gpu:
         raise UsageError("accelerator gpu needs an NVIDIA GPU and a CUDA build of torch: this torch sees no GPU")
-    model, config, state, notes = load_model(arguments.run, arguments.checkpoint)
+    which = arguments.checkpoint
+    if which not in ("best", "last") and not which.isdecimal():
+        raise UsageError(f"--checkpoint must be best, last or a step, got {which!r}")
+    try:
+        model, config, state, notes = load_model(arguments.run, which)
+    except CheckpointError as error:
+        kept = list_checkpoints(RunDirectory(arguments.run).checkpoints)
+        if not which.isdecimal() or int(which) in map(step_of, kept):
+            raise
+        steps = listed([f"{step_of(path):,}" for path in reversed(kept)]) or "none"
+        raise UsageError(f"--checkpoint: {arguments.run} has none of step {which}, it has those of {steps}") from error
     for note in notes:
         notice(note)
     return model.to("cuda" if gpu and arguments.accelerator != "cpu" else "cpu"), config, state

@@ -23,62 +23,144 @@ def run(arguments) -> int:
     from genkernels.cli.load import class_number, load, options
     from genkernels.cli.train import as_name
 
-    out = Path(arguments.out).expanduser() if arguments.out else None
-    if out is not None:
-        if out.suffix.lower() not in (".png", ".npz"):
-            raise UsageError(f"--out must end in .png or .npz, got {str(out)!r}")
-        refuse_unwritable(out)
+    out = _out(arguments.out)
     with use_backend(arguments.backend or current_backend()):
         model, config, state = load(arguments)
+        name = config["model"]["name"]
         if not model.has_prior:
-            name = config["model"]["name"]
             raise UsageError(
                 f"{name} translates images and has nothing to sample from: its sheets are in the run's samples/"
             )
         if arguments.inpaint and arguments.settings:
             raise UsageError("--set cannot be given with --inpaint")
-        chosen = options(arguments.settings, model.sample, config["model"]["name"], reserved=RESERVED)
-        points = config["data"].get("grey_levels") is None
+        chosen = options(arguments.settings, model.sample, name, reserved=RESERVED)
+        label = class_number(arguments.label, model, config)
+        points = len(model.shape) == 1
         n = arguments.n or (2000 if points else 16 if arguments.inpaint else 64)
         if out is None:
-            label = "" if arguments.label is None else f"-label{as_name(arguments.label)}"
-            label += f"-{arguments.inpaint}" if arguments.inpaint else ""
-            label += "".join(f"-{key}{value}" for key, value in chosen.items() if str(value).isalnum())
-            name = f"n{n}-t{arguments.temperature:g}-seed{arguments.seed}{label}.png"
-            out = Path(arguments.run).expanduser() / "samples" / name
+            words = "" if arguments.label is None else f"-label{as_name(arguments.label)}"
+            words += f"-{arguments.inpaint}" if arguments.inpaint else ""
+            words += "".join(f"-{key}{value}" for key, value in chosen.items() if str(value).isalnum())
+            words += f"-step{state['step']}" if arguments.checkpoint.isdecimal() else ""
+            out = Path(arguments.run).expanduser() / "samples" / f"n{n}-t{arguments.temperature:g}"
+            out = out.with_name(f"{out.name}-seed{arguments.seed}{words}.png")
             refuse_unwritable(out)
-        from genkernels.pictures import draw, save, why_not
+        if not out.suffix and points:
+            raise UsageError(f"--out must end in .png or .npz: points have no picture each, got {arguments.out!r}")
+        from genkernels.pictures import class_rows, why_not
         from genkernels.training.sampling import sample
 
-        if out.suffix.lower() == ".png" and (missing := why_not(points)):
+        sheet = out.suffix.lower() == ".png"
+        if out.suffix.lower() != ".npz" and (missing := why_not(points)):
             raise UsageError(f"writing a PNG: {missing}")
+        check_room(n, model, sheet)
         if arguments.inpaint:
             from genkernels.cli.inpaint import complete
 
             return complete(arguments, model, config, state, n, out)
-        images = sample(
+        rows = []
+        if sheet and not points and label is None and model.samples_by_class:
+            rows = class_rows(model.num_classes, n)
+        n = len(rows) or n
+        drawn = sample(
             model,
             n,
             temperature=arguments.temperature,
             seed=arguments.seed,
-            label=class_number(arguments.label, model, config),
+            label=rows or label,
             batch_size=arguments.batch_size,
             options=chosen,
         )
-    kept = images[images.isfinite().flatten(1).all(1)]
-    if not len(kept):
+    fine = drawn.isfinite().flatten(1).all(1)
+    if not fine.any():
         raise UsageError(f"no sample is finite, {out} is left alone: train longer, or lower --temperature")
-    npz = out.suffix.lower() == ".npz"
-    if broken := n - len(kept):
-        left_out = ", and left out" if npz else ""
+    kept = drawn if sheet else drawn[fine]
+    if broken := n - int(fine.sum()):
+        left_out = "" if sheet else ", and left out"
         notice(f"{broken} of {n} samples are not finite{left_out}: train longer, or lower --temperature")
-    if npz:
+    facts = {"model": type(model).__name__, "data": config["data"].get("spec"), "step": state["step"]}
+    facts |= {"temperature": arguments.temperature, "seed": arguments.seed}
+    facts |= {} if arguments.label is None else {"label": arguments.label}
+    if sheet:
+        _save_sheet(out, drawn, facts, config, rows, label, arguments.real)
+    elif out.suffix:
         save_npz(out, kept, config)
     else:
-        save(out, draw(images))
-    count = len(kept) if npz else n
-    print(f"{out}: {count:,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
+        save_each(out, kept, facts)
+    print(f"{out}: {len(kept):,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
     return 0
+
+
+def _out(text: str | None) -> Path | None:
+    """Where to: a sheet, arrays, or, without an ending, a folder that is empty or not there."""
+    if text is None:
+        return None
+    out = Path(text).expanduser()
+    if text.endswith("/") or out.is_dir():
+        if out.suffix or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+            raise UsageError(f"--out: the folder {text!r} must be new or empty, and its name without an ending")
+        refuse_unwritable(out / "a.png", f"--out {text}")
+        return out
+    if out.suffix.lower() not in (".png", ".npz"):
+        raise UsageError(f"--out must end in .png or .npz, or in / for a PNG of each sample, got {text!r}")
+    refuse_unwritable(out)
+    return out
+
+
+def _save_sheet(out: Path, drawn, facts: dict, config: dict, rows: list[int], label, beside: bool) -> None:
+    """A sheet under its facts, beside it held-out examples of the run's data, of the same class where one is chosen."""
+    from genkernels import data
+    from genkernels.pictures import save
+    from genkernels.training.sampling import shown
+
+    bundle = real = None
+    if beside and facts["data"] and not facts["data"].startswith("hf:"):  # which may have to be downloaded
+        try:
+            bundle = data.load(facts["data"], root=config["data"].get("root"))
+            x, y = bundle.take("test", len(drawn) if label is None else len(bundle.test))
+            own = slice(None) if label is None else y == label
+            real = x[own][: len(drawn)], y[own][: len(drawn)]
+        except (data.DataError, OSError) as error:
+            notice(f"no held-out examples beside the samples: {error}")
+        if bundle and list(bundle.form.shape) != list(config["data"].get("shape") or bundle.form.shape):
+            real = None  # the data are no longer the run's
+    save(out, shown(drawn, facts, bundle if real else None, real, rows), facts | {"n": len(drawn)})
+
+
+def save_each(folder: Path, images, facts: dict) -> None:
+    """A PNG of each image, as large as it is, into a folder that is new: whole or absent."""
+    import shutil
+
+    from genkernels.pictures import save
+
+    digits = len(str(len(images) - 1))
+    pixels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    if pixels.shape[-1] not in (1, 3):
+        raise UsageError(f"--out: pictures must have 1 or 3 channels, got {pixels.shape[-1]}: give --out F.npz")
+    existed = folder.exists()
+    try:
+        for i, picture in enumerate(pixels):
+            path = folder / f"{i:0{digits}d}.png"
+            save(path, picture[..., 0] if picture.shape[-1] == 1 else picture, facts | {"number": i})
+    except OSError:
+        for path in folder.glob("*.png"):
+            path.unlink()
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_room(n: int, model, sheet: bool) -> None:
+    """A UsageError where so many samples take more memory than there is, or more room than a sheet has."""
+    from genkernels._machine import free_memory
+    from genkernels._words import bytes_text
+    from genkernels.training.checks import MOST_PICTURES
+
+    needed, free = 8 * n * model.dim, free_memory()  # the samples, and the array that is written
+    if free is not None and needed > free:
+        raise UsageError(f"--n {n:,} takes {bytes_text(needed)} of memory, {bytes_text(free)} are free")
+    if len(model.shape) == 3 and n > MOST_PICTURES and sheet:
+        raise UsageError(f"--n must be at most {MOST_PICTURES:,} on a sheet, got {n:,}: give --out F.npz")
 
 
 def save_npz(path: Path, images, config: dict, **more) -> None:

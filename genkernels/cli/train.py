@@ -45,22 +45,8 @@ def run(arguments) -> int:
     if result.interrupted:
         notice(f"interrupted after step {result.steps}: saved {result.checkpoint}; go on with: {resume}")
         return 128 + result.signal
-    _report(result, directory, "images" if bundle.form.is_image else "points")
+    print(result)
     return 0
-
-
-def _report(result, directory, noun: str) -> None:
-    from genkernels._bar import duration, rate_text
-
-    speed = f", {rate_text(result.examples_per_second, noun)} (median step)" if result.examples_per_second else ""
-    print(
-        f"{result.steps:,} steps{speed}, {duration(result.seconds)} in all, {result.device}, backend {result.backend}"
-    )
-    for i, held in enumerate(result.held_out.values()):
-        best = f"; best {result.best[1]:.4f} at step {result.best[0]:,}" if result.best and not i else ""
-        called = f"{held.name} " if len(result.held_out) > 1 else ""
-        print(f"held out: {called}{held} over {held.examples:,} {noun}{best}")
-    print(f"{directory}: metrics.json, losses.csv, best.ckpt, samples/, checkpoints/")
 
 
 def _begun(arguments, given: dict):
@@ -68,39 +54,73 @@ def _begun(arguments, given: dict):
     from genkernels import data
     from genkernels._machine import is_main_process
     from genkernels._seeds import derive_seed, fixed_seed
-    from genkernels.cli.build import build, model_class, model_kwargs
+    from genkernels.cli.build import fitted, model_class
+    from genkernels.cli.forecast import forecast
+    from genkernels.training.checks import resolved
     from genkernels.training.rundir import RunDirectory
 
-    if arguments.model is None or arguments.data is None:
+    like = _like(arguments)
+    name, spec = arguments.model or like["model"].get("name"), arguments.data or like["data"].get("spec")
+    if name is None or spec is None:
         raise UsageError("train needs a model and data, e.g. genkernels train glow --data digits")
-    kind, name, spec = model_class(arguments.model), arguments.model, arguments.data
+    kind = model_class(name)
     TrainConfig(**given)  # what is wrong is told before data are loaded
+    arguments.model, arguments.data = name, spec
     directory = RunDirectory(_folder(arguments))
     if is_main_process():  # under DDP the other processes run this command too, after the first has made the folder
         directory.check(overwrite=arguments.overwrite)
-    root = data_root(spec, arguments.data_root)
+    root = data_root(spec, arguments.data_root or like["data"].get("root"))
     bundle = data.load(spec, root=root)
-    keywords = model_kwargs(
-        kind,
-        name,
-        bundle,
-        preset=arguments.preset,
-        settings=arguments.settings,
-        reversible=arguments.reversible,
-        classes=arguments.classes,
-    )
-    config = _with_preset(kind, bundle, arguments.preset, given)
-    with fixed_seed(derive_seed(config.seed, "weights")):
-        model = build(kind, name, keywords)
+    sizes = like["model"].get("hparams") if name == like["model"].get("name") and arguments.preset is None else None
+    seed = TrainConfig(**given).seed if "seed" in given else like["train"].get("seed", 0)
+    with fixed_seed(derive_seed(seed, "weights")):
+        model, preset, words = fitted(
+            kind,
+            name,
+            bundle,
+            preset=arguments.preset,
+            settings=arguments.settings,
+            reversible=arguments.reversible,
+            classes=arguments.classes or bool((sizes or {}).get("num_classes")),
+            base=sizes,
+        )
+    config = _merged(like["train"], given) if like["train"] else _with_preset(kind, preset, given)
+    resolved(config, len(bundle.train), bundle.form.is_image)
+    check_length(config, bundle)
+    if is_main_process() and not arguments.quiet:
+        notice(f"{kind.__name__}{words}: {forecast(model, bundle, config)}")
     return directory, config, {"spec": spec, "root": root}, bundle, model
 
 
-def _with_preset(kind: type, bundle, preset: str | None, given: dict) -> TrainConfig:
-    """The training settings of the model's preset, under what the user typed."""
-    from genkernels.cli.build import chosen_preset
+def _like(arguments) -> dict:
+    """What ``--like`` or ``--config`` says: the parts of a ``config.json``, empty where neither is given."""
+    from genkernels.training.rundir import RunDirectory, read_config
 
-    chosen = chosen_preset(kind, bundle, preset)
-    settings = dict(chosen.training) if chosen else {}
+    if arguments.like and arguments.config:
+        raise UsageError("give --like or --config, not both")
+    parts = {"model": {}, "data": {}, "train": {}}
+    if arguments.like:
+        return parts | RunDirectory(arguments.like).read_config()
+    if arguments.config:
+        parts |= read_config(Path(arguments.config).expanduser(), whole=False)
+        TrainConfig.from_dict(parts["train"])  # written by hand: what is no setting is told
+    return parts
+
+
+def check_length(config: TrainConfig, bundle) -> None:
+    """Tells what makes little sense beside the number of steps or of examples."""
+    steps = config.total_steps(len(bundle.train), config.world_size)
+    if config.warmup is not None and config.warmup > steps:
+        peak = config.lr_at(steps - 1, steps)
+        notice(f"--warmup {config.warmup:,} does not end within {steps:,} steps: the largest step size is {peak:.3g}")
+    if config.batch_size > len(bundle.train):
+        times = config.batch_size / len(bundle.train)
+        notice(f"a batch of {config.batch_size:,} holds each of the {len(bundle.train):,} examples {times:.3g} times")
+
+
+def _with_preset(kind: type, preset: str | None, given: dict) -> TrainConfig:
+    """The training settings of the model's preset, under what the user typed."""
+    settings = dict(kind.presets[preset].training) if preset else {}
     length = {"max_steps", "epochs"}
     if length & set(given):
         settings = {key: value for key, value in settings.items() if key not in length}
@@ -119,6 +139,8 @@ def _continued(arguments, given: dict):
         (arguments.settings, "--set"),
         (arguments.reversible, "--reversible"),
         (arguments.classes, "--class-conditional"),
+        (arguments.like, "--like"),
+        (arguments.config, "--config"),
     ):
         if value:
             raise UsageError(f"{flag} cannot be given with --resume: the model stays as the run began it")
@@ -134,6 +156,7 @@ def _continued(arguments, given: dict):
     config = _merged(old["train"], given)
     spec, root = old["data"].get("spec"), arguments.data_root or old["data"].get("root")
     bundle = data.load(spec, root=root)
+    check_length(config, bundle)
     with fixed_seed(derive_seed(config.seed, "weights")):  # as begun: it may have been stopped before a checkpoint
         model = build_model(old["model"], directory.path)
     return directory, config, {"spec": spec, "root": root}, bundle, model

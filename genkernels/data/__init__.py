@@ -7,7 +7,9 @@
 (torch.Size([3, 2]), Form(shape=(2,), grey_levels=None, num_classes=2, domains=1))
 
 The rules of a user's own data, ``folder:``, ``npz:`` and ``hf:``, are those of the modules `genkernels.data.folder`,
-`.npz`, `.hub` and, for pictures, `.images`; `docs/data.md` has them on one page.
+`.npz`, `.hub` and, for pictures, `.images`; `docs/data.md` and ``genkernels data --help`` have them on one page.
+``genkernels data SPEC`` shows what is understood of data: their parts, classes and counts, grey levels, what was left
+out, sixteen pictures.
 
 Importing this takes torch and numpy alone; scikit-learn, Pillow and `datasets` are imported by the loaders
 that need them. Nothing is downloaded except by ``hf:``.

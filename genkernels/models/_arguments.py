@@ -7,6 +7,9 @@ import inspect
 import math
 from typing import Any
 
+#: Arguments of which a model has at least one: a width, or how often a part is repeated that there is no model without.
+_AT_LEAST_ONE = {"width", "hidden", "couplings", "steps", "transforms", "blocks"}
+
 
 def recorded(init):
     """A constructor that checks its arguments and, where it is the outermost one, records them in ``self.hparams``.
@@ -63,8 +66,8 @@ def _checked(model: str, name: str, value: Any, annotation: Any) -> Any:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if wanted == "int" and not is_integer:
         raise ValueError(f"{model}: {name} must be an integer, got {value!r}")
-    if wanted == "int" and value < 0:
-        raise ValueError(f"{model}: {name} must be at least 0, got {value}")
+    if wanted == "int" and value < (least := int(name in _AT_LEAST_ONE)):
+        raise ValueError(f"{model}: {name} must be at least {least}, got {value}")
     if wanted == "float" and not ((is_integer or isinstance(value, float)) and math.isfinite(value)):
         raise ValueError(f"{model}: {name} must be a finite number, got {value!r}")
     if wanted == "bool" and not isinstance(value, bool):

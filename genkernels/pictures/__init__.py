@@ -1,5 +1,6 @@
-"""Pictures: images as a `sheet` of enlarged tiles, points as a `scatter` plot, losses as `curves`, matrices as
-`heatmaps`, densities of the plane as `densities`, curves side by side as `panels`, results as a `table`, and `save`.
+"""Pictures: images as a `sheet` of enlarged tiles, or several sheets as `blocks`; a model's `samples` beside real
+examples, `class_rows` for those of classes; points as a `scatter` plot, losses as `curves`, matrices as `heatmaps`,
+densities of the plane as `densities`, curves side by side as `panels`, results as a `table`; and `save`.
 
 Each gives pixels, ``[H, W]`` or ``[H, W, 3]`` bytes, which `save` writes and TensorBoard takes. Needs Pillow, and
 matplotlib for plots and for text; both are imported when something is drawn. `why_not` says early what is missing.
@@ -15,10 +16,24 @@ from genkernels.pictures.files import save, why_not
 from genkernels.pictures.heatmaps import heatmaps
 from genkernels.pictures.panels import panels
 from genkernels.pictures.plots import curves, scatter
-from genkernels.pictures.sheets import sheet
+from genkernels.pictures.samples import class_rows, samples
+from genkernels.pictures.sheets import blocks, sheet
 from genkernels.pictures.tables import table
 
-__all__ = ["curves", "densities", "draw", "heatmaps", "panels", "save", "scatter", "sheet", "table", "why_not"]
+__all__ = [
+    "blocks",
+    "class_rows",
+    "curves",
+    "densities",
+    "draw",
+    "heatmaps",
+    "panels",
+    "samples",
+    "save",
+    "scatter",
+    "sheet",
+]
+__all__ += ["table", "why_not"]
 
 
 def draw(samples: Tensor, real: Tensor | None = None) -> np.ndarray:

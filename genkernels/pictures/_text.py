@@ -6,10 +6,13 @@ INK, FAINT = (34, 34, 34), (96, 96, 96)  # of a title and of what stands below i
 
 
 def typeface(size: int, bold: bool = False):
-    """matplotlib's own font: Pillow's has no letters beyond ASCII."""
-    import matplotlib
+    """matplotlib's own font, for Pillow's has no letters beyond ASCII; that one where matplotlib is missing."""
     from PIL import ImageFont
 
+    try:
+        import matplotlib
+    except ImportError:
+        return ImageFont.load_default(size)
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' * bold}.ttf", size)
 
 

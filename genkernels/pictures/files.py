@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,15 @@ def why_not(points: bool) -> str | None:
     return None
 
 
-def save(path: str | os.PathLike, picture: np.ndarray | Figure) -> None:
+def save(path: str | os.PathLike, picture: np.ndarray | Figure, facts: Mapping[str, object] | None = None) -> None:
     """Writes a picture, whole or not at all: a process killed at any moment leaves the earlier file.
 
     Args:
         path: of the file; missing folders are made. It ends in ``.png``; for a matplotlib figure ``.pdf`` and ``.svg``
             will do too.
         picture: ``[H, W]`` or ``[H, W, 3]`` bytes, or a matplotlib figure.
+        facts: what the picture shows, by name; kept in the PNG's own text fields, where ``PIL.Image.open(path).text``
+            and programs that show pictures find them.
 
     Raises:
         UsageError: the name ends otherwise.
@@ -49,7 +52,11 @@ def save(path: str | os.PathLike, picture: np.ndarray | Figure) -> None:
     with replacing(path) as file:
         if isinstance(picture, np.ndarray):
             from PIL import Image
+            from PIL.PngImagePlugin import PngInfo
 
-            Image.fromarray(picture).save(file, format="PNG")
+            told = PngInfo()
+            for name, fact in (facts or {}).items():
+                told.add_itxt(name, str(fact))
+            Image.fromarray(picture).save(file, format="PNG", pnginfo=told)
         else:
             picture.savefig(file, format=ending[1:])

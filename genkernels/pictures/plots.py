@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 COLOURS = ("#1667b7", "#d1602c", "#2f8f5b", "#8a4fb0", "#b8860b", "#5b6670")  # told apart in print, too
+UNEQUAL = 5.0  # times the span of one feature, from where on the other has a scale of its own
 _DOTS = 40  # a curve of fewer points is drawn with a dot at each
 
 
@@ -19,10 +20,10 @@ def scatter(
     """Draws points of the plane, beside real ones on the same axes where given.
 
     Args:
-        points: ``[N, D]``, the first two features are drawn (D = 1: a histogram); or several such by name, a panel
-            each.
+        points: ``[N, D]``, the first two features are drawn (D = 1: a histogram), which is told where there are more;
+            or several such by name, a panel each.
         real: ``[M, D]`` real examples, in a last panel. They set the frame: a few wild samples must not shrink
-            everything else.
+            everything else. Axes have one scale, unless one feature spans several times what the other does.
         title: a line above the panels.
         note: smaller lines below the title.
 
@@ -37,23 +38,34 @@ def scatter(
     lines = math.ceil(len(panels) / columns)
     side = 5.0 if len(panels) <= 2 else 3.6  # inches
     width, height = side * columns, (side + 0.3 * (lines > 1)) * lines  # square panels, and room for their titles
+    *_, frame = panels.values()
+    features = frame.shape[1]
+    if features > 2:
+        note = f"{note}; " * bool(note) + f"the first 2 of {features} features"
     text = heading(title, note, width)
     head = 0.25 * len(text)  # inches
     figure = figure_of(width, height + head)
-    *_, frame = panels.values()
-    frame = frame[np.isfinite(frame).all(1)]
+    frame = frame[np.isfinite(frame).all(1)].astype(float)
+    low, high = (frame[:, :2].min(0), frame[:, :2].max(0)) if len(frame) else (np.zeros(2), np.ones(2))
+    spans = np.maximum(high - low, 1e-6 * np.maximum(1.0, np.maximum(abs(low), abs(high))))
+    one_scale = features < 2 or spans.max() < UNEQUAL * spans.min()
     for i, (name, x) in enumerate(panels.items()):
         axes = figure.add_subplot(lines, columns, i + 1, title=f"{name} ({len(x):,})")
         x = x[np.isfinite(x).all(1)]
         if x.shape[1] == 1:
-            axes.hist(x[:, 0], bins=80, color=COLOURS[0])
+            inside = (x[:, 0] >= low[0] - 0.05 * spans[0]) & (x[:, 0] <= high[0] + 0.05 * spans[0])
+            axes.hist(x[inside, 0], bins=80, color=COLOURS[0])
             continue
         axes.scatter(x[:, 0], x[:, 1], s=3, alpha=0.5, linewidths=0, color=COLOURS[0])
         if len(frame):
-            low, high = frame[:, :2].min(0), frame[:, :2].max(0)
-            middle, half = (low + high) / 2, 0.55 * max(float((high - low).max()), 1e-6)
-            axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
-        axes.set_aspect("equal", adjustable="box")
+            half = 0.55 * np.full(2, spans.max()) if one_scale else 0.55 * spans
+            middle = (low + high) / 2
+            axes.set(xlim=(middle[0] - half[0], middle[0] + half[0]), ylim=(middle[1] - half[1], middle[1] + half[1]))
+        if one_scale:
+            axes.set_aspect("equal", adjustable="box")
+        if features > 2:
+            axes.set(xlabel="feature 1", ylabel="feature 2")
+        axes.locator_params(nbins=5)
     for i, (part, size, weight, colour) in enumerate(text):
         y = 1 - (0.08 + 0.25 * i) / (height + head)
         figure.text(0.1 / width, y, part, fontsize=size, weight=weight, color=colour, va="top")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from genkernels.pictures._text import FAINT, INK, typeface, wrapped
 
-#: Pixels that the shorter side of a tile is enlarged to at least; by whole factors, so that source pixels stay squares.
-_TILE = 64
+#: Pixels that the shorter side of a tile is enlarged to at least, and a sheet's width, where whole factors reach it:
+#: source pixels stay squares.
+_TILE, _WIDTH = 64, 640
 _SHEET = 2048  # pixels of a sheet's side at most, where the factor can still be reduced
 _LINE = 96  # grey of the lines between tiles: told apart from black and from white pictures
 
@@ -51,17 +52,63 @@ def sheet(
     for name, labels, count in (("rows", rows, lines), ("headings", headings, columns)):
         if labels and len(labels) != count:
             raise ValueError(f"sheet: {name} must be {count} labels, got {len(labels)}")
-    factor = max(1, min(math.ceil(_TILE / min(height, width)), _SHEET // max(columns * width, lines * height)))
-    line = max(1, factor // 4)
+    factor = _factor(height, width, lines, columns)
+    grid = _grid(images, lines, columns, factor)
+    if title or note or rows or headings:
+        step_y, step_x = height * factor + _line(factor), width * factor + _line(factor)
+        centres = [(i + 0.5) * step_x for i in range(columns)]
+        return _labelled(grid, step_y, centres, title, note, rows, headings)
+    return grid[..., 0] if channels == 1 else grid
+
+
+def blocks(
+    parts: Mapping[str, tuple[Tensor, int]], *, title: str = "", note: str = "", rows: Sequence[str] = ()
+) -> np.ndarray:
+    """Sheets beside each other, tiles of one size in rows that go on from one to the next.
+
+    Args:
+        parts: by the words above it, the images of a block, as `sheet` takes them, and how many of them a row has.
+        title, note, rows: as for `sheet`.
+
+    Returns:
+        ``[height, width, 3]`` bytes.
+    """
+    height, width = next(iter(parts.values()))[0].shape[2:]
+    lines = max(math.ceil(len(images) / columns) for images, columns in parts.values())
+    factor = _factor(height, width, lines, sum(columns for _, columns in parts.values()))
+    grids = [_grid(images, lines, columns, factor) for images, columns in parts.values()]
+    grids = [np.broadcast_to(grid, (*grid.shape[:2], 3)) for grid in grids]
+    gap = np.full((grids[0].shape[0], max(12, width * factor // 4), 3), 255, np.uint8)
+    joined, centres, left = [], [], 0
+    for grid in grids:
+        joined += [gap, grid] if joined else [grid]
+        left += gap.shape[1] if len(joined) > 1 else 0
+        centres.append(left + grid.shape[1] / 2)
+        left += grid.shape[1]
+    whole = np.concatenate(joined, 1)
+    return _labelled(whole, height * factor + _line(factor), centres, title, note, rows, list(parts))
+
+
+def _factor(height: int, width: int, lines: int, columns: int) -> int:
+    """By which pictures are enlarged."""
+    wished = max(math.ceil(_TILE / min(height, width)), _WIDTH // (columns * width))
+    return max(1, min(wished, _SHEET // max(columns * width, lines * height)))
+
+
+def _line(factor: int) -> int:
+    return max(1, min(factor // 3, 4))
+
+
+def _grid(images: Tensor, lines: int, columns: int, factor: int) -> np.ndarray:
+    _, channels, height, width = images.shape
+    line = _line(factor)
     step_y, step_x = height * factor + line, width * factor + line
     grid = np.full((lines * step_y + line, columns * step_x + line, channels), _LINE, np.uint8)
     big = _bytes(images).permute(0, 2, 3, 1).numpy().repeat(factor, 1).repeat(factor, 2)
     for i, picture in enumerate(big):
         top, left = line + i // columns * step_y, line + i % columns * step_x
         grid[top : top + height * factor, left : left + width * factor] = picture
-    if title or note or rows or headings:
-        return _labelled(grid, step_y, step_x, title, note, rows, headings)
-    return grid[..., 0] if channels == 1 else grid
+    return grid
 
 
 def _bytes(images: Tensor) -> Tensor:
@@ -71,8 +118,8 @@ def _bytes(images: Tensor) -> Tensor:
     return (pixels.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _labelled(grid: np.ndarray, step_y: int, step_x: int, title: str, note: str, rows, headings) -> np.ndarray:
-    """The grid on white, a title and a note above it, labels left of its rows and above its columns."""
+def _labelled(grid: np.ndarray, step_y: int, centres: Sequence[float], title: str, note: str, rows, headings):
+    """The grid on white, a title and a note above it, labels left of its rows and above what has these centres."""
     from PIL import Image, ImageDraw
 
     height, width = grid.shape[:2]
@@ -92,6 +139,6 @@ def _labelled(grid: np.ndarray, step_y: int, step_x: int, title: str, note: str,
         y += round(1.35 * font.size)
     for i, label in enumerate(rows):
         pen.text((left - gap, top + round((i + 0.5) * step_y)), label, font=plain, fill=INK, anchor="rm")
-    for i, label in enumerate(headings):
-        pen.text((left + round((i + 0.5) * step_x), top - gap), label, font=plain, fill=INK, anchor="ms")
+    for centre, label in zip(centres, headings, strict=False):
+        pen.text((left + round(centre), top - gap), label, font=plain, fill=INK, anchor="ms")
     return np.asarray(page)

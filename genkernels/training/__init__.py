@@ -1,5 +1,17 @@
 """Training: `fit` a model, `evaluate` it, `sample` from it, and rebuild it from a run's folder.
 
+In Python as on the command line::
+
+    import genkernels as gk
+
+    model, bundle = gk.models.NICE.from_preset("digits"), gk.data.load("digits")
+    config = gk.training.TrainConfig(max_steps=1000, batch_size=64)  # each field is a flag of genkernels train
+    result = gk.training.fit(model, bundle, config, out="runs/nice")  # resume=True goes on with it
+    print(result)
+    gk.training.evaluate(model, bundle.test)["bits_per_dim"].value
+    gk.training.sample(model, 64, temperature=0.7)  # [64, 1, 8, 8] in [0, 1]
+    model, config, state, notes = gk.training.load_model("runs/nice")  # the best weights, by held-out examples
+
 A model says what it minimises and who is trained (`genkernels.models.Model`); `fit` adds what makes a run safe to stop,
 to watch and to repeat. A model needs none of it. In a plain loop::
 

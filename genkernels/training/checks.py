@@ -11,6 +11,8 @@ from genkernels._files import named_by
 from genkernels._words import UsageError, memory_ran_out
 from genkernels.nn.reversible import NotRebuilt
 
+MOST_PICTURES, MOST_POINTS = 4096, 1_000_000  # on one sheet
+
 
 def check_model(model: torch.nn.Module) -> None:
     """That it says what training asks it, and that each player has something to train."""
@@ -39,6 +41,9 @@ def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:
     most = max(examples, 65536)
     if config.batch_size > most:
         raise UsageError(f"batch_size must be at most {most:,} for {examples:,} examples, got {config.batch_size:,}")
+    shown = MOST_PICTURES if is_image else MOST_POINTS
+    if (config.samples or 0) > shown:
+        raise UsageError(f"samples must be at most {shown:,} on a sheet, got {config.samples:,}")
     tenth = max(1, config.total_steps(examples, config.world_size) // 10)
     evaluate_every = tenth if config.eval_every is None else config.eval_every
     look = 1 if accelerator == "cpu" and config.devices == 1 else 20

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from genkernels._config import TrainConfig
 from genkernels._files import write_json
-from genkernels._machine import is_main_process
+from genkernels._interrupt import Interrupt
+from genkernels._lightning import import_lightning, quiet_lightning
+from genkernels._machine import cpu_threads, is_main_process
 from genkernels._seeds import derive_seed, fixed_seed, seed_everything
 from genkernels._words import UsageError, notice
 from genkernels.backends import current_backend, use_backend
@@ -20,8 +22,6 @@ from genkernels.nn._modes import in_mode
 from genkernels.training import checkpoint as ckpt
 from genkernels.training.checkpoint import TrainingError
 from genkernels.training.checks import check_model, explained, resolved
-from genkernels.training.interrupt import Interrupt
-from genkernels.training.lightning_guard import import_lightning, quiet_lightning
 from genkernels.training.order import make_loader
 from genkernels.training.results import Result, metrics
 from genkernels.training.resume import going_on, refuse_changes
@@ -90,7 +90,7 @@ def fit(
     facts = len(bundle.train), bundle.form.is_image
     resolved(config, *facts)  # what this machine cannot do is refused before anything is written
     description = describe_model(model)
-    with use_backend(config.backend or current_backend()):
+    with use_backend(config.backend or current_backend()), cpu_threads(config.threads):
         import_lightning()
         if run and main:
             run.prepare(resume=resume, overwrite=overwrite)
@@ -208,4 +208,6 @@ def _restore(run, model, description, bundle, config, data, resume, main) -> tup
             damaged.rename(damaged.with_suffix(".ckpt.damaged"))
     if run and main:
         run.write_config(model=description, data=data, train=config.to_dict())
+        if not state:  # killed before the next one, a run goes on from the weights that it began with
+            ckpt.write_checkpoint(ckpt.step_path(run.checkpoints, 0), {"step": 0, "model": model.state_dict()})
     return state, config, notes

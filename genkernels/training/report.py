@@ -37,7 +37,8 @@ class Report:
         if session.run and self.main:
             names = [session.column(player, term) for player in session.players for term in ("loss", "grad_norm")]
             self.file = LossFile(session.run.losses, start, names)
-            self._curves = Curves(session.run.tensorboard, start, session.tell)
+            if session.config.tensorboard:
+                self._curves = Curves(session.run.tensorboard, start, session.tell)
             if self.file.lost:
                 session.tell(
                     f"{session.run.losses} lacks {self.file.lost:,} of the {start:,} rows before step {start:,}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import torch
 
+from genkernels._bar import duration, rate_text
 from genkernels._config import TrainConfig
 from genkernels._loss_file import term_of
 from genkernels._machine import cpu_text, versions
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
     from genkernels.models import Estimate, Model
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
-    """What came of a run.
+    """What came of a run; ``print(result)`` says it in three lines.
 
     Attributes:
         steps: that the model has seen, those before a resume included.
@@ -55,6 +57,22 @@ class Result:
     stopped_early: bool = False
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        noun = "images" if len(self.model.shape) == 3 else "points"
+        speed = f", {rate_text(self.examples_per_second, noun)} (median step)" if self.examples_per_second else ""
+        time = f"{duration(self.seconds)} in all, {self.device}, backend {self.backend}"
+        several = len(self.held_out) > 1
+        held = ", ".join(f"{e.name} {e}" if several or not e.unit else f"{e}" for e in self.held_out.values())
+        seen = f" over {next(iter(self.held_out.values())).examples:,} {noun}" if self.held_out else "not evaluated"
+        best = f"; best {self.best[1]:.4f} at step {self.best[0]:,}" if self.best else ""
+        out = "nothing was written"
+        if self.out:
+            curves = f"; tensorboard --logdir {quote(str(self.out))}" if (self.out / "tensorboard").is_dir() else ""
+            out = f"{self.out}: metrics.json, losses.csv, best.ckpt, samples/, checkpoints/{curves}"
+        return f"{self.steps:,} steps{speed}, {time}\nheld out: {held}{seen}{best}\n{out}"
+
+    __repr__ = __str__
 
     @property
     def interrupted(self) -> bool:

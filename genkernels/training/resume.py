@@ -27,7 +27,7 @@ def going_on(run: RunDirectory, state: dict, config: TrainConfig, examples: int)
         reason = f"stopped early at step {step:,}, without a new best in {state['stale']} evaluations"
         return config, [f"{run} {reason}: nothing was trained; a larger --patience goes on"]
     notes = []
-    if "optimizers" not in state:
+    if step and "optimizers" not in state:
         notes.append(f"the checkpoint of step {step:,} holds weights alone: the optimisers begin anew")
     old = run.read_config()["train"]
     judged = old.get("eval_examples", config.eval_examples), config.eval_examples

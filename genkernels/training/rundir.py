@@ -4,7 +4,8 @@
 
     RUN/config.json                        the model, the training settings, and the data: how to load them, their
                                            classes, how many there are, and a digest by which they are known again
-    RUN/checkpoints/step-00001000.ckpt     the two newest periodic checkpoints, all that a resume needs
+    RUN/checkpoints/step-00001000.ckpt     the two newest periodic checkpoints, all that a resume needs; that of step 0
+                                           holds the weights that the run began with
     RUN/best.ckpt                          the weights with the best held-out value
     RUN/samples/step-00001000.png          a sheet of samples, and others that the model has: -NAME.png
     RUN/losses.csv                         one row a step, a column for each term
@@ -24,7 +25,7 @@ from genkernels._files import lock, refuse_unwritable, remove_leftovers, write_j
 from genkernels._machine import versions
 from genkernels._words import UsageError, near_names, nearest
 from genkernels.models._registry import hparams_of_format_1
-from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest
+from genkernels.training.checkpoint import CheckpointError, read_checkpoint, read_newest, step_path
 
 if TYPE_CHECKING:
     from genkernels.models import Model
@@ -104,20 +105,9 @@ class RunDirectory:
         """The contents of ``config.json``; a UsageError where there is none, or where it is damaged."""
         if not self.path.is_dir():
             raise UsageError(f"there is no run in {self}: no such folder{_near_folder(self.path)}")
-        try:
-            config = json.loads(self.config.read_bytes())
-        except FileNotFoundError:
-            raise UsageError(f"there is no run in {self}: it has no config.json") from None
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.config} cannot be read: {error}") from None
-        parts = ("model", "data", "train")
-        if not isinstance(config, dict) or not all(isinstance(config.get(p), dict) and config[p] for p in parts):
-            raise UsageError(f"{self.config} is damaged: it must have the parts model, data and train")
-        if "levels" in config["data"]:  # of format 1
-            config["data"]["grey_levels"] = config["data"].pop("levels")
-        model = config["model"]
-        model["hparams"] = hparams_of_format_1(model.get("name"), model.get("hparams", {}))
-        return config
+        if not self.config.exists():
+            raise UsageError(f"there is no run in {self}: it has no config.json")
+        return read_config(self.config)
 
     def write_config(self, *, model: dict, data: dict, train: dict) -> None:
         write_json(self.config, {"format": 1, "model": model, "data": data, "train": train, "versions": versions()})
@@ -133,11 +123,11 @@ def describe_model(model: Model) -> dict:
     return {"name": name, "class": type(model).__name__, "hparams": hparams, "parameters": parameters}
 
 
-def load_model(path: str | os.PathLike, which: str = "best") -> tuple[Model, dict, dict, list[str]]:
+def load_model(path: str | os.PathLike, which: str | int = "best") -> tuple[Model, dict, dict, list[str]]:
     """Rebuilds a run's model with its averaged weights (the trained ones where no average was kept), for evaluation.
 
     Args:
-        path: the run's folder. which: ``best`` (by held-out examples) or ``last``.
+        path: the run's folder. which: ``best`` (by held-out examples), ``last``, or the step of a checkpoint.
 
     Returns:
         ``(model, config, state, notes)``: the model on the CPU, ``config.json``, the checkpoint, and a sentence for
@@ -150,7 +140,10 @@ def load_model(path: str | os.PathLike, which: str = "best") -> tuple[Model, dic
     config = run.read_config()
     model = build_model(config["model"], run.path)
     state, path, notes = None, run.best, []
-    if which == "best":
+    if which not in ("best", "last"):
+        path = step_path(run.checkpoints, int(which))
+        state = read_checkpoint(path)
+    elif which == "best":
         try:
             state = read_checkpoint(path)
         except CheckpointError as error:
@@ -193,6 +186,22 @@ def load_weights(model: Model, state: dict, path: Path, *, averaged: bool) -> No
         raise CheckpointError(f"checkpoint {path} must hold this model's weights: {' '.join(lines[1:3])}") from None
     except KeyError as error:
         raise CheckpointError(f"checkpoint {path} must hold this model's players, it has {error}") from None
+
+
+def read_config(path: Path, whole: bool = True) -> dict:
+    """A run's configuration; not `whole`, of a user's own making, it may lack parts."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    found = {p: config.get(p, {}) for p in ("model", "data", "train")} if isinstance(config, dict) else {}
+    if not found or not all(isinstance(part, dict) and (part or not whole) for part in found.values()):
+        raise UsageError(f"{path} is damaged: it must have the parts model, data and train")
+    if "levels" in found["data"]:  # of format 1
+        found["data"]["grey_levels"] = found["data"].pop("levels")
+    model = found["model"]
+    model["hparams"] = hparams_of_format_1(model.get("name"), model.get("hparams", {}))
+    return config | found
 
 
 def _near_folder(path: Path) -> str:

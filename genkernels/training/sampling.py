@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from genkernels._seeds import derive_seed
 from genkernels._words import UsageError
-from genkernels.pictures import draw, save, why_not
+from genkernels.pictures import class_rows, draw, samples, save, why_not
 from genkernels.training.average import applied
 from genkernels.training.judge import device_of, evaluating
 
 if TYPE_CHECKING:
+    from genkernels.data import DataBundle
     from genkernels.models import Model
 
 
@@ -25,7 +26,7 @@ def sample(
     *,
     temperature: float = 1.0,
     seed: int = 0,
-    label: int | None = None,
+    label: int | Sequence[int] | None = None,
     batch_size: int = 256,
     options: dict[str, Any] | None = None,
 ) -> Tensor:
@@ -34,7 +35,7 @@ def sample(
     Args:
         model: has ``sample(n, temperature, generator, y)``. n: how many.
         temperature: of the prior. seed: of the draws.
-        label: the class of every sample; None takes each class in turn where the model has classes.
+        label: the class of every sample, or one for each; None takes each in turn where the model has classes.
         batch_size: samples at once.
         options: further keyword arguments of ``model.sample``.
 
@@ -46,12 +47,12 @@ def sample(
         raise UsageError(f"{type(model).__name__} draws from p(x), of which no class can be chosen")
     if label is not None and not classes:
         raise UsageError("the model has no classes to choose from: it was not trained with --class-conditional")
-    if label is not None and not 0 <= label < classes:
-        raise UsageError(f"label must be in 0 to {classes - 1}, got {label}")
+    if bad := [] if label is None else [k for k in torch.tensor(label).reshape(-1).tolist() if not 0 <= k < classes]:
+        raise UsageError(f"label must be in 0 to {classes - 1}, got {bad[0]}")
     with drawing(model, seed) as (device, generator):
         if classes:
-            labels = torch.arange(n, device=device) % classes
-            labels = labels if label is None else labels.fill_(label)
+            labels = torch.arange(n) % classes if label is None else torch.tensor(label).expand(n)
+            labels = labels.to(device)
         for first in range(0, n, batch_size):
             count = min(batch_size, n - first)
             given = {**(options or {}), **({} if labels is None else {"y": labels[first : first + count]})}
@@ -94,14 +95,30 @@ class Sheets:
         s, seed, count = self.session, derive_seed(self.session.config.seed, "sheet"), self.session.config.samples
         x, y = s.bundle.take("test", count)
         sheets = {}
+        title = {"model": type(s.model).__name__, "data": s.bundle.name, "step": step}
         if getattr(s.model, "has_prior", True):
-            samples = sample(s.model, count, temperature=s.config.temperature, seed=seed)
-            if broken := unusable(samples):
-                s.report.note(f"step {step}: {broken} of {len(samples)} samples are not finite")
-            sheets["samples"] = draw(samples, None if s.bundle.form.is_image else x)
+            title["temperature"] = s.config.temperature
+            rows = class_rows(s.model.num_classes, count) if s.model.samples_by_class else []
+            drawn = sample(s.model, len(rows) or count, temperature=title["temperature"], seed=seed, label=rows or None)
+            if broken := unusable(drawn):
+                s.report.note(f"step {step}: {broken} of {len(drawn)} samples are not finite")
+            if broken < len(drawn):
+                sheets["samples"] = shown(drawn, title, s.bundle, (x, y), rows)
         with drawing(s.model, seed) as (device, generator):
             pictures = s.model.pictures(x.to(device), y.to(device), generator)
         sheets |= {name: draw(picture) for name, picture in pictures.items()}
         for name, pixels in sheets.items():
-            save(s.run.samples / f"step-{step:08d}{'' if name == 'samples' else f'-{name}'}.png", pixels)
+            path = s.run.samples / f"step-{step:08d}{'' if name == 'samples' else f'-{name}'}.png"
+            save(path, pixels, {"shows": name, **title})
             s.report.picture(step, name, pixels)
+
+
+def shown(drawn: Tensor, facts: dict, bundle: DataBundle | None, real: tuple[Tensor, Tensor] | None, rows=()):
+    """The sheet of samples under a title that tells its facts; `rows` as `class_rows` gave them, `real` examples as
+    ``bundle.take`` gives them."""
+    x, y = real or (None, None)
+    if real and bundle.form.is_image:
+        x = x / (bundle.form.grey_levels - 1)
+    title = f"{facts['model']} on {facts['data']}, step {facts['step']:,}"
+    words = {"labels": rows, "classes": bundle.classes if bundle else None, "real_labels": y}
+    return samples(drawn, x, title=title, note=f"temperature {facts['temperature']:g}", **words)

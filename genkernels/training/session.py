@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from genkernels._config import TrainConfig
+from genkernels._interrupt import Interrupt
 from genkernels._seeds import derive_seed, seed_everything
 from genkernels._words import notice
 from genkernels.data.batches import fetch
 from genkernels.training.average import Average
-from genkernels.training.interrupt import Interrupt
 from genkernels.training.judge import Judge
 from genkernels.training.keep import Keeper
 from genkernels.training.order import Order

@@ -68,7 +68,7 @@ class Watch:
         """A checkpoint is good if a finite step followed it: the weights of one that was written just before the broken
         `step` are what broke it, whatever the settings."""
         run = self.session.run
-        found = list_checkpoints(run.checkpoints) if run else []
+        found = [path for path in list_checkpoints(run.checkpoints) if step_of(path)] if run else []
         bad = [path.name for path in found if step_of(path) >= step]
         if good := found[len(bad) :]:
             way = f"remove {' and '.join(bad)}, which ends the same way, and go on" if bad else "go on"

@@ -48,7 +48,7 @@ def run_folder(tmp_path_factory):
     ("line", "words"),
     [
         ("trian glow", "unknown command 'trian'; did you mean train?"),
-        ("frobnicate", "unknown command 'frobnicate'; choose from info, train, sample, eval, bench, figure, table"),
+        ("frobnicate", "unknown command 'frobnicate'; choose from info, train, sample, eval"),
         ("info --opps", "info: unknown argument '--opps'; did you mean --ops?"),
         ("train", "train needs a model and data"),
         ("train glow", "train needs a model and data"),
@@ -60,7 +60,7 @@ def run_folder(tmp_path_factory):
         ("train nice --data digits --preset digts", "unknown preset 'digts' of NICE; did you mean digits?"),
         ("train nice --data digits --set hiden=3", "nice has no argument 'hiden'; did you mean hidden?"),
         ("train nice --data digits --set hidden", "--set takes KEY=VALUE, got 'hidden'"),
-        ("train nice --data digits --set hidden=-3", "NICE: hidden must be at least 0, got -3"),
+        ("train nice --data digits --set hidden=-3", "NICE: hidden must be at least 1, got -3"),
         ("train nice --data digits --set prior=uniform", "normal, logistic, got 'uniform'"),
         ("train glow --data digits --set scales=7", "Glow: height and width must be multiples of"),
         ("train hybridflow --data checkerboard", "hybridflow needs labels: the data checkerboard have none"),
@@ -73,10 +73,10 @@ def run_folder(tmp_path_factory):
         ("train hybridflow --data digits --set weight=-1", "weight must be a number of at least 0, or '1/D', got -1"),
         ("train nice --data digits --backend tritn", "did you mean triton"),
         ("train nice --data digits --precision bf16", "did you mean bf16-mixed"),
-        ("train nice --data digits --max-steps 0", "max_steps must be an integer of at least 1, got 0"),
+        ("train nice --data digits --max-steps 0", "error: --max-steps must be an integer of at least 1, got 0"),
         ("train nice --data digits --max-steps many", "argument --max-steps: invalid int value: 'many'"),
-        ("train nice --data digits --max-steps 5 --epochs 2", "give max_steps or epochs, not both: got max_steps=5"),
-        ("train nice --data digits --lr nan", "lr must be positive, got nan"),
+        ("train nice --data digits --max-steps 5 --epochs 2", "only one of --max-steps=5 and --epochs=2 can be given"),
+        ("train nice --data digits --lr nan", "error: --lr must be positive, got nan"),
         ("train nice --data digits --max-step 5", "unknown argument '--max-step'; did you mean --max-steps"),
         ("train nice --data digits --resume --overwrite --out x", "--resume or --overwrite, not both"),
         ("train --resume", "--resume needs the run's folder"),
@@ -87,7 +87,7 @@ def run_folder(tmp_path_factory):
         ("sample nowhere --n 0", "--n must be at least 1, got 0"),
         ("sample nowhere --temperature -1", "--temperature must be 0 or positive, got -1.0"),
         ("sample nowhere --temperature nan", "--temperature must be 0 or positive, got nan"),
-        ("sample nowhere --out x.jpg", "--out must end in .png or .npz, got 'x.jpg'"),
+        ("sample nowhere --out x.jpg", "--out must end in .png or .npz, or in / for a PNG of each sample, got 'x.jpg'"),
         ("eval nowhere", "there is no run in nowhere"),
         ("eval nowhere --batch-size 0", "--batch-size must be at least 1"),
         (
@@ -106,6 +106,27 @@ def run_folder(tmp_path_factory):
             "--seed must be an integer of 64 bits, got 99999999999999999999",
         ),
         ("bench no_such_case", "no_such_case"),
+        ("sample nowhere --out tests.d/", "the folder 'tests.d/' must be new or empty, and its name without an ending"),
+        ("sample nowhere --threads 0", "--threads must be at least 1, got 0"),
+        ("sample nowhere --checkpoint newest", "--checkpoint must be best, last or a step, got 'newest'"),
+        ("train realnvp --data moons --set couplings=0", "RealNVP: couplings must be at least 1, got 0"),
+        ("train glow --data digits --set hidden=0", "Glow: hidden must be at least 1, got 0"),
+        ("train glow --data digits --set steps=0", "Glow: steps must be at least 1, got 0"),
+        ("train maf --data digits --set transforms=0", "MAF: transforms must be at least 1, got 0"),
+        ("train nice --data digits --set layers=0", "NICE: layers must be at least 1, got 0"),
+        (
+            "train pixelcnn --data digits --set width=1000000",
+            "pixelcnn of these sizes is more than the memory here: one of its",
+        ),
+        ("train nice --data digits --set hidden=1000000 --set layers=3", "parameters, whose training takes 160 TB at"),
+        ("train nice --data digits --samples 100000000", "--samples must be at most 4,096 on a sheet, got 100,000,000"),
+        ("train nice --data moons --samples 100000000", "--samples must be at most 1,000,000 on a sheet"),
+        ("train nice --data digits --seed 99999999999999999999", "--seed must be an integer of 64 bits"),
+        ("train nice --data digits --threads 0", "--threads must be an integer of at least 1, got 0"),
+        ("train nice --data digits --backend=tritn", "--backend must be one of"),
+        ("train --like nowhere", "there is no run in nowhere"),
+        ("train --config nowhere", "nowhere cannot be read: No such file or directory"),
+        ("train nice --like a --config b", "give --like or --config, not both"),
         ("--verison", "unknown argument '--verison'; did you mean --version?"),
         ("-v", "unknown argument '-v'"),
         ("--foo", "unknown argument '--foo'; genkernels --help lists them"),
@@ -123,7 +144,7 @@ def test_a_backend_that_cannot_run_says_why(refused, run_folder):
     assert "backend 'triton' cannot run here" in refused("eval", run_folder, "--backend", "triton")
     assert "backend 'cuda' cannot run here" in refused("train", "nice", "--data", "digits", *TINY, "--backend", "cuda")
     assert "accelerator gpu needs" in refused("eval", run_folder, "--accelerator", "gpu")
-    assert "accelerator gpu needs" in refused("train", "nice", "--data", "digits", *TINY, "--accelerator", "gpu")
+    assert "--accelerator gpu needs" in refused("train", "nice", "--data", "digits", *TINY, "--accelerator", "gpu")
 
 
 def test_a_backend_in_the_environment_is_checked(refused, run_folder, monkeypatch):
@@ -133,7 +154,7 @@ def test_a_backend_in_the_environment_is_checked(refused, run_folder, monkeypatc
 
 def test_inpainting_that_cannot_be_done(refused, run_folder):
     assert "NICE cannot in-paint: only the PixelCNN family" in refused("sample", run_folder, "--inpaint", "top-half")
-    sentence = "region must be one of top-half, top-quarter, left-half, got 'bottom'"
+    sentence = "--inpaint must be one of top-half, top-quarter, left-half, got 'bottom'"
     assert sentence in refused("sample", run_folder, "--inpaint", "bottom")
     assert "--label cannot be given" in refused("sample", run_folder, "--inpaint", "top-half", "--label", 1)
 
@@ -173,13 +194,13 @@ def test_a_run_that_is_there_is_not_replaced_unasked(refused, run_folder):
     for extra, words in (
         (["--preset", "digits"], "--preset cannot be given with --resume"),
         (["--set", "hidden=4"], "--set cannot be given with --resume"),
-        (["--batch-size", "7"], "begun with batch_size 64, which a resume cannot change, got 7"),
+        (["--batch-size", "7"], "begun with --batch-size 64, which a resume cannot change, got 7"),
     ):
         assert words in refused("train", "--resume", "--out", run_folder, *extra)
     assert "begun with model nice, which a resume cannot change, got glow" in refused(
         "train", "glow", "--resume", "--out", run_folder
     )
-    words = "begun with data digits, which a resume cannot change, got moons"
+    words = "begun with --data digits, which a resume cannot change, got moons"
     assert words in refused("train", "--data", "moons", "--resume", "--out", run_folder)
     assert (run_folder / "metrics.json").read_bytes() == before
 
@@ -400,6 +421,56 @@ def test_a_run_of_too_much(refused):
     for extra, words in (
         ("--max-steps 100000000000000000000", "at most 1,000,000,000,000 steps"),
         ("--epochs 1e300", "at most 1,000,000,000,000 steps"),
-        ("--max-steps 5 --batch-size 1000000000", "batch_size must be at most 65,536 for 1,437 examples"),
+        ("--max-steps 5 --batch-size 1000000000", "--batch-size must be at most 65,536 for 1,437 examples"),
     ):
         assert words in refused("train", "nice", "--data", "digits", *TINY, *extra.split())
+
+
+def test_more_samples_than_there_is_room_for(refused, run_folder):
+    words = "error: --n 1,000,000,000,000 takes 512 TB of memory, "
+    assert words in refused("sample", run_folder, "--n", 10**12)
+    assert "--n must be at most 4,096 on a sheet, got 5,000: give --out F.npz" in refused(
+        "sample", run_folder, "--n", 5000
+    )
+
+
+def test_a_checkpoint_that_is_not_there(refused, run_folder):
+    words = f"--checkpoint: {run_folder} has none of step 7, it has those of 2, 3"
+    assert words in refused("sample", run_folder, "--checkpoint", 7) and words in refused(
+        "eval", run_folder, "--checkpoint", 7
+    )
+
+
+def test_help_by_its_name(capsys):
+    assert main(["help"]) == 0 and "usage: genkernels" in capsys.readouterr().out
+    assert main(["help", "sample"]) == 0 and "--temperature" in capsys.readouterr().out
+
+
+def test_what_makes_little_sense_is_told(capsys):
+    pytest.importorskip("lightning")
+    few = ["--max-steps", "1", "--samples", "4", "--eval-examples", "4", "--accelerator", "cpu", "--quiet"]
+    argv = ["train", "nice", "--data", "digits", *TINY, *few]
+    assert main([*argv, "--warmup", "1000000000", "--batch-size", "2874"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("--warmup 1,000,000,000 does not end within 1 steps: the largest step size is 1e-12")
+    assert second.endswith("a batch of 2,874 holds each of the 1,437 examples 2 times")
+
+
+def test_info_names_the_packages_that_are_missing(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "genkernels.cli.info._EXTRAS", {"torch": "torch", "no_such_module": "nothing", "nor_this": "nil"}
+    )
+    assert main(["info"]) == 0
+    assert "not installed: nothing, nil (pip install 'genkernels[train]')\n" in capsys.readouterr().out
+
+
+def test_threads_wait_without_spinning(monkeypatch):
+    """But in a benchmark, and where the user has said otherwise."""
+    monkeypatch.setattr("genkernels.cli.info.run", lambda arguments: 0)
+    monkeypatch.setattr("genkernels.cli.bench.run", lambda arguments: 0)
+    for command, said, waits in (("bench", None, None), ("info", None, "PASSIVE"), ("info", "ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if said:
+            monkeypatch.setenv("OMP_WAIT_POLICY", said)
+        assert main([command]) == 0 and os.environ.get("OMP_WAIT_POLICY") == waits
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)

@@ -54,9 +54,9 @@ def test_every_figure_has_its_three_parts_and_is_listed(capsys):
 def test_samples_at_several_temperatures(drawn, runs):
     page = drawn("temperature", "--run", runs / "digits", "--temperatures", 0, 1, "--n", 5)
     assert page.shape[1] > 5 * 64 and page.shape[0] > 2 * 64
-    rows = page[-(2 * 66 + 2 + 7) : -7, -(5 * 66 + 2 + 7) : -7]  # lines of 2, half a letter of white around
-    cold = [rows[2:66, 2 + 66 * i : 66 + 66 * i] for i in range(5)]
-    hot = [rows[68:132, 2 + 66 * i : 66 + 66 * i] for i in range(5)]
+    rows = page[-(2 * 132 + 4 + 7) : -7, -(5 * 132 + 4 + 7) : -7]  # lines of 4, half a letter of white around
+    cold = [rows[4:132, 4 + 132 * i : 132 + 132 * i] for i in range(5)]
+    hot = [rows[136:264, 4 + 132 * i : 132 + 132 * i] for i in range(5)]
     assert all((tile == cold[0]).all() for tile in cold), "at T = 0 there is one sample"
     assert not all((tile == hot[0]).all() for tile in hot)
     points = drawn("temperature", "--run", runs / "moons", "--temperatures", 0.5, 1, "--n", 50)

@@ -102,7 +102,7 @@ def test_the_outermost_constructor_is_the_one_recorded():
     assert Wide(3).state_dict()["flows.0.1.net.last.weight"].shape == (1, 12)
     with pytest.raises(ValueError, match="Same: factor must be an integer, got 2.5"):
         Same(2.5)
-    with pytest.raises(ValueError, match="Wide: hidden must be at least 0, got -4"):  # what it hands on is checked too
+    with pytest.raises(ValueError, match="Wide: hidden must be at least 1, got -4"):  # what it hands on is checked too
         Wide(hidden=4)
 
 

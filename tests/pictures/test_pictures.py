@@ -13,18 +13,18 @@ LINE = 96
 def test_tiny_pictures_are_enlarged_by_a_whole_factor_with_sharp_squares():
     images = torch.rand(5, 1, 8, 8)
     grid = sheet(images)
-    factor, line = 8, 2  # 8 pixels to 64; lines a quarter of a pixel
-    assert grid.shape == (2 * (64 + line) + line, 3 * (64 + line) + line) and grid.dtype == np.uint8
+    factor, line = 26, 4  # 640 pixels in all are three times 8, and a rest
+    assert grid.shape == (2 * (208 + line) + line, 3 * (208 + line) + line) and grid.dtype == np.uint8
     for i in range(5):
-        top, left = line + i // 3 * (64 + line), line + i % 3 * (64 + line)
-        got = grid[top : top + 64, left : left + 64]
+        top, left = line + i // 3 * (208 + line), line + i % 3 * (208 + line)
+        got = grid[top : top + 208, left : left + 208]
         assert (got == np.kron((images[i, 0] * 255).round().numpy(), np.ones((factor, factor)))).all()
     assert (
         (grid[:line] == LINE).all()
         and (grid[:, :line] == LINE).all()
-        and (grid[line + 64 : 2 * line + 64] == LINE).all()
+        and (grid[line + 208 : 2 * line + 208] == LINE).all()
     )
-    assert (grid[-64:, -64:] == LINE).all(), "the place of a missing picture"
+    assert (grid[-208:, -208:] == LINE).all(), "the place of a missing picture"
 
 
 def test_colours_bytes_and_wild_values():
@@ -32,14 +32,14 @@ def test_colours_bytes_and_wild_values():
     images[0, 0], images[0, 1], images[0, 2] = 2.0, float("nan"), -1.0
     images[1] = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1)
     grid = sheet(images, columns=1)
-    assert grid.shape == (2 * 68 + 4, 72, 3)
+    assert grid.shape == (2 * 644 + 4, 648, 3)
     assert grid[10, 10].tolist() == [255, 0, 0] and grid[-10, 10].tolist() == [0, 128, 255]
     as_bytes = torch.full((1, 1, 2, 2), 7, dtype=torch.uint8)
     assert sheet(as_bytes)[20, 20] == 7
 
 
 def test_large_pictures_stay_as_they_are_and_bad_shapes_are_refused():
-    assert sheet(torch.rand(4, 3, 100, 120)).shape[0] == 2 * 101 + 1
+    assert sheet(torch.rand(4, 3, 400, 420)).shape[0] == 2 * 401 + 1
     for shape in ((3, 8, 8), (2, 2, 8, 8), (0, 1, 8, 8)):
         with pytest.raises(ValueError, match="sheet: images must be"):
             sheet(torch.zeros(shape))
@@ -110,6 +110,36 @@ def test_labels_surround_the_same_tiles():
     for wrong in ({"rows": ("one",)}, {"headings": ("a", "b")}):
         with pytest.raises(ValueError, match="sheet: (rows|headings) must be [23] labels, got [12]"):
             sheet(images, 3, **wrong)
+
+
+def test_classes_are_rows_and_real_pictures_stand_beside():
+    rows = pictures.class_rows(10, 64)
+    assert rows == [row for row in range(10) for _ in range(6)] and pictures.class_rows(None, 64) == []
+    assert pictures.class_rows(1000, 64)[::4] == [row * 1000 // 16 for row in range(16)] and len(rows) == 60
+    assert pictures.class_rows(7, 3) == [0, 2, 4]
+    drawn = torch.tensor(rows).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) / 20
+    y = torch.tensor([3, 3, 3, 3, 9])
+    page = pictures.samples(drawn, (10 + y.view(-1, 1, 1, 1).expand(-1, 1, 4, 4)) / 20, labels=rows, real_labels=y)
+    lines = [line for line in page[..., 0] if (line == round(255 * 3 / 20)).sum() > 50]
+    shown, factor = [round(255 * value / 20) for value in (3, 13)], 640 // (9 * 4)
+    assert all(24 * factor <= (line == shown[0]).sum() < 25 * factor for line in lines), "and a letter's edge"
+    assert all((line == shown[1]).sum() == 12 * factor for line in lines)
+    assert len(lines) == 4 * factor, "a row of class 3, its four held-out pictures cut to three"
+    assert (pictures.samples(drawn, labels=rows, classes=[f"class {i}" for i in range(10)]) != 255).any()
+
+
+def test_points_of_unequal_scale_have_axes_of_their_own():
+    z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+    for scale, offset in ((1e4, 0.0), (1.0, 1e5)):
+        page = scatter(z * torch.tensor([1.0, scale]) + torch.tensor([offset, 0.0]))
+        blue = (page[..., 2].astype(int) - page[..., 0] > 60).nonzero()
+        assert all(np.ptp(axis) > 150 for axis in blue), "a cloud, and not a line or nothing"
+    assert len(scatter(torch.cat([z, z], 1))) == len(scatter(z)) + 25, "a line tells that there are more features"
+
+
+def test_a_picture_tells_what_it_shows(tmp_path):
+    save(tmp_path / "a.png", np.zeros((2, 2), np.uint8), {"model": "Glow", "data": "folder:Bücher", "step": 7})
+    assert Image.open(tmp_path / "a.png").text == {"model": "Glow", "data": "folder:Bücher", "step": "7"}
 
 
 def test_several_clouds_of_points_share_the_frame_of_the_data():

@@ -10,7 +10,7 @@ from genkernels.training import TrainConfig, UsageError
     ("setting", "sentence"),
     [
         ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
-        ({"max_steps": 5, "epochs": 2}, "max_steps or epochs, not both"),
+        ({"max_steps": 5, "epochs": 2}, "only one of max_steps=5 and epochs=2 can be given"),
         ({"epochs": 0}, "epochs must be positive, got 0"),
         ({"epochs": math.inf}, "epochs must be positive"),
         ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),

@@ -213,7 +213,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(Twice(shape=(1, 4, 4), grey_levels=5), images(), config(), out=tmp_path / "run", quiet=True)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints") == [], "no half-finished step was saved"
+    left = ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in left] == ["step-00000000.ckpt"], "no half-finished step was saved"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, registered, capfd):
@@ -305,7 +306,7 @@ def test_a_run_is_not_overwritten_unasked_and_nothing_else_is_removed(tmp_path, 
     (out / "notes.txt").write_text("mine")
     fit(model_for(bundle), bundle, config(max_steps=1), out=out, overwrite=True, quiet=True)
     assert len(losses_of(out)) == 1 and (out / "notes.txt").read_text() == "mine"
-    assert [p.name for p in ckpt.list_checkpoints(out / "checkpoints")] == ["step-00000001.ckpt"]
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(out / "checkpoints")] == [1, 0]
 
     foreign = tmp_path / "home"
     foreign.mkdir()
@@ -367,7 +368,7 @@ def test_broken_weights_are_never_saved(tmp_path):
     model = NanGradient(shape=(1, 4, 4), grey_levels=5)
     with pytest.raises(TrainingError, match="the weights are no longer finite after step 1"):
         fit(model, images(), config(clip=0.0, checkpoint_every=1), out=tmp_path / "run", quiet=True)
-    assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")] == [0]
 
 
 def test_data_with_nan_is_refused_before_training_and_named_by_the_guard(tmp_path, monkeypatch):
@@ -401,7 +402,7 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint_named(tmp_path, monkeyp
         TrainingError, match=r"00000008.ckpt cannot be written: No space left.*good checkpoint is .*00000004"
     ):
         fit(model_for(images()), images(), config(checkpoint_every=4), out=out, quiet=True)
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004.ckpt"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000000.ckpt", "step-00000004.ckpt"]
 
 
 def test_memory_that_runs_out_is_told_in_a_sentence():
@@ -583,3 +584,20 @@ def test_unreadable_data_in_the_midst_of_a_run(tmp_path):
         ) as error:
             fit(model_for(bundle), bundle, config(workers=workers), quiet=True)
         assert "\n" not in str(error.value)
+
+
+def test_a_result_says_what_came_of_it_in_three_lines(tmp_path):
+    result = fit(
+        model_for(images()), images(), TrainConfig(max_steps=3, batch_size=4), out=tmp_path / "run", quiet=True
+    )
+    speed, held, out = str(result).splitlines()
+    assert speed.startswith("3 steps, ") and " images/s (median step), 0:0" in speed
+    assert held == f"held out: {result.held_out['bits_per_dim']} over 13 images; best {result.best[1]:.4f} at step 3"
+    assert out.startswith(f"{tmp_path / 'run'}: metrics.json") and out.endswith(
+        f"tensorboard --logdir {tmp_path / 'run'}"
+    )
+    assert repr(result) == str(result)
+    quiet = fit(
+        model_for(images()), images(), TrainConfig(max_steps=1, batch_size=4, tensorboard=False, threads=1), quiet=True
+    )
+    assert str(quiet).splitlines()[2] == "nothing was written"

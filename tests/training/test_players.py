@@ -342,7 +342,7 @@ def test_from_the_command_line(tmp_path, toys_registered, monkeypatch, capsys):
     few = ["--max-steps", "4", "--accelerator", "cpu", "--quiet", "--samples", "9"]
     assert main(["train", "toygan", "--data", "moons", *few, "--set", "width=4", "--out", "gan"]) == 0
     out = capsys.readouterr().out
-    assert "held out: distance " in out and "held out: critic_wins " in out
+    assert "held out: distance " in out and ", critic_wins " in out
     assert main(["train", "toyvae", "--data", "digits", *few, "--out", "vae"]) == 0
     assert re.search(r"held out: -\d+\.\d{4} ± \d+\.\d{4} nats over 360 images; best ", capsys.readouterr().out)
 
@@ -414,7 +414,7 @@ begin = toys.ToyGAN.__init__
 toys.ToyGAN.__init__ = functools.wraps(begin)(lambda self, **given: (begin(self, **given), made.append(self))[0])
 code = main()
 
-torch.save({n: p.detach() for n, p in made[0].named_parameters()}, "rank" + os.environ["LOCAL_RANK"] + ".pt")
+torch.save({n: p.detach() for n, p in made[-1].named_parameters()}, "rank" + os.environ["LOCAL_RANK"] + ".pt")
 sys.exit(code)
 """
 
@@ -446,11 +446,15 @@ def test_two_processes_move_both_players_alike(tmp_path, monkeypatch):
     assert held["examples"] == 5000, "each process judges its share"
 
 
-def test_the_examples_of_the_page_run(monkeypatch):
-    """A model of the package in a plain loop and in a Lightning module of one's own."""
+def test_the_examples_of_the_page_run(monkeypatch, tmp_path):
+    """A model of the package by `fit`, in a plain loop and in a Lightning module of one's own."""
     blocks = re.findall(r"::\n\n((?:    .*\n|\n)+)", inspect.cleandoc(genkernels.training.__doc__) + "\n")
-    assert len(blocks) == 2
-    for block in blocks:
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(inspect.cleandoc("\n" + blocks[0].replace("max_steps=1000", "max_steps=2")), space)
+    assert space["state"]["step"] == space["result"].steps == 2
+    for block in blocks[1:]:
         torch.manual_seed(0)
         space: dict = {}
         exec(inspect.cleandoc("\n" + block), space)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from genkernels._bar import Bar, bar_on, duration, number, rate_text
+from genkernels._interrupt import Interrupt
 from genkernels._loss_file import LossFile
 from genkernels._words import UsageError
-from genkernels.training.interrupt import Interrupt
 from genkernels.training.report import history_of, remember
 from genkernels.training.watch import LossRecord, StepClock, check_terms, first_bad, weights_are_finite
 
@@ -102,6 +102,23 @@ def test_on_a_terminal_nothing_is_cut(now, monkeypatch, width):
     assert any("held out 1.500" in line for line in lines[after:]), "the bar is drawn again below a line that stays"
     assert "━" in lines[middle] and "step 10: held out [1.5]" in lines
     assert terminal.getvalue().endswith("\n") or lines[-1] == ""
+
+
+def test_the_time_left_is_told_within_a_fifth_over_the_last_half(now):
+    """A slow beginning, and an evaluation in every tenth step."""
+    bar, seconds = Bar(1000, 0, io.StringIO(), quiet=True), [1.0 + 3.0 * (step % 100 == 99) for step in range(1000)]
+    seconds[0] = 400.0
+    for step, passed in enumerate(seconds, 1):
+        now[0] += passed
+        bar.update(step, list)
+        left = sum(seconds[step:])
+        if step >= 500 and left > 20:
+            assert bar._left(now[0]) == pytest.approx(left, rel=0.2), step
+    assert len(bar._marks) <= 257
+    long = Bar(10**6, 5, io.StringIO())
+    long.update(5, list)
+    long.update(7, list)
+    assert "left" in long.stream.getvalue()
 
 
 def test_where_rich_is_missing_a_terminal_gets_plain_lines(now, monkeypatch):

@@ -415,3 +415,17 @@ def test_a_signal_while_the_two_players_move_leaves_all_asking_for_gradients(num
         fit(model, points(), config(eval_every=0), quiet=True)
     assert all(p.requires_grad for p in model.parameters())
     assert math.isfinite(model.losses("critic", torch.randn(4, 2), None, 0)["loss"].item())
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on_from_the_weights_that_it_began_with(tmp_path, capfd):
+    """Whatever model is given to go on with: its weights are replaced."""
+    settings = TrainConfig(max_steps=6, batch_size=8, checkpoint_every=0, eval_every=0, seed=3)
+    whole = fit(model_for(images(), seed=1), images(), settings, out=tmp_path / "run", quiet=True)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000000.ckpt", "step-00000006.ckpt"]
+    (tmp_path / "run" / "checkpoints" / kept[1]).unlink()
+    (tmp_path / "run" / "best.ckpt").unlink()
+    capfd.readouterr()
+    again = fit(model_for(images(), seed=2), images(), settings, out=tmp_path / "run", resume=True, quiet=True)
+    assert again.losses == whole.losses and again.held_out == whole.held_out
+    assert capfd.readouterr().err == ""

@@ -56,6 +56,8 @@ class NICE(FlowModel):
         reversible: bool = False,
     ):
         dim = math.prod(shape)
+        if layers < 1:
+            raise ValueError(f"NICE: layers must be at least 1, got {layers}")
         if dim % 2:
             raise ValueError(f"NICE: the number of values must be even for the channel split, got {dim}")
         classes, context = class_context(num_classes, class_features)
