@@ -219,18 +219,6 @@ def normflows_realnvp() -> Made:
     return model, lambda m: m.forward_kld(x), lambda m: m.sample(512)
 
 
-def freia_all_in_one() -> Made:
-    from FrEIA import framework, modules
-
-    def net(into, out):
-        return nn.Sequential(nn.Linear(into, 64), nn.ReLU(), nn.Linear(64, out))
-
-    model = framework.SequenceINN(32)
-    for _ in range(8):
-        model.append(modules.AllInOneBlock, subnet_constructor=net)
-    return _freia(model)
-
-
 def freia_glow() -> Made:
     from FrEIA import framework, modules
 
@@ -271,7 +259,6 @@ CASES: dict[str, Callable[[], Made]] = {
     "zuko NICE": zuko_nice,
     "normflows RealNVP": normflows_realnvp,
     "normflows Glow": normflows_glow,
-    "FrEIA AllInOneBlock": freia_all_in_one,
     "FrEIA GLOWCouplingBlock": freia_glow,
     "torch spectral_norm": torch_critic,
 }

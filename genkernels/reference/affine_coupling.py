@@ -69,7 +69,8 @@ def transformed_pixels(height: int, width: int, flip: bool, device: torch.device
     return (rows + torch.arange(width, device=device)) % 2 == (0 if flip else 1)
 
 
-def _scale_shift(params: Tensor, scale_map: int, layout: int) -> tuple[Tensor | None, Tensor]:
+def scale_shift(params: Tensor, scale_map: int, layout: int) -> tuple[Tensor | None, Tensor]:
+    """Log-scales (None where additive) and shifts, views of params."""
     if scale_map == ScaleMap.ADDITIVE:
         return None, params
     halves = layout in (Layout.HALVES, Layout.SHIFT_HALVES)
@@ -138,7 +139,7 @@ def affine_coupling(
     """`(output, ldj)` of the coupling, or of its inverse."""
     work = torch.promote_types(input.dtype, torch.float32)
     halves = _Halves(input, split, flip)
-    s, t = (halves.params(p) for p in _scale_shift(params.to(work), scale_map, layout))
+    s, t = (halves.params(p) for p in scale_shift(params.to(work), scale_map, layout))
     x2 = halves.moved(input).to(work)
     if s is None:
         out2 = x2 - t if inverse else x2 + t
@@ -173,7 +174,7 @@ def affine_coupling_backward(
         return torch.zeros_like(input), torch.zeros_like(params)
     work = torch.promote_types(input.dtype, torch.float32)
     halves = _Halves(input, split, flip)
-    s, t = (halves.params(p) for p in _scale_shift(params.to(work), scale_map, layout))
+    s, t = (halves.params(p) for p in scale_shift(params.to(work), scale_map, layout))
     x2 = halves.moved(input).to(work)
     of_ldj_alone = grad_output is None
     grad_output = torch.zeros_like(input) if of_ldj_alone else grad_output

@@ -37,7 +37,7 @@ FrEIA::
     from FrEIA import framework, modules
 
     flow = framework.SequenceINN(8)
-    flow.append(modules.AllInOneBlock, subnet_constructor=lambda i, o: torch.nn.Linear(i, o))
+    flow.append(modules.GLOWCouplingBlock, subnet_constructor=lambda i, o: torch.nn.Linear(i, o))
     gk.swap_(flow)
     z, log_det = flow(x)
 
@@ -56,7 +56,7 @@ nflows      ``AffineCouplingTransform``, ``AdditiveCouplingTransform``, ``Masked
             ``OneByOneConvolution``, ``Flow`` (its ``sample`` keeps no graph)
 normflows   ``AffineCouplingBlock`` (by channels), ``MaskedAffineAutoregressive``, ``Planar``
 zuko        ``MaskedAutoregressiveTransform`` and ``GeneralCouplingTransform`` of affine maps: ``MAF``, ``NICE``
-FrEIA       ``GLOWCouplingBlock``, ``RNVPCouplingBlock``, ``AllInOneBlock``
+FrEIA       ``GLOWCouplingBlock``; on a GPU ``RNVPCouplingBlock`` and ``AllInOneBlock`` too
 torch       both kinds of ``spectral_norm``
 ==========  ==========================================================================================================
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from genkernels import ops
 from genkernels._options import SCALE_CONSTANTS, Layout, ScaleMap, Split
 from genkernels.ops.affine_coupling import COUPLING
+from genkernels.reference import affine_coupling as reference
+
+#: Up to so many values on a CPU a call of the operator costs what it saves. Measured on one core, forward and backward
+#: of a coupling of nflows: 512×32 0.74 ms either way, 4096×64 2.7 ms against 5.6 ms.
+SMALL = 1 << 16
+
+
+def pays(x: Tensor) -> bool:
+    """Whether x is large enough for the operator to be faster than a few operations of torch."""
+    return x.device.type != "cpu" or x.numel() > SMALL
 
 
 class Coupling(NamedTuple):
@@ -32,6 +43,15 @@ class Coupling(NamedTuple):
         words = {"scale_map": self.scale_map, "split": split, "layout": self.layout}
         words = {name: value.name.lower() for name, value in words.items()}
         return function(x, params, **words, **self.options, flip=flip)
+
+    def plainly(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """The same of all of x, by a few operations of torch."""
+        s, shift = reference.scale_shift(params, self.scale_map, self.layout)
+        log_scale = reference.log_scale(s, self.scale_map, self.constant)
+        log_det = log_scale.sum(list(range(1, x.dim())))
+        if inverse:
+            return (x - shift) * torch.exp(-log_scale), -log_det
+        return x * torch.exp(log_scale) + shift, log_det
 
     @property
     def options(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from genkernels._options import Split
 from genkernels.nn._log_det import zero_log_det
 from genkernels.nn._seen import Seen
-from genkernels.swap._coupling import Coupling
+from genkernels.swap._coupling import Coupling, pays
 
 #: How the two sets lie: one run before the other, in turns, or anyhow.
 RUNS, TURNS, ANYHOW = "runs", "turns", "anyhow"
@@ -51,6 +51,10 @@ class Features:
             self.order = order.to(passing.device)
             self.back = torch.argsort(order).to(passing.device)
         self._seen[0].note(passing), self._seen[1].note(moving)
+
+    def pays(self, x: Tensor) -> bool:
+        """Whether there is anything to win: a few numbers that have to be gathered cost what they cost elsewhere."""
+        return self.kind != ANYHOW or pays(x)
 
     def split(self) -> Split | None:
         """The operator's own split that does it, None where none does."""
@@ -100,15 +104,19 @@ def couple(
         features: has looked. x: ``[N, D, ...]``. params_of: gives the parameters from the passing features, which it
             may write into. coupling: None adds the parameters.
     """
+    small = not pays(x)
     passing, moving = features.take(x)
     seen = passing.clone(memory_format=torch.contiguous_format)
     version = None if seen.is_inference() else seen._version
     params = params_of(seen)
     if version is None or seen._version != version:
         passing = seen  # a network that writes over its input changes what passes, in other libraries
-    elif coupling is not None and (split := features.split()) is not None:
+    elif coupling is not None and not small and (split := features.split()) is not None:
         return coupling(x, params, split, features.flip, inverse)
     if coupling is None:  # one addition: an operator would win nothing
         return features.join(passing, moving - params if inverse else moving + params), zero_log_det(x)
-    moved, log_det = coupling(moving, params, Split.NONE, False, inverse)
+    if small:
+        moved, log_det = coupling.plainly(moving, params, inverse)
+    else:
+        moved, log_det = coupling(moving, params, Split.NONE, False, inverse)
     return features.join(passing, moved), log_det

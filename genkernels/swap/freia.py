@@ -8,11 +8,20 @@ from FrEIA.modules.coupling_layers import _BaseCouplingBlock
 from torch import Tensor
 
 from genkernels._options import Layout, ScaleMap, Split
-from genkernels.swap._coupling import Coupling
+from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._rules import Becomes, Library, stays
 
 #: What FrEIA takes for 2 / π.
 TWO_OVER_PI = 0.636
+
+
+#: Why blocks stay that were measured not to win, forward and backward, vectors and images: `AllInOneBlock` 0.87 to 0.95
+#: times as fast, `RNVPCouplingBlock` 0.84 to 0.99 times.
+ON_CPU = "on a CPU it is no faster: what is left is PyTorch's own"
+
+
+def _on_cpu(block) -> bool:
+    return all(p.device.type == "cpu" for p in block.parameters())
 
 
 def _clamp(block) -> Coupling | None:
@@ -41,7 +50,7 @@ class _TwoSided:
     """Both halves transformed, one after the other, each by what a network makes of the other half."""
 
     def forward(self, x, c=[], rev=False, jac=True):  # noqa: B006 - as FrEIA has it
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not pays(x[0]):
             return super().forward(x, c, rev, jac)
         if self._gk_map[:2] != (self.clamp, self.f_clamp) and not _keep_clamp(self):
             return super().forward(x, c, rev, jac)
@@ -82,6 +91,8 @@ def _two_sided(to: type):
             return "its clamping is neither FrEIA's arctangent nor the tanh"
         if not 0 < thing.split_len1 < thing.channels:
             return "a half of it is empty"
+        if to is RNVPCouplingBlock and _on_cpu(thing):
+            return ON_CPU
         return Becomes(to)
 
     return rule
@@ -103,6 +114,8 @@ def _all_in_one(thing) -> Becomes | str:
         return "its clamping is no positive number"
     if not thing.splits[1]:
         return "a half of it is empty"
+    if _on_cpu(thing):
+        return ON_CPU
     return Becomes(AllInOneBlock)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from genkernels._options import Layout, ScaleMap, Split
 from genkernels.nn._log_det import per_sample
 from genkernels.nn._pixelwise import pixelwise_linear
-from genkernels.swap._coupling import Coupling
+from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
 from genkernels.swap._residual_made import inverse_refused, solve_made
 from genkernels.swap._rules import Becomes, Library, becomes, stays
@@ -34,6 +34,8 @@ class _Coupling:
         if not hasattr(self, "_gk_features"):
             self._gk_features = Features()
         self._gk_features.look(self.identity_features, self.transform_features)
+        if not self._gk_features.pays(inputs):
+            return (super().inverse if inverse else super().forward)(inputs, context)
         return couple(
             self._gk_features, inputs, lambda half: self.transform_net(half, context), inverse, self._gk_coupling
         )
@@ -64,7 +66,7 @@ class MaskedAffineAutoregressive(transforms.MaskedAffineAutoregressiveTransform)
     """`nflows.transforms.MaskedAffineAutoregressiveTransform`: the affine map in one pass, its inverse as a solve."""
 
     def forward(self, inputs, context=None):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not pays(inputs):
             return super().forward(inputs, context)
         params = self.autoregressive_net(inputs, context)
         coupling = Coupling(ScaleMap.SOFTPLUS_FLOOR, self._epsilon, Layout.INTERLEAVED)

@@ -19,7 +19,7 @@ from zuko.utils import broadcast
 
 from genkernels._options import Layout, ScaleMap, Split
 from genkernels.networks._plain import hooked
-from genkernels.swap._coupling import Coupling
+from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
 from genkernels.swap._made import Layer, Sorted
 from genkernels.swap._rules import Becomes, Library
@@ -73,6 +73,8 @@ class _Autoregressive(_Together, transforms.AutoregressiveTransform):
 
     def _gk_run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         module = self._module
+        if not pays(x):
+            return transforms.AutoregressiveTransform.call_and_ladj(self, x)
         flat, context, batch = _rows(x, self._context)
         params = module.hyper(flat if context is None else torch.cat([flat, context], -1))
         z, log_det = _fused(module)(flat, params, Split.NONE)
@@ -150,13 +152,22 @@ class _Coupling(_Together, transforms.CouplingTransform):
 
     def _gk_run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         module = self._module
+        features = module._gk_look()
+        if not features.pays(x):
+            return self._gk_by_zuko(x, inverse)
         flat, context, batch = _rows(x, self._context)
 
         def params(seen: Tensor) -> Tensor:
             return module.hyper(seen if context is None else torch.cat([seen, context], -1))
 
-        z, log_det = couple(module._gk_look(), flat, params, inverse, _fused(module))
+        z, log_det = couple(features, flat, params, inverse, _fused(module))
         return z.reshape(*batch, -1), log_det.reshape(batch)
+
+    def _gk_by_zuko(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        theirs = transforms.CouplingTransform
+        if inverse:
+            return theirs._inverse(self, x), x.new_zeros(())  # nobody asks for the other
+        return theirs.call_and_ladj(self, x)
 
 
 class GeneralCouplingTransform(flows.coupling.GeneralCouplingTransform):

@@ -15,6 +15,14 @@ pytest.importorskip("FrEIA", reason="needs the extra bench")
 from FrEIA import modules
 
 
+@pytest.fixture
+def not_on_a_cpu(monkeypatch):
+    """Blocks that are left alone on a CPU are not."""
+    from genkernels.swap import freia
+
+    monkeypatch.setattr(freia, "_on_cpu", lambda block: False)
+
+
 def linear(into, out):
     return nn.Linear(into, out)
 
@@ -32,7 +40,7 @@ def both_ways(x, *conditions):
 @pytest.mark.parametrize("channels", [4, 5])
 @pytest.mark.parametrize("clamp_activation", ["ATAN", "TANH"])
 @pytest.mark.parametrize("kind", ["GLOWCouplingBlock", "RNVPCouplingBlock"])
-def test_two_sided(kind, clamp_activation, channels, dtype):
+def test_two_sided(not_on_a_cpu, kind, clamp_activation, channels, dtype):
     options = {"subnet_constructor": linear, "clamp": 1.3, "clamp_activation": clamp_activation}
     make = lambda: getattr(modules, kind)([(channels,)], **options)  # noqa: E731
     x = (2 if dtype == torch.float64 else 0.5) * draw(5, channels, dtype=dtype)
@@ -45,7 +53,7 @@ def test_two_sided(kind, clamp_activation, channels, dtype):
 @pytest.mark.parametrize(
     "options", [{}, {"learned_householder_permutation": 2}, {"reverse_permutation": True}], ids=str
 )
-def test_all_in_one(options, dtype):
+def test_all_in_one(not_on_a_cpu, options, dtype):
     for channels in (4, 5):
         make = lambda n=channels: modules.AllInOneBlock([(n,)], subnet_constructor=linear, **options)  # noqa: E731
         check_swap(make, both_ways(3 * draw(5, channels, dtype=dtype)), dtype, swapped=1, copies=not options)
@@ -63,11 +71,14 @@ def test_what_stays_and_a_clamp_that_changes():
         modules.GLOWCouplingBlock([(4,)], subnet_constructor=linear, clamp_activation=torch.sin),
         modules.AllInOneBlock([(4,)], subnet_constructor=linear, gin_block=True),
         modules.NICECouplingBlock([(4,)], subnet_constructor=linear),
+        modules.RNVPCouplingBlock([(4,)], subnet_constructor=linear),
+        modules.AllInOneBlock([(4,)], subnet_constructor=linear),
         modules.GLOWCouplingBlock([(4,)], subnet_constructor=linear),
     ]
     report = swap_(nn.ModuleList(blocks))
-    assert [bool(entry.became) for entry in report.entries] == [False] * 4 + [True]
-    block, x = blocks[4], draw(5, 4, dtype=torch.float32)
+    assert [bool(entry.became) for entry in report.entries] == [False] * 6 + [True]
+    assert report.entries[5].reason.startswith("on a CPU it is no faster")
+    block, x = blocks[6], draw(5, 4, dtype=torch.float32)
     for change in ({"clamp": 0.5}, {"f_clamp": torch.tanh}, {"f_clamp": torch.sin}):
         for name, value in change.items():
             setattr(block, name, value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genkernels.swap import swap_
+from genkernels.swap import _coupling, swap_
 from tests.swap.checks import CLOSE, check_swap
 
 pytest.importorskip("nflows", reason="needs the extra bench")
@@ -21,6 +21,11 @@ MASKS = {
     "odd": [1, 1, 0, 0, 0],
     "anyhow": [1, 0, 0, 1, 1, 0, 1],
 }
+
+
+class Linear(nn.Linear):
+    def forward(self, x, context=None):
+        return super().forward(x if context is None else x + context.sum(1, keepdim=True))
 
 
 class InPlace(nn.Module):
@@ -50,13 +55,23 @@ def draw(*shape, dtype, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("net", [Linear, InPlace])
 @pytest.mark.parametrize("kind", ["AffineCouplingTransform", "AdditiveCouplingTransform"])
-def test_couplings(kind, mask, dtype):
+def test_couplings(kind, net, mask, dtype):
     mask = MASKS[mask]
-    make = lambda: getattr(transforms, kind)(mask, lambda i, o: InPlace(i, o))  # noqa: E731
+    make = lambda: getattr(transforms, kind)(mask, net)  # noqa: E731
     x = draw(4, len(mask), dtype=dtype)
     check_swap(make, both_ways(x), dtype, swapped=1)
     check_swap(make, both_ways(x, draw(4, 2, dtype=dtype)), dtype)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_couplings_of_few_numbers(mask, monkeypatch):
+    """What costs less without the operator."""
+    monkeypatch.setattr(_coupling, "SMALL", 1 << 16)
+    mask = MASKS[mask]
+    make = lambda: transforms.AffineCouplingTransform(mask, Linear)  # noqa: E731
+    check_swap(make, both_ways(draw(4, len(mask), dtype=torch.float64)), torch.float64, swapped=1)
 
 
 @pytest.mark.parametrize("mask", [[0, 1, 0, 1], [1, 1, 0, 0], [0, 1, 1]])

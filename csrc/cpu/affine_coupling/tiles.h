@@ -86,15 +86,14 @@ void each_segment(const Geometry& g, const Tile& k, int64_t sample, int64_t row,
     }
 }
 
-// The same rows, read into a plain array and written from one. Rows of one pixel are every second number.
+// The same rows, read into a plain array and written from one. Rows of one pixel are every second number, across the
+// samples of a tile too: a sample is its rows and nothing else.
 template <typename S, typename T>
 void load_rows(const S* base, const Geometry& g, const Tile& k, int64_t sample, int64_t row, T* buffer) {
   if constexpr (same<S, T>)
     if (g.pixels == 1) {
-      for (int64_t r = 0; r < k.rows; ++r) {
-        const S* from = base + (k.sample + r) * sample + 2 * k.begin + row;
-        for (int64_t i = 0; i < k.width; ++i) buffer[r * k.width + i] = from[2 * i];
-      }
+      const S* from = base + k.sample * sample + 2 * k.begin + row;
+      for (int64_t i = 0; i < k.count(); ++i) buffer[i] = from[2 * i];
       return;
     }
   each_segment(g, k, sample, row, [&](int64_t at, int64_t i, int64_t n) { load(base + at, buffer + i, n); });
@@ -104,10 +103,8 @@ template <typename S, typename T>
 void store_rows(const T* buffer, S* base, const Geometry& g, const Tile& k, int64_t sample, int64_t row) {
   if constexpr (same<S, T>)
     if (g.pixels == 1) {
-      for (int64_t r = 0; r < k.rows; ++r) {
-        S* to = base + (k.sample + r) * sample + 2 * k.begin + row;
-        for (int64_t i = 0; i < k.width; ++i) to[2 * i] = buffer[r * k.width + i];
-      }
+      S* to = base + k.sample * sample + 2 * k.begin + row;
+      for (int64_t i = 0; i < k.count(); ++i) to[2 * i] = buffer[i];
       return;
     }
   each_segment(g, k, sample, row, [&](int64_t at, int64_t i, int64_t n) { store(buffer + i, base + at, n); });
@@ -175,6 +172,11 @@ inline int64_t chunks_of(const Geometry& g) {
 template <typename X>
 void copy_passed(const X* from, X* to, const Geometry& g, const Tile& k) {
   if (!g.copies) return;
+  if (g.turns && g.pixels == 1) {
+    const int64_t first = k.sample * g.sample + 2 * k.begin + (g.flip ? 1 : 0);
+    for (int64_t i = 0; i < k.count(); ++i) to[first + 2 * i] = from ? from[first + 2 * i] : X(0);
+    return;
+  }
   if (g.turns) {
     each_segment(g, k, g.sample, g.flip ? 1 : 0, [&](int64_t at, int64_t, int64_t n) {
       if (from)
