@@ -26,15 +26,12 @@ _FLOPS = {"forward": (12, 45), "inverse": (12, 55), "forward+backward": (20, 150
 def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [case((64, 3), 4, "nflows", "forward+backward")]
-    both = [
-        case((4096, 16), 8, kind, direction)
-        for kind in ("nflows", "zuko", "circular")
-        for direction in ("forward", "inverse", "forward+backward")
-    ]
-    both.append(case((4096, 16), 8, "nflows", "forward+backward", torch.bfloat16))
+    directions = ("forward", "inverse", "forward+backward")
     if device == "cuda":
-        both += [case((1 << 16, 64), 8, "nflows", d) for d in ("forward", "inverse", "forward+backward")]
-    return both
+        rows = [case((1 << 16, 64), 8, "nflows", direction) for direction in directions]
+        return rows + [case((1 << 16, 64), 8, kind, "forward+backward") for kind in ("zuko", "circular")]
+    rows = [case((4096, 16), 8, kind, way) for kind in ("nflows", "zuko", "circular") for way in directions]
+    return [*rows, case((4096, 16), 8, "nflows", "forward+backward", torch.bfloat16)]
 
 
 def case(
