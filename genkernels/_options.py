@@ -106,6 +106,14 @@ class Nonlinearity(Option):
     CLIPSWISH = 6
 
 
+class Spline(Option):
+    """`rational_quadratic_spline`: how raw numbers become bins and slopes."""
+
+    NFLOWS = 0
+    ZUKO = 1
+    CIRCULAR = 2
+
+
 #: LipSwish is Swish over the largest slope that it may have (Chen et al. 2019); CLipSwish is LipSwish of [x, -x] over
 #: the norm of its slopes (Perugachi-Diaz et al. 2021).
 LIPSWISH_DIVISOR, CLIPSWISH_DIVISOR = 1.1, 1.1 * 1.004

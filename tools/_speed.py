@@ -26,6 +26,7 @@ CHOSEN = (
     ("upfirdn2d/up", "8×32×64×64", "float32", "forward+backward"),
     ("bias_leaky_relu/images", "16×64×64×64", "float32", "forward+backward"),
     ("elementary_flows/planar", "4096×2×16", "float32", "forward+backward"),
+    ("rational_quadratic_spline/nflows", "4096×16×8", "float32", "forward+backward"),
     ("made/affine", "100×784×1024×1024", "float32", "inverse"),
     ("autoregressive_sampling/plain", "16×1×28×28", "float32", "sample"),
     ("logistic_mixture/rgb", "16×100×32×32", "float32", "forward+backward"),

@@ -42,4 +42,7 @@ enum class Nonlinearity : int {
   kClipswish = 6
 };
 
+// rational_quadratic_spline: how raw numbers become bins and slopes.
+enum class Spline : int { kNflows = 0, kZuko = 1, kCircular = 2 };
+
 }  // namespace genkernels

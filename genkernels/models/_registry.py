@@ -15,6 +15,7 @@ _LINES = {
     "glow": "flows.glow:Glow",
     "maf": "flows.maf:MAF",
     "iaf": "flows.maf:IAF",
+    "nsf": "flows.nsf:NSF",
     "residualflow": "flows.residual:ResidualFlow",
     "hybridflow": "flows.hybrid:HybridFlow",
     "pixelcnn": "autoregressive.pixelcnn:PixelCNN",

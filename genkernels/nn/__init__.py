@@ -19,6 +19,7 @@ from genkernels.nn.masked_linear import MaskedLinear
 from genkernels.nn.prior import Prior
 from genkernels.nn.sequential import FlowSequential
 from genkernels.nn.spectral_norm import spectral_norm_
+from genkernels.nn.spline_coupling import SplineCoupling
 from genkernels.nn.split import Split
 from genkernels.nn.squeeze import EvenOdd, Squeeze
 
@@ -49,6 +50,7 @@ __all__ = [
     "PlanarFlow",
     "Prior",
     "RadialFlow",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "certify",

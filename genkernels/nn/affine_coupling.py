@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from genkernels import ops
 from genkernels.backends import current_backend
-from genkernels.nn._context import check_context
-from genkernels.nn._seen import wrapped
+from genkernels.nn._conditioned import Conditioned
 from genkernels.ops.affine_coupling import LAYOUTS, SCALE_MAPS, scale_constant_of
 from genkernels.reference import affine_coupling as reference
 from genkernels.reference.affine_coupling import Layout, ScaleMap, Split, transformed_pixels
@@ -22,18 +21,7 @@ from genkernels.reference.affine_coupling import Layout, ScaleMap, Split, transf
 INLINED_VALUES = 4096
 
 
-CHANGED = (
-    "AffineCoupling: its network changed what it was given in place, which is part of x or of the context: let its "
-    "first operation be out of place"
-)
-
-
-def _has_versions(t: Tensor) -> bool:
-    """Whether a change of t in place shows in its version."""
-    return not (torch.compiler.is_compiling() or t.is_inference() or wrapped(t))
-
-
-class AffineCoupling(nn.Module):
+class AffineCoupling(Conditioned):
     r"""One half of x passes; the other is scaled and shifted by what `net` makes of the first.
 
     Equivalent to (channel split, ``scale_map="exp"``)::
@@ -76,7 +64,7 @@ class AffineCoupling(nn.Module):
         layout: str = "halves",
         scale_constant: float | None = None,
     ):
-        super().__init__()
+        super().__init__(net)
         for name, value, options in (
             ("split", split, ("channel", "checkerboard")),
             ("scale_map", scale_map, SCALE_MAPS),
@@ -84,8 +72,6 @@ class AffineCoupling(nn.Module):
         ):
             if value not in options:
                 raise ValueError(f"AffineCoupling: {name} must be one of {', '.join(options)}, got {value!r}")
-        self.net = net
-        self._writes = self._announced()
         self.options = {
             "scale_map": "additive" if additive else scale_map,
             "split": split,
@@ -142,41 +128,9 @@ class AffineCoupling(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
 
-    def params(self, seen: Tensor, context: Tensor | None) -> Tensor:
-        """What the network makes of the half that it sees, a view of x, and of the context.
-
-        Raises:
-            RuntimeError: the network changed one of them in place. ValueError: the context has not a row a sample.
-        """
-        check_context(seen, context)
-        if context is None and not self._writes and isinstance(seen, Tensor) and _has_versions(seen):  # nearly always
-            version = seen._version
-            params = self.net(seen)
-            if seen._version != version:
-                raise RuntimeError(CHANGED)
-            return params
-        tensors = [t for t in (seen, context) if isinstance(t, Tensor)]
-        # versions tell a change in place that no layer has announced, where tensors have versions
-        watched = all(_has_versions(t) for t in tensors)
-        copied = self._writes or (not watched and (self._announced() or not self._known()))
-        if copied:
-            # with the checkerboard what the network sees is its own already
-            seen = seen.clone() if self.options["split"] == "channel" else seen
-            context = context.clone() if isinstance(context, Tensor) else context
-        versions = [t._version for t in tensors] if watched and not copied else None
-        params = self.net(seen) if context is None else self.net(seen, context)
-        if versions is not None and versions != [t._version for t in tensors]:
-            raise RuntimeError(CHANGED)
-        return params
-
-    def _announced(self) -> bool:
-        """Whether a layer of the network says that it works in place."""
-        return any(getattr(layer, "inplace", False) for layer in self.modules())
-
-    def _known(self) -> bool:
-        """Whether the network is made of layers that say so where they do."""
-        known = all(type(layer).__module__.startswith(("torch.nn.", "genkernels.")) for layer in self.modules())
-        return known and isinstance(self.net, nn.Module)
+    @property
+    def _seen_is_new(self) -> bool:
+        return self.options["split"] == "checkerboard"
 
     def _couple(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         options = self.options

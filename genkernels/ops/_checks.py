@@ -91,6 +91,13 @@ def option(who: str, label: str, value, words: Sequence[str]) -> int:
     return words.index(value)
 
 
+def positive(who: str, label: str, value) -> float:
+    """`value`, a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{who}: {label} must be a finite number above 0, got {value!r}")
+    return float(value)
+
+
 def temperature(who: str, value) -> float:
     """A temperature as every backend can hold it: below fp32's normal numbers it counts as 0, above 2^127 as that."""
     if not isinstance(value, int | float) or not 0 <= value < math.inf:

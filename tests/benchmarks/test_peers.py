@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from genkernels.benchmarks.cases import affine_coupling, made
+from genkernels.benchmarks.cases import affine_coupling, made, rational_quadratic_spline
 from genkernels.benchmarks.peers import PACKAGES, Peer
 from genkernels.benchmarks.providers import Unavailable
 from genkernels.benchmarks.runner import draw, run_case
@@ -83,5 +83,21 @@ def test_a_peers_masked_network_is_ours(name, shapes, effort):
             for direction in ("forward", "forward+backward", "inverse"):
                 rows, skipped = run_case(made.case(shape, direction), [peer], CPU, effort)
                 assert not skipped and [row.fault for row in rows] == [""] and rows[0].median_s
+    finally:
+        peer.close()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("nflows", "nflows"), ("zuko", "zuko"), ("normflows", "circular")])
+def test_a_peers_spline_is_ours(name, kind, effort):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    peer = Peer(name)
+    try:
+        for direction in ("inverse", "forward+backward"):
+            case = rational_quadratic_spline.case((60, 3), 4, kind, direction)
+            rows, skipped = run_case(case, [peer], CPU, effort)
+            assert not skipped and [row.fault for row in rows] == [""] and rows[0].median_s
+        other = rational_quadratic_spline.case((60, 3), 4, "nflows" if name == "zuko" else "zuko", "forward")
+        assert run_case(other, [peer], CPU, effort)[0] == []
     finally:
         peer.close()

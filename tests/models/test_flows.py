@@ -34,6 +34,12 @@ SMALL = {
         shape=(1, 4, 4), grey_levels=17, transforms=2, hidden=20, logit=0.05, residual=True, **kw
     ),
     "maf points": lambda **kw: models.MAF(shape=(3,), transforms=3, hidden=8, order="random", **kw),
+    "nsf image": lambda **kw: models.NSF(
+        shape=(1, 3, 3), grey_levels=17, couplings=2, hidden=8, bins=3, logit=0.05, **kw
+    ),
+    "nsf points": lambda **kw: models.NSF(
+        shape=(5,), couplings=4, hidden=8, bins=4, parametrization="zuko", hidden_layers=1, **kw
+    ),
     "iaf image": lambda **kw: models.IAF(shape=(1, 3, 2), grey_levels=17, transforms=2, hidden=12, **kw),
     "iaf points": lambda **kw: models.IAF(shape=(2,), transforms=3, hidden=8, scale_map="tanh", **kw),
 }
@@ -110,9 +116,10 @@ def test_a_flow_that_leaves_data_uniform_costs_log2_levels():
     torch.testing.assert_close(model.log_prob(x, generator=seeded(1)), prior - 4 * math.log(16))
 
 
-@pytest.mark.parametrize("name", ["nice", "realnvp", "glow", "maf", "iaf"])
+@pytest.mark.parametrize("name", ["nice", "realnvp", "glow", "maf", "iaf", "nsf"])
 def test_density_of_points_integrates_to_one(name):
-    model = perturb(models.MODELS[name].from_preset("points", hidden=16), 0.03).double().eval()
+    few = {"couplings": 2} if name == "nsf" else {}
+    model = perturb(models.MODELS[name].from_preset("points", hidden=16, **few), 0.03).double().eval()
     side = torch.linspace(-20, 20, 801, dtype=torch.float64)
     grid = torch.cartesian_prod(side, side)
     with torch.no_grad():
@@ -168,6 +175,31 @@ def test_nan_data_give_nan_for_their_own_sample_alone():
     x[1, 0, 2, 2] = float("nan")
     dirty = model.log_prob(x, generator=seeded())
     assert dirty[1].isnan() and torch.equal(dirty[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("parametrization", ["nflows", "zuko"])
+def test_a_spline_flow_starts_as_the_identity(parametrization):
+    model = models.NSF(shape=(5,), couplings=4, hidden=8, parametrization=parametrization).double().train()
+    x = 3 + 2 * torch.randn(64, 5, dtype=torch.float64)
+    model.loss(x)  # the ActNorm sets itself
+    (z,), ldj = model.eval()(x)
+    standard, scaled = next(m for m in model.modules() if isinstance(m, gnn.ActNorm))(x)
+    torch.testing.assert_close(z.sort(1).values, standard.sort(1).values, rtol=1e-5, atol=1e-5)  # but for their order
+    torch.testing.assert_close(ldj, scaled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"shape": (1,)}, r"NSF: shape must have at least 2 features, one half of which passes, got \(1,\)"),
+        ({"parametrization": "circular"}, "NSF: parametrization must be one of nflows, zuko, got 'circular'"),
+        ({"bins": 0}, "NSF: bins and hidden_layers must be at least 1, got 0 and 2"),
+        ({"bound": 0.0}, "SplineCoupling: bound must be a finite number above 0, got 0.0"),
+    ],
+)
+def test_what_a_spline_flow_refuses(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        models.NSF(**{"shape": (4,), **options})
 
 
 AUTOREGRESSIVE = [models.MAF, models.IAF]

@@ -34,6 +34,7 @@ inline void bind_module(pybind11::module_& m) {
        {NUMBER(Nonlinearity, kRelu), NUMBER(Nonlinearity, kLeakyRelu), NUMBER(Nonlinearity, kElu),
         NUMBER(Nonlinearity, kSilu), NUMBER(Nonlinearity, kTanh), NUMBER(Nonlinearity, kLipswish),
         NUMBER(Nonlinearity, kClipswish)}},
+      {"Spline", {NUMBER(Spline, kNflows), NUMBER(Spline, kZuko), NUMBER(Spline, kCircular)}},
       {"Head", {NUMBER(Head, kCategorical), NUMBER(Head, kLogisticMixture)}},
   };
   m.attr("options") = options;

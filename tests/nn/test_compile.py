@@ -18,6 +18,7 @@ SMALL = {
     "glow": {"steps": 1},
     "maf": {"transforms": 2},
     "iaf": {"transforms": 2},
+    "nsf": {"couplings": 2, "hidden": 16},
     "hybridflow": {"steps": 1},
     "pixelcnn": {"layers": 1, "dropout": 0.0},
     "gatedpixelcnn": {"layers": 1, "dropout": 0.0},

@@ -152,3 +152,17 @@ class Flatten(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z.reshape(len(z), *self.shape), zero_log_det(z)
+
+
+class Shuffle(nn.Module):
+    """A fixed random permutation of the D features of ``[N, D]``, drawn when it is made and kept with the state."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.register_buffer("order", torch.randperm(features))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x[:, self.order], zero_log_det(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z[:, self.order.argsort()], zero_log_det(z)
