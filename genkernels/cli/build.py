@@ -57,11 +57,21 @@ def candidates(kind: type, bundle, preset: str | None) -> list[str | None]:
 
 
 def fitted(
-    kind: type, name: str, bundle, *, preset: str | None, settings: list[str], base: dict | None = None, **flags
+    kind: type,
+    name: str,
+    bundle,
+    *,
+    preset: str | None,
+    settings: list[str],
+    base: dict | None = None,
+    seed: int = 0,
+    **flags,
 ) -> tuple[Model, str | None, str]:
     """The model, of a size that fits its data; the name of its preset; and words on that.
 
-    Args: as for `model_kwargs`.
+    Args:
+        seed: of its weights, which are those that the same sizes have without a search. The others: as for
+            `model_kwargs`.
 
     Raises:
         UsageError: none of the sizes fits, and what the first of them lacks.
@@ -72,7 +82,9 @@ def fitted(
         by_form = size is not None and size not in (preset, bundle.name)
         for changed in _adapted(arguments, own) if by_form else [{}]:
             try:
-                return build(kind, name, arguments | changed), size, _of_size(kind, bundle, size, by_form)
+                with fixed_seed(seed):
+                    model = build(kind, name, arguments | changed)
+                return model, size, _of_size(kind, bundle, size, by_form)
             except UsageError as error:
                 refusal = refusal or error
     raise UsageError(f"{refusal}{_other_size(bundle, str(refusal))}") from refusal

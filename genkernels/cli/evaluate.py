@@ -13,14 +13,13 @@ def run(arguments) -> int:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     from genkernels import data
-    from genkernels.backends import current_backend, use_backend
-    from genkernels.cli.load import check_fits, load, options
+    from genkernels.cli.load import check_fits, load, options, surroundings
     from genkernels.cli.train import data_root
     from genkernels.training.judge import evaluate, report
 
     if arguments.json:
         refuse_unwritable(Path(arguments.json).expanduser())
-    with use_backend(arguments.backend or current_backend()):
+    with surroundings(arguments):
         model, config, state = load(arguments)
         name = config["model"]["name"]
         chosen = options(arguments.settings, model.evaluate, name, reserved=("batches",))

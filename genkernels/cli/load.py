@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from genkernels._words import UsageError, nearest, notice
+
+
+@contextlib.contextmanager
+def surroundings(arguments) -> Iterator[None]:
+    """The backend and the threads that were asked for."""
+    from genkernels._machine import cpu_threads
+    from genkernels.backends import current_backend, use_backend
+
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
+    with use_backend(arguments.backend or current_backend()), cpu_threads(arguments.threads):
+        yield
 
 
 def load(arguments):
@@ -17,9 +30,6 @@ def load(arguments):
     from genkernels.training.checkpoint import CheckpointError, list_checkpoints, step_of
     from genkernels.training.rundir import RunDirectory, load_model
 
-    if arguments.threads is not None and arguments.threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
-    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     gpu = torch.cuda.is_available()
     if arguments.accelerator == "gpu" and not gpu:
         raise UsageError("accelerator gpu needs an NVIDIA GPU and a CUDA build of torch: this torch sees no GPU")

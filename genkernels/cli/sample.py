@@ -19,12 +19,11 @@ def run(arguments) -> int:
         raise UsageError(f"--temperature must be 0 or positive, got {arguments.temperature}")
     if not -(2**63) <= arguments.seed < 2**63:
         raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
-    from genkernels.backends import current_backend, use_backend
-    from genkernels.cli.load import class_number, load, options
+    from genkernels.cli.load import class_number, load, options, surroundings
     from genkernels.cli.train import as_name
 
     out = _out(arguments.out)
-    with use_backend(arguments.backend or current_backend()):
+    with surroundings(arguments):
         model, config, state = load(arguments)
         name = config["model"]["name"]
         if not model.has_prior:

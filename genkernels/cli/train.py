@@ -53,10 +53,10 @@ def _begun(arguments, given: dict):
     """A new run's folder, settings, data and model."""
     from genkernels import data
     from genkernels._machine import is_main_process
-    from genkernels._seeds import derive_seed, fixed_seed
+    from genkernels._seeds import derive_seed
     from genkernels.cli.build import fitted, model_class
     from genkernels.cli.forecast import forecast
-    from genkernels.training.checks import resolved
+    from genkernels.training.checks import check_model, resolved
     from genkernels.training.rundir import RunDirectory
 
     like = _like(arguments)
@@ -73,18 +73,19 @@ def _begun(arguments, given: dict):
     bundle = data.load(spec, root=root)
     sizes = like["model"].get("hparams") if name == like["model"].get("name") and arguments.preset is None else None
     seed = TrainConfig(**given).seed if "seed" in given else like["train"].get("seed", 0)
-    with fixed_seed(derive_seed(seed, "weights")):
-        model, preset, words = fitted(
-            kind,
-            name,
-            bundle,
-            preset=arguments.preset,
-            settings=arguments.settings,
-            reversible=arguments.reversible,
-            classes=arguments.classes or bool((sizes or {}).get("num_classes")),
-            base=sizes,
-        )
+    model, preset, words = fitted(
+        kind,
+        name,
+        bundle,
+        preset=arguments.preset,
+        settings=arguments.settings,
+        reversible=arguments.reversible,
+        classes=arguments.classes or bool((sizes or {}).get("num_classes")),
+        base=sizes,
+        seed=derive_seed(seed, "weights"),
+    )
     config = _merged(like["train"], given) if like["train"] else _with_preset(kind, preset, given)
+    check_model(model)
     resolved(config, len(bundle.train), bundle.form.is_image)
     check_length(config, bundle)
     if is_main_process() and not arguments.quiet:
@@ -108,7 +109,11 @@ def _like(arguments) -> dict:
 
 
 def check_length(config: TrainConfig, bundle) -> None:
-    """Tells what makes little sense beside the number of steps or of examples."""
+    """Tells, once, what makes little sense beside the number of steps or of examples."""
+    from genkernels._machine import is_main_process
+
+    if not is_main_process():
+        return
     steps = config.total_steps(len(bundle.train), config.world_size)
     if config.warmup is not None and config.warmup > steps:
         peak = config.lr_at(steps - 1, steps)

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 #: Arguments of which a model has at least one: a width, or how often a part is repeated that there is no model without.
-_AT_LEAST_ONE = {"width", "hidden", "couplings", "steps", "transforms", "blocks"}
+_AT_LEAST_ONE = {"width", "hidden", "steps", "transforms"}
 
 
 def recorded(init):

