@@ -19,10 +19,24 @@ def rules() -> str:
     parts = []
     for name, title in (("folder", "folder:"), ("npz", "npz:"), ("hub", "hf:"), ("images", "pictures of all three")):
         text = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
-        for old, new in ((r"``(.*?)``", r"\1"), (r"`([^`]*?)`", r"\1"), (r"\*\*(.*?)\*\*", r"\1")):
-            text = re.sub(old, new, text, flags=re.S)
-        parts.append(f"{title}\n{textwrap.indent(text, '  ')}")
+        text = re.sub(r"^(=+  =+)\n(.*?)^=+  =+$", _laid_out, text, flags=re.S | re.M)
+        parts.append(f"{title}\n{textwrap.indent(_plain(text), '  ')}")
     return "\n\n".join(parts)
+
+
+def _plain(text: str) -> str:
+    """Without the marks of names and of emphasis."""
+    for old, new in ((r"``(.*?)``", r"\1"), (r"`([^`]*?)`", r"\1"), (r"\*\*(.*?)\*\*", r"\1")):
+        text = re.sub(old, new, text, flags=re.S)
+    return text
+
+
+def _laid_out(found: re.Match) -> str:
+    """A table of two columns without its rules, as wide as it is without marks."""
+    second = found[1].rindex("  ") + 2
+    rows = [(_plain(line[:second]).rstrip(), _plain(line[second:])) for line in found[2].splitlines()]
+    width = max(len(first) for first, _ in rows)
+    return "\n".join(f"  {first:<{width}}  {text}" for first, text in rows)
 
 
 def run(arguments) -> int:

@@ -63,6 +63,7 @@ def test_the_rules_of_own_data_stand_in_the_help_without_the_heavy_parts():
     code = "import sys; from genkernels.cli import main; main(['data', '--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "=====" not in done.stdout and "``" not in done.stdout
     for word in ("?size=S", "?layout=", "grey_levels", "x_train", "holdout", "EXIF", "Transparency", "ClassLabel"):
         assert word in done.stdout, word
 
