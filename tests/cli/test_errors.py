@@ -48,7 +48,10 @@ def run_folder(tmp_path_factory):
     ("line", "words"),
     [
         ("trian glow", "unknown command 'trian'; did you mean train?"),
-        ("frobnicate", "unknown command 'frobnicate'; choose from info, train, sample, eval, bench, swap, figure, table"),
+        (
+            "frobnicate",
+            "unknown command 'frobnicate'; choose from info, train, sample, eval, bench, swap, figure, table",
+        ),
         ("info --opps", "info: unknown argument '--opps'; did you mean --ops?"),
         ("train", "train needs a model and data"),
         ("train glow", "train needs a model and data"),
