@@ -52,6 +52,12 @@ def becomes(to: type, note: str = "") -> Callable[[Any], Becomes]:
     return lambda thing: Becomes(to, note)
 
 
+def left_alone(module: nn.Module) -> bool:
+    """Whether a call takes the other library's way: within ``torch.compile``, which sees through it, and in a replica
+    of `nn.DataParallel`, which shares what a swapped class keeps with the replicas on other devices."""
+    return torch.compiler.is_compiling() or getattr(module, "_is_replica", False)
+
+
 #: Activations that are the ReLU, however they are given.
 RELUS = (torch.relu, torch.nn.functional.relu)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genkernels._options import Layout, ScaleMap, Split
 from genkernels.swap._coupling import Coupling, pays
-from genkernels.swap._rules import Becomes, Library, stays
+from genkernels.swap._rules import Becomes, Library, left_alone, stays
 
 #: What FrEIA takes for 2 / π.
 TWO_OVER_PI = 0.636
@@ -50,7 +50,7 @@ class _TwoSided:
     """Both halves transformed, one after the other, each by what a network makes of the other half."""
 
     def forward(self, x, c=[], rev=False, jac=True):  # noqa: B006 - as FrEIA has it
-        if torch.compiler.is_compiling() or not pays(x[0]):
+        if left_alone(self) or not pays(x[0]):
             return super().forward(x, c, rev, jac)
         if self._gk_map[:2] != (self.clamp, self.f_clamp) and not _keep_clamp(self):
             return super().forward(x, c, rev, jac)
@@ -102,7 +102,7 @@ class AllInOneBlock(modules.AllInOneBlock):
     """`FrEIA.modules.AllInOneBlock`: its affine coupling; permutation and global scale stay."""
 
     def _affine(self, x, a, rev=False):
-        if torch.compiler.is_compiling():
+        if left_alone(self):
             return super()._affine(x, a, rev)
         return Coupling(ScaleMap.TANH, float(self.clamp), Layout.HALVES)(x, a * 0.1, Split.NONE, False, rev)
 

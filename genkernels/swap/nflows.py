@@ -13,7 +13,7 @@ from genkernels.nn._pixelwise import pixelwise_linear
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
 from genkernels.swap._residual_made import inverse_refused, solve_made
-from genkernels.swap._rules import Becomes, Library, becomes, stays
+from genkernels.swap._rules import Becomes, Library, becomes, left_alone, stays
 
 #: What nflows adds to each of its scales.
 FLOOR = 1e-3
@@ -29,7 +29,7 @@ class _Coupling:
         return self._gk_couple(inputs, context, inverse=True)
 
     def _gk_couple(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() or inputs.dim() not in (2, 4) or inputs.shape[1] != self.features:
+        if left_alone(self) or inputs.dim() not in (2, 4) or inputs.shape[1] != self.features:
             return (super().inverse if inverse else super().forward)(inputs, context)
         if not hasattr(self, "_gk_features"):
             self._gk_features = Features()
@@ -66,14 +66,14 @@ class MaskedAffineAutoregressive(transforms.MaskedAffineAutoregressiveTransform)
     """`nflows.transforms.MaskedAffineAutoregressiveTransform`: the affine map in one pass, its inverse as a solve."""
 
     def forward(self, inputs, context=None):
-        if torch.compiler.is_compiling() or not pays(inputs):
+        if left_alone(self) or not pays(inputs):
             return super().forward(inputs, context)
         params = self.autoregressive_net(inputs, context)
         coupling = Coupling(ScaleMap.SOFTPLUS_FLOOR, self._epsilon, Layout.INTERLEAVED)
         return coupling(inputs, params, Split.NONE)
 
     def inverse(self, inputs, context=None):
-        solved = None if torch.compiler.is_compiling() else solve_made(self, nflows_made, inputs, context)
+        solved = None if left_alone(self) else solve_made(self, nflows_made, inputs, context)
         return super().inverse(inputs, context) if solved is None else solved
 
     @property
@@ -90,7 +90,7 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
     """`nflows.transforms.OneByOneConvolution`: permutation, L and U as one matrix, so one pass over the pixels."""
 
     def forward(self, inputs, context=None):
-        if torch.compiler.is_compiling() or inputs.dim() != 4 or inputs.shape[1] != self.features:
+        if left_alone(self) or inputs.dim() != 4 or inputs.shape[1] != self.features:
             return super().forward(inputs, context)
         lower, upper = self._create_lower_upper()
         weight = (lower @ upper)[:, torch.argsort(self.permutation._permutation)]
@@ -98,7 +98,7 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         return outputs, per_sample(self.logabsdet(), inputs).contiguous()
 
     def inverse(self, inputs, context=None):
-        if torch.compiler.is_compiling() or inputs.dim() != 4 or inputs.shape[1] != self.features:
+        if left_alone(self) or inputs.dim() != 4 or inputs.shape[1] != self.features:
             return super().inverse(inputs, context)
         lower, upper = (t.double() for t in self._create_lower_upper())
         identity = torch.eye(self.features, dtype=torch.float64, device=inputs.device)

@@ -6,7 +6,6 @@ says so (`sigmoid_inverse`: a division by the sigmoid).
 
 from __future__ import annotations
 
-import torch
 from normflows import flows
 from normflows.flows import reshape
 from normflows.flows.affine.autoregressive import MaskedAffineAutoregressive as Autoregressive
@@ -19,7 +18,7 @@ from genkernels._options import Layout, ScaleMap, Split
 from genkernels.networks._plain import hooked
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._residual_made import inverse_refused, solve_made
-from genkernels.swap._rules import Becomes, Library, stays
+from genkernels.swap._rules import Becomes, Library, left_alone, stays
 
 #: normflows's scale map: the operator's.
 MAPS = {"exp": ScaleMap.EXP, "sigmoid": ScaleMap.SIGMOID_INVERSE, "sigmoid_inv": ScaleMap.SIGMOID}
@@ -39,7 +38,7 @@ class AffineCouplingBlock(flows.AffineCouplingBlock):
         return self._gk_couple(z, inverse=True)
 
     def _gk_couple(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() or z.dim() < 2 or z.shape[1] % 2 or not pays(z) or _why_not(self):
+        if left_alone(self) or z.dim() < 2 or z.shape[1] % 2 or not pays(z) or _why_not(self):
             return super().inverse(z) if inverse else super().forward(z)
         flip = self.flows[0].mode == "channel_inv"
         coupling = self.flows[1]
@@ -71,13 +70,13 @@ class MaskedAffineAutoregressive(Autoregressive):
     _gk_options = {"scale_map": "sigmoid_floor", "scale_constant": FLOOR}
 
     def forward(self, inputs, context=None):
-        if torch.compiler.is_compiling() or not pays(inputs):
+        if left_alone(self) or not pays(inputs):
             return super().forward(inputs, context)
         params = self.autoregressive_net(inputs, context)
         return Coupling(ScaleMap.SIGMOID_FLOOR, FLOOR, Layout.INTERLEAVED)(inputs, params, Split.NONE)
 
     def inverse(self, inputs, context=None):
-        solved = None if torch.compiler.is_compiling() else solve_made(self, normflows_made, inputs, context)
+        solved = None if left_alone(self) else solve_made(self, normflows_made, inputs, context)
         return super().inverse(inputs, context) if solved is None else solved
 
 
@@ -91,7 +90,7 @@ class Planar(flows.Planar):
 
     def forward(self, z):
         large = z.device.type == "cpu" and z.numel() > LARGE
-        if torch.compiler.is_compiling() or z.dim() != 2 or large:
+        if left_alone(self) or z.dim() != 2 or large:
             return super().forward(z)
         return ops.planar_flow(z, self.w, self.u, self.b.reshape(1))
 

@@ -22,7 +22,7 @@ from genkernels.networks._plain import hooked
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
 from genkernels.swap._made import Layer, Sorted
-from genkernels.swap._rules import Becomes, Library
+from genkernels.swap._rules import Becomes, Library, left_alone
 
 Affine = transforms.MonotonicAffineTransform
 
@@ -89,7 +89,7 @@ class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTra
     """`zuko.flows.MaskedAutoregressiveTransform` of affine maps; its inverse as a solve."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        return super().forward(c) if torch.compiler.is_compiling() else _Autoregressive(self, c)
+        return super().forward(c) if left_alone(self) else _Autoregressive(self, c)
 
     def _gk_solve(self, z: Tensor, c: Tensor | None) -> Tensor | None:
         """None where the network is not one for the blocked solve."""
@@ -174,7 +174,7 @@ class GeneralCouplingTransform(flows.coupling.GeneralCouplingTransform):
     """`zuko.flows.GeneralCouplingTransform` of affine maps."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        return super().forward(c) if torch.compiler.is_compiling() else _Coupling(self, c)
+        return super().forward(c) if left_alone(self) else _Coupling(self, c)
 
     def _gk_indices(self) -> tuple[Tensor, Tensor]:
         held = getattr(self, "_gk_held", None)
