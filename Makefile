@@ -2,6 +2,7 @@
 #   make demo        trains Glow on real digits, fused and reference path, and shows what it cost and gave
 #   make test        the whole test suite, in three runs: in parallel; what needs the cores for itself; Triton's interpreter
 #   make bench       the speed table (benchmarks/results holds committed ones)
+#   make wheel       a wheel in dist/ with the compiled CPU kernels, for any Linux x86-64, Python >= 3.10 and torch >= 2.10
 #   make gpu-check   on a machine with an NVIDIA GPU, with that machine's own Python packages (PYTHON=…, RESULTS=…, PARTS=…)
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*)
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test bench lint gpu-check clean
+.PHONY: demo test bench lint wheel gpu-check clean
 
 demo: $(VENV)/train
 	$(RUN) tools/demo.py
@@ -33,6 +34,10 @@ lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files "*.cpp" "*.h" "*.cu" "*.cuh")
 	$(VENV)/bin/lint-imports
+
+wheel: $(VENV)/base
+	GENKERNELS_BUILD=$(BUILD) $(RUN) -m pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(RUN) tools/check_wheel.py $$(ls -t dist/*.whl | head -1)
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py --results $(RESULTS) --parts $(PARTS)

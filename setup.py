@@ -10,14 +10,21 @@ one build serves every Python and every torch from 2.10 on. They land in ``genke
     libgenkernels_cpu_avx512.so, libgenkernels_cpu_avx2.so   x86-64, chosen at load by the processor
     libgenkernels_cpu_generic.so                             any other processor
     libgenkernels_cuda.so                                    TORCH_CUDA_ARCH_LIST, default 8.0;9.0a;10.0+PTX
+    built.json                                               what was built, by which compilers, from which commit
+
+A wheel is tagged ``manylinux_2_28`` where its libraries ask for no symbol that came later (csrc/common/portable.h sees
+to it), and for the machine that it was built on where they do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +42,11 @@ COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Vectorised selects need no-trapping-math; NaN and infinity keep their meaning: -ffast-math is out of the question.
 CPU_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
 CPU_VARIANTS = {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"]}
+PORTABLE_SOURCES = [CSRC / "common" / "portable.cpp"]
+PORTABLE = "-include", str(CSRC / "common" / "portable.h")
+#: What the libraries may ask of the system: glibc 2.28 is that of Debian 10, RHEL 8 and Ubuntu 20.04 or later, with the
+#: C++ library of GCC 8.
+OLDEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (8, 0)}
 CUDA_FLAGS = ["--expt-relaxed-constexpr", "--extended-lambda", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 
@@ -83,6 +95,42 @@ def architecture_flags(wanted: str | None = None) -> list[str]:
 def cpu_variants() -> dict[str, list[str]]:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return CPU_VARIANTS if on_x86 else {"generic": []}
+
+
+def symbols(library: Path) -> dict[str, tuple[int, ...]]:
+    """The newest version of each system library's symbols that a library asks for: ``{"GLIBC": (2, 28), …}``."""
+    shown = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+    newest: dict[str, tuple[int, ...]] = {}
+    for line in shown.splitlines():
+        if found := re.search(r"\*UND\*.*\(?\b([A-Z]+)_(\d[\d.]*)\)?", line):
+            version = tuple(map(int, found[2].strip(".").split(".")))
+            newest[found[1]] = max(newest.get(found[1], ()), version)
+    return newest
+
+
+def too_new(library: Path) -> list[str]:
+    """Symbol versions that a library asks for and `OLDEST` does not have; empty where it runs on every such system."""
+    return [
+        f"{name}_{'.'.join(map(str, version))}"
+        for name, version in symbols(library).items()
+        if version > OLDEST.get(name, ())
+    ]
+
+
+def said(command: list[str]) -> str | None:
+    """The first line that a command prints, the last of nvcc's; None where it cannot be run."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (lines[-1] if "nvcc" in command[0] else lines[0]) if lines else None
+
+
+def commit() -> str | None:
+    spec = importlib.util.spec_from_file_location("genkernels_version", ROOT / "genkernels" / "_version.py")
+    version = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(version)
+    return version.commit()
 
 
 def torch_flags(torch_at: Path) -> tuple[list[str], list[str]]:
@@ -138,18 +186,22 @@ class BuildLibraries(build_ext):
         work = Path(self.build_temp)
         work.mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
-        for stale in target.glob("libgenkernels_*.so"):
-            stale.unlink()
+        for stale in (*target.glob("libgenkernels_*.so"), target / "built.json"):
+            stale.unlink(missing_ok=True)
+        built: dict = {}
         for kind, build in (("cpu", self.build_cpu), ("cuda", self.build_cuda)):
             if wish == "none" or (wish == "cpu" and kind == "cuda"):
                 continue
             try:
-                build(target, work)
+                built[kind] = build(target, work)
             except (Missing, BuildFailed) as problem:
                 sentence = f"genkernels: the {kind.upper()} library was not built: {problem}"
                 if wish == kind or (wish == "cuda" and kind == "cpu"):
                     raise SystemExit(sentence) from None
                 print(sentence, file=sys.stderr, flush=True)
+        if built:
+            facts = {"commit": commit(), "torch": importlib.metadata.version("torch"), **built}
+            (target / "built.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     def _torch(self) -> Path:
         folder = torch_folder()
@@ -174,7 +226,8 @@ class BuildLibraries(build_ext):
         for to in links:
             os.replace(f"{to}.new", to)
 
-    def build_cpu(self, target: Path, work: Path) -> None:
+    def build_cpu(self, target: Path, work: Path) -> dict:
+        """What was built, for built.json."""
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if not compiler:
             raise Missing("there is no C++ compiler (g++) on PATH")
@@ -182,29 +235,33 @@ class BuildLibraries(build_ext):
         jobs, links = [], {}
         for variant, flags in cpu_variants().items():
             objects = []
-            for source in self._sources("cpu", ".cpp"):
+            for source in [*self._sources("cpu", ".cpp"), *PORTABLE_SOURCES]:
                 objects.append(str(work / f"{source.stem}.{variant}.o"))
-                command = [compiler, *COMMON_FLAGS, *CPU_FLAGS, *flags, *include, "-c", str(source), "-o", objects[-1]]
+                options = [*COMMON_FLAGS, *CPU_FLAGS, *flags, *PORTABLE, *include]
+                command = [compiler, *options, "-c", str(source), "-o", objects[-1]]
                 jobs.append((source.name, command))
             library = target / f"libgenkernels_cpu_{variant}.so"
             links[library] = [compiler, "-shared", *objects, *link]
         self._make(jobs, links)
         print(f"genkernels: built the CPU library ({', '.join(cpu_variants())})", flush=True)
+        return {"variants": list(cpu_variants()), "compiler": said([compiler, "--version"])}
 
-    def build_cuda(self, target: Path, work: Path) -> None:
+    def build_cuda(self, target: Path, work: Path) -> dict:
         compiler = nvcc()
         if not compiler:
             raise Missing("there is no CUDA compiler (nvcc) on PATH or in CUDA_HOME")
         include, link = torch_flags(self._torch())
         include += ["-I", str(cuda_home(compiler) / "include")]
         objects, jobs, flags = [], [], architecture_flags()
-        for source in self._sources("cuda", ".cu"):
+        for source in [*self._sources("cuda", ".cu"), *PORTABLE_SOURCES]:
             objects.append(str(work / f"{source.stem}.cuda.o"))
-            command = [compiler, *COMMON_FLAGS, *CUDA_FLAGS, *flags, *include, "-c", str(source), "-o", objects[-1]]
+            options = [*COMMON_FLAGS, *CUDA_FLAGS, *flags, *PORTABLE, *include]
+            command = [compiler, *options, "-c", str(source), "-o", objects[-1]]
             jobs.append((source.name, command))
         library = target / "libgenkernels_cuda.so"
         self._make(jobs, {library: [compiler, "-shared", *objects, *link]})
         print(f"genkernels: built the CUDA library ({' '.join(flags)})", flush=True)
+        return {"architectures": flags, "compiler": said([compiler, "--version"])}
 
 
 class BinaryDistribution(Distribution):
@@ -215,10 +272,15 @@ class BinaryDistribution(Distribution):
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags the wheel for any Python 3 on this platform: the libraries know nothing of Python."""
+    """Tags the wheel for any Python 3, of which the libraries know nothing, and for every Linux that has what they ask
+    for, else for this platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        tag = super().get_tag()[2]
+        libraries = [*Path(self.get_finalized_command("build").build_lib).glob("genkernels/_lib/*.so")]
+        if tag == "linux_x86_64" and libraries and shutil.which("objdump") and not any(map(too_new, libraries)):
+            tag = f"manylinux_{'_'.join(map(str, OLDEST['GLIBC']))}_x86_64"
+        return "py3", "none", tag
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ see the choice that the forward pass saw.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 from collections.abc import Iterator
@@ -84,6 +85,15 @@ def library_path(kind: str) -> Path | None:
         variant = cpu_variant()
         names = [f"libgenkernels_cpu_{variant}.so"] if variant else []
     return next((p for name in names if (p := LIBRARY_FOLDER / name).exists()), None)
+
+
+def built() -> dict:
+    """What the compiled libraries were built from, as setup.py wrote it down: ``commit``, ``torch``, and for ``cpu``
+    and ``cuda`` the ``compiler`` with the ``variants`` or ``architectures``. Empty where nothing was built."""
+    try:
+        return json.loads((LIBRARY_FOLDER / "built.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
 
 
 def _load(kind: str) -> str | None:

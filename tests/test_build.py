@@ -2,13 +2,19 @@
 
 import ctypes
 import importlib.util
+import json
+import math
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from genkernels import backends
+from genkernels._version import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +76,43 @@ def test_the_cpu_library_is_built_for_every_processor_it_may_meet(build_here, se
     for path, variant in zip(libraries, sorted(setup.cpu_variants()), strict=True):
         library = ctypes.CDLL(str(path))
         assert library.one() == library.two() == widths[variant]
+    facts = json.loads(libraries[0].with_name("built.json").read_text())
+    assert facts["commit"] == commit() and facts["torch"] == str(torch.__version__)
+    assert facts["cpu"]["variants"] == list(setup.cpu_variants()) and facts["cpu"]["compiler"]
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="there is no objdump on PATH")
+def test_a_library_asks_for_nothing_newer_than_glibc_2_28(setup, tmp_path, monkeypatch):
+    """What is built here: maths, shared pointers and errors as the kernels have them; and that the look at it sees."""
+    source = tmp_path / "csrc" / "cpu" / "one.cpp"
+    source.parent.mkdir(parents=True)
+    source.write_text(
+        "#include <cmath>\n#include <memory>\n#include <sstream>\n#include <stdexcept>\n"
+        'extern "C" __attribute__((visibility("default"))) double one(double x) {\n'
+        "  auto shared = std::make_shared<double>(x);\n  auto other = shared;\n  std::ostringstream text;\n"
+        "  text << std::exp(*other) + std::log(x) + std::pow(x, x);\n"
+        "  if (x < 0) throw std::runtime_error(text.str());\n  return std::stod(text.str());\n}\n"
+    )
+    monkeypatch.setattr(setup, "CSRC", source.parents[1])
+    monkeypatch.setattr(setup, "cpu_variants", lambda: {"generic": []})
+    (library,) = build_in(setup, tmp_path / "build", "cpu")
+    assert setup.symbols(library)["GLIBC"] and setup.too_new(library) == []
+    one = ctypes.CDLL(str(library)).one
+    one.restype, one.argtypes = ctypes.c_double, [ctypes.c_double]
+    assert one(2.0) == pytest.approx(math.exp(2) + math.log(2) + 4, rel=1e-5)  # of six digits
+    monkeypatch.setattr(setup, "PORTABLE", ())
+    monkeypatch.setattr(setup, "PORTABLE_SOURCES", [])
+    (library,) = build_in(setup, tmp_path / "without", "cpu")
+    here = tuple(map(int, platform.libc_ver()[1].split(".")))
+    assert bool(setup.too_new(library)) == (here > (2, 28))
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="there is no objdump on PATH")
+def test_the_installed_library_runs_on_glibc_2_28(setup):
+    if backends.why_missing("cpu"):
+        pytest.skip("the CPU library is not built")
+    assert setup.too_new(backends.library_path("cpu")) == []
+    assert backends.built()["cpu"]["variants"] == list(setup.cpu_variants())
 
 
 def test_the_installed_library_is_there_for_every_processor_it_may_meet(setup):

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from genkernels import backends
-from genkernels._machine import commit, device_name, versions
+from genkernels._machine import device_name, versions
+from genkernels._version import commit
 
 _PACKAGES = ("triton", "nflows", "normflows", "FrEIA", "zuko")
 _GUESSED_CACHE = 32 << 20

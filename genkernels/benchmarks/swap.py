@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from genkernels._files import refuse_unwritable, write_json
-from genkernels._machine import commit, device_name, versions
+from genkernels._machine import device_name, versions
+from genkernels._version import commit
 from genkernels._words import UsageError
 from genkernels.swap import Report, swap_
 

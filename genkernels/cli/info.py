@@ -26,7 +26,13 @@ def run(arguments) -> int:
             print(f"GPU {i}: {facts.name}, {memory:.0f} GiB, compute capability {facts.major}.{facts.minor}")
     else:
         print(f"GPU: none ({backends.why_missing('triton')})")
-    print(f"backend in force: {backends.current_backend()}\n")
+    print(f"backend in force: {backends.current_backend()}")
+    facts = backends.built()
+    for kind in ("cpu", "cuda"):
+        if kind in facts:
+            by, source = facts[kind]["compiler"], facts["commit"] or "sources without a commit"
+            print(f"{kind.upper()} library: built by {by} for torch {facts['torch']} from {source}")
+    print()
     if missing := [package for module, package in _EXTRAS.items() if importlib.util.find_spec(module) is None]:
         print(f"not installed: {', '.join(missing)} (pip install 'genkernels[train]')\n")
     rows = backends.describe()
