@@ -49,12 +49,41 @@ class Splines(NamedTuple):
         )
 
 
-def refused(module, bins: int) -> str:
-    """Why a module's splines are none of the operator's, "" where they are."""
-    if not isinstance(module.tails, str):
-        return "its splines are of an interval, without tails" if module.tails is None else "its tails are several"
-    if module.tails != "linear":
-        return f"its tails are {module.tails}"
+class Mixed(NamedTuple):
+    """Splines of features some of which are angles, as normflows has them: K + 1 raw slopes each, of which a linear
+    feature leaves the first and the last, and an angle the last; what is beyond the bound becomes zero."""
+
+    splines: Splines
+    tails: tuple[str, ...]
+
+    def __call__(self, x: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        return self.run(x, params.reshape(*x.shape, 3 * self.splines.bins + 1), inverse)
+
+    def run(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        logits, slopes = params.tensor_split((2 * self.splines.bins,), -1)
+        taken = {"linear": slopes[..., 1:-1], "circular": slopes[..., :-1]}
+        order, values, log_det = [], [], x.new_zeros(x.shape[0])
+        for tail in sorted(set(self.tails)):
+            features = [i for i, own in enumerate(self.tails) if own == tail]
+            given = torch.cat([logits, taken[tail]], -1)[:, features]
+            splines = self.splines._replace(parametrization=PARAMETRIZATIONS[tail])
+            value, more = splines.run(x[:, features], given, inverse)
+            order, values, log_det = order + features, [*values, value], log_det + more
+        joined = torch.cat(values, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
+        return torch.where(x.abs() <= self.splines.bound, joined, torch.zeros_like(x)), log_det
+
+
+#: A library's tails: the operator's parametrization.
+PARAMETRIZATIONS = {"linear": "nflows", "circular": "circular"}
+
+
+def refused(module, bins: int, angles: bool) -> str:
+    """Why a module's splines are none of the operator's, "" where they are. angles: whether some may be circular."""
+    if module.tails is None:
+        return "its splines are of an interval, without tails"
+    tails = {module.tails} if isinstance(module.tails, str) else set(module.tails)
+    if tails - {"linear", *(["circular"] if angles else [])}:
+        return f"its tails are {', '.join(sorted(map(str, tails)))}"
     floors = {module.min_bin_width, module.min_bin_height, module.min_derivative}
     if len(floors) > 1:
         return "its least width, height and slope are not one number"
@@ -63,11 +92,16 @@ def refused(module, bins: int) -> str:
     return "" if isinstance(module.tail_bound, Real) and module.tail_bound > 0 else "its tail_bound is no number"
 
 
-def splines_of(module, bins: int, logit_scale: float = 1.0) -> Splines | None:
+def _splines_of(module, bins: int, inputs: Tensor, logit_scale: float | None = 1.0) -> Splines | Mixed | None:
     """The splines of a module of nflows or normflows, None where the library's own way is taken."""
-    if torch.compiler.is_compiling() or refused(module, bins):
+    if torch.compiler.is_compiling() or logit_scale is None or refused(module, bins, module._gk_angles):
         return None
-    return Splines("nflows", bins, float(module.tail_bound), logit_scale, module.min_derivative)
+    one = isinstance(module.tails, str)
+    kind = PARAMETRIZATIONS[module.tails] if one else ""
+    splines = Splines(kind, bins, float(module.tail_bound), logit_scale, module.min_derivative)
+    if one:
+        return splines
+    return Mixed(splines, tuple(module.tails)) if inputs.shape[1:] == (len(module.tails),) else None
 
 
 def _logit_scale(network, *names: str) -> float | None:
@@ -79,9 +113,11 @@ def _logit_scale(network, *names: str) -> float | None:
 class Coupling:
     """Of a coupling: the features that are transformed."""
 
+    _gk_angles = False
+
     def _coupling_transform(self, inputs, transform_params, inverse=False):
         scale = _logit_scale(self.transform_net, "hidden_features", "hidden_channels")
-        splines = None if scale is None else splines_of(self, self.num_bins, scale)
+        splines = _splines_of(self, self.num_bins, inputs, scale)
         if splines is None:
             return super()._coupling_transform(inputs, transform_params, inverse)
         return splines(inputs, transform_params, inverse)
@@ -90,9 +126,11 @@ class Coupling:
 class Autoregressive:
     """Of a masked autoregressive transform: all features, in each pass."""
 
+    _gk_angles = False
+
     def _elementwise(self, inputs, autoregressive_params, inverse=False):
         scale = _logit_scale(self.autoregressive_net, "hidden_features")
-        splines = None if scale is None else splines_of(self, self.num_bins, scale)
+        splines = _splines_of(self, self.num_bins, inputs, scale)
         if splines is None:
             return super()._elementwise(inputs, autoregressive_params, inverse)
         return splines(inputs, autoregressive_params, inverse)
@@ -101,9 +139,11 @@ class Autoregressive:
 class Elementwise:
     """Of splines that are parameters themselves, the same for all samples."""
 
+    _gk_angles = False
+
     def _spline(self, inputs, inverse=False):
         raw = self.unnormalized_widths, self.unnormalized_heights, self.unnormalized_derivatives
-        splines = splines_of(self, raw[0].shape[-1])
+        splines = _splines_of(self, raw[0].shape[-1], inputs)
         if splines is None:
             return super()._spline(inputs, inverse)
         params = torch.cat(raw, -1).expand(inputs.shape[0], *raw[0].shape[:-1], -1)
@@ -115,7 +155,7 @@ def rule(to: type, note: str = ""):
 
     def choose(thing) -> Becomes | str:
         bins = thing.unnormalized_widths.shape[-1] if issubclass(to, Elementwise) else thing.num_bins
-        return refused(thing, bins) or Becomes(to, note)
+        return refused(thing, bins, to._gk_angles) or Becomes(to, note)
 
     return choose
 
