@@ -89,7 +89,7 @@ class _Autoregressive(_Together, transforms.AutoregressiveTransform):
         flat, context, batch = _rows(x, self._context)
         params = module.hyper(flat if context is None else torch.cat([flat, context], -1))
         z, log_det = maps(flat, params)
-        return z.reshape(*batch, -1), log_det.reshape(batch)
+        return z.reshape(*batch, z.shape[-1]), log_det.reshape(batch)
 
 
 class _OfSplines(_Autoregressive):
@@ -101,7 +101,7 @@ class _OfSplines(_Autoregressive):
         x = torch.zeros_like(flat)
         for _ in range(self.passes):
             x, _ = maps(flat, module.hyper(x if context is None else torch.cat([x, context], -1)), inverse=True)
-        return x.reshape(*batch, -1)
+        return x.reshape(*batch, x.shape[-1])
 
 
 class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTransform):
@@ -190,7 +190,7 @@ class _Coupling(_Together, transforms.CouplingTransform):
             return module.hyper(seen if context is None else torch.cat([seen, context], -1))
 
         z, log_det = couple(features, flat, params, inverse, maps)
-        return z.reshape(*batch, -1), log_det.reshape(batch)
+        return z.reshape(*batch, z.shape[-1]), log_det.reshape(batch)
 
     def _gk_by_zuko(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         theirs = transforms.CouplingTransform

@@ -148,7 +148,8 @@ def test_couplings_by_splines(mask, options, dtype):
     net = nets.get(mask, lambda i, o: ResidualNet(i, o, 6, context_features=2, num_blocks=1))
     mask = MASKS[mask]
     make = lambda: transforms.PiecewiseRationalQuadraticCouplingTransform(mask, net, tails="linear", **options)  # noqa: E731
-    x = 2 * draw(9, len(mask), dtype=dtype)
+    x, bound = 2 * draw(9, len(mask), dtype=dtype), options.get("tail_bound", 1)
+    x[0], x[1] = bound, -bound
     count = 1 + ("apply_unconditional_transform" in options)
     check_swap(make, splines(x, draw(9, 2, dtype=dtype, seed=1)), dtype, swapped=count, lossy=True)
 
@@ -204,9 +205,14 @@ def test_splines_that_stay():
         reasons = [entry.reason for entry in swap_(model).entries]
     assert ["without tails" in reason for reason in reasons] == [True, False, False, True]
     assert "not one number" in reasons[1] and "no choice" in reasons[2]
+
+
+def test_splines_of_no_sample_and_changed_since():
+    make = lambda **words: transforms.PiecewiseRationalQuadraticCouplingTransform([0, 1], Linear, **words)  # noqa: E731
     swapped = make(tails="linear")
     swap_(swapped)
-    swapped.tails, swapped.transform_net = None, Linear(1, 31)  # changed since: nflows' own way, and its own error
+    assert [t.shape for t in swapped.inverse(torch.empty(0, 2))] == [(0, 2), (0,)]
+    swapped.tails, swapped.transform_net = None, Linear(1, 31)  # nflows' own way, and its own error
     with pytest.raises(transforms.InputOutsideDomain):
         swapped(torch.full((2, 2), 1.5))
 

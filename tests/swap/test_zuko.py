@@ -97,6 +97,14 @@ def test_splines(name, dtype):
     assert all(("keeps its D passes" in entry.reason) == (name != "coupling") for entry in report.entries)
 
 
+def test_splines_of_no_sample():
+    model = nn.ModuleList([SPLINES["nsf"][0](), SPLINES["coupling"][0]()])
+    swap_(model)
+    for flow, features in zip(model, (4, 5), strict=True):
+        transform, x = flow(torch.zeros(2)).transform, torch.empty(0, features)
+        assert [t.shape for t in (*transform.call_and_ladj(x), transform.inv(x))] == [x.shape, (0,), x.shape]
+
+
 def test_other_maps_and_slopes():
     model = nn.ModuleList([zuko.flows.NCSF(3, transforms=1), zuko.flows.MAF(3, transforms=1)])
     affine = zuko.transforms.MonotonicAffineTransform
