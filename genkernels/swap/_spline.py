@@ -11,6 +11,7 @@ from numbers import Real
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genkernels import ops
@@ -18,13 +19,14 @@ from genkernels.swap._rules import Becomes
 
 
 class Splines(NamedTuple):
-    """`genkernels.ops.rational_quadratic_spline` with its options, of K bins."""
+    """`genkernels.ops.rational_quadratic_spline` with its options, of K bins; floors: of widths, heights and slopes,
+    where the operator has one for all."""
 
     parametrization: str
     bins: int
     bound: float
     logit_scale: float
-    floor: float
+    floors: tuple[float, float, float]
 
     @property
     def numbers(self) -> int:
@@ -39,14 +41,26 @@ class Splines(NamedTuple):
     def run(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """The same of params ``[N, C, ..., numbers]``."""
         function = ops.rational_quadratic_spline_inverse if inverse else ops.rational_quadratic_spline
+        scale, floor = self.logit_scale, min(self.floors)
+        if max(self.floors) > floor:
+            params, scale = self._above(params, floor), 1.0
         return function(
-            x,
-            params,
-            parametrization=self.parametrization,
-            bound=self.bound,
-            logit_scale=self.logit_scale,
-            floor=self.floor,
+            x, params, parametrization=self.parametrization, bound=self.bound, logit_scale=scale, floor=floor
         )
+
+    def _above(self, params: Tensor, floor: float) -> Tensor:
+        """The raw numbers that mean over one floor, the least, what params mean over three."""
+        *logits, raw = params.tensor_split((self.bins, 2 * self.bins), -1)
+        *least, slope = self.floors
+        for i, own in enumerate(least):
+            logits[i] = self.logit_scale * logits[i]
+            if own > floor:
+                share = own - floor + (1 - self.bins * own) * logits[i].softmax(-1)
+                logits[i] = torch.log(share / (1 - self.bins * floor))
+        if slope > floor:
+            above = F.softplus(raw) + (slope - floor)
+            raw = above + torch.log(-torch.expm1(-above))
+        return torch.cat([*logits, raw], -1)
 
 
 class Mixed(NamedTuple):
@@ -77,6 +91,10 @@ class Mixed(NamedTuple):
 PARAMETRIZATIONS = {"linear": "nflows", "circular": "circular"}
 
 
+def _floors(module) -> tuple[float, float, float]:
+    return module.min_bin_width, module.min_bin_height, module.min_derivative
+
+
 def refused(module, bins: int, angles: bool) -> str:
     """Why a module's splines are none of the operator's, "" where they are. angles: whether some may be circular."""
     if module.tails is None:
@@ -84,10 +102,10 @@ def refused(module, bins: int, angles: bool) -> str:
     tails = {module.tails} if isinstance(module.tails, str) else set(module.tails)
     if tails - {"linear", *(["circular"] if angles else [])}:
         return f"its tails are {', '.join(sorted(map(str, tails)))}"
-    floors = {module.min_bin_width, module.min_bin_height, module.min_derivative}
-    if len(floors) > 1:
-        return "its least width, height and slope are not one number"
-    if not 0 < floors.pop() * bins < 1:
+    floors = _floors(module)
+    if not 0 < min(floors) or floors[2] >= 1:
+        return "its least width, height and slope are not all above 0, or its least slope is 1"
+    if max(floors[:2]) * bins > 1 or min(floors) * bins >= 1:
         return "its least width leaves its bins no choice"
     return "" if isinstance(module.tail_bound, Real) and module.tail_bound > 0 else "its tail_bound is no number"
 
@@ -98,7 +116,7 @@ def _splines_of(module, bins: int, inputs: Tensor, logit_scale: float | None = 1
         return None
     one = isinstance(module.tails, str)
     kind = PARAMETRIZATIONS[module.tails] if one else ""
-    splines = Splines(kind, bins, float(module.tail_bound), logit_scale, module.min_derivative)
+    splines = Splines(kind, bins, float(module.tail_bound), logit_scale, _floors(module))
     if one:
         return splines
     return Mixed(splines, tuple(module.tails)) if inputs.shape[1:] == (len(module.tails),) else None

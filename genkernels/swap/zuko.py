@@ -43,7 +43,7 @@ def _map_of(module) -> Coupling | Splines | None:
     if univariate is Spline and set(options) <= {"slope", "bound"} and shapes and len(shapes[0]) == 1:
         (bins,) = shapes[0]
         if bins and shapes == [(bins,), (bins,), (bins - 1,)]:
-            return Splines("zuko", bins, float(bound), 1.0, slope)
+            return Splines("zuko", bins, float(bound), 1.0, (slope,) * 3)
     return None
 
 

@@ -141,6 +141,8 @@ def splines(x, context=None):
         ("anyhow", {"num_bins": 1}),
         ("odd", {"tail_bound": 2.5, "apply_unconditional_transform": True}),
         ("runs", {"num_bins": 4, "min_bin_width": 0.1, "min_bin_height": 0.1, "min_derivative": 0.1}),
+        ("turns", {"num_bins": 4, "min_bin_width": 0.02, "min_bin_height": 0.1, "min_derivative": 0.01}),
+        ("turns", {"num_bins": 4, "min_bin_width": 0.25, "min_bin_height": 0.05, "min_derivative": 0.1}),
     ],
 )
 def test_couplings_by_splines(mask, options, dtype):
@@ -196,7 +198,7 @@ def test_splines_that_stay():
     model = nn.ModuleList(
         [
             make(),
-            make(tails="linear", min_derivative=0.01),
+            make(tails="linear", min_derivative=0.0),
             make(tails="linear", num_bins=1000),
             transforms.PiecewiseRationalQuadraticCDF(2),
         ]
@@ -204,7 +206,7 @@ def test_splines_that_stay():
     with pytest.warns(UserWarning, match="no module of this ModuleList was swapped"):
         reasons = [entry.reason for entry in swap_(model).entries]
     assert ["without tails" in reason for reason in reasons] == [True, False, False, True]
-    assert "not one number" in reasons[1] and "no choice" in reasons[2]
+    assert "not all above 0" in reasons[1] and "no choice" in reasons[2]
 
 
 def test_splines_of_no_sample_and_changed_since():
