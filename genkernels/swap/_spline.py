@@ -19,12 +19,16 @@ from genkernels.swap._rules import Becomes
 
 
 class Splines(NamedTuple):
-    """`genkernels.ops.rational_quadratic_spline` with its options, of K bins; floors: of widths, heights and slopes,
-    where the operator has one for all."""
+    """`genkernels.ops.rational_quadratic_spline` with its options, of K bins.
+
+    Args:
+        bound: a tensor, as x broadcasts with it, where numbers have bounds of their own.
+        floors: of widths, heights and slopes; the operator has one for all.
+    """
 
     parametrization: str
     bins: int
-    bound: float
+    bound: float | Tensor
     logit_scale: float
     floors: tuple[float, float, float]
 
@@ -44,9 +48,11 @@ class Splines(NamedTuple):
         scale, floor = self.logit_scale, min(self.floors)
         if max(self.floors) > floor:
             params, scale = self._above(params, floor), 1.0
-        return function(
-            x, params, parametrization=self.parametrization, bound=self.bound, logit_scale=scale, floor=floor
-        )
+        options = {"parametrization": self.parametrization, "logit_scale": scale, "floor": floor}
+        if not isinstance(self.bound, Tensor):
+            return function(x, params, bound=self.bound, **options)
+        value, log_det = function(x / self.bound, params, bound=1.0, **options)
+        return value * self.bound, log_det
 
     def _above(self, params: Tensor, floor: float) -> Tensor:
         """The raw numbers that mean over one floor, the least, what params mean over three."""
@@ -80,7 +86,9 @@ class Mixed(NamedTuple):
         for tail in sorted(set(self.tails)):
             features = [i for i, own in enumerate(self.tails) if own == tail]
             given = torch.cat([logits, taken[tail]], -1)[:, features]
-            splines = self.splines._replace(parametrization=PARAMETRIZATIONS[tail])
+            bound = self.splines.bound
+            bound = bound[features] if isinstance(bound, Tensor) else bound
+            splines = self.splines._replace(parametrization=PARAMETRIZATIONS[tail], bound=bound)
             value, more = splines.run(x[:, features], given, inverse)
             order, values, log_det = order + features, [*values, value], log_det + more
         joined = torch.cat(values, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
@@ -104,19 +112,26 @@ def refused(module, bins: int, angles: bool) -> str:
         return f"its tails are {', '.join(sorted(map(str, tails)))}"
     floors = _floors(module)
     if not 0 < min(floors) or floors[2] >= 1:
-        return "its least width, height and slope are not all above 0, or its least slope is 1"
+        return "its least width, height and slope are not all above 0, the slope below 1"
     if max(floors[:2]) * bins > 1 or min(floors) * bins >= 1:
-        return "its least width leaves its bins no choice"
-    return "" if isinstance(module.tail_bound, Real) and module.tail_bound > 0 else "its tail_bound is no number"
+        return "its least width or height leaves its bins no choice"
+    bound = module.tail_bound
+    if isinstance(bound, Tensor):
+        return "" if angles and bound.dim() == 1 and bound.is_floating_point() else "its tail_bound is a tensor"
+    return "" if isinstance(bound, Real) and bound > 0 else "its tail_bound is not above 0"
 
 
 def _splines_of(module, bins: int, inputs: Tensor, logit_scale: float | None = 1.0) -> Splines | Mixed | None:
     """The splines of a module of nflows or normflows, None where the library's own way is taken."""
     if torch.compiler.is_compiling() or logit_scale is None or refused(module, bins, module._gk_angles):
         return None
+    bound = module.tail_bound
+    if isinstance(bound, Tensor) and bound.dtype != inputs.dtype:
+        return None
     one = isinstance(module.tails, str)
     kind = PARAMETRIZATIONS[module.tails] if one else ""
-    splines = Splines(kind, bins, float(module.tail_bound), logit_scale, _floors(module))
+    bound = bound if isinstance(bound, Tensor) else float(bound)
+    splines = Splines(kind, bins, bound, logit_scale, _floors(module))
     if one:
         return splines
     return Mixed(splines, tuple(module.tails)) if inputs.shape[1:] == (len(module.tails),) else None

@@ -51,6 +51,10 @@ SPLINES = {
     "coupled": (nf.flows.CoupledRationalQuadraticSpline, {"tail_bound": 2.0}),
     "angles": (nf.flows.CoupledRationalQuadraticSpline, {"tails": "circular"}),
     "some angles": (nf.flows.CircularCoupledRationalQuadraticSpline, {"ind_circ": [0, 3]}),
+    "some bounds": (
+        nf.flows.CircularCoupledRationalQuadraticSpline,
+        {"ind_circ": [1, 2, 3], "tail_bound": torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5])},
+    ),
     "autoregressive": (nf.flows.AutoregressiveRationalQuadraticSpline, {"permute_mask": True}),
     "autoregressive angles": (nf.flows.CircularAutoregressiveRationalQuadraticSpline, {"ind_circ": [1, 2]}),
 }
