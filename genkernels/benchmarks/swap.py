@@ -184,6 +184,33 @@ def nflows_maf() -> Made:
     return model, _nll(torch.randn(100, 64)), lambda m: m.sample(100)
 
 
+def nflows_nsf() -> Made:
+    from nflows import distributions, flows, transforms
+    from nflows.nn.nets import ResidualNet
+
+    def net(into, out):
+        return ResidualNet(into, out, hidden_features=64, num_blocks=2)
+
+    def coupling(layer):
+        mask = [(i + layer) % 2 for i in range(32)]
+        return transforms.PiecewiseRationalQuadraticCouplingTransform(mask, net, 8, tails="linear", tail_bound=3.0)
+
+    couplings = transforms.CompositeTransform([coupling(layer) for layer in range(4)])
+    model = flows.Flow(couplings, distributions.StandardNormal([32]))
+    return model, _nll(torch.randn(512, 32)), lambda m: m.sample(512)
+
+
+def nflows_autoregressive_nsf() -> Made:
+    from nflows import distributions, flows, transforms
+
+    made = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+    layers = []
+    for _ in range(2):
+        layers += [made(8, 64, num_bins=8, tails="linear", tail_bound=3.0), transforms.ReversePermutation(8)]
+    model = flows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([8]))
+    return model, _nll(torch.randn(512, 8)), lambda m: m.sample(512)
+
+
 def zuko_maf() -> Made:
     import zuko
 
@@ -197,6 +224,14 @@ def zuko_nice() -> Made:
 
     model = zuko.flows.NICE(32, transforms=8, hidden_features=(64, 64))
     x = torch.randn(512, 32)
+    return model, lambda m: -m().log_prob(x).mean(), lambda m: m().sample((512,))
+
+
+def zuko_nsf() -> Made:
+    import zuko
+
+    model = zuko.flows.NSF(8, transforms=3, hidden_features=(64, 64))
+    x = torch.randn(512, 8)
     return model, lambda m: -m().log_prob(x).mean(), lambda m: m().sample((512,))
 
 
@@ -215,6 +250,15 @@ def normflows_realnvp() -> Made:
     layers = []
     for _ in range(8):
         layers += [nf.flows.AffineCouplingBlock(nf.nets.MLP([16, 64, 64, 32])), nf.flows.Permute(32, mode="swap")]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(32), layers)
+    x = torch.randn(512, 32)
+    return model, lambda m: m.forward_kld(x), lambda m: m.sample(512)
+
+
+def normflows_nsf() -> Made:
+    import normflows as nf
+
+    layers = [nf.flows.CoupledRationalQuadraticSpline(32, 2, 64, reverse_mask=bool(layer % 2)) for layer in range(4)]
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(32), layers)
     x = torch.randn(512, 32)
     return model, lambda m: m.forward_kld(x), lambda m: m.sample(512)
@@ -256,9 +300,13 @@ def torch_critic() -> Made:
 CASES: dict[str, Callable[[], Made]] = {
     "nflows RealNVP": nflows_realnvp,
     "nflows MAF": nflows_maf,
+    "nflows NSF": nflows_nsf,
+    "nflows NSF, autoregressive": nflows_autoregressive_nsf,
     "zuko MAF": zuko_maf,
     "zuko NICE": zuko_nice,
+    "zuko NSF": zuko_nsf,
     "normflows RealNVP": normflows_realnvp,
+    "normflows NSF": normflows_nsf,
     "normflows Glow": normflows_glow,
     "FrEIA GLOWCouplingBlock": freia_glow,
     "torch spectral_norm": torch_critic,

@@ -53,12 +53,18 @@ What is swapped:
 
 ==========  ==========================================================================================================
 nflows      ``AffineCouplingTransform``, ``AdditiveCouplingTransform``, ``MaskedAffineAutoregressiveTransform``,
-            ``OneByOneConvolution``, ``Flow`` (its ``sample`` keeps no graph)
-normflows   ``AffineCouplingBlock`` (by channels), ``MaskedAffineAutoregressive``, ``Planar``
-zuko        ``MaskedAutoregressiveTransform`` and ``GeneralCouplingTransform`` of affine maps: ``MAF``, ``NICE``
+            ``OneByOneConvolution``, ``Flow`` (its ``sample`` keeps no graph); with linear tails
+            ``PiecewiseRationalQuadraticCouplingTransform``, ``PiecewiseRationalQuadraticCDF`` and
+            ``MaskedPiecewiseRationalQuadraticAutoregressiveTransform``
+normflows   ``AffineCouplingBlock`` (by channels), ``MaskedAffineAutoregressive``, ``Planar``; what is within
+            ``CoupledRationalQuadraticSpline``, ``AutoregressiveRationalQuadraticSpline`` and both ``Circular`` ones
+zuko        ``MaskedAutoregressiveTransform`` and ``GeneralCouplingTransform`` of affine maps and of
+            ``MonotonicRQSTransform``: ``MAF``, ``NICE``, ``NSF``
 FrEIA       ``GLOWCouplingBlock``; on a GPU ``RNVPCouplingBlock`` and ``AllInOneBlock`` too
 torch       both kinds of ``spectral_norm``
 ==========  ==========================================================================================================
+
+An autoregressive transform by splines keeps the passes of its inverse, one a feature, each of them by the operator.
 
 ``genkernels swap MODULE:FUNCTION`` prints the report for a model of your own, and how much faster a training step and a
 call that draws samples become.

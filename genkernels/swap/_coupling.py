@@ -30,7 +30,7 @@ class Coupling(NamedTuple):
     layout: Layout
 
     def __call__(
-        self, x: Tensor, params: Tensor, split: Split, flip: bool = False, inverse: bool = False
+        self, x: Tensor, params: Tensor, split: Split = Split.NONE, flip: bool = False, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         fits = x.dtype == params.dtype and params.dim() == x.dim() and x.shape[0] == params.shape[0]
         if (

@@ -15,6 +15,7 @@ from genkernels._options import Split
 from genkernels.nn._log_det import zero_log_det
 from genkernels.nn._seen import Seen
 from genkernels.swap._coupling import Coupling, pays
+from genkernels.swap._spline import Splines
 
 #: How the two sets lie: one run before the other, in turns, or anyhow.
 RUNS, TURNS, ANYHOW = "runs", "turns", "anyhow"
@@ -96,7 +97,11 @@ class _Permuted(torch.autograd.Function):
 
 
 def couple(
-    features: Features, x: Tensor, params_of: Callable[[Tensor], Tensor], inverse: bool, coupling: Coupling | None
+    features: Features,
+    x: Tensor,
+    params_of: Callable[[Tensor], Tensor],
+    inverse: bool,
+    coupling: Coupling | Splines | None,
 ) -> tuple[Tensor, Tensor]:
     """A coupling of any two sets of features.
 
@@ -104,19 +109,20 @@ def couple(
         features: has looked. x: ``[N, D, ...]``. params_of: gives the parameters from the passing features, which it
             may write into. coupling: None adds the parameters.
     """
-    small = not pays(x)
+    affine = isinstance(coupling, Coupling)
+    small = affine and not pays(x)
     passing, moving = features.take(x)
     seen = passing.clone(memory_format=torch.contiguous_format)
     version = None if seen.is_inference() else seen._version
     params = params_of(seen)
     if version is None or seen._version != version:
         passing = seen  # a network that writes over its input changes what passes, in other libraries
-    elif coupling is not None and not small and (split := features.split()) is not None:
+    elif affine and not small and (split := features.split()) is not None:
         return coupling(x, params, split, features.flip, inverse)
     if coupling is None:  # one addition: an operator would win nothing
         return features.join(passing, moving - params if inverse else moving + params), zero_log_det(x)
     if small:
         moved, log_det = coupling.plainly(moving, params, inverse)
     else:
-        moved, log_det = coupling(moving, params, Split.NONE, False, inverse)
+        moved, log_det = coupling(moving, params, inverse=inverse)
     return features.join(passing, moved), log_det

@@ -1,15 +1,18 @@
-"""nflows: couplings, the masked affine autoregressive transform, the 1×1 convolution, sampling without graphs."""
+"""nflows: couplings and masked autoregressive transforms, affine and by splines, the 1×1 convolution, sampling without
+graphs."""
 
 from __future__ import annotations
 
 import torch
 from nflows import flows, transforms
 from nflows.transforms import made as nflows_made
+from nflows.transforms.nonlinearities import PiecewiseRationalQuadraticCDF as Elementwise
 from torch import Tensor
 
 from genkernels._options import Layout, ScaleMap, Split
 from genkernels.nn._log_det import per_sample
 from genkernels.nn._pixelwise import pixelwise_linear
+from genkernels.swap import _spline
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
 from genkernels.swap._residual_made import inverse_refused, solve_made
@@ -86,6 +89,20 @@ def _autoregressive(thing) -> Becomes | str:
     return Becomes(MaskedAffineAutoregressive, f"one direction: the inverse keeps its D passes, {why}" if why else "")
 
 
+class PiecewiseRationalQuadraticCoupling(_spline.Coupling, transforms.PiecewiseRationalQuadraticCouplingTransform):
+    """`nflows.transforms.PiecewiseRationalQuadraticCouplingTransform` with linear tails."""
+
+
+class MaskedPiecewiseRationalQuadraticAutoregressive(
+    _spline.Autoregressive, transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+):
+    """`nflows.transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform` with linear tails."""
+
+
+class PiecewiseRationalQuadraticCDF(_spline.Elementwise, Elementwise):
+    """`nflows.transforms.PiecewiseRationalQuadraticCDF` with linear tails."""
+
+
 class OneByOneConvolution(transforms.OneByOneConvolution):
     """`nflows.transforms.OneByOneConvolution`: permutation, L and U as one matrix, so one pass over the pixels."""
 
@@ -131,8 +148,11 @@ LIBRARY = Library(
         transforms.MaskedAffineAutoregressiveTransform: _autoregressive,
         transforms.OneByOneConvolution: _convolution,
         transforms.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
-        transforms.PiecewiseRationalQuadraticCouplingTransform: stays("splines are not swapped yet"),
-        transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: stays("splines are not swapped yet"),
+        transforms.PiecewiseRationalQuadraticCouplingTransform: _spline.rule(PiecewiseRationalQuadraticCoupling),
+        transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: _spline.rule(
+            MaskedPiecewiseRationalQuadraticAutoregressive, _spline.PASSES
+        ),
+        Elementwise: _spline.rule(PiecewiseRationalQuadraticCDF),
         flows.Flow: becomes(Flow, "sample keeps no graph; what needs one calls the transform's inverse"),
     },
 )

@@ -1,4 +1,4 @@
-"""normflows: affine couplings, the masked affine autoregressive flow, planar and radial flows.
+"""normflows: couplings and masked autoregressive flows, affine and by splines, and planar flows.
 
 normflows runs from noise to data: its ``forward`` is the operators' forward map all the same, by the scale map that
 says so (`sigmoid_inverse`: a division by the sigmoid).
@@ -10,12 +10,15 @@ from normflows import flows
 from normflows.flows import reshape
 from normflows.flows.affine.autoregressive import MaskedAffineAutoregressive as Autoregressive
 from normflows.flows.affine.coupling import AffineCoupling
+from normflows.flows.neural_spline import autoregressive as splines_autoregressive
+from normflows.flows.neural_spline import coupling as splines_coupling
 from normflows.nets import made as normflows_made
 from torch import Tensor
 
 from genkernels import ops
 from genkernels._options import Layout, ScaleMap, Split
 from genkernels.networks._plain import hooked
+from genkernels.swap import _spline
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._residual_made import inverse_refused, solve_made
 from genkernels.swap._rules import Becomes, Library, left_alone, stays
@@ -85,6 +88,26 @@ def _autoregressive(thing) -> Becomes | str:
     return Becomes(MaskedAffineAutoregressive, f"one direction: the inverse keeps its D passes, {why}" if why else "")
 
 
+class PiecewiseRationalQuadraticCoupling(_spline.Coupling, splines_coupling.PiecewiseRationalQuadraticCoupling):
+    """`normflows.flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling` with tails."""
+
+    _gk_angles = True
+
+
+class PiecewiseRationalQuadraticCDF(_spline.Elementwise, splines_coupling.PiecewiseRationalQuadraticCDF):
+    """`normflows.flows.neural_spline.coupling.PiecewiseRationalQuadraticCDF` with tails."""
+
+    _gk_angles = True
+
+
+class MaskedPiecewiseRationalQuadraticAutoregressive(
+    _spline.Autoregressive, splines_autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive
+):
+    """`normflows.flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive` with tails."""
+
+    _gk_angles = True
+
+
 class Planar(flows.Planar):
     """`normflows.flows.Planar` with tanh, of points."""
 
@@ -103,6 +126,15 @@ def _planar(thing) -> Becomes | str:
     return Becomes(Planar)
 
 
+#: What only calls its parts.
+WHOLES = (
+    flows.GlowBlock,
+    flows.CoupledRationalQuadraticSpline,
+    flows.CircularCoupledRationalQuadraticSpline,
+    flows.AutoregressiveRationalQuadraticSpline,
+    flows.CircularAutoregressiveRationalQuadraticSpline,
+)
+
 LIBRARY = Library(
     "normflows",
     ("1.7.3",),
@@ -110,7 +142,12 @@ LIBRARY = Library(
         flows.AffineCouplingBlock: _coupling,
         Autoregressive: _autoregressive,
         flows.Planar: _planar,
-        flows.GlowBlock: stays("its parts are swapped one by one"),
+        splines_coupling.PiecewiseRationalQuadraticCoupling: _spline.rule(PiecewiseRationalQuadraticCoupling),
+        splines_coupling.PiecewiseRationalQuadraticCDF: _spline.rule(PiecewiseRationalQuadraticCDF),
+        splines_autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive: _spline.rule(
+            MaskedPiecewiseRationalQuadraticAutoregressive, _spline.PASSES
+        ),
+        **dict.fromkeys(WHOLES, stays("its parts are swapped one by one")),
         flows.MaskedAffineFlow: stays(
             "its mask is of zeros and ones at any place, and its scale and shift two networks"
         ),

@@ -1,4 +1,4 @@
-"""zuko: masked autoregressive and coupling transforms of affine maps.
+"""zuko: masked autoregressive and coupling transforms of affine maps and of rational-quadratic splines.
 
 zuko's modules make a transform (of `torch.distributions`) for each context; so do those that take their place, and what
 they make is a subclass of zuko's.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,33 @@ from zuko import flows, transforms
 from zuko.nn import MLP, MaskedLinear, MaskedMLP
 from zuko.utils import broadcast
 
-from genkernels._options import Layout, ScaleMap, Split
+from genkernels._options import Layout, ScaleMap
 from genkernels.networks._plain import hooked
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
 from genkernels.swap._made import Layer, Sorted
 from genkernels.swap._rules import Becomes, Library, left_alone
+from genkernels.swap._spline import PASSES, Splines
 
-Affine = transforms.MonotonicAffineTransform
+Affine, Spline = transforms.MonotonicAffineTransform, transforms.MonotonicRQSTransform
 
 
-def _slope(module) -> float | None:
-    """The least slope of a module's affine maps, None where it makes others."""
-    univariate, slope = module.univariate, 1e-3
-    if type(univariate) is functools.partial and not univariate.args and set(univariate.keywords) <= {"slope"}:
-        slope, univariate = univariate.keywords.get("slope", slope), univariate.func
-    fits = univariate is Affine and [tuple(s) for s in module.shapes] == [(), ()]
-    return slope if fits and isinstance(slope, float) and 0 < slope < 1 else None
+def _map_of(module) -> Coupling | Splines | None:
+    """What a module's maps are to an operator, None where they are others."""
+    univariate, options = module.univariate, {}
+    if type(univariate) is functools.partial and not univariate.args:
+        univariate, options = univariate.func, univariate.keywords
+    slope, bound = options.get("slope", 1e-3), options.get("bound", 5.0)
+    if not (isinstance(slope, float) and 0 < slope < 1 and isinstance(bound, Real) and bound > 0):
+        return None
+    shapes = [tuple(shape) for shape in module.shapes]
+    if univariate is Affine and set(options) <= {"slope"} and shapes == [(), ()]:
+        return Coupling(ScaleMap.SOFT_CLIP, -math.log(slope), Layout.SHIFT_INTERLEAVED)
+    if univariate is Spline and set(options) <= {"slope", "bound"} and shapes and len(shapes[0]) == 1:
+        (bins,) = shapes[0]
+        if bins and shapes == [(bins,), (bins,), (bins - 1,)]:
+            return Splines("zuko", bins, float(bound), 1.0, (slope,) * 3)
+    return None
 
 
 def _rows(x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:
@@ -72,24 +83,35 @@ class _Autoregressive(_Together, transforms.AutoregressiveTransform):
         return transforms.AutoregressiveTransform._inverse(self, y) if x is None else x
 
     def _gk_run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        module = self._module
-        if not pays(x):
+        module, maps = self._module, _map_of(self._module)
+        if isinstance(maps, Coupling) and not pays(x):
             return transforms.AutoregressiveTransform.call_and_ladj(self, x)
         flat, context, batch = _rows(x, self._context)
         params = module.hyper(flat if context is None else torch.cat([flat, context], -1))
-        z, log_det = _fused(module)(flat, params, Split.NONE)
-        return z.reshape(*batch, -1), log_det.reshape(batch)
+        z, log_det = maps(flat, params)
+        return z.reshape(*batch, z.shape[-1]), log_det.reshape(batch)
 
 
-def _fused(module) -> Coupling:
-    return Coupling(ScaleMap.SOFT_CLIP, -math.log(_slope(module)), Layout.SHIFT_INTERLEAVED)
+class _OfSplines(_Autoregressive):
+    """The same of splines: each pass of the inverse goes through the operator."""
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        module, maps = self._module, _map_of(self._module)
+        flat, context, batch = _rows(y, self._context)
+        x = torch.zeros_like(flat)
+        for _ in range(self.passes):
+            x, _ = maps(flat, module.hyper(x if context is None else torch.cat([x, context], -1)), inverse=True)
+        return x.reshape(*batch, x.shape[-1])
 
 
 class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTransform):
-    """`zuko.flows.MaskedAutoregressiveTransform` of affine maps; its inverse as a solve."""
+    """`zuko.flows.MaskedAutoregressiveTransform`; of affine maps its inverse is a solve."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        return super().forward(c) if left_alone(self) else _Autoregressive(self, c)
+        maps = None if left_alone(self) else _map_of(self)
+        if maps is None:
+            return super().forward(c)
+        return (_OfSplines if isinstance(maps, Splines) else _Autoregressive)(self, c)
 
     def _gk_solve(self, z: Tensor, c: Tensor | None) -> Tensor | None:
         """None where the network is not one for the blocked solve."""
@@ -108,7 +130,7 @@ class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTra
         added = None if context is None else context @ (first.mask * first.weight)[:, features:].mT
         given = [Layer(weight, first.bias, first.mask)]
         given += [Layer(layer.weight, layer.bias, layer.mask) for layer in layers[1:]]
-        x, _ = self._gk_sorted.solve(flat, given, added, scale_map="soft_clip", **_fused(self).options)
+        x, _ = self._gk_sorted.solve(flat, given, added, scale_map="soft_clip", **_map_of(self).options)
         return x.reshape(*batch, features)
 
 
@@ -128,9 +150,16 @@ def _why_not(module) -> str:
     return "for hooks on its layers" if any(hooked(layer) for layer in network) else ""
 
 
+#: Of maps that are no operator's.
+OTHERS = "not of affine maps, nor of rational-quadratic splines"
+
+
 def _masked(thing) -> Becomes | str:
-    if _slope(thing) is None:
-        return "not of affine maps; splines are not swapped yet"
+    maps = _map_of(thing)
+    if maps is None:
+        return OTHERS
+    if isinstance(maps, Splines):
+        return Becomes(MaskedAutoregressiveTransform, PASSES)
     why = _why_not(thing)
     return Becomes(MaskedAutoregressiveTransform, f"one direction: the inverse keeps its passes, {why}" if why else "")
 
@@ -151,17 +180,17 @@ class _Coupling(_Together, transforms.CouplingTransform):
         return self._module._gk_indices()[1]
 
     def _gk_run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        module = self._module
+        module, maps = self._module, _map_of(self._module)
         features = module._gk_look()
-        if not features.pays(x):
+        if isinstance(maps, Coupling) and not features.pays(x):
             return self._gk_by_zuko(x, inverse)
         flat, context, batch = _rows(x, self._context)
 
         def params(seen: Tensor) -> Tensor:
             return module.hyper(seen if context is None else torch.cat([seen, context], -1))
 
-        z, log_det = couple(features, flat, params, inverse, _fused(module))
-        return z.reshape(*batch, -1), log_det.reshape(batch)
+        z, log_det = couple(features, flat, params, inverse, maps)
+        return z.reshape(*batch, z.shape[-1]), log_det.reshape(batch)
 
     def _gk_by_zuko(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         theirs = transforms.CouplingTransform
@@ -171,10 +200,11 @@ class _Coupling(_Together, transforms.CouplingTransform):
 
 
 class GeneralCouplingTransform(flows.coupling.GeneralCouplingTransform):
-    """`zuko.flows.GeneralCouplingTransform` of affine maps."""
+    """`zuko.flows.GeneralCouplingTransform` of affine maps and of splines."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        return super().forward(c) if left_alone(self) else _Coupling(self, c)
+        leave = left_alone(self) or _map_of(self) is None
+        return super().forward(c) if leave else _Coupling(self, c)
 
     def _gk_indices(self) -> tuple[Tensor, Tensor]:
         held = getattr(self, "_gk_held", None)
@@ -191,8 +221,8 @@ class GeneralCouplingTransform(flows.coupling.GeneralCouplingTransform):
 
 
 def _coupling(thing) -> Becomes | str:
-    if _slope(thing) is None:
-        return "not of affine maps; splines are not swapped yet"
+    if _map_of(thing) is None:
+        return OTHERS
     return Becomes(GeneralCouplingTransform) if isinstance(thing.hyper, MLP) else "its network is of another class"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from genkernels.swap import _coupling, swap_
-from tests.swap.checks import CLOSE, check_swap
+from tests.swap.checks import CLOSE, check_swap, outcome
 
 pytest.importorskip("nflows", reason="needs the extra bench")
 
@@ -121,6 +123,102 @@ def test_the_inverse_is_the_solve_and_notices_new_masks_and_hooks(monkeypatch):
     assert torch.allclose(model(model.inverse(z)[0])[0], z) and calls == [1]
 
 
+def splines(x, context=None):
+    """Both ways of numbers within the bound and beyond it; in the dtype of the model."""
+
+    def run(model):
+        to = lambda t: None if t is None else t.to(next(model.parameters()))  # noqa: E731
+        return both_ways(to(x), to(context))(model)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        ("turns", {"tail_bound": 3, "num_bins": 8}),
+        ("anyhow", {"num_bins": 1}),
+        ("odd", {"tail_bound": 2.5, "apply_unconditional_transform": True}),
+        ("runs", {"num_bins": 4, "min_bin_width": 0.1, "min_bin_height": 0.1, "min_derivative": 0.1}),
+        ("turns", {"num_bins": 4, "min_bin_width": 0.02, "min_bin_height": 0.1, "min_derivative": 0.01}),
+        ("turns", {"num_bins": 4, "min_bin_width": 0.25, "min_bin_height": 0.05, "min_derivative": 0.1}),
+    ],
+)
+def test_couplings_by_splines(mask, options, dtype):
+    nets = {"runs": Linear, "anyhow": InPlace}
+    net = nets.get(mask, lambda i, o: ResidualNet(i, o, 6, context_features=2, num_blocks=1))
+    mask = MASKS[mask]
+    make = lambda: transforms.PiecewiseRationalQuadraticCouplingTransform(mask, net, tails="linear", **options)  # noqa: E731
+    x, bound = 2 * draw(9, len(mask), dtype=dtype), options.get("tail_bound", 1)
+    x[0], x[1] = bound, -bound
+    count = 1 + ("apply_unconditional_transform" in options)
+    check_swap(make, splines(x, draw(9, 2, dtype=dtype, seed=1)), dtype, swapped=count, lossy=True)
+
+
+def test_couplings_of_images_by_splines():
+    net = lambda i, o: ConvResidualNet(i, o, hidden_channels=3, num_blocks=1)  # noqa: E731
+    make = lambda: transforms.PiecewiseRationalQuadraticCouplingTransform([0, 1, 1], net, tails="linear")  # noqa: E731
+    check_swap(make, both_ways(draw(3, 3, 4, 2, dtype=torch.float64)), torch.float64, swapped=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_autoregressive_by_splines(dtype, monkeypatch):
+    from genkernels import ops
+
+    calls, real = [], ops.rational_quadratic_spline_inverse
+    monkeypatch.setattr(ops, real.__name__, lambda *a, **k: calls.append(1) or real(*a, **k))
+    words = {"context_features": 2, "tails": "linear", "tail_bound": 3.0, "num_bins": 6}
+    make = lambda: transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, **words)  # noqa: E731
+    run = splines(2 * draw(9, 4, dtype=dtype), draw(9, 2, dtype=dtype, seed=1))
+    report = check_swap(make, run, dtype, swapped=1, lossy=True)
+    assert report.entries[0].reason.startswith("the inverse keeps its D passes") and len(calls) % 4 == 0 and calls
+
+
+def test_splines_lose_no_more_digits_than_nflows():
+    """In fp32, by the geometric mean of the largest errors of 30 couplings against nflows in fp64."""
+    net = lambda i, o: ResidualNet(i, o, 6, num_blocks=1)  # noqa: E731
+    lost = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        theirs = transforms.PiecewiseRationalQuadraticCouplingTransform([0, 1, 0, 1], net, tails="linear", tail_bound=3)
+        nn.init.normal_(theirs.transform_net.final_layer.weight)
+        ours, wide = copy.deepcopy(theirs), copy.deepcopy(theirs).double()
+        swap_(ours)
+        run = splines(draw(16, 4, dtype=torch.float32, seed=seed))
+        a, b, exact = (outcome(model, run, torch.float32) for model in (ours, theirs, wide))
+        largest = [[(t[name] - e).abs().max() for name, e in exact.items()] for t in (a, b)]
+        lost.append(torch.tensor(largest).clamp(min=1e-9).log().mean(1))
+    by_us, by_nflows = torch.stack(lost).mean(0).exp().tolist()
+    assert by_us <= by_nflows, (by_us, by_nflows)
+
+
+def test_splines_that_stay():
+    make = lambda **words: transforms.PiecewiseRationalQuadraticCouplingTransform([0, 1], Linear, **words)  # noqa: E731
+    model = nn.ModuleList(
+        [
+            make(),
+            make(tails="linear", min_derivative=0.0),
+            make(tails="linear", num_bins=1000),
+            transforms.PiecewiseRationalQuadraticCDF(2),
+        ]
+    )
+    with pytest.warns(UserWarning, match="no module of this ModuleList was swapped"):
+        reasons = [entry.reason for entry in swap_(model).entries]
+    assert ["without tails" in reason for reason in reasons] == [True, False, False, True]
+    assert "not all above 0" in reasons[1] and "no choice" in reasons[2]
+
+
+def test_splines_of_no_sample_and_changed_since():
+    make = lambda **words: transforms.PiecewiseRationalQuadraticCouplingTransform([0, 1], Linear, **words)  # noqa: E731
+    swapped = make(tails="linear")
+    swap_(swapped)
+    assert [t.shape for t in swapped.inverse(torch.empty(0, 2))] == [(0, 2), (0,)]
+    swapped.tails, swapped.transform_net = None, Linear(1, 31)  # nflows' own way, and its own error
+    with pytest.raises(transforms.InputOutsideDomain):
+        swapped(torch.full((2, 2), 1.5))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_convolution(dtype):
     def run(model):
@@ -155,9 +253,9 @@ def test_a_flow():
         return flows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([4]), nn.Linear(3, 2))
 
     x, context = draw(5, 4, dtype=torch.float64), draw(5, 3, dtype=torch.float64, seed=1)
-    report = check_swap(make, lambda m: {"log p": m.log_prob(x, context)}, torch.float64, swapped=3)
+    report = check_swap(make, lambda m: {"log p": m.log_prob(x, context)}, torch.float64, swapped=4)
     reasons = [entry.reason for entry in report.stayed]
-    assert len(reasons) == 2 and "nothing to gain" in reasons[0] and "splines" in reasons[1]
+    assert len(reasons) == 1 and "nothing to gain" in reasons[0]
     torch.manual_seed(0)
     theirs, context = make().eval(), context.float()
     torch.manual_seed(5)

@@ -47,6 +47,41 @@ def test_masked_autoregressive(residual, dtype):
     assert report.entries[0].reason == ("" if residual else reason)
 
 
+SPLINES = {
+    "coupled": (nf.flows.CoupledRationalQuadraticSpline, {"tail_bound": 2.0}),
+    "angles": (nf.flows.CoupledRationalQuadraticSpline, {"tails": "circular"}),
+    "some angles": (nf.flows.CircularCoupledRationalQuadraticSpline, {"ind_circ": [0, 3]}),
+    "some bounds": (
+        nf.flows.CircularCoupledRationalQuadraticSpline,
+        {"ind_circ": [1, 2, 3], "tail_bound": torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5])},
+    ),
+    "autoregressive": (nf.flows.AutoregressiveRationalQuadraticSpline, {"permute_mask": True}),
+    "autoregressive angles": (nf.flows.CircularAutoregressiveRationalQuadraticSpline, {"ind_circ": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPLINES)
+def test_splines(name, dtype):
+    kind, options = SPLINES[name]
+
+    def make():
+        model = kind(5, 1, 6, num_bins=4, num_context_channels=2, **options)
+        for p in model.parameters():  # from what is the identity
+            nn.init.normal_(p, std=0.5)
+        return model
+
+    def run(model):
+        x, context = (t.to(next(model.parameters())) for t in (given, draw(9, 2, dtype=dtype, seed=1)))
+        z, log_det = model(x, context)
+        back, minus = model.inverse(x.flip(0), context)
+        return {"z": z, "log-det": log_det, "x": back, "minus": minus}
+
+    given = 2 * draw(9, 5, dtype=dtype)  # beyond the bound too
+    report = check_swap(make, run, dtype, swapped=1 if "autoregressive" in name else 2, lossy=True)
+    assert [entry.reason for entry in report.stayed] == ["its parts are swapped one by one"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_planar(dtype):
     def run(model):

@@ -68,8 +68,45 @@ def test_the_inverse_is_the_solve(monkeypatch):
     torch.testing.assert_close(flow.transform.inv(flow.transform(x)), x, rtol=1e-4, atol=1e-5)
 
 
-def test_splines_and_other_slopes():
-    model = nn.ModuleList([zuko.flows.NSF(3, transforms=1), zuko.flows.MAF(3, transforms=1)])
+SPLINES = {
+    "nsf": (partial(zuko.flows.NSF, 4, 2, transforms=2, hidden_features=(9, 7)), 2),
+    "passes": (partial(zuko.flows.NSF, 4, 2, transforms=1, passes=2, bins=5, slope=1e-2), 1),
+    "one bin": (partial(zuko.flows.NSF, 3, 2, transforms=1, randperm=True, bins=1), 1),
+    "coupling": (
+        partial(
+            zuko.flows.NICE,
+            5,
+            2,
+            transforms=2,
+            univariate=partial(zuko.transforms.MonotonicRQSTransform, bound=2),
+            shapes=[(4,), (4,), (3,)],
+        ),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPLINES)
+def test_splines(name, dtype):
+    """Of numbers within the bound and beyond it, with a context for all of them."""
+    make, count = SPLINES[name]
+    x, context = 3 * draw(3, 5, make.args[0], dtype=dtype), draw(5, 2, dtype=dtype, seed=1)
+    run = lambda model: run_of(*(t.to(next(model.parameters())) for t in (x, context)))(model)  # noqa: E731
+    report = check_swap(make, run, dtype, swapped=count, lossy=True)
+    assert all(("keeps its D passes" in entry.reason) == (name != "coupling") for entry in report.entries)
+
+
+def test_splines_of_no_sample():
+    model = nn.ModuleList([SPLINES["nsf"][0](), SPLINES["coupling"][0]()])
+    swap_(model)
+    for flow, features in zip(model, (4, 5), strict=True):
+        transform, x = flow(torch.zeros(2)).transform, torch.empty(0, features)
+        assert [t.shape for t in (*transform.call_and_ladj(x), transform.inv(x))] == [x.shape, (0,), x.shape]
+
+
+def test_other_maps_and_slopes():
+    model = nn.ModuleList([zuko.flows.NCSF(3, transforms=1), zuko.flows.MAF(3, transforms=1)])
     affine = zuko.transforms.MonotonicAffineTransform
     make = lambda: zuko.flows.MAF(3, transforms=1, univariate=partial(affine, slope=1e-2))  # noqa: E731
     assert [bool(e.became) for e in swap_(model).entries] == [False, True]
