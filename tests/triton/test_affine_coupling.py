@@ -23,7 +23,7 @@ def test_large_samples_take_several_tiles(shape, split):
 
 def test_small_samples_take_one_launch_and_large_ones_two():
     def blocks(*shape):
-        return kernels._plan(shape, 4, 4, 0, 0, 0, False).sizes[-1]
+        return kernels._plan(shape, 4, 4, 0, 1.0, 0, 0, False).sizes[-1]
 
     assert [blocks(64, 12, 16, 16), blocks(64, 24, 8, 8), blocks(4096, 2), blocks(8, 8, 32, 32)] == [1, 1, 1, 1]
     assert blocks(64, 48, 32, 32) == 24
