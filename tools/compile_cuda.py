@@ -46,7 +46,7 @@ class Kernel:
     @property
     def wide(self) -> bool:
         """All tensors of one dtype, in 16-byte runs; half params beside fp32 rightly take 8 bytes."""
-        types = re.search(r"<\(genkernels::ScaleMap\)\d+, ([\w:]+), ([\w:]+), true>", self.name)
+        types = re.search(r"<\(genkernels::Kernel\)\d+, ([\w:]+), ([\w:]+), true>", self.name)
         return bool(types) and types[1] == types[2]
 
     def faults(self) -> list[str]:
