@@ -350,7 +350,8 @@ def _plan(
         "ROWS": tile_rows,
         "COLS": cols,
     }
-    warps = 4 if tile * itemsize <= 4096 else 8
+    single = split == ALTERNATE.value and unit == 1  # every number of a thread has an address of its own
+    warps = 4 if tile * itemsize <= 4096 and not single else 8
     grid = triton.cdiv(rows, tile_rows) * blocks
     return _Plan((grid,), (rows, units, run // unit, height, blocks), constants, warps)
 

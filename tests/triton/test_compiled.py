@@ -63,7 +63,8 @@ def chosen(specs):
 
 
 def test_addresses_are_64_bit_where_a_sample_has_2_to_the_31_units(tool, specs):
-    """With sizes of 64 bits; with those of 32 bits the tool itself looks at every kernel that it compiles."""
+    """With sizes of 64 bits; with those of 32 bits the tool itself looks at each of these kernels that it compiles."""
+    assert {spec.kernel.__name__ for spec in chosen(specs)} == tool.WIDE
     for spec in chosen(specs):
         signature = {name: "i64" if kind == "i32" else kind for name, kind in spec.signature.items()}
         ttir = tool.compile_spec(spec._replace(signature=signature), 90).asm["ttir"]
