@@ -13,6 +13,13 @@ BENCH ?=
 # the CUDA library takes a minute to compile; nothing here runs it where there is no GPU (.ci/run compiles it by itself)
 BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
 
+# the requirements of the extra bench, of the package that is installed: to install the extra would build it again
+define EXTRA_BENCH
+import importlib.metadata as m
+print(*[r.split(";")[0] for r in m.requires("genkernels") if r.endswith('extra == "bench"')])
+endef
+export EXTRA_BENCH
+
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*)
 RUN := $(VENV)/bin/python
 
@@ -53,6 +60,7 @@ $(VENV)/train: $(VENV)/base
 
 $(VENV)/test: $(VENV)/base
 	GENKERNELS_BUILD=$(BUILD) $(RUN) -m pip install -q --no-build-isolation -e ".[train,test]"
+	-$(RUN) -m pip install -q $$($(RUN) -c "$$EXTRA_BENCH")  # what swap_ swaps; tests without it say that they are skipped
 	@touch $@ $(VENV)/train
 
 clean:

@@ -11,6 +11,11 @@ from genkernels.swap import swap_
 
 #: What "the same" means, by dtype, relative to the largest number of a tensor: rounding in another order.
 CLOSE = {torch.float64: {"rtol": 1e-12, "atol": 1e-12}, torch.float32: {"rtol": 1e-6, "atol": 1e-6}}
+DTYPES = list(CLOSE)
+
+
+def draw(*shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def errors(found: dict, exact: dict) -> torch.Tensor:

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from genkernels.swap import swap_
-from tests.swap.checks import check_swap
-from tests.swap.test_nflows import DTYPES, draw
+from tests.swap.checks import DTYPES, check_swap, draw
 
 pytest.importorskip("FrEIA", reason="needs the extra bench")
 

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from genkernels.swap import _coupling, swap_
-from tests.swap.checks import CLOSE, check_swap, outcome
+from tests.swap.checks import CLOSE, DTYPES, check_swap, draw, outcome
 
 pytest.importorskip("nflows", reason="needs the extra bench")
 
 from nflows import distributions, flows, transforms
 from nflows.nn.nets import ConvResidualNet, ResidualNet
 
-DTYPES = [torch.float64, torch.float32]
 MASKS = {
     "turns": [1, 0, 1, 0, 1, 0],
     "runs": [0, 0, 0, 1, 1, 1],
@@ -49,10 +48,6 @@ def both_ways(x, context=None):
         return {"z": z, "log-det": log_det, "x": back, "minus": minus}
 
     return run
-
-
-def draw(*shape, dtype, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
