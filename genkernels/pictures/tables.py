@@ -23,7 +23,7 @@ def table(
 
     Args:
         header: a word for each column. The first column stands left, the others in the middle of theirs.
-        blocks: rows of cells, under a line of their own.
+        blocks: rows of cells, under words of their own.
         spans: above the header: ``(words, how many columns)``, from the left.
         title: a line above the table.
         note: smaller lines below it.
@@ -52,8 +52,10 @@ def table(
     left = [_GAP + sum(widths[:i]) for i in range(len(widths) + 1)]
     right = round(left[-1])
     titles, notes = wrapped(title, bold, right - _GAP), wrapped(note, small, right - _GAP)
+    heads = [wrapped(words, small, right - _GAP) for words in blocks]
     lines = bool(spans) + 1 + len(rows) + len(blocks)
-    height = _STEP * (len(titles) + lines) + round(0.68 * _STEP * len(notes)) + (3 if notes else 2) * _GAP
+    more = round(0.68 * _STEP) * (len(notes) + sum(max(0, len(head) - 1) for head in heads))
+    height = _STEP * (len(titles) + lines) + more + (3 if notes else 2) * _GAP
     page = Image.new("RGB", (right + _GAP, height), "white")
     pen, y = ImageDraw.Draw(page), _GAP
 
@@ -80,9 +82,11 @@ def table(
         y += _STEP
     row(header, y, plain)
     y += _STEP
-    for words, block in blocks.items():
+    for head, block in zip(heads, blocks.values(), strict=True):
         rule(y, 2)
-        pen.text((left[0], y + _STEP / 2), words, font=small, fill=FAINT, anchor="lm")
+        for i, line in enumerate(head):
+            y += round(0.68 * _STEP) if i else 0
+            pen.text((left[0], y + _STEP / 2), line, font=small, fill=FAINT, anchor="lm")
         y += _STEP
         for cells in block:
             row(cells, y, plain)

@@ -102,7 +102,7 @@ def _picture(rows: list[dict], bundle, config):
     return pictures.table(
         ["", *(f"k = {k}" for k in DRAWS)],
         {
-            f"here: {bundle.name}, {size}, {run}, seed {config.seed}": lines(
+            f"here: {bundle.name.rsplit('/', 1)[-1]}, {size}, {run}, seed {config.seed}": lines(
                 lambda row: f"{row['nats']:.2f} ± {row['standard_error']:.2f}"
             ),
             f"the paper: {PAPER_DATA}": lines(lambda row: f"{row['paper_nats']:.2f}"),

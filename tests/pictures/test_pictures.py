@@ -207,6 +207,14 @@ def test_a_table_has_a_place_for_every_cell():
         pictures.table(["", "x", "y"], blocks, spans=[("", 2)])
 
 
+def test_words_above_rows_are_not_cut_off_at_the_edge():
+    pytest.importorskip("matplotlib")
+    rows = [["a", "1,234.56 ± 0.78", "9,876.54 ± 0.32"]]
+    short, long = (pictures.table(["", "x", "y"], {words: rows}) for words in ("here", "here and there " * 12))
+    assert long.shape[1] == short.shape[1] and long.shape[0] >= short.shape[0] + 2 * 34
+    assert (long[:, -20:] == 255).all()  # the margin
+
+
 def test_heatmaps_leave_exact_zeros_white():
     pytest.importorskip("matplotlib")
     matrix = torch.tensor([[1.0, 0.0], [1e-12, -1.0]])
