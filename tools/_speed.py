@@ -84,7 +84,7 @@ def others(found: dict[str, dict]) -> dict[str, float]:
 def conditions(machine: dict) -> str:
     device = machine["device"] + _INSTRUCTIONS.get(machine.get("cpu_variant"), "")
     if machine["device_type"] == "cpu":
-        device = f"{machine['threads']} threads of {device}"
+        device = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)} of {device}"
     return f"{device}, torch {machine['versions']['torch']}, {machine['date'][:10]}, commit {machine['commit']}"
 
 

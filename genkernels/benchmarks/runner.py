@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from genkernels._files import refuse_unwritable, write_json
+from genkernels._machine import cpu_threads
 from genkernels._words import UsageError, nearest
 from genkernels.backends import use_backend
 from genkernels.benchmarks import cases as catalogue
@@ -86,8 +87,10 @@ def main(
         report.check_plot(plot)
     if limit is not None and not limit > 0:
         raise UsageError(f"bench: limit must be more than 0 seconds, got {limit}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"bench: threads must be at least 1, got {threads}")
     on_device = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
-    with _threads(threads), on_device, _whole_fp32(place):
+    with cpu_threads(threads), on_device, _whole_fp32(place):
         results = measure(rows, chosen, place, _effort(len(rows), quick, limit), quick=quick, limit=limit)
     report.show(results)
     if json is not None:
@@ -339,18 +342,6 @@ def _whole_fp32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    if count is not None and count < 1:
-        raise UsageError(f"bench: threads must be at least 1, got {count}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _progress(text: str) -> None:

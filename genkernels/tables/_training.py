@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from genkernels._words import UsageError
@@ -31,19 +30,6 @@ def check_arguments(arguments) -> None:
         raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
     if arguments.threads is not None and arguments.threads < 1:
         raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Within, torch uses so many threads; None leaves it as it is."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def train(build: Callable[[], Model], bundle: DataBundle, config: TrainConfig) -> Result:

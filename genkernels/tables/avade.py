@@ -7,7 +7,7 @@ import time
 
 from genkernels._words import notice
 from genkernels.tables import Table
-from genkernels.tables._training import check_arguments, threads, train, training_arguments
+from genkernels.tables._training import check_arguments, train, training_arguments
 
 TITLE = "Bits/dim and Fréchet distance of AV-ADE without some of its parts, on the digits, beside the paper's"
 STEPS, BATCH, SAMPLES = 3000, 64, 2000
@@ -30,6 +30,7 @@ def add_arguments(parser) -> None:
 def make(arguments) -> Table:
     check_arguments(arguments)
     from genkernels import data
+    from genkernels._machine import cpu_threads
     from genkernels.models import AVADE
     from genkernels.training import TrainConfig
 
@@ -44,7 +45,7 @@ def make(arguments) -> Table:
         **settings,
     )
     rows = []
-    with threads(arguments.threads):
+    with cpu_threads(arguments.threads):
         for variant in ORDER:
             rows.append(_row(variant, bundle, config))
             notice(f"{len(rows)} of {len(ORDER)}: {_told(rows[-1])}")

@@ -6,7 +6,7 @@ import time
 
 from genkernels._words import notice
 from genkernels.tables import Table
-from genkernels.tables._training import check_arguments, threads, train, training_arguments
+from genkernels.tables._training import check_arguments, train, training_arguments
 
 TITLE = "Accuracy and bits/dim of hybrid flows by λ, on the digits, beside the paper's"
 STEPS, BATCH = 600, 128
@@ -28,6 +28,7 @@ def add_arguments(parser) -> None:
 def make(arguments) -> Table:
     check_arguments(arguments)
     from genkernels import data
+    from genkernels._machine import cpu_threads
     from genkernels.training import TrainConfig
 
     bundle = data.load("digits")
@@ -41,7 +42,7 @@ def make(arguments) -> Table:
         eval_every=0,
     )
     rows = []
-    with threads(arguments.threads):
+    with cpu_threads(arguments.threads):
         for flow in BLOCKS:
             for label in WEIGHTS:
                 rows.append(_row(flow, label, bundle, config))

@@ -6,7 +6,7 @@ import time
 
 from genkernels._words import UsageError, notice
 from genkernels.tables import Table
-from genkernels.tables._training import check_arguments, threads, train, training_arguments
+from genkernels.tables._training import check_arguments, train, training_arguments
 
 TITLE = "Held-out −ln p(x) of VAE and IWAE by k, on binarised digits or images of yours, beside Burda's on MNIST"
 STEPS, BATCH = 10_000, 20
@@ -30,6 +30,7 @@ def add_arguments(parser) -> None:
 def make(arguments) -> Table:
     check_arguments(arguments)
     from genkernels import data
+    from genkernels._machine import cpu_threads
     from genkernels.models import IWAE
     from genkernels.training import TrainConfig
 
@@ -39,7 +40,7 @@ def make(arguments) -> Table:
     settings = {**IWAE.presets["mnist"].training, "batch_size": BATCH}
     config = TrainConfig(max_steps=arguments.steps, seed=arguments.seed, eval_every=0, **settings)
     rows = []
-    with threads(arguments.threads):
+    with cpu_threads(arguments.threads):
         for k in DRAWS:
             for model in MODELS:
                 if k == 1 and rows:
