@@ -22,6 +22,8 @@ export EXTRA_BENCH
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*)
 RUN := $(VENV)/bin/python
+# the processes of a test suite read files that are compiled already, whatever the shell says
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test bench lint wheel gpu-check clean
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 #: Undefined behaviour (misaligned access, index out of bounds, signed overflow) ends the process with a message.
 FLAGS = [
-    *("-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing"),
+    *("-std=c++20", "-Og", "-fPIC", "-shared", "-fno-strict-aliasing"),
     # not all of `undefined`: the checks of every pointer for null take a third of the compiler's time
     *("-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift", "-fno-sanitize-recover=all"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",

@@ -41,7 +41,8 @@ def pytest_collection_modifyitems(config, items):
         return not all(when(implementation, **given) for when in asked)
 
     mine = [item for item in items if item.path.is_relative_to(config.rootpath / "tests" / "ops")]
-    theirs = [item for item in items if item not in set(mine)]
+    all_mine = set(mine)
+    theirs = [item for item in items if item not in all_mine]
     leave_out(config, mine, runs_nowhere, "no implementation that they are for runs here")
     leave_out(config, mine, is_one_too_many, "further cases of paths that others meet, where a call is slow")
     if implementations.INTERPRETED:
