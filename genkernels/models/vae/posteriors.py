@@ -20,13 +20,21 @@ from torch import Tensor, nn
 
 from genkernels import losses, ops
 from genkernels._words import nearest
+from genkernels.backends import current_backend
 from genkernels.nn import MADE, AutoregressiveTransform
 from genkernels.nn._modes import frozen
+from genkernels.reference.importance_bound import gaussian_reparameterize as plainly
 
 Parameters = tuple[Tensor, ...]
 
 #: Softplus of this is 1, at which both elementary flows are the identity.
 NEUTRAL = math.log(math.e - 1)
+
+
+#: Below so many numbers on a CPU a call of the operator takes what it saves, and a little more within a training step:
+#: with one draw of 2 latents for 64 examples a step of the preset `points` took 1.76 ms by plain PyTorch, 1.96 by the
+#: operator, on one core; of 16 latents, `digits`, 3.74 and 3.85.
+FEW = 1 << 11
 
 
 class GaussianPosterior(nn.Module):
@@ -71,6 +79,9 @@ class GaussianPosterior(nn.Module):
             z ``[N, K, L]`` and ``log p(z) - log q(z|x)``, ``[N, K]`` in nats, fp32 or wider.
         """
         mean, log_scale = parameters
+        same = noise.dtype == mean.dtype == log_scale.dtype
+        if noise.device.type == "cpu" and noise.numel() < FEW and same and current_backend() == "auto":
+            return plainly(noise, mean, log_scale, prior, stopped)
         return ops.gaussian_reparameterize(noise, mean, log_scale, prior=prior, stopped=stopped)
 
     def kl(self, parameters: Parameters) -> Tensor:
