@@ -32,7 +32,7 @@ demo: $(VENV)/train
 
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto -m "not threads"
-	$(RUN) -m pytest tests -m threads
+	$(RUN) -m pytest tests/ops -m threads
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/ops tests/triton -n auto
 
 bench: $(VENV)/train

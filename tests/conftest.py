@@ -8,14 +8,15 @@ import torch
 #: Tests that are left out here, by the reason: told once, at the end, instead of a skip each.
 LEFT_OUT: Counter[str] = Counter()
 #: Files of tests that take many seconds each. They are begun first: at the end one would keep a worker busy alone.
-LONG = {"test_adding_an_operator", "test_builds", "test_compile", "test_compiled", "test_kills", "test_runs"}
+LONG = {"test_adding_an_operator", "test_build", "test_builds", "test_compile", "test_compiled", "test_kills"}
+LONG |= {"test_in_two_processes", "test_peers", "test_runs", "test_training_step"}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.path.is_relative_to(config.rootpath / "tests" / "benchmarks") or item.path.stem == "test_gpu_check":
-            item.add_marker("threads")  # they time what they run
+    alone = config.rootpath / "tests" / "ops"  # where `make test` looks for them
+    if lost := [i.nodeid for i in items if i.get_closest_marker("threads") and not i.path.is_relative_to(alone)]:
+        raise pytest.UsageError(f"tests marked threads must lie in {alone}, or no run has them: {', '.join(lost)}")
     if not torch.cuda.is_available():
         leave_out(config, items, lambda item: item.get_closest_marker("gpu"), "no CUDA device is available")
     yield  # to -m and -k, and to the folders' own choices
@@ -28,7 +29,8 @@ def leave_out(config, items, unwanted, reason):
     """Takes the unwanted items out, to be counted in the summary under `reason`."""
     gone = [item for item in items if unwanted(item)]
     if gone:
-        items[:] = [item for item in items if item not in set(gone)]
+        all_gone = set(gone)
+        items[:] = [item for item in items if item not in all_gone]
         config.hook.pytest_deselected(items=gone)
         LEFT_OUT[reason] += len(gone)
 

@@ -20,9 +20,7 @@ from genkernels._version import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-# a build takes all cores; the real one for any processor takes half a minute or so
-pytestmark = [pytest.mark.threads, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,8 @@
 """Data-parallel training of a critic, and by an importance-weighted bound (gloo)."""
 
-import pytest
-
 from tests.processes import two_ranks
 
 
-@pytest.mark.threads
 def test_gradients_are_those_of_one_process_hooks_included():
     found = two_ranks("tests.losses.ddp_rank")
     assert len(found) == 27 and not any(found.values()), found

@@ -213,7 +213,6 @@ def test_a_state_goes_on_where_it_was():
     assert unbroken.p > 0 and unbroken.counted[2] == 1
 
 
-@pytest.mark.threads
 def test_two_processes_have_one_probability():
     assert two_ranks("tests.nn.augment_rank") == {"alone": "", "within DistributedDataParallel": ""}
 
