@@ -11,7 +11,7 @@ namespace {
 template <typename T>
 class Call {
  public:
-  Call(const char* name, const Tensor& x, const Layers& given)
+  Call(const char* name, const Tensor& x, const Layers& given, const AffineMaps& maps)
       : launch_(name, x), weights_(given.weights), order_(given.order) {
     const int64_t layers = given.hidden();
     require(layers <= kMaxLayers, "made: the CUDA kernels take at most ", kMaxLayers, " hidden layers, got ", layers);
@@ -20,8 +20,8 @@ class Call {
     net.features = static_cast<int>(x.size(1));
     net.layers = static_cast<int>(layers);
     net.residual = given.residual;
-    net.map = given.map;
-    net.constant = T(given.constant);
+    net.map = maps.map;
+    net.constant = T(maps.constant);
     net.counts = data<int64_t>(given.counts);
     for (int64_t l = 0; l < layers; ++l) {
       net.size[l] = static_cast<int>(given.weights[l].size(0));
@@ -110,9 +110,9 @@ class Call {
 // The backend of common/made.h.
 struct Cuda {
   template <typename T>
-  static void inverse(const Layers& layers, const Tensor& z, const std::optional<Tensor>& context, const Tensor& x,
-                      const Tensor& ldj) {
-    Call<T> call("made_inverse", z, layers);
+  static void inverse(const Layers& layers, const AffineMaps& maps, const Tensor& z,
+                      const std::optional<Tensor>& context, const Tensor& x, const Tensor& ldj) {
+    Call<T> call("made_inverse", z, layers, maps);
     const Tensor z_steps = call.arrange(z, false, true);
     const Tensor x_steps = call.keep(empty(z));
     call.extend(data<T>(z_steps), context, x_steps, nullptr, mutable_data<T>(ldj));
@@ -120,11 +120,11 @@ struct Cuda {
   }
 
   template <typename T>
-  static void inverse_backward(const Layers& layers, const std::optional<Tensor>& grad_x,
+  static void inverse_backward(const Layers& layers, const AffineMaps& maps, const std::optional<Tensor>& grad_x,
                                const std::optional<Tensor>& grad_ldj, const Tensor& x,
                                const std::optional<Tensor>& context, const std::vector<Tensor>& grads) {
     const int64_t samples = x.size(0), D = x.size(1), hidden = layers.hidden();
-    Call<T> call("made_inverse_backward", x, layers);
+    Call<T> call("made_inverse_backward", x, layers, maps);
     std::vector<Tensor> inputs = {call.arrange(x, false, true)}, signals;
     const Tensor params = empty(x, {samples, 2 * D}), solution = empty(x);
     // fresh buffers of the units, held as tensors, for the products

@@ -3,7 +3,7 @@ layers and autoregressive flows have them.
 
 Bytes: forward and inverse read the point and its P parameters and write a point and the log-determinant; backward reads
 both and the gradients, and writes as much as it read. Flops of a number, a transcendental function being one: a softmax
-over K and a sum up to the bin, of widths and of heights, then the bin; see `_FLOPS`. Backward a softmax's gradient
+over K and a sum up to the bin, of widths and of heights, then the bin; see `FLOPS`. Backward a softmax's gradient
 twice, and the bin's.
 """
 
@@ -20,7 +20,7 @@ from genkernels.benchmarks.cases import Case
 from genkernels.reference import rational_quadratic_spline as reference
 
 #: (per bin, beside): 6 each of widths and heights for a softmax, a sum and a comparison.
-_FLOPS = {"forward": (12, 45), "inverse": (12, 55), "forward+backward": (20, 150)}
+FLOPS = {"forward": (12, 45), "inverse": (12, 55), "forward+backward": (20, 150)}
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -40,7 +40,7 @@ def case(
     """The last number of the row's shape is K."""
     count, params = math.prod(shape), 3 * bins - (kind != "circular")
     inverse, passes = direction == "inverse", 2.5 if "+" in direction else 1
-    per_bin, beside = _FLOPS[direction]
+    per_bin, beside = FLOPS[direction]
     options = {"parametrization": kind, "bound": bound}
     way = ops.rational_quadratic_spline_inverse if inverse else ops.rational_quadratic_spline
     codes = (Spline[kind.upper()], bound, 1.0, 1e-3, inverse)
