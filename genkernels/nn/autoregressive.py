@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from genkernels import ops
 from genkernels._options import ScaleMap
 from genkernels.nn.made import MADE, check_tensor
+from genkernels.ops._spline_checks import check_bins, check_options
 from genkernels.ops.affine_coupling import scale_constant_of
 from genkernels.ops.made import METHODS, SCALE_MAPS
-from genkernels.ops.rational_quadratic_spline import check_bins, check_options
 from genkernels.reference.affine_coupling import log_scale
 from genkernels.reference.rational_quadratic_spline import bins_of
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from genkernels._options import ScaleMap, Spline
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _checks as checks
+from genkernels.ops._spline_checks import check_bins, check_options
 from genkernels.ops.affine_coupling import scale_constant_of
-from genkernels.ops.rational_quadratic_spline import check_bins, check_options
 from genkernels.reference.rational_quadratic_spline import bins_of
 
 NAME = "made"
