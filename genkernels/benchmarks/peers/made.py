@@ -2,7 +2,7 @@
 
 - **nflows** ``MaskedAffineAutoregressiveTransform``, feed-forward blocks: k hidden layers are ``num_blocks = k - 1``.
   Its scale is softplus(s) + 0.001; ``_elementwise_forward`` and ``_elementwise_inverse`` are overridden by the same
-  lines with sigmoid(s + 2), so that all compute one function. Its splines are others than those of the cases.
+  lines with sigmoid(s + 2), so that all compute one function.
 - **zuko** ``MaskedAutoregressiveTransform``, as ``zuko.flows.MAF`` has it, with a univariate transform of scale
   sigmoid(s + 2) instead of its own. Its inverse gives no log-determinant on the way: ``inv.call_and_ladj`` runs one
   pass more. Of splines all is its own, as ``zuko.flows.NSF`` has it.
@@ -24,8 +24,6 @@ PEERS = ("nflows", "zuko")
 
 
 def unsupported(peer: str, case) -> str:
-    if peer == "nflows" and "spline" in case.settings:
-        return "has no zuko parametrization"
     return "has hidden layers of one size only" if peer == "nflows" and len(set(case.shape[2:])) > 1 else ""
 
 
@@ -92,7 +90,7 @@ def _zuko(features: int, hidden: list[int], inverse: bool, settings: dict):
             super(MonotonicAffineTransform, self).__init__()
             self.shift, self.scale, self.log_scale = shift, torch.sigmoid(scale + 2), F.logsigmoid(scale + 2)
 
-    if bins := settings.get("spline"):
+    if bins := settings.get("autoregressive"):
         options = {
             "univariate": partial(MonotonicRQSTransform, bound=settings["bound"]),
             "shapes": [(bins,), (bins,), (bins - 1,)],
