@@ -157,8 +157,8 @@ def made_spline_inverse(
 
     .. math:: z_i = \mathrm{spline}(x_i;\,p_i),\qquad p_i = \mathrm{MADE}(x_{<i}) \in \mathbb{R}^P
 
-    Gradients are those of the implicit function, as for `made_inverse`. On a GPU there is no kernel of this solve: x is
-    found by D passes there, and the gradient is the same.
+    Gradients are those of the implicit function, as for `made_inverse`. There is no Triton kernel of this solve: on a
+    GPU without the CUDA library x is found by D passes, and the gradient is the same.
 
     Equivalent to (natural order)::
 
@@ -368,11 +368,11 @@ def _define_inverse(name: str, codes: str, maps: Callable[..., Elementwise], ker
     return _Kind(solve, backward, maps)
 
 
-_BY_PASSES = "a solve by splines is not written for GPUs: D passes there"
+_IN_CUDA = "the solve by splines is written in CUDA C++ alone; without that, D passes"
 AFFINE = _define_inverse("made_inverse", "int scale_map, float constant", Affine, {})
 SPLINES = _define_inverse(
     "made_spline_inverse",
     "int parametrization, float bound, float logit_scale, float floor",
     Splines,
-    {"triton": _BY_PASSES, "cuda": _BY_PASSES},
+    {"triton": _IN_CUDA},
 )
