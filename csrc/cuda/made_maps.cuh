@@ -62,9 +62,7 @@ struct Splines {
   }
 
   __device__ __forceinline__ T backward(T* p, T x, T by_x, T by_log, bool unseen) const {
-    const T by_z = spline::gradients<T, Kind>(options, bins, params, p, true, x, unseen ? T(0) : by_x, by_log);
-    for (int j = 0; j < params; ++j) p[j] = -p[j];
-    return by_z;
+    return -spline::gradients<T, Kind>(options, bins, params, p, true, x, unseen ? T(0) : -by_x, -by_log);
   }
 };
 

@@ -16,8 +16,14 @@ from genkernels.reference.affine_coupling import log_scale
 from genkernels.reference.rational_quadratic_spline import bins_of
 
 TRANSFORMS = ("affine", "spline")
-_AFFINE = {"scale_map": "exp", "scale_constant": None}
-_SPLINES = {"parametrization": "nflows", "bound": 5.0, "logit_scale": 1.0, "floor": 1e-3}
+_DEFAULTS = {
+    "scale_map": "exp",
+    "scale_constant": None,
+    "parametrization": "nflows",
+    "bound": 5.0,
+    "logit_scale": 1.0,
+    "floor": 1e-3,
+}
 
 
 class AutoregressiveTransform(nn.Module):
@@ -94,27 +100,26 @@ class AutoregressiveTransform(nn.Module):
         ):
             if value not in options:
                 raise ValueError(f"{name}: {label} must be one of {', '.join(options)}, got {value!r}")
-        splines = {"parametrization": parametrization, "bound": bound, "logit_scale": logit_scale, "floor": floor}
         affine = {"scale_map": scale_map, "scale_constant": scale_constant}
-        self.transform, self._options = transform, affine if transform == "affine" else splines
-        others, usual = (splines, _SPLINES) if transform == "affine" else (affine, _AFFINE)
-        for label, value in others.items():
-            if value != usual[label]:
+        splines = {"parametrization": parametrization, "bound": bound, "logit_scale": logit_scale, "floor": floor}
+        by_splines = transform == "spline"
+        self.transform, self._options = transform, splines if by_splines else affine
+        for label, value in (affine if by_splines else splines).items():
+            if value != _DEFAULTS[label]:
                 raise ValueError(f"{name}: {label} is no option of transform={transform!r}, got {value!r}")
-        params = made.params_per_feature if isinstance(made, MADE) else 0
-        code = ScaleMap[scale_map.upper()]
-        self._codes = code, scale_constant_of(name, code, scale_constant)
-        if transform == "affine":
-            wanted, fits = "2", params == 2
+        count = made.params_per_feature if isinstance(made, MADE) else 0
+        if by_splines:
+            kind, *_ = check_options(name, *splines.values())
+            wanted, fits = "3K" if parametrization == "circular" else "3K - 1", bins_of(count, kind) > 0
         else:
-            kind, *_ = check_options(name, parametrization, bound, logit_scale, floor)
-            wanted = "3K" if parametrization == "circular" else "3K - 1"
-            fits = bins_of(params, kind) >= 1
+            code = ScaleMap[scale_map.upper()]
+            self._codes = code, scale_constant_of(name, code, scale_constant)
+            wanted, fits = "2", count == 2
         if not fits:
-            got = params if isinstance(made, MADE) else type(made).__name__
+            got = count if isinstance(made, MADE) else type(made).__name__
             raise ValueError(f"{name}: made must be a MADE with params_per_feature={wanted}, got {got}")
-        if transform == "spline":
-            check_bins(name, params, kind, floor)
+        if by_splines:
+            check_bins(name, count, kind, floor)
         self.made, self.scale_map, self.method, self.scale_constant = made, scale_map, method, scale_constant
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genkernels.backends import current_backend
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _made_checks as checks
 from genkernels.ops._autocast import work_dtype
@@ -157,8 +156,7 @@ def made_spline_inverse(
 
     .. math:: z_i = \mathrm{spline}(x_i;\,p_i),\qquad p_i = \mathrm{MADE}(x_{<i}) \in \mathbb{R}^P
 
-    Gradients are those of the implicit function, as for `made_inverse`. There is no Triton kernel of this solve: on a
-    GPU without the CUDA library x is found by D passes, and the gradient is the same.
+    Gradients are those of the implicit function, as for `made_inverse`.
 
     Equivalent to (natural order)::
 
@@ -200,8 +198,7 @@ def _solve(kind: _Kind, outputs: int, z, weights, biases, order, counts, context
             x, ldj = kind.solve.reference(*arguments)
         elif method != "blocked" or kind.solve.runs_reference(*arguments):
             checks.plan_values(order, counts, [w.shape[0] for w in weights[:-1]], residual)
-            recorded = method == "blocked" and (kind is AFFINE or current_backend() == "reference")
-            x, ldj = kind.solve.reference(*arguments) if recorded else _by_passes(kind, method, arguments)
+            x, ldj = kind.solve.reference(*arguments) if method == "blocked" else _by_passes(kind, method, arguments)
         else:
             x, ldj = kind.solve.run(*arguments)
     return x.to(dtype), ldj
@@ -350,29 +347,23 @@ LINEAR_GRAD_WEIGHT = OPERATOR.define(
 _NETWORK = "Tensor? context, Tensor[] weights, Tensor[] biases, Tensor order, Tensor counts, bool residual"
 
 
-def _define_inverse(name: str, codes: str, maps: Callable[..., Elementwise], kernels: dict[str, str]) -> _Kind:
+def _define_inverse(name: str, codes: str, maps: Callable[..., Elementwise]) -> _Kind:
     backward = OPERATOR.define(
         f"{name}_backward(Tensor? grad_x, Tensor? grad_ldj, Tensor x, {_NETWORK}, {codes}) -> Tensor[]",
         getattr(reference, f"{name}_backward"),
         _fake_inverse_backward,
         gradient=THROUGH_REFERENCE,
-        kernels=kernels,
     )
     solve = OPERATOR.define(
         f"{name}(Tensor z, {_NETWORK}, {codes}) -> (Tensor, Tensor)",
         getattr(reference, name),
         _fake_inverse,
         gradient=Formula(_setup_inverse, partial(_backward_inverse, backward)),
-        kernels=kernels,
     )
     return _Kind(solve, backward, maps)
 
 
-_IN_CUDA = "the solve by splines is written in CUDA C++ alone; without that, D passes"
-AFFINE = _define_inverse("made_inverse", "int scale_map, float constant", Affine, {})
+AFFINE = _define_inverse("made_inverse", "int scale_map, float constant", Affine)
 SPLINES = _define_inverse(
-    "made_spline_inverse",
-    "int parametrization, float bound, float logit_scale, float floor",
-    Splines,
-    {"triton": _IN_CUDA},
+    "made_spline_inverse", "int parametrization, float bound, float logit_scale, float floor", Splines
 )
