@@ -2,7 +2,8 @@
 
 nflows and normflows have those of Durkan et al.'s neural spline flows, under the same names of methods and attributes:
 each says how its numbers go through their splines in one method, and it is that one which is replaced. What surrounds
-it (the network, the features that pass and what becomes of them, the passes of an inverse) is the library's own.
+it (the network, the features that pass and what becomes of them) is the library's own; of an autoregressive transform
+the inverse is replaced too, by a solve, where its network is one for it.
 """
 
 from __future__ import annotations
