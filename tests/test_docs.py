@@ -173,6 +173,7 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
     space["ldj"].sum().backward()
     exec(masked, space)
     torch.testing.assert_close(space["flow"].inverse(space["z"])[0], space["x"])
+    assert space["samples"].shape == (100, 64)
     assert torch.equal(space["completed"][..., :14, :], space["images"][..., :14, :]) and space["nll"].shape == (2,)
     exec(lipschitz, space)
     assert space["low"] <= space["high"] <= 0.91

@@ -1,8 +1,11 @@
-// Masked linear layers and the inverse of an autoregressive affine transform on the CPU (Germain et al. 2015;
-// Papamakarios et al. 2017).
+// Masked linear layers and the inverse of an autoregressive transform on the CPU (Germain et al. 2015; Papamakarios et
+// al. 2017; Durkan et al. 2019).
 //
-//   y = (W ⊙ M) x + b                   M by degrees; its two gradients
-//   z_i = x_i σ(s_i) + t_i              (s, t)_i made of x_{<i}; x from z, and the gradient of that
+//   y = (W ⊙ M) x + b         M by degrees; its two gradients
+//   z_i = f(x_i; p_i)         p_i made of x_{<i}; x from z, and the gradient of that
+//
+// f is an affine map of 2 parameters, σ and a shift, or a rational-quadratic spline of 3K − 1 or 3K (made/maps.h): the
+// solve asks of it the inverse of one feature, the samples side by side, and the gradient of that.
 //
 // One product serves all (made/product.h). Samples are turned so that they lie side by side; rows and columns are taken
 // in the order of their degrees, in which a masked weight is a staircase: a group of rows multiplies the inputs that
@@ -11,7 +14,7 @@
 //
 // The inverse (made/solve.h) is a blocked nonlinear triangular solve. Features come in blocks of kBlock. What the
 // features and units known before the block give to the block's units is added in whole products, one a layer; inside
-// the block go feature by feature: its s and t, x, then the units of each layer whose degree has just become known,
+// the block go feature by feature: its parameters, x, then the units of each layer whose degree has just become known,
 // each a dot product over the few units of the block itself. Every unit is computed once: Σ H·H'/2 multiplications a
 // sample, as many as one masked forward pass. Its gradient solves the transposed system from the last feature to the
 // first in the same way, over weights packed a block's columns at a time, after one forward pass over the saved
@@ -24,8 +27,6 @@
 // the outer caches; the floor is the flops.
 #include "made/linear.h"
 #include "made/solve.h"
-
-#include "../common/made.h"
 
 namespace genkernels {
 namespace made {
@@ -81,12 +82,11 @@ struct Call {
   Network<T> net;
   Scratch<T> first;  // the first layer's weight with columns in the order of the steps, where that is not the data's
 
-  Call(const Layers& layers, int64_t features)
+  Call(const Layers& layers, int64_t features, int64_t params)
       : first(is_natural(layers.order) ? 0 : layers.weights[0].size(0) * features) {
     net.features = features;
+    net.params = params;
     net.residual = layers.residual;
-    net.map = layers.map;
-    net.constant = T(layers.constant);
     const int64_t hidden = layers.hidden();
     net.order.assign(data<int64_t>(layers.order), data<int64_t>(layers.order) + features);
     std::vector<bool> seen(features, false);
@@ -140,37 +140,38 @@ const T* from_row(const std::optional<Tensor>& t, int64_t row) {
 
 // The backend of common/made.h.
 struct Cpu {
-  template <typename T>
-  static void inverse(const Layers& layers, const Tensor& z, const std::optional<Tensor>& context, const Tensor& x,
-                      const Tensor& ldj);
-  template <typename T>
-  static void inverse_backward(const Layers& layers, const std::optional<Tensor>& grad_x,
+  template <typename T, typename Maps>
+  static void inverse(const Layers& layers, const Maps& maps, const Tensor& z, const std::optional<Tensor>& context,
+                      const Tensor& x, const Tensor& ldj);
+  template <typename T, typename Maps>
+  static void inverse_backward(const Layers& layers, const Maps& maps, const std::optional<Tensor>& grad_x,
                                const std::optional<Tensor>& grad_ldj, const Tensor& x,
                                const std::optional<Tensor>& context, const std::vector<Tensor>& grads);
 };
 
-template <typename T>
-void Cpu::inverse(const Layers& layers, const Tensor& z, const std::optional<Tensor>& context, const Tensor& x,
-                  const Tensor& ldj) {
+template <typename T, typename Maps>
+void Cpu::inverse(const Layers& layers, const Maps& maps, const Tensor& z, const std::optional<Tensor>& context,
+                  const Tensor& x, const Tensor& ldj) {
   const int64_t samples = z.size(0), features = z.size(1);
-  const Call<T> call(layers, features);
+  const Call<T> call(layers, features, maps.params);
   const int64_t size = chunk_for<T>(samples);
   for_tasks((samples + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
     Chunk<T> chunk(call.net, std::min(size, samples));
+    const auto map = map_of<T>(maps, chunk.width);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i * size, count = std::min(size, samples - row);
-      invert<T>(chunk, data<T>(z) + row * features, from_row<T>(context, row), count,
+      invert<T>(chunk, *map, data<T>(z) + row * features, from_row<T>(context, row), count,
                 mutable_data<T>(x) + row * features, mutable_data<T>(ldj) + row);
     }
   });
 }
 
-template <typename T>
-void Cpu::inverse_backward(const Layers& layers, const std::optional<Tensor>& grad_x,
+template <typename T, typename Maps>
+void Cpu::inverse_backward(const Layers& layers, const Maps& maps, const std::optional<Tensor>& grad_x,
                            const std::optional<Tensor>& grad_ldj, const Tensor& x, const std::optional<Tensor>& context,
                            const std::vector<Tensor>& grads) {
-  const int64_t samples = x.size(0), D = x.size(1), hidden = layers.hidden();
-  const Call<T> call(layers, D);
+  const int64_t samples = x.size(0), D = x.size(1), P = maps.params, hidden = layers.hidden();
+  const Call<T> call(layers, D, P);
   const Network<T>& net = call.net;
   const int64_t size = chunk_for<T>(samples);
   // For the weights' gradients: what each layer reads [N, padded], the features in the order of the steps, and each
@@ -179,21 +180,23 @@ void Cpu::inverse_backward(const Layers& layers, const std::optional<Tensor>& gr
   std::vector<int64_t> padded, rows;
   for (int64_t l = 0; l <= hidden; ++l) {
     padded.push_back(stride_for<T>(net.inputs(l)));
-    rows.push_back(l == hidden ? 2 * D : net.sizes[l]);
+    rows.push_back(l == hidden ? P * D : net.sizes[l]);
     inputs.push_back(std::make_unique<Scratch<T>>(samples * padded[l]));
     signals.push_back(std::make_unique<Scratch<T>>(samples * rows[l]));
   }
   for_tasks((samples + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
     Chunk<T> chunk(net, std::min(size, samples));
     const int64_t width = chunk.width;
-    Scratch<T> params(2 * D * width), solution(D * width);
+    const auto map = map_of<T>(maps, width);
+    Scratch<T> params(P * D * width), solution(D * width);
     std::vector<std::unique_ptr<Scratch<T>>> own;
     for (int64_t n : net.sizes) own.push_back(std::make_unique<Scratch<T>>(n * width));
     const auto same = [](int64_t k) { return k; };
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i * size, count = std::min(size, samples - row);
       evaluate<T>(chunk, data<T>(x) + row * D, from_row<T>(context, row), count, params);
-      solve_transposed<T>(chunk, from_row<T>(grad_x, row), from_row<T>(grad_ldj, row), count, params, own, solution);
+      solve_transposed<T>(chunk, *map, from_row<T>(grad_x, row), from_row<T>(grad_ldj, row), count, params, own,
+                          solution);
       turn_back<T>(
           solution, width, count, D, [&](int64_t k) { return net.order[k]; }, mutable_data<T>(grads[0]) + row * D, D);
       for (int64_t l = 0; l <= hidden; ++l) {
@@ -212,19 +215,19 @@ void Cpu::inverse_backward(const Layers& layers, const std::optional<Tensor>& gr
   for (int64_t l = 0; l <= hidden; ++l) {
     const T* g = *signals[l];
     const int64_t into = net.inputs(l);
-    // the rows of the last layer: s and t of a feature see the same units
-    const auto row_of = [&](int64_t r) { return l == hidden ? (r % 2) * D + net.order[r / 2] : r; };
-    const auto signal_at = [&](int64_t r) { return l == hidden ? (r % 2) * D + r / 2 : r; };
+    // the rows of the last layer: the parameters of a feature see the same units
+    const auto row_of = [&](int64_t r) { return l == hidden ? net.output(r) : r; };
+    const auto signal_at = [](int64_t r) { return r; };
     std::vector<int64_t> depth;
     for (int64_t k = 0; k <= D && l < hidden; ++k) depth.resize(net.counts[l][k], l == 0 ? k : net.counts[l - 1][k]);
-    for (int64_t i = 0; i < D && l == hidden; ++i) depth.insert(depth.end(), 2, net.counts[hidden - 1][i]);
+    for (int64_t i = 0; i < D && l == hidden; ++i) depth.insert(depth.end(), P, net.counts[hidden - 1][i]);
     outer<T>(
         g, samples, signal_at, *inputs[l], padded[l], samples, rows[l], into, [&](int64_t r) { return depth[r]; },
         row_of, l == 0 && !call.is_natural(layers.order) ? net.order.data() : nullptr, T(-1),
         mutable_data<T>(grads[2 + 2 * l]));
     T* by_bias = mutable_data<T>(grads[3 + 2 * l]);
     for (int64_t r = 0; r < rows[l]; ++r)
-      by_bias[row_of(r)] = T(-std::accumulate(g + signal_at(r) * samples, g + (signal_at(r) + 1) * samples, 0.0));
+      by_bias[row_of(r)] = T(-std::accumulate(g + r * samples, g + (r + 1) * samples, 0.0));
   }
 }
 
@@ -239,4 +242,6 @@ STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   m.impl("masked_linear_grad_weight", TORCH_BOX(&masked_linear_grad_weight));
   m.impl("made_inverse", TORCH_BOX(&made_inverse<Cpu>));
   m.impl("made_inverse_backward", TORCH_BOX(&made_inverse_backward<Cpu>));
+  m.impl("made_spline_inverse", TORCH_BOX(&made_spline_inverse<Cpu>));
+  m.impl("made_spline_inverse_backward", TORCH_BOX(&made_spline_inverse_backward<Cpu>));
 }

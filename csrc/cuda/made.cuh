@@ -1,24 +1,23 @@
-// Kernels of `made`: the inverse of an autoregressive affine transform, its transposed solve, and what puts weights in
-// order.
+// Kernels of `made`: the inverse of an autoregressive transform, its transposed solve, and what puts weights in order.
 //
-//   z_i = x_i σ(s_i) + t_i, (s, t)_i made of x_{<i}
+//   z_i = f(x_i; p_i), p_i made of x_{<i}, f an affine map or a spline (made_maps.cuh)
 //
-// Papamakarios et al. 2017; genkernels/reference/made.py has the maths.
+// Papamakarios et al. 2017, Durkan et al. 2019; genkernels/reference/made.py has the maths.
 //
 // Parallelisation. A block of kSolveThreads threads solves kSamples samples alone, first feature to last, so that
-// blocks never wait for each other and one launch does the whole inverse. A step is: the two parameters of its feature,
-// x, then each layer's units whose degree has just become known. A warp computes one unit: its lanes go through the
-// known inputs side by side, for all samples of the block at once, so a weight is read once a block; a butterfly adds
-// up. Barriers of the block separate what depends on each other: one a layer and step.
+// blocks never wait for each other and one launch does the whole inverse. A step is: the P parameters of its feature, x
+// by one thread a sample, then each layer's units whose degree has just become known. A warp computes one unit: its
+// lanes go through the known inputs side by side, for all samples of the block at once, so a weight is read once a
+// block; a butterfly adds up. Barriers of the block separate what depends on each other: one a layer and step.
 //
-// Layout. Features are in the order of the steps ([N, D], first-layer columns and output rows alike, see `arrange`), so
-// what is known is always a prefix. Units [N, H] lie in global memory, where a block's few samples stay in its
-// first-level cache. Every unit is computed once; the floor is the live weights' bytes, once a block, from the
-// second-level cache. Sums in a fixed order: the same bits each run.
+// Layout. Features are in the order of the steps ([N, D], first-layer columns and output rows alike, a feature's
+// parameters side by side, see `arrange`), so what is known is always a prefix. Units [N, H] lie in global memory,
+// where a block's few samples stay in its first-level cache. Every unit is computed once; the floor is the live
+// weights' bytes, once a block, from the second-level cache. Sums in a fixed order: the same bits each run.
 #pragma once
 
-#include "../common/scale_map.h"
 #include "common.cuh"
+#include "made_maps.cuh"
 
 // nvcc has it as a macro: the argument stays in constant memory, though its arrays are indexed at run time.
 #ifndef __grid_constant__
@@ -35,13 +34,11 @@ constexpr int kMaxLayers = 16;  // hidden layers: their pointers travel as kerne
 template <typename T>
 struct MadeNetwork {
   int64_t samples;
-  int features, layers;  // hidden layers
+  int features, params, layers;  // D, P, hidden layers
   bool residual;
-  ScaleMap map;
-  T constant;                       // c of the scale map
   const int64_t* counts;            // [layers, D + 1]
   int size[kMaxLayers];             // units of each hidden layer
-  const T* weight[kMaxLayers + 1];  // [H, inputs], the last [2·D, H]; for the transposed solve [inputs, H], [H, 2·D]
+  const T* weight[kMaxLayers + 1];  // [H, inputs], the last [D·P, H]; for the transposed solve [inputs, H], [H, D·P]
   const T* bias[kMaxLayers + 1];
   T* values[kMaxLayers];   // [N, H] pre-activations, residual sums included
   T* units[kMaxLayers];    // [N, H] what the next layer reads
@@ -56,15 +53,6 @@ struct MadeNetwork {
     return degree == 0 ? 0 : known(layer, degree - 1);
   }
 };
-
-template <typename T>
-__device__ __forceinline__ void scale_of(const MadeNetwork<T>& net, T s, T& log_scale, T& shrink, T& slope) {
-  with_scale_map(net.map, [&]<ScaleMap M>() {
-    T scale;
-    scale_map<M>(s, net.constant, log_scale, scale, slope);
-    shrink = shrink_of<M>(log_scale, scale);
-  });
-}
 
 // The samples of this block.
 struct Samples {
@@ -96,16 +84,16 @@ __device__ __forceinline__ void add_dot(const T* weight, bool live, const T* act
   }
 }
 
-// x_steps [N, D] and log_det [N] from z_steps; or, z_steps null, everything from a given x_steps. params [N, 2·D] where
-// not null.
-template <typename T>
+// x_steps [N, D] and log_det [N] from z_steps; or, z_steps null, everything from a given x_steps. A sample's parameters
+// of a step begin at params + sample·sample_stride + step·step_stride: [N, D, P], or [N, P] that each step writes over.
+template <typename T, typename Map>
 __global__ void __launch_bounds__(kSolveThreads, 1)
-    made_extend(const __grid_constant__ MadeNetwork<T> net,
+    made_extend(const __grid_constant__ MadeNetwork<T> net, const Map map,
                 const T* __restrict__ z_steps,  // [N, D] or null
                 const T* __restrict__ context,  // [N, H of the first layer] or null
                 T* x_steps,                     // [N, D]
-                T* __restrict__ params,         // [N, 2·D] or null
-                T* __restrict__ log_det         // [N] or null
+                T* params, const int64_t sample_stride, const int64_t step_stride,
+                T* __restrict__ log_det  // [N] or null
     ) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = net.features, top = net.layers - 1;
   const Samples samples{static_cast<int64_t>(blockIdx.x) * kSamples, net.samples};
@@ -139,58 +127,52 @@ __global__ void __launch_bounds__(kSolveThreads, 1)
       __syncthreads();
     }
     if (step == D) break;
-    // every warp computes both parameters: cheaper than another barrier
-    T s_t[2][kSamples];
+    const int known = net.known(top, step);
+    for (int base = 0; base < net.params; base += kWarps) {
+      const int number = base + warp;
+      const bool live = number < net.params;
+      const int64_t row = static_cast<int64_t>(step) * net.params + number;
+      T value[kSamples];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t row = static_cast<int64_t>(h) * D + step;
+      for (int s = 0; s < kSamples; ++s) value[s] = live ? net.bias[top + 1][row] : T(0);
+      add_dot(net.weight[top + 1] + row * net.size[top], live, net.units[top], net.size[top], samples, 0, known, value);
+      if (live && lane == 0) {
 #pragma unroll
-      for (int s = 0; s < kSamples; ++s) s_t[h][s] = net.bias[top + 1][row];
-      add_dot(net.weight[top + 1] + row * net.size[top], true, net.units[top], net.size[top], samples, 0,
-              net.known(top, step), s_t[h]);
-    }
-    T scale_value = 0, shift = 0;
-#pragma unroll
-    for (int s = 0; s < kSamples; ++s) {
-      if (s != mine) continue;
-      scale_value = s_t[0][s];
-      shift = s_t[1][s];
-    }
-    if (mine < kSamples && samples.inside(mine)) {
-      const int64_t n = samples.at(mine);
-      if (params != nullptr) {
-        params[n * 2 * D + step] = scale_value;
-        params[n * 2 * D + D + step] = shift;
+        for (int s = 0; s < kSamples; ++s)
+          if (samples.inside(s)) params[samples.at(s) * sample_stride + step * step_stride + number] = value[s];
       }
-      if (z_steps != nullptr) {
-        T log_scale, shrink, slope;
-        scale_of(net, scale_value, log_scale, shrink, slope);
-        x_steps[n * D + step] = (z_steps[n * D + step] - shift) * shrink;
-        total -= log_scale;
-      }
+    }
+    __syncthreads();
+    if (z_steps != nullptr && mine < kSamples && samples.inside(mine)) {
+      const int64_t n = samples.at(mine), at = n * D + step;
+      T ell;
+      map.invert(params + n * sample_stride + step * step_stride, z_steps[at], x_steps[at], ell);
+      total += ell;
     }
     __syncthreads();
   }
   if (log_det != nullptr && mine < kSamples && samples.inside(mine)) log_det[samples.at(mine)] = total;
 }
 
-// The transposed solve, last feature to first: λ into solution [N, D], the cotangents of s and t over params, the
+// The transposed solve, last feature to first: λ into solution [N, D], the parameters' cotangents over params, the
 // layers' signals.
-template <typename T>
+template <typename T, typename Map>
 __global__ void __launch_bounds__(kSolveThreads, 1)
     made_solve_transposed(const __grid_constant__ MadeNetwork<T> net,  // transposed weights
-                          const T* __restrict__ grad_steps,            // [N, D] or null
-                          const T* __restrict__ grad_ldj,              // [N] or null
-                          const T* __restrict__ x_steps,               // [N, D]
-                          T* params,                                   // [N, 2·D] parameters, then their cotangents
-                          T* __restrict__ solution                     // [N, D]
+                          const Map map,
+                          const T* __restrict__ grad_steps,  // [N, D] or null
+                          const T* __restrict__ grad_ldj,    // [N] or null
+                          const T* __restrict__ x_steps,     // [N, D]
+                          T* params,                         // [N, D, P] parameters, then their cotangents
+                          T* __restrict__ solution           // [N, D]
     ) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = net.features, top = net.layers - 1;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = net.features, P = net.params, top = net.layers - 1;
+  const int mine = threadIdx.x;  // the sample whose gradient this thread computes, one of the first kSamples threads
   const Samples samples{static_cast<int64_t>(blockIdx.x) * kSamples, net.samples};
   for (int step = D; step >= 0; --step) {  // the units of this degree, then the feature of this degree
     for (int layer = top; layer >= 0; --layer) {
       const int last = net.known(layer, step);
-      const int above = layer == top ? 2 * D : net.size[layer + 1];
+      const int above = layer == top ? P * D : net.size[layer + 1];
       for (int base = net.first_of(layer, step); base < last; base += kWarps) {
         const int unit = base + warp;
         const bool live = unit < last;
@@ -199,8 +181,7 @@ __global__ void __launch_bounds__(kSolveThreads, 1)
 #pragma unroll
         for (int s = 0; s < kSamples; ++s) g[s] = T(0);
         if (layer == top) {  // the same for all threads of the block
-          add_dot(weight, live, static_cast<const T*>(params), above, samples, step, D, g);
-          add_dot(weight, live, static_cast<const T*>(params), above, samples, D + step, 2 * D, g);
+          add_dot(weight, live, static_cast<const T*>(params), above, samples, step * P, D * P, g);
         } else {
           add_dot(weight, live, static_cast<const T*>(net.signals[layer + 1]), above, samples,
                   net.first_of(layer + 1, step), above, g);
@@ -226,22 +207,15 @@ __global__ void __launch_bounds__(kSolveThreads, 1)
     for (int s = 0; s < kSamples; ++s) rest[s] = T(0);
     add_dot(net.weight[0] + static_cast<int64_t>(feature) * net.size[0], true, static_cast<const T*>(net.signals[0]),
             net.size[0], samples, net.known(0, feature), net.size[0], rest);
-    const bool unseen = grad_steps == nullptr && step == D;  // the last feature's x, which may be infinite
-    if (threadIdx.x == 0) {
+    T by_units = 0;
 #pragma unroll
-      for (int s = 0; s < kSamples; ++s) {
-        if (!samples.inside(s)) continue;
-        const int64_t n = samples.at(s), at = n * 2 * D + feature;
-        const T given = grad_steps != nullptr ? grad_steps[n * D + feature] : T(0);
-        T log_scale, shrink, slope;
-        scale_of(net, params[at], log_scale, shrink, slope);
-        const T by_x = given - rest[s];
-        T found = by_x * shrink, by_log = by_x * x_steps[n * D + feature];
-        if (unseen) found = by_log = T(0);
-        solution[n * D + feature] = found;
-        params[at] = (by_log + (grad_ldj != nullptr ? grad_ldj[n] : T(0))) * slope;
-        params[at + D] = found;
-      }
+    for (int s = 0; s < kSamples; ++s)
+      if (s == mine) by_units = rest[s];
+    if (mine < kSamples && samples.inside(mine)) {
+      const int64_t n = samples.at(mine), at = n * D + feature;
+      const T by_x = (grad_steps != nullptr ? grad_steps[at] : T(0)) - by_units;
+      const bool unseen = grad_steps == nullptr && step == D;  // the last feature's x, which may be infinite
+      solution[at] = map.backward(params + at * P, x_steps[at], by_x, grad_ldj != nullptr ? grad_ldj[n] : T(0), unseen);
     }
     __syncthreads();
   }
@@ -256,18 +230,25 @@ __device__ __forceinline__ int64_t feature_at(const int64_t* order, int64_t step
   return i < 0 ? 0 : i >= features ? features - 1 : i;
 }
 
-// to[r][c] = from[row(r)·row_stride + column(c)·column_stride]. rows_by_step: row r is feature order[r mod D] of its
-// half; columns_by_step alike. inverse: to[row(r)][column(c)] = from[r][c] instead, both dense.
+// Where number i of all features' numbers, `each` a feature and side by side in the order of the steps, lies in a
+// tensor that has one number of all features after the other, in data order.
+__device__ __forceinline__ int64_t number_at(const int64_t* order, int64_t i, int64_t each, int64_t features) {
+  return i % each * features + feature_at(order, i / each, features);
+}
+
+// to[r][c] = from[row(r)·row_stride + column(c)·column_stride]. rows_each: rows are numbers of features, so many each,
+// to be put in the order of the steps; 0 where they are in place. columns_each alike. inverse: to[row(r)][column(c)] =
+// from[r][c] instead, both dense.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     made_arrange(const T* __restrict__ from, const int64_t rows, const int64_t columns, const int64_t row_stride,
                  const int64_t column_stride, const int64_t* __restrict__ order, const int64_t features,
-                 const bool rows_by_step, const bool columns_by_step, const bool inverse, T* __restrict__ to) {
+                 const int64_t rows_each, const int64_t columns_each, const bool inverse, T* __restrict__ to) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= rows * columns) return;
   const int64_t r = i / columns, c = i % columns;
-  const int64_t row = rows_by_step ? r / features * features + feature_at(order, r % features, features) : r;
-  const int64_t column = columns_by_step ? c / features * features + feature_at(order, c % features, features) : c;
+  const int64_t row = rows_each ? number_at(order, r, rows_each, features) : r;
+  const int64_t column = columns_each ? number_at(order, c, columns_each, features) : c;
   if (inverse)
     to[row * columns + column] = from[i];
   else
@@ -283,7 +264,7 @@ __global__ void __launch_bounds__(kThreads)
                 const int64_t* __restrict__ order, T* __restrict__ grad) {
   const int D = net.features;
   const bool output = layer == net.layers;
-  const int64_t rows = output ? 2 * static_cast<int64_t>(D) : net.size[layer],
+  const int64_t rows = output ? static_cast<int64_t>(D) * net.params : net.size[layer],
                 columns = layer == 0 ? D : net.size[layer - 1];
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= rows * columns) return;
@@ -291,7 +272,7 @@ __global__ void __launch_bounds__(kThreads)
   bool live = false;
   // a unit of degree d sees the inputs known after d features, an output of step k those known after k
   if (output) {
-    live = c < net.known(layer - 1, static_cast<int>(r % D));
+    live = c < net.known(layer - 1, static_cast<int>(r / net.params));
   } else {
     int low = 0, high = D;  // the degree of unit r: the first k with known(layer, k) > r
     while (low < high) {
@@ -303,22 +284,22 @@ __global__ void __launch_bounds__(kThreads)
     }
     live = c < (layer == 0 ? low : net.known(layer - 1, low));
   }
-  const int64_t row = output ? r / D * D + feature_at(order, r % D, D) : r;
+  const int64_t row = output ? number_at(order, r, net.params, D) : r;
   const int64_t column = layer == 0 ? feature_at(order, c, D) : c;
   grad[row * columns + column] = live ? -product[i] : T(0);
 }
 
-// sums[row(c)] = −Σ_n values[n][c].
+// sums[row(c)] = −Σ_n values[n][c]; columns are numbers of features, `each` a feature, or 0 where they are in place.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     made_sum_columns(const T* __restrict__ values, const int64_t rows, const int64_t columns,
-                     const int64_t* __restrict__ order, const int64_t features, const bool by_step,
+                     const int64_t* __restrict__ order, const int64_t features, const int64_t each,
                      T* __restrict__ sums) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= columns) return;
   T sum = 0;
   for (int64_t n = 0; n < rows; ++n) sum += values[n * columns + c];
-  sums[by_step ? c / features * features + feature_at(order, c % features, features) : c] = -sum;
+  sums[each ? number_at(order, c, each, features) : c] = -sum;
 }
 
 template <typename T>

@@ -138,6 +138,42 @@ struct Found {
   }
 };
 
+// The gradient by the input at x, as `Gradient` has it, and over p those by the parameters.
+template <typename T, Spline Kind>
+__device__ __forceinline__ T gradients(const Options<T>& o, int bins, int params, T* p, bool inverted, T x, T g,
+                                       T by_ldj) {
+  if (math::abs(x) > o.bound) {
+    for (int j = 0; j < params; ++j) p[j] = T(0);
+    return g;
+  }
+  const Found<T, Kind> found(o, bins, p, false, x);
+  const Gradient<T> of(found.bin, inverted, x, g, by_ldj);
+  const T factor = o.span * o.rest;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const T start = factor * (half ? of.bottom : of.left), size = factor * (half ? of.height : of.width);
+    const T mean = start * found.before[half] + size * found.in[half];
+    T* u = p + half * bins;
+    for (int k = 0; k < bins; ++k) {
+      T slope = o.logit_scale;
+      const T e = Found<T, Kind>::exponential(o, u, k, slope);
+      const T by_share = k < found.place ? start : k == found.place ? size : T(0);
+      u[k] = slope * (e * found.per_sum[half]) * (by_share - mean);
+    }
+  }
+  // raw number i is the slope at knot i + 1, circular at knot i, and at knot K where i = 0
+  T* raw = p + 2 * bins;
+  for (int i = 0; i < params - 2 * bins; ++i) raw[i] = T(0);
+  if constexpr (Kind == Spline::kCircular) {
+    raw[found.place] += of.first * found.by_first;
+    raw[(found.place + 1) % bins] += of.last * found.by_last;
+  } else {
+    if (found.place > 0) raw[found.place - 1] = of.first * found.by_first;
+    if (found.place + 1 < bins) raw[found.place] = of.last * found.by_last;
+  }
+  return of.input;
+}
+
 template <typename S, Spline Kind, int kWords>
 __global__ void __launch_bounds__(kNumbers)
     forward_kernel(const Shape shape, const Options<arithmetic_t<S>> o, const bool inverted,
@@ -204,42 +240,10 @@ __global__ void __launch_bounds__(kNumbers)
   __syncthreads();
   const int t = threadIdx.x;
   if (t < block.count) {
-    T* p = words + t * shape.stride;
-    const int bins = shape.bins;
-    const T value = static_cast<T>(x[block.base + t]);
-    const T g = grad ? static_cast<T>(grad[block.base + t]) : T(0);
-    if (math::abs(value) > o.bound) {
-      by_x[block.base + t] = static_cast<S>(g);
-      for (int j = 0; j < shape.params; ++j) p[j] = T(0);
-    } else {
-      const int64_t row = block.row + (shape.segments == 1 ? t / shape.width : 0);
-      const Found<T, Kind> found(o, bins, p, false, value);
-      const Gradient<T> of(found.bin, inverted, value, g, grad_ldj ? grad_ldj[row] : T(0));
-      by_x[block.base + t] = static_cast<S>(of.input);
-      const T factor = o.span * o.rest;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const T start = factor * (half ? of.bottom : of.left), size = factor * (half ? of.height : of.width);
-        const T mean = start * found.before[half] + size * found.in[half];
-        T* u = p + half * bins;
-        for (int k = 0; k < bins; ++k) {
-          T slope = o.logit_scale;
-          const T e = Found<T, Kind>::exponential(o, u, k, slope);
-          const T by_share = k < found.place ? start : k == found.place ? size : T(0);
-          u[k] = slope * (e * found.per_sum[half]) * (by_share - mean);
-        }
-      }
-      // raw number i is the slope at knot i + 1, circular at knot i, and at knot K where i = 0
-      T* raw = p + 2 * bins;
-      for (int i = 0; i < shape.params - 2 * bins; ++i) raw[i] = T(0);
-      if constexpr (Kind == Spline::kCircular) {
-        raw[found.place] += of.first * found.by_first;
-        raw[(found.place + 1) % bins] += of.last * found.by_last;
-      } else {
-        if (found.place > 0) raw[found.place - 1] = of.first * found.by_first;
-        if (found.place + 1 < bins) raw[found.place] = of.last * found.by_last;
-      }
-    }
+    const int64_t row = block.row + (shape.segments == 1 ? t / shape.width : 0);
+    by_x[block.base + t] = static_cast<S>(gradients<T, Kind>(
+        o, shape.bins, shape.params, words + t * shape.stride, inverted, static_cast<T>(x[block.base + t]),
+        grad ? static_cast<T>(grad[block.base + t]) : T(0), grad_ldj ? grad_ldj[row] : T(0)));
   }
   __syncthreads();
   S* to = by_params + block.base * shape.params;

@@ -1,4 +1,5 @@
-"""MAF and IAF as layers: an autoregressive affine transform, one direction in one pass, the other by a solve."""
+"""MAF and IAF as layers: an autoregressive transform, affine or by splines, one direction in one pass, the other by a
+solve."""
 
 from __future__ import annotations
 
@@ -8,29 +9,50 @@ from torch import Tensor, nn
 from genkernels import ops
 from genkernels._options import ScaleMap
 from genkernels.nn.made import MADE, check_tensor
+from genkernels.ops._spline_checks import check_bins, check_options
 from genkernels.ops.affine_coupling import scale_constant_of
 from genkernels.ops.made import METHODS, SCALE_MAPS
 from genkernels.reference.affine_coupling import log_scale
+from genkernels.reference.rational_quadratic_spline import bins_of
+
+TRANSFORMS = ("affine", "spline")
+_DEFAULTS = {
+    "scale_map": "exp",
+    "scale_constant": None,
+    "parametrization": "nflows",
+    "bound": 5.0,
+    "logit_scale": 1.0,
+    "floor": 1e-3,
+}
 
 
 class AutoregressiveTransform(nn.Module):
     r"""Masked autoregressive flow (MAF): data → noise in one pass, the inverse as a blocked triangular solve.
 
-    .. math:: z_i = x_i\,\sigma(s_i) + t_i,\qquad (s, t)_i = \mathrm{MADE}(x_{<i}),\qquad \mathrm{ldj} =
-        \sum\log\sigma(s)
+    .. math:: z_i = f(x_i;\,p_i),\qquad p_i = \mathrm{MADE}(x_{<i}),\qquad \mathrm{ldj} = \sum\log f'(x_i;\,p_i)
+
+    with :math:`f(x) = x\,\sigma(s) + t` or a monotonic rational-quadratic spline.
 
     Equivalent to (``scale_map="exp"``)::
 
         s, t = made(x, context).chunk(2, 1)
         z, ldj = x * s.exp() + t, s.sum(1)
 
+    and with ``transform="spline"`` to::
+
+        params = made(x, context).unflatten(1, (P, D)).movedim(1, 2)
+        z, ldj = genkernels.ops.rational_quadratic_spline(x, params)
+
     Args:
-        made: a `MADE` of two parameters a feature: log-scales, then shifts.
+        made: a `MADE` of two parameters a feature, log-scales, then shifts; for splines of P = 3K − 1 (``circular``
+            3K), which says the number K of bins: width logits, height logits, slopes.
         scale_map: ``exp``: σ = exp(s); ``sigmoid``: σ = sigmoid(s + 2); ``tanh``: σ = exp(c·tanh(s)); or another of
             `genkernels.ops.affine_coupling`.
         method: how to invert: ``blocked`` (about the price of one pass), ``jacobi`` (sweeps until nothing changes, at
             most D) or ``sequential`` (D passes, the definition). Gradients are the same: of the implicit function.
         scale_constant: c of the scale maps that have one, as for `genkernels.ops.affine_coupling`.
+        transform: ``affine``, or ``spline``: a spline for each feature, as neural spline flows have it.
+        parametrization, bound, logit_scale, floor: of splines, as for `SplineCoupling`.
 
     Shapes:
         x, z ``[N, D]``; ldj ``[N]``, nats, fp32 or wider.
@@ -39,25 +61,66 @@ class AutoregressiveTransform(nn.Module):
     the D passes of the definition, with a graph of all of them where gradients are asked for.
 
     Raises:
-        ValueError: an option is unknown, or the network does not give two parameters a feature.
+        ValueError: an option is unknown or one of the other transform, or the network does not give that many
+            parameters a feature.
 
-    Source: Papamakarios et al., "Masked autoregressive flow for density estimation", 2017.
+    Example:
+        >>> import torch, genkernels as gk
+        >>> made = gk.nn.MADE(4, 32, params_per_feature=3 * 8 - 1)
+        >>> layer = gk.nn.AutoregressiveTransform(made, transform="spline", parametrization="zuko")
+        >>> x = torch.randn(5, 4)
+        >>> z, ldj = layer(x)
+        >>> back, _ = layer.inverse(z)
+        >>> torch.allclose(back, x, atol=1e-4), ldj.shape
+        (True, torch.Size([5]))
+
+    Source: Papamakarios et al., "Masked autoregressive flow for density estimation", 2017; splines: Durkan et al.,
+    "Neural spline flows", 2019.
     """
 
     def __init__(
-        self, made: MADE, scale_map: str = "exp", method: str = "blocked", scale_constant: float | None = None
+        self,
+        made: MADE,
+        scale_map: str = "exp",
+        method: str = "blocked",
+        scale_constant: float | None = None,
+        *,
+        transform: str = "affine",
+        parametrization: str = "nflows",
+        bound: float = 5.0,
+        logit_scale: float = 1.0,
+        floor: float = 1e-3,
     ):
         super().__init__()
         name = type(self).__name__
-        for label, value, options in (("scale_map", scale_map, SCALE_MAPS), ("method", method, METHODS)):
+        for label, value, options in (
+            ("scale_map", scale_map, SCALE_MAPS),
+            ("method", method, METHODS),
+            ("transform", transform, TRANSFORMS),
+        ):
             if value not in options:
                 raise ValueError(f"{name}: {label} must be one of {', '.join(options)}, got {value!r}")
-        if not isinstance(made, MADE) or made.params_per_feature != 2:
-            got = f"{made.params_per_feature}" if isinstance(made, MADE) else type(made).__name__
-            raise ValueError(f"{name}: made must be a MADE with params_per_feature=2, got {got}")
+        affine = {"scale_map": scale_map, "scale_constant": scale_constant}
+        splines = {"parametrization": parametrization, "bound": bound, "logit_scale": logit_scale, "floor": floor}
+        by_splines = transform == "spline"
+        self.transform, self._options = transform, splines if by_splines else affine
+        for label, value in (affine if by_splines else splines).items():
+            if value != _DEFAULTS[label]:
+                raise ValueError(f"{name}: {label} is no option of transform={transform!r}, got {value!r}")
+        count = made.params_per_feature if isinstance(made, MADE) else 0
+        if by_splines:
+            kind, *_ = check_options(name, *splines.values())
+            wanted, fits = "3K" if parametrization == "circular" else "3K - 1", bins_of(count, kind) > 0
+        else:
+            code = ScaleMap[scale_map.upper()]
+            self._codes = code, scale_constant_of(name, code, scale_constant)
+            wanted, fits = "2", count == 2
+        if not fits:
+            got = count if isinstance(made, MADE) else type(made).__name__
+            raise ValueError(f"{name}: made must be a MADE with params_per_feature={wanted}, got {got}")
+        if by_splines:
+            check_bins(name, count, kind, floor)
         self.made, self.scale_map, self.method, self.scale_constant = made, scale_map, method, scale_constant
-        code = ScaleMap[scale_map.upper()]
-        self._codes = code, scale_constant_of(name, code, scale_constant)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._parallel(x, context)
@@ -66,19 +129,31 @@ class AutoregressiveTransform(nn.Module):
         return self._solve(z, context)
 
     def extra_repr(self) -> str:
-        return f"scale_map={self.scale_map!r}, method={self.method!r}"
+        options = {"transform": self.transform, **self._options, "method": self.method}
+        return ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
 
     def _parallel(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The direction in which every feature's parameters are known at once."""
-        t, ell = self._params(x, context)
-        return (x * torch.exp(ell) + t).to(x.dtype), ell.sum(1)
+        return self._mapped(x, self._params(x, context), inverse=False)
 
-    def _params(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Shifts and log-scales ``[N, D]``, fp32 or wider."""
+    def _params(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+        """What `_mapped` takes ``[N, D, ...]`` of: shifts and log-scales, fp32 or wider, or splines."""
         params = self.made(x, context)
+        if self.transform == "spline":
+            return (params.unflatten(1, (-1, self.made.features)).movedim(1, 2),)
         params = params.to(torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32))
         s, t = params.chunk(2, dim=1)
         return t, log_scale(s, *self._codes)
+
+    def _mapped(self, x: Tensor, params: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, Tensor]:
+        """Values of x's dtype and the log-determinants of the features that x ``[N, ...]`` has."""
+        if self.transform == "spline":
+            spline = ops.rational_quadratic_spline_inverse if inverse else ops.rational_quadratic_spline
+            value, log_det = spline(x, *params, **self._options)
+            return value.to(x.dtype), log_det
+        t, ell = params
+        value = (x - t) * torch.exp(-ell) if inverse else x * torch.exp(ell) + t
+        return value.to(x.dtype), (-ell if inverse else ell).sum(1)
 
     def _solve(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         made = self.made
@@ -88,7 +163,8 @@ class AutoregressiveTransform(nn.Module):
         if not made.as_written():
             return self._solve_by_calls(z, context)
         made.follow()
-        return ops.made_inverse(
+        solve = ops.made_inverse if self.transform == "affine" else ops.made_spline_inverse
+        return solve(
             z,
             [layer.weight for layer in made.layers],
             [layer.bias for layer in made.layers],
@@ -96,22 +172,21 @@ class AutoregressiveTransform(nn.Module):
             made.counts,
             context=made.context_values(context, z.shape[0]),
             residual=made.residual,
-            scale_map=self.scale_map,
-            scale_constant=self.scale_constant,
             method=self.method,
+            **self._options,
         )
 
     def _solve_by_calls(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The definition, D passes that call the network: where its layers have hooks or are not the class's own."""
         x, log_det = torch.zeros_like(z), 0.0
         for feature in self.made.order.tolist():
-            t, ell = self._params(x, context)
             here = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
             here[feature] = True
             # this feature's column alone: a guess at another may overflow, and meet a gradient of 0
-            column = (z[:, feature] - t[:, feature]) * torch.exp(-ell[:, feature])
-            x = torch.where(here, column.to(z.dtype).unsqueeze(1), x)
-            log_det = log_det - ell[:, feature]
+            column = slice(feature, feature + 1)
+            params = tuple(p[:, column] for p in self._params(x, context))
+            value, more = self._mapped(z[:, column], params, inverse=True)
+            x, log_det = torch.where(here, value, x), log_det + more
         return x, log_det
 
 
@@ -127,7 +202,8 @@ class InverseAutoregressiveTransform(AutoregressiveTransform):
         x, ldj = maf(z, context)                  # inverse
 
     Args:
-        made, scale_map, method, scale_constant: as for `AutoregressiveTransform`.
+        made, scale_map, method, scale_constant, transform, parametrization, bound, logit_scale, floor: as for
+            `AutoregressiveTransform`.
 
     Shapes:
         x, z ``[N, D]``; ldj ``[N]``, nats, fp32 or wider.

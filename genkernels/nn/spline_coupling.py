@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from genkernels import ops
 from genkernels.nn._conditioned import Conditioned
-from genkernels.ops.rational_quadratic_spline import check_options
+from genkernels.ops._spline_checks import check_options
 
 WHO = "SplineCoupling"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkernels._options import ScaleMap
+from genkernels._options import ScaleMap, Spline
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _checks as checks
+from genkernels.ops._spline_checks import check_bins, check_options
 from genkernels.ops.affine_coupling import scale_constant_of
+from genkernels.reference.rational_quadratic_spline import bins_of
 
 NAME = "made"
 SCALE_MAPS = tuple(word for word in ScaleMap.words() if word != "additive")
@@ -40,13 +42,32 @@ def linear(
     return x, weight, bias
 
 
-def inverse(
-    z, weights, biases, order, counts, context, residual, scale_map, scale_constant, method
-) -> tuple[int, float]:
-    """All conditions of `made_inverse`; the scale map's code and its constant."""
+def affine(scale_map, scale_constant) -> tuple[int, float]:
+    """The scale map's code and its constant."""
     checks.option(NAME, "scale_map", scale_map, SCALE_MAPS)
     code = ScaleMap[scale_map.upper()]
-    constant = scale_constant_of(NAME, code, scale_constant)
+    return int(code), scale_constant_of(NAME, code, scale_constant)
+
+
+def splines(z, weights, parametrization, bound, logit_scale, floor) -> tuple[int, tuple[int, float, float, float]]:
+    """P, the parameters of a feature, and the splines' options as the torch operator takes them."""
+    codes = check_options(NAME, parametrization, bound, logit_scale, floor)
+    outputs = 0
+    if isinstance(z, Tensor) and z.dim() == 2 and z.shape[1] and weights and isinstance(weights[-1], Tensor):
+        rows = weights[-1].shape[0] if weights[-1].dim() == 2 else 0
+        outputs, rest = divmod(rows, z.shape[1])
+        if rest or bins_of(outputs, codes[0]) < 1:
+            kind = "3K" if codes[0] == Spline.CIRCULAR else "3K - 1"
+            raise ValueError(
+                f"{NAME}: weights[{len(weights) - 1}] must be [P*D, H] with P = {kind} and D = {z.shape[1]}, got "
+                f"{list(weights[-1].shape)}"
+            )
+        check_bins(NAME, outputs, codes[0], codes[3])
+    return outputs, codes
+
+
+def inverse(z, weights, biases, order, counts, context, residual, params, method) -> None:
+    """All conditions of `made_inverse` and `made_spline_inverse` but for the maps' own; params: those of a feature."""
     checks.option(NAME, "method", method, METHODS)
     layers = {f"weights[{i}]": w for i, w in enumerate(weights)} | {f"biases[{i}]": b for i, b in enumerate(biases)}
     tensors = {"z": z, "context": context, **layers}
@@ -66,7 +87,7 @@ def inverse(
         )
     inputs = features = z.shape[1]
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        outputs = 2 * features if i == len(weights) - 1 else w.shape[0]
+        outputs = params * features if i == len(weights) - 1 else w.shape[0]
         if residual and 0 < i < len(weights) - 1:
             outputs = weights[0].shape[0]
         checks.shape(NAME, f"weights[{i}]", w, [outputs, inputs], "[out, in]")
@@ -76,7 +97,6 @@ def inverse(
     _integers("counts", counts, [len(weights) - 1, features + 1], "[layers - 1, D + 1]", "z", z)
     if context is not None:
         checks.shape(NAME, "context", context, [z.shape[0], weights[0].shape[0]], "[N, H]")
-    return int(code), constant
 
 
 def plan_values(order: Tensor, counts: Tensor, sizes: list[int], residual: bool) -> None:

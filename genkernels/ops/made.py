@@ -5,7 +5,9 @@ The maths is in `genkernels.reference.made`, the checks are in `genkernels.ops._
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from genkernels.ops import _autocast as autocast
 from genkernels.ops import _made_checks as checks
 from genkernels.ops._autocast import work_dtype
 from genkernels.ops._gradients import THROUGH_REFERENCE, Formula
-from genkernels.ops._operator import Operator, transforms_active
+from genkernels.ops._operator import Operator, TorchOp, transforms_active
 from genkernels.reference import made as reference
+from genkernels.reference._made_maps import Affine, Elementwise, Splines
 
 NAME, SCALE_MAPS, METHODS = checks.NAME, checks.SCALE_MAPS, checks.METHODS
 
@@ -129,8 +132,62 @@ def made_inverse(
     Source: Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016; Papamakarios et
     al., "Masked autoregressive flow for density estimation", 2017.
     """
+    codes = checks.affine(scale_map, scale_constant)
+    return _solve(AFFINE, 2, z, weights, biases, order, counts, context, residual, codes, method)
+
+
+def made_spline_inverse(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    order: Tensor,
+    counts: Tensor,
+    *,
+    context: Tensor | None = None,
+    residual: bool = False,
+    parametrization: str = "nflows",
+    bound: float = 5.0,
+    logit_scale: float = 1.0,
+    floor: float = 1e-3,
+    method: str = "blocked",
+) -> tuple[Tensor, Tensor]:
+    r"""Inverts an autoregressive transform by rational-quadratic splines at about the price of one forward pass, where
+    D features are otherwise D passes.
+
+    .. math:: z_i = \mathrm{spline}(x_i;\,p_i),\qquad p_i = \mathrm{MADE}(x_{<i}) \in \mathbb{R}^P
+
+    Gradients are those of the implicit function, as for `made_inverse`.
+
+    Equivalent to (natural order)::
+
+        x = torch.zeros_like(z)
+        for _ in range(z.shape[1]):
+            params = made(x).unflatten(1, (P, D)).movedim(1, 2)
+            x, ldj = genkernels.ops.rational_quadratic_spline_inverse(z, params)
+
+    Args:
+        z, order, counts, context, residual, method: as for `made_inverse`.
+        weights, biases: as for `made_inverse`, the last layer's ``[P*D, H]`` and ``[P*D]``: the first of the P numbers
+            of a spline for all features, then the second, …. K width logits, K height logits, K − 1 slopes (with
+            ``circular`` K of them) say K.
+        parametrization, bound, logit_scale, floor: as for `rational_quadratic_spline`.
+
+    Returns:
+        ``(x, ldj)``: x like z (contiguous); ldj ``[N]``, that of the inverse, nats, fp32 (fp64 for fp64).
+
+    Raises: as for `made_inverse`.
+
+    Source: Durkan et al., "Neural spline flows", 2019, its autoregressive splines.
+    """
+    weights = list(weights)
+    outputs, codes = checks.splines(z, weights, parametrization, bound, logit_scale, floor)
+    return _solve(SPLINES, outputs, z, weights, biases, order, counts, context, residual, codes, method)
+
+
+def _solve(kind: _Kind, outputs: int, z, weights, biases, order, counts, context, residual, codes, method):
+    """The inverse by maps of some kind, `outputs` parameters a feature; codes: what else its torch operator takes."""
     weights, biases = list(weights), list(biases)
-    codes = checks.inverse(z, weights, biases, order, counts, context, residual, scale_map, scale_constant, method)
+    checks.inverse(z, weights, biases, order, counts, context, residual, outputs, method)
     dtype, work = z.dtype, work_dtype(z, context, *weights, *biases)
     # one dtype, dense: what every kernel asks for
     z, weights, biases = _dense(z, work), [_dense(w, work) for w in weights], [_dense(b, work) for b in biases]
@@ -138,32 +195,41 @@ def made_inverse(
     arguments = (z, context, weights, biases, order.contiguous(), counts.contiguous(), bool(residual), *codes)
     with autocast.kept_out(z):
         if transforms_active():
-            x, ldj = reference.made_inverse(*arguments)
-        elif method != "blocked" or INVERSE.runs_reference(*arguments):
+            x, ldj = kind.solve.reference(*arguments)
+        elif method != "blocked" or kind.solve.runs_reference(*arguments):
             checks.plan_values(order, counts, [w.shape[0] for w in weights[:-1]], residual)
-            x, ldj = reference.made_inverse(*arguments) if method == "blocked" else _by_passes(method, arguments)
+            x, ldj = kind.solve.reference(*arguments) if method == "blocked" else _by_passes(kind, method, arguments)
         else:
-            x, ldj = INVERSE.run(*arguments)
+            x, ldj = kind.solve.run(*arguments)
     return x.to(dtype), ldj
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
-def _by_passes(method: str, arguments) -> tuple[Tensor, Tensor]:
+class _Kind(NamedTuple):
+    """A kind of maps: its torch operators, and its maps of the reference from what those take last."""
+
+    solve: TorchOp
+    backward: TorchOp
+    maps: Callable[..., Elementwise]
+
+
+def _by_passes(kind: _Kind, method: str, arguments) -> tuple[Tensor, Tensor]:
     """The solution by whole passes without a graph, its gradient that of the implicit function."""
     z, context, weights, biases, *rest = arguments
-    return _Solved.apply(method, rest, len(weights), z, context, *weights, *biases)
+    return _Solved.apply(kind, method, rest, len(weights), z, context, *weights, *biases)
 
 
 class _Solved(torch.autograd.Function):
     """A solution found by whatever means, with the gradient of `made_inverse`."""
 
     @staticmethod
-    def forward(ctx, method, rest, layers, z, context, *both):
-        solve = reference.made_inverse_jacobi if method == "jacobi" else reference.made_inverse
-        x, ldj = solve(z, context, both[:layers], both[layers:], *rest)
-        ctx.rest, ctx.layers = rest, layers
+    def forward(ctx, kind, method, rest, layers, z, context, *both):
+        network, codes = (context, both[:layers], both[layers:], *rest[:3]), rest[3:]
+        solve = reference.inverse_by_sweeps if method == "jacobi" else reference.inverse
+        x, ldj = solve(kind.maps(*codes), z, *network)
+        ctx.kind, ctx.rest, ctx.layers = kind, rest, layers
         ctx.save_for_backward(x, context, *both)
         ctx.set_materialize_grads(False)
         return x, ldj
@@ -171,22 +237,22 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x, grad_ldj):
         x, context, *both = ctx.saved_tensors
-        grads = _implicit(grad_x, grad_ldj, x, context, both[: ctx.layers], both[ctx.layers :], *ctx.rest)
+        layers = both[: ctx.layers], both[ctx.layers :]
+        grads = _implicit(ctx.kind.backward, grad_x, grad_ldj, x, context, *layers, *ctx.rest)
         if grads is None:
-            return (None,) * (5 + len(both))
+            return (None,) * (6 + len(both))
         z, by_context, weights, biases = grads
-        return None, None, None, z, by_context, *weights, *biases
+        return None, None, None, None, z, by_context, *weights, *biases
 
 
-def _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant):
+def _implicit(backward: TorchOp, grad_x, grad_ldj, x, context, weights, biases, *rest):
     """``(grad_z, grad_context, grad_weights, grad_biases)``, or None where nothing arrived."""
     if grad_x is None and grad_ldj is None:
         return None
-    arguments = grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant
     # a recorded pass that is mapped over takes the reference: lists of tensors have no fallback under vmap
-    run = reference.made_inverse_backward if transforms_active() else INVERSE_BACKWARD.dense
+    run = backward.reference if transforms_active() else backward.dense
     with autocast.kept_out(x):  # GPUs multiply by torch here
-        by_z, by_context, *by_layers = run(*arguments)
+        by_z, by_context, *by_layers = run(grad_x, grad_ldj, x, context, weights, biases, *rest)
     return by_z, None if context is None else by_context, by_layers[0::2], by_layers[1::2]
 
 
@@ -196,11 +262,11 @@ def _setup_inverse(ctx, inputs, output):
     ctx.save_for_backward(output[0], context, order, counts, *weights, *biases)
 
 
-def _backward_inverse(ctx, grad_x, grad_ldj):
+def _backward_inverse(backward: TorchOp, ctx, grad_x, grad_ldj):
     x, context, order, counts, *both = ctx.saved_tensors
     weights, biases = both[: ctx.layers], both[ctx.layers :]
-    grads = _implicit(grad_x, grad_ldj, x, context, weights, biases, order, counts, *ctx.codes)
-    return *(grads or (None,) * 4), None, None, None, None, None
+    grads = _implicit(backward, grad_x, grad_ldj, x, context, weights, biases, order, counts, *ctx.codes)
+    return *(grads or (None,) * 4), None, None, *(None,) * len(ctx.codes)
 
 
 def _setup_linear(ctx, inputs, output):
@@ -233,11 +299,11 @@ def _fake_grad_weight(grad_output, input, in_degrees, out_degrees, strict):
     return input.new_empty((grad_output.shape[1], input.shape[1]))
 
 
-def _fake_inverse(z, context, weights, biases, order, counts, residual, scale_map, constant):
+def _fake_inverse(z, *network):
     return z.new_empty(z.shape), z.new_empty((z.shape[0],))
 
 
-def _fake_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant):
+def _fake_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, *rest):
     grads = [x.new_empty(x.shape), x.new_empty((x.shape[0], weights[0].shape[0]))]
     for weight, bias in zip(weights, biases, strict=True):
         grads += [weight.new_empty(weight.shape), bias.new_empty(bias.shape)]
@@ -246,7 +312,9 @@ def _fake_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order,
 
 # -------------------------------------------------------------------------------------------------------- registration
 
-OPERATOR = Operator(NAME, functions=(masked_linear, made_inverse), kernels={"cpu": "", "triton": "", "cuda": ""})
+OPERATOR = Operator(
+    NAME, functions=(masked_linear, made_inverse, made_spline_inverse), kernels={"cpu": "", "triton": "", "cuda": ""}
+)
 
 _BY_CUBLAS = (
     "would win nothing: on a GPU a dense product (cuBLAS) with the masked weight costs less than a product of one's "
@@ -276,19 +344,26 @@ LINEAR_GRAD_WEIGHT = OPERATOR.define(
     kernels=_LINEAR_KERNELS,
 )
 
-_NETWORK = (
-    "Tensor? context, Tensor[] weights, Tensor[] biases, Tensor order, Tensor counts, bool residual, int scale_map, "
-    "float constant"
-)
-INVERSE = OPERATOR.define(
-    f"made_inverse(Tensor z, {_NETWORK}) -> (Tensor, Tensor)",
-    reference.made_inverse,
-    _fake_inverse,
-    gradient=Formula(_setup_inverse, _backward_inverse),
-)
-INVERSE_BACKWARD = OPERATOR.define(
-    f"made_inverse_backward(Tensor? grad_x, Tensor? grad_ldj, Tensor x, {_NETWORK}) -> Tensor[]",
-    reference.made_inverse_backward,
-    _fake_inverse_backward,
-    gradient=THROUGH_REFERENCE,
+_NETWORK = "Tensor? context, Tensor[] weights, Tensor[] biases, Tensor order, Tensor counts, bool residual"
+
+
+def _define_inverse(name: str, codes: str, maps: Callable[..., Elementwise]) -> _Kind:
+    backward = OPERATOR.define(
+        f"{name}_backward(Tensor? grad_x, Tensor? grad_ldj, Tensor x, {_NETWORK}, {codes}) -> Tensor[]",
+        getattr(reference, f"{name}_backward"),
+        _fake_inverse_backward,
+        gradient=THROUGH_REFERENCE,
+    )
+    solve = OPERATOR.define(
+        f"{name}(Tensor z, {_NETWORK}, {codes}) -> (Tensor, Tensor)",
+        getattr(reference, name),
+        _fake_inverse,
+        gradient=Formula(_setup_inverse, partial(_backward_inverse, backward)),
+    )
+    return _Kind(solve, backward, maps)
+
+
+AFFINE = _define_inverse("made_inverse", "int scale_map, float constant", Affine)
+SPLINES = _define_inverse(
+    "made_spline_inverse", "int parametrization, float bound, float logit_scale, float floor", Splines
 )

@@ -6,15 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkernels._options import Spline
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _checks as checks
 from genkernels.ops._gradients import THROUGH_REFERENCE, Formula
 from genkernels.ops._operator import Operator
+from genkernels.ops._spline_checks import check_bins, check_options
 from genkernels.reference import rational_quadratic_spline as reference
 
 NAME = "rational_quadratic_spline"
-PARAMETRIZATIONS = Spline.words()
 
 
 def rational_quadratic_spline(
@@ -123,31 +122,6 @@ def _spline(x, params, parametrization, bound, logit_scale, floor, inverse):
         raise ValueError(f"{NAME}: params must be [N, ..., P] = [{wanted}, P], got {list(params.shape)}")
     check_bins(NAME, params.shape[-1], options[0], options[3])
     return SPLINE(x, params, *options, inverse)
-
-
-def check_options(who: str, parametrization, bound, logit_scale, floor) -> tuple[int, float, float, float]:
-    """The options as the torch operator takes them."""
-    kind = checks.option(who, "parametrization", parametrization, PARAMETRIZATIONS)
-    bound, logit_scale, floor = (
-        checks.positive(who, label, value)
-        for label, value in (("bound", bound), ("logit_scale", logit_scale), ("floor", floor))
-    )
-    if floor >= 1:
-        raise ValueError(f"{who}: floor must be below 1, got {floor}")
-    return kind, bound, logit_scale, floor
-
-
-def check_bins(who: str, params: int, kind: int, floor: float) -> int:
-    """K of P parameters."""
-    count = reference.bins_of(params, kind)
-    if count < 1:
-        raise ValueError(
-            f"{who}: params must have P = {'3K' if kind == Spline.CIRCULAR else '3K - 1'} numbers for each of x, "
-            f"{PARAMETRIZATIONS[kind]}, with K at least 1, got {params}"
-        )
-    if kind != Spline.ZUKO and count * floor >= 1:
-        raise ValueError(f"{who}: floor must be below 1/K = 1/{count}, the share of a bin, got {floor}")
-    return count
 
 
 def _fake(input, params, *options):

@@ -1,5 +1,5 @@
-r"""Masked linear layers and the inverse of an autoregressive affine transform in plain PyTorch: the definition, the
-oracle, the fallback.
+r"""Masked linear layers and the inverse of an autoregressive transform, affine or by splines, in plain PyTorch: the
+definition, the oracle, the fallback.
 
 Degrees say who may see whom. Feature :math:`k` in the chosen order has degree k = 1 … D; a hidden unit of degree m
 depends on features of degree ≤ m, an output of degree d on features of degree < d alone (Germain et al., "MADE", 2015):
@@ -7,18 +7,20 @@ depends on features of degree ≤ m, an output of degree d on features of degree
 .. math:: y = (W \odot M)\,x + b,\qquad M_{ji} = [\,d_j \ge d_i\,]\ \text{(hidden)},\quad [\,d_j > d_i\,]\
     \text{(output, strict)}
 
-The autoregressive affine transform (Kingma et al., "IAF", 2016; Papamakarios et al., "MAF", 2017) has
-:math:`z_i = x_i\,\sigma(s_i) + t_i` with :math:`(s_i, t_i)` made from the features before i. Its inverse by definition
-is D passes,
-each of which settles one more feature. Kernels solve it as a blocked nonlinear triangular system instead: every hidden
-unit is computed once, when the last feature that it sees has become known.
+An autoregressive transform has :math:`z_i = f(x_i;\,p_i)` with an increasing f whose P parameters :math:`p_i` are made
+from the features before i: an affine map, :math:`z_i = x_i\,\sigma(s_i) + t_i` (Kingma et al., "IAF", 2016;
+Papamakarios et al., "MAF", 2017), or a rational-quadratic spline (Durkan et al., "Neural spline flows", 2019). Its
+inverse by definition is D passes, each of which settles one more feature. Kernels solve it as a blocked nonlinear
+triangular system instead: every hidden unit is computed once, when the last feature that it sees has become known.
 
-Gradient of the inverse, by the implicit function theorem: λ solves :math:`J^\top\lambda + g_\ell\,\nabla_x
-\textstyle\sum\log\sigma = g_x` (:math:`J = \partial z / \partial x`, triangular, so by back substitution from the last
-feature); the gradient of z is λ, that of any parameter θ is :math:`-(\lambda^\top \partial z/\partial\theta +
-g_\ell\,\partial \sum\log\sigma / \partial\theta)`: one vector-Jacobian product.
+Gradient of the inverse, by the implicit function theorem, with :math:`\ell = \sum\log f'` and the gradients
+:math:`g_x` by x and :math:`g_\ell` by the log-determinant −ℓ: λ solves :math:`J^\top\lambda + g_\ell\,\nabla_x \ell =
+g_x` (:math:`J = \partial z / \partial x`, triangular, so by back substitution from the last feature); the gradient of z
+is λ, that of any parameter θ is :math:`-(\lambda^\top \partial z/\partial\theta + g_\ell\,\partial
+\ell/\partial\theta)`: one vector-Jacobian product.
 
-A network is its layers' weights ``[out, in]`` and biases, the last giving s for all features in data order, then t.
+A network is its layers' weights ``[out, in]`` and biases, the last giving the first parameter of all features in data
+order, then the second, … (affine: s, then t; a spline: K width logits, K height logits, the slopes).
 Hidden units are sorted by degree. ``order [D]``: the feature of each step. ``counts [layers - 1, D + 1]``: how many
 units of a hidden layer have degree ≤ k, that is, are known once k features are. With ``residual``, the layers after the
 first come in pairs :math:`v \leftarrow v + W_b\,\mathrm{relu}(W_a\,\mathrm{relu}(v) + b_a) + b_b`, and the last layer
@@ -34,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genkernels._options import ScaleMap
-from genkernels.reference.affine_coupling import log_scale, log_scale_slope
+from genkernels.reference._made_maps import Affine, Elementwise, Splines
 
 # ------------------------------------------------------------------------------------------------------ masked linear
 
@@ -120,6 +122,10 @@ class _Network:
             u = v if self.residual and layer == last - 1 else F.relu(v)
         return values, inputs
 
+    def params(self, x: Tensor) -> Tensor:
+        """``[N, P, D]``, the P parameters of each feature."""
+        return self.units(x)[0][-1].unflatten(1, (-1, self.degrees[0].numel()))
+
     def signals(self, grad_params: Tensor, values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The gradient by every layer's pre-activations, and by x."""
         last = len(self.weights) - 1
@@ -141,7 +147,8 @@ class _Network:
 # --------------------------------------------------------------------------------------------------------- the inverse
 
 
-def made_forward(
+def forward(
+    elementwise: Elementwise,
     x: Tensor,
     context: Tensor | None,
     weights: Sequence[Tensor],
@@ -149,16 +156,14 @@ def made_forward(
     order: Tensor,
     counts: Tensor,
     residual: bool = False,
-    scale_map: int = ScaleMap.EXP,
-    constant: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``(z, ldj)``, in one pass of the network."""
-    s, t = _Network(weights, biases, context, order, counts, residual).units(x)[0][-1].chunk(2, dim=1)
-    ell = log_scale(s, scale_map, constant)
-    return x * torch.exp(ell) + t, ell.sum(1)
+    z, ell = elementwise.forward(x, _Network(weights, biases, context, order, counts, residual).params(x))
+    return z, ell.sum(1)
 
 
-def made_inverse(
+def inverse(
+    elementwise: Elementwise,
     z: Tensor,
     context: Tensor | None,
     weights: Sequence[Tensor],
@@ -166,25 +171,20 @@ def made_inverse(
     order: Tensor,
     counts: Tensor,
     residual: bool = False,
-    scale_map: int = ScaleMap.EXP,
-    constant: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """``(x, ldj)`` of the inverse by D sequential passes, ldj = −Σ log σ."""
+    """``(x, ldj)`` of the inverse by D sequential passes."""
     network = _Network(weights, biases, context, order, counts, residual)
-    x = torch.zeros_like(z)
-    ell = torch.zeros_like(z)
+    x, ell = torch.zeros_like(z), torch.zeros_like(z)
     for step in range(1, z.shape[1] + 1):
-        s, t = network.units(x)[0][-1].chunk(2, dim=1)
-        now = network.degrees[0] == step
-        of_all = torch.where(
-            now, log_scale(s, scale_map, constant), 0
-        )  # a guess may overflow, and meet a gradient of 0
-        x = torch.where(now, (z - t) * torch.exp(-of_all), x)
-        ell = torch.where(now, of_all, ell)
-    return x, -ell.sum(1)
+        now, column = network.degrees[0] == step, order[step - 1 : step]
+        # of this feature alone: a guess at another may overflow, and meet a gradient of 0
+        found, more = elementwise.inverse(z.index_select(1, column), network.params(x).index_select(2, column))
+        x, ell = torch.where(now, found, x), torch.where(now, more, ell)
+    return x, ell.sum(1)
 
 
-def made_inverse_backward(
+def inverse_backward(
+    elementwise: Elementwise,
     grad_x: Tensor | None,
     grad_ldj: Tensor | None,
     x: Tensor,
@@ -194,34 +194,28 @@ def made_inverse_backward(
     order: Tensor,
     counts: Tensor,
     residual: bool = False,
-    scale_map: int = ScaleMap.EXP,
-    constant: float = 1.0,
 ) -> list[Tensor]:
     """Gradients ``[z, context (of its shape even where it is None), weight and bias of each layer]`` from the solution
     x.
 
     Back substitution: D passes of the transposed network, from the last feature to the first. The last one's x is seen
-    by nothing: without a gradient of its own it plays no part, and may be infinite.
+    by nothing, and may be infinite.
     """
     network = _Network(weights, biases, context, order, counts, residual)
-    seen = x.masked_fill(network.degrees[0] == x.shape[1], 0)
+    features = x.shape[1]
     by_ldj = x.new_zeros((x.shape[0], 1)) if grad_ldj is None else grad_ldj.unsqueeze(1)
-    values, inputs = network.units(seen)
-    s, _ = values[-1].chunk(2, dim=1)
-    ell, slope = log_scale(s, scale_map, constant), log_scale_slope(s, scale_map, constant)
-    steps = range(x.shape[1], 0, -1)
-    if grad_x is None:
-        x, grad_x, steps = seen, torch.zeros_like(x), steps[1:]
-
-    def signals(by_x, solution):
-        return network.signals(torch.cat([(by_x * x + by_ldj) * slope, solution], dim=1), values)
-
-    by_x = solution = torch.zeros_like(x)
-    for step in steps:
-        now = network.degrees[0] == step
-        by_x = torch.where(now, grad_x - signals(by_x, solution)[1], by_x)
-        solution = torch.where(now, by_x * torch.exp(-torch.where(now, ell, 0)), solution)
-    by_layer = signals(by_x, solution)[0]
+    values, inputs = network.units(x.masked_fill(network.degrees[0] == features, 0))
+    params = values[-1].unflatten(1, (-1, features))
+    solution, cotangents = torch.zeros_like(x), torch.zeros_like(params)
+    for step in range(features, 0, -1):
+        now, column = network.degrees[0] == step, order[step - 1 : step]
+        given = None if grad_x is None else grad_x.index_select(1, column)
+        if step < features:
+            seen = network.signals(cotangents.flatten(1), values)[1].index_select(1, column)
+            given = -seen if given is None else given - seen
+        found, signal = elementwise.backward(given, by_ldj, x.index_select(1, column), params.index_select(2, column))
+        solution, cotangents = torch.where(now, found, solution), torch.where(now, signal, cotangents)
+    by_layer = network.signals(cotangents.flatten(1), values)[0]
     grads = [solution, -by_layer[0]]
     for g, u, mask in zip(by_layer, inputs, network.masks, strict=True):
         product = g.mT @ u
@@ -229,7 +223,8 @@ def made_inverse_backward(
     return grads
 
 
-def made_inverse_jacobi(
+def inverse_by_sweeps(
+    elementwise: Elementwise,
     z: Tensor,
     context: Tensor | None,
     weights: Sequence[Tensor],
@@ -237,10 +232,8 @@ def made_inverse_jacobi(
     order: Tensor,
     counts: Tensor,
     residual: bool = False,
-    scale_map: int = ScaleMap.EXP,
-    constant: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`made_inverse` by sweeps that renew all features at once: k sweeps settle the first k, so D are exact.
+    """`inverse` by sweeps that renew all features at once: k sweeps settle the first k, so D are exact.
 
     Stops once a sweep changes nothing: looked at after each sweep on a CPU, after every 16th on a GPU, where looking
     means waiting.
@@ -249,13 +242,46 @@ def made_inverse_jacobi(
     x, ell = torch.zeros_like(z), torch.zeros_like(z)
     look = 1 if z.device.type == "cpu" else 16
     for sweep in range(1, z.shape[1] + 1):
-        s, t = network.units(x)[0][-1].chunk(2, dim=1)
-        ell = log_scale(s, scale_map, constant)
-        before, after = x, (z - t) * torch.exp(-ell)
+        before, (after, ell) = x, elementwise.inverse(z, network.params(x))
         # an infinity would reach earlier features, 0 times it being NaN: what is settled stays, a guess that overflowed
         # is none
         step = network.degrees[0] - sweep
         x = torch.where(step < 0, before, torch.where((step == 0) | after.isfinite(), after, 0))
         if sweep % look == 0 and torch.equal(before, after):
             break
-    return x, -ell.sum(1)
+    return x, ell.sum(1)
+
+
+# ------------------------------------------------------------------------------------- the torch operators' arguments
+
+
+def made_forward(x, context, weights, biases, order, counts, residual=False, scale_map=ScaleMap.EXP, constant=1.0):
+    """`forward` of affine maps."""
+    return forward(Affine(scale_map, constant), x, context, weights, biases, order, counts, residual)
+
+
+def made_inverse(z, context, weights, biases, order, counts, residual, scale_map, constant):
+    """`inverse` of affine maps."""
+    return inverse(Affine(scale_map, constant), z, context, weights, biases, order, counts, residual)
+
+
+def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant):
+    """`inverse_backward` of affine maps."""
+    network = context, weights, biases, order, counts, residual
+    return inverse_backward(Affine(scale_map, constant), grad_x, grad_ldj, x, *network)
+
+
+def made_spline_inverse(
+    z, context, weights, biases, order, counts, residual, parametrization, bound, logit_scale, floor
+):
+    """`inverse` of splines."""
+    splines = Splines(parametrization, bound, logit_scale, floor)
+    return inverse(splines, z, context, weights, biases, order, counts, residual)
+
+
+def made_spline_inverse_backward(
+    grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, parametrization, bound, logit_scale, floor
+):
+    """`inverse_backward` of splines."""
+    network = context, weights, biases, order, counts, residual
+    return inverse_backward(Splines(parametrization, bound, logit_scale, floor), grad_x, grad_ldj, x, *network)

@@ -64,7 +64,8 @@ FrEIA       ``GLOWCouplingBlock``; on a GPU ``RNVPCouplingBlock`` and ``AllInOne
 torch       both kinds of ``spectral_norm``
 ==========  ==========================================================================================================
 
-An autoregressive transform by splines keeps the passes of its inverse, one a feature, each of them by the operator.
+The inverse of an autoregressive transform, affine or by splines, is a triangular solve where its network is one for it;
+else it keeps its passes, one a feature, each of them by the operator, and the report says why.
 
 ``genkernels swap MODULE:FUNCTION`` prints the report for a model of your own, and how much faster a training step and a
 call that draws samples become.

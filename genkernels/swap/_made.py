@@ -39,14 +39,14 @@ class Sorted:
         return Sorted, ()
 
     def look(
-        self, masks: Sequence[Tensor], places: Tensor, scale_row: int, shift_row: int, seen_first: int | None = None
+        self, masks: Sequence[Tensor], places: Tensor, numbers: Sequence[int], seen_first: int | None = None
     ) -> bool:
         """Whether the masks are those of a network that the blocked solve takes.
 
         Args:
-            masks: of all layers, ``[out, in]``; the last one's outputs are 2 a feature, side by side.
-            places: of the features in the order, a permutation of 0 … D − 1.
-            scale_row, shift_row: which of the two is which.
+            masks: of all layers, ``[out, in]``; the last one's outputs are P a feature, side by side.
+            places: of the features in the order, ascending from any number; of each or of all its P outputs.
+            numbers: which of the P is the operator's first parameter, which the second, ….
             seen_first: how many columns of the first mask are features; the others are a context's.
         """
         watched = [*masks, places]
@@ -55,18 +55,18 @@ class Sorted:
         self._seen = [Seen() for _ in watched]
         for seen, tensor in zip(self._seen, watched, strict=True):
             seen.note(tensor)
-        features = places.numel()
         live = [m.detach().cpu() != 0 for m in masks]
         live[0] = live[0][:, :seen_first]
-        degrees = _degrees(live, places.cpu() + 1)
+        features, count = live[0].shape[1], len(numbers)
+        places = places.detach().cpu()[:: max(1, places.numel() // features)]
+        degrees = _degrees(live, torch.argsort(torch.argsort(places)) + 1, count)
         self.fits = degrees is not None
         if degrees is None:
             return False
         device = masks[0].device
         rows = [torch.argsort(d, stable=True) for d in degrees[1:]]
         self.columns = [None, *(r.to(device) for r in rows)]
-        steps = 2 * torch.arange(features)
-        outputs = torch.cat([steps + scale_row, steps + shift_row])
+        outputs = torch.cat([count * torch.arange(features) + number for number in numbers])
         self.rows = [*(r.to(device) for r in rows), outputs.to(device)]
         hidden = [d[r] for d, r in zip(degrees[1:], rows, strict=True)]
         order, counts = plan([degrees[0], *hidden])
@@ -85,20 +85,21 @@ class Sorted:
         weights, biases = self.weights(layers)
         if context is not None:
             context = context.index_select(1, self.rows[0])
-        return ops.made_inverse(z, weights, biases, self.order, self.counts, context=context, **options)
+        function = ops.made_spline_inverse if "parametrization" in options else ops.made_inverse
+        return function(z, weights, biases, self.order, self.counts, context=context, **options)
 
 
-def _degrees(masks: list[Tensor], first: Tensor) -> list[Tensor] | None:
+def _degrees(masks: list[Tensor], first: Tensor, count: int) -> list[Tensor] | None:
     """The degrees of the features and of the units of each hidden layer that give these masks, or None. A unit has the
-    degree of the last feature that it sees."""
+    degree of the last feature that it sees; a feature has `count` outputs."""
     features = first.numel()
-    if masks[-1].shape[0] != 2 * features or masks[0].shape[1] != features:
+    if masks[-1].shape[0] != count * features or masks[0].shape[1] != features:
         return None
     degrees, reach = [first], torch.eye(features, dtype=torch.float32)
     for mask in masks[:-1]:
         reach = (mask.float() @ reach).clamp(max=1)
         degrees.append((reach * first).amax(1).long())
-    ends = [*degrees[1:], first.repeat_interleave(2)]
+    ends = [*degrees[1:], first.repeat_interleave(count)]
     for i, (mask, into, out) in enumerate(zip(masks, degrees, ends, strict=True)):
         if not torch.equal(mask, degree_mask(into, out, strict=i == len(masks) - 1)):
             return None

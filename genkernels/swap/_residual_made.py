@@ -18,32 +18,39 @@ from genkernels.swap._made import Layer, Sorted
 from genkernels.swap._rules import is_relu
 
 
-def solve_made(transform, made: ModuleType, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def solve_made(
+    transform, made: ModuleType, z: Tensor, context: Tensor | None, options: dict[str, Any], numbers: int = 2
+) -> tuple[Tensor, Tensor] | None:
     """The inverse of an autoregressive transform by the blocked solve, None where its network is not one for it.
 
     Args:
-        transform: has ``autoregressive_net``, ``features`` and ``_gk_options``, those of `made_inverse`.
+        transform: has ``autoregressive_net``.
         made: the library's module with the classes of the network.
+        options: of `made_inverse` or `made_spline_inverse`. numbers: how many parameters a feature has.
     """
     network = transform.autoregressive_net
-    if z.dim() != 2 or z.shape[1] != transform.features or _why_not(network, made, context is not None):
+    if z.dim() != 2 or _why_not(network, made, context is not None):
         return None
     layers = _layers(network)
+    if z.shape[1] != layers[0].weight.shape[1]:
+        return None
     if not hasattr(transform, "_gk_sorted"):
-        transform._gk_sorted, transform._gk_places = Sorted(), torch.arange(transform.features)
-    if not transform._gk_sorted.look([layer.mask for layer in layers], transform._gk_places, 0, 1):
+        transform._gk_sorted = Sorted()
+    if not _look(transform._gk_sorted, network, layers, numbers):
         return None
     added = None if context is None else network.activation(network.context_layer(context))
-    options: dict[str, Any] = transform._gk_options
     return transform._gk_sorted.solve(z, layers, added, residual=_residual(network), **options)
 
 
-def inverse_refused(network, made: ModuleType, features: int) -> str:
+def inverse_refused(network, made: ModuleType, numbers: int = 2) -> str:
     """Why the inverse of a network is not solved by blocks, "" where it is."""
     if why := _why_not(network, made, hasattr(network, "context_layer")):
         return why
-    masks = [layer.mask for layer in _layers(network)]
-    return "" if Sorted().look(masks, torch.arange(features), 0, 1) else "for its masks"
+    return "" if _look(Sorted(), network, _layers(network), numbers) else "for its masks"
+
+
+def _look(units: Sorted, network, layers: list[Layer], numbers: int) -> bool:
+    return units.look([layer.mask for layer in layers], network.final_layer.degrees, range(numbers))
 
 
 def _residual(network) -> bool:

@@ -2,19 +2,22 @@
 
 nflows and normflows have those of Durkan et al.'s neural spline flows, under the same names of methods and attributes:
 each says how its numbers go through their splines in one method, and it is that one which is replaced. What surrounds
-it (the network, the features that pass and what becomes of them, the passes of an inverse) is the library's own.
+it (the network, the features that pass and what becomes of them) is the library's own; of an autoregressive transform
+the inverse is replaced too, by a solve, where its network is one for it.
 """
 
 from __future__ import annotations
 
 from numbers import Real
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from genkernels import ops
+from genkernels.swap._residual_made import inverse_refused, solve_made
 from genkernels.swap._rules import Becomes, left_alone
 
 
@@ -41,6 +44,18 @@ class Splines(NamedTuple):
         """Values like x, ``[N, C, ...]``, and log-determinants ``[N]``; params ``[N, C * numbers, ...]``."""
         params = params.reshape(*x.shape[:2], self.numbers, *x.shape[2:]).movedim(2, -1)
         return self.run(x, params, inverse)
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        """The operator's, None where it has none that say all: one floor, one bound."""
+        if len(set(self.floors)) > 1 or isinstance(self.bound, Tensor):
+            return None
+        return {
+            "parametrization": self.parametrization,
+            "bound": self.bound,
+            "logit_scale": self.logit_scale,
+            "floor": self.floors[0],
+        }
 
     def run(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """The same of params ``[N, C, ..., numbers]``."""
@@ -157,13 +172,26 @@ class Coupling:
 
 
 class Autoregressive:
-    """Of a masked autoregressive transform: all features, in each pass."""
+    """Of a masked autoregressive transform: all features in one pass; the inverse as a solve, or in the library's own D
+    passes."""
 
     _gk_angles = False
+    _gk_made: ModuleType
+
+    def inverse(self, inputs, context=None):
+        splines = self._gk_splines(inputs)
+        if isinstance(splines, Splines) and splines.options is not None:
+            solved = solve_made(self, self._gk_made, inputs, context, splines.options, splines.numbers)
+            if solved is not None:
+                return solved
+        return super().inverse(inputs, context)
+
+    def _gk_splines(self, inputs: Tensor) -> Splines | Mixed | None:
+        scale = _logit_scale(self.autoregressive_net, "hidden_features")
+        return _splines_of(self, self.num_bins, inputs, scale)
 
     def _elementwise(self, inputs, autoregressive_params, inverse=False):
-        scale = _logit_scale(self.autoregressive_net, "hidden_features")
-        splines = _splines_of(self, self.num_bins, inputs, scale)
+        splines = self._gk_splines(inputs)
         if splines is None:
             return super()._elementwise(inputs, autoregressive_params, inverse)
         return splines(inputs, autoregressive_params, inverse)
@@ -183,15 +211,31 @@ class Elementwise:
         return splines.run(inputs, params, inverse)
 
 
-def rule(to: type, note: str = ""):
+def rule(to: type):
     """What becomes of a module of nflows or normflows whose splines are the operator's."""
 
     def choose(thing) -> Becomes | str:
         bins = thing.unnormalized_widths.shape[-1] if issubclass(to, Elementwise) else thing.num_bins
-        return refused(thing, bins, to._gk_angles) or Becomes(to, note)
+        if why := refused(thing, bins, to._gk_angles):
+            return why
+        return Becomes(to, _passes(thing, to._gk_made) if issubclass(to, Autoregressive) else "")
 
     return choose
 
 
-#: Of an autoregressive transform by splines.
-PASSES = "the inverse keeps its D passes, each by the operator: no inverse of a spline is a part of the blocked solve"
+def _passes(thing, made: ModuleType) -> str:
+    """Why the inverse of an autoregressive transform is no solve, "" where it is one."""
+    if not isinstance(thing.tails, str):
+        why = "for its tails of two kinds"
+    elif isinstance(thing.tail_bound, Tensor):
+        why = "for its bounds, one a feature"
+    elif len(set(_floors(thing))) > 1:
+        why = "for its least width, height and slope, which are not one number"
+    else:
+        numbers = 3 * thing.num_bins - (thing.tails != "circular")
+        why = inverse_refused(thing.autoregressive_net, made, numbers)
+    return PASSES.format(why) if why else ""
+
+
+#: Of an autoregressive transform by splines whose inverse is no solve.
+PASSES = "the inverse keeps its D passes, each by the operator, {}"

@@ -76,7 +76,7 @@ class MaskedAffineAutoregressive(transforms.MaskedAffineAutoregressiveTransform)
         return coupling(inputs, params, Split.NONE)
 
     def inverse(self, inputs, context=None):
-        solved = None if left_alone(self) else solve_made(self, nflows_made, inputs, context)
+        solved = None if left_alone(self) else solve_made(self, nflows_made, inputs, context, self._gk_options)
         return super().inverse(inputs, context) if solved is None else solved
 
     @property
@@ -85,7 +85,7 @@ class MaskedAffineAutoregressive(transforms.MaskedAffineAutoregressiveTransform)
 
 
 def _autoregressive(thing) -> Becomes | str:
-    why = inverse_refused(thing.autoregressive_net, nflows_made, thing.features)
+    why = inverse_refused(thing.autoregressive_net, nflows_made)
     return Becomes(MaskedAffineAutoregressive, f"one direction: the inverse keeps its D passes, {why}" if why else "")
 
 
@@ -97,6 +97,8 @@ class MaskedPiecewiseRationalQuadraticAutoregressive(
     _spline.Autoregressive, transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 ):
     """`nflows.transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform` with linear tails."""
+
+    _gk_made = nflows_made
 
 
 class PiecewiseRationalQuadraticCDF(_spline.Elementwise, Elementwise):
@@ -150,7 +152,7 @@ LIBRARY = Library(
         transforms.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
         transforms.PiecewiseRationalQuadraticCouplingTransform: _spline.rule(PiecewiseRationalQuadraticCoupling),
         transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: _spline.rule(
-            MaskedPiecewiseRationalQuadraticAutoregressive, _spline.PASSES
+            MaskedPiecewiseRationalQuadraticAutoregressive
         ),
         Elementwise: _spline.rule(PiecewiseRationalQuadraticCDF),
         flows.Flow: becomes(Flow, "sample keeps no graph; what needs one calls the transform's inverse"),

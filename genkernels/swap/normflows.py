@@ -79,12 +79,12 @@ class MaskedAffineAutoregressive(Autoregressive):
         return Coupling(ScaleMap.SIGMOID_FLOOR, FLOOR, Layout.INTERLEAVED)(inputs, params, Split.NONE)
 
     def inverse(self, inputs, context=None):
-        solved = None if left_alone(self) else solve_made(self, normflows_made, inputs, context)
+        solved = None if left_alone(self) else solve_made(self, normflows_made, inputs, context, self._gk_options)
         return super().inverse(inputs, context) if solved is None else solved
 
 
 def _autoregressive(thing) -> Becomes | str:
-    why = inverse_refused(thing.autoregressive_net, normflows_made, thing.features)
+    why = inverse_refused(thing.autoregressive_net, normflows_made)
     return Becomes(MaskedAffineAutoregressive, f"one direction: the inverse keeps its D passes, {why}" if why else "")
 
 
@@ -105,7 +105,7 @@ class MaskedPiecewiseRationalQuadraticAutoregressive(
 ):
     """`normflows.flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive` with tails."""
 
-    _gk_angles = True
+    _gk_angles, _gk_made = True, normflows_made
 
 
 class Planar(flows.Planar):
@@ -145,7 +145,7 @@ LIBRARY = Library(
         splines_coupling.PiecewiseRationalQuadraticCoupling: _spline.rule(PiecewiseRationalQuadraticCoupling),
         splines_coupling.PiecewiseRationalQuadraticCDF: _spline.rule(PiecewiseRationalQuadraticCDF),
         splines_autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive: _spline.rule(
-            MaskedPiecewiseRationalQuadraticAutoregressive, _spline.PASSES
+            MaskedPiecewiseRationalQuadraticAutoregressive
         ),
         **dict.fromkeys(WHOLES, stays("its parts are swapped one by one")),
         flows.MaskedAffineFlow: stays(

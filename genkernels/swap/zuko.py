@@ -93,9 +93,12 @@ class _Autoregressive(_Together, transforms.AutoregressiveTransform):
 
 
 class _OfSplines(_Autoregressive):
-    """The same of splines: each pass of the inverse goes through the operator."""
+    """The same of splines: where the inverse is no solve, each of its passes goes through the operator."""
 
     def _inverse(self, y: Tensor) -> Tensor:
+        solved = self._module._gk_solve(y, self._context)
+        if solved is not None:
+            return solved
         module, maps = self._module, _map_of(self._module)
         flat, context, batch = _rows(y, self._context)
         x = torch.zeros_like(flat)
@@ -105,7 +108,7 @@ class _OfSplines(_Autoregressive):
 
 
 class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTransform):
-    """`zuko.flows.MaskedAutoregressiveTransform`; of affine maps its inverse is a solve."""
+    """`zuko.flows.MaskedAutoregressiveTransform`; its inverse is a solve."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
         maps = None if left_alone(self) else _map_of(self)
@@ -117,20 +120,23 @@ class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTra
         """None where the network is not one for the blocked solve."""
         if _why_not(self):
             return None
-        features = len(self.order)
+        features, maps = len(self.order), _map_of(self)
         flat, context, batch = _rows(z, c)
         layers = [layer for layer in self.hyper if type(layer) is MaskedLinear]
         first = layers[0]
         if not hasattr(self, "_gk_sorted"):
             self._gk_sorted = Sorted()
         masks = [first.mask, *(layer.mask for layer in layers[1:])]
-        if not self._gk_sorted.look(masks, self.order, 1, 0, seen_first=features):
+        affine = isinstance(maps, Coupling)
+        numbers = (1, 0) if affine else range(maps.numbers)
+        if not self._gk_sorted.look(masks, self.order, numbers, seen_first=features):
             return None
         weight = first.weight[:, :features]
         added = None if context is None else context @ (first.mask * first.weight)[:, features:].mT
         given = [Layer(weight, first.bias, first.mask)]
         given += [Layer(layer.weight, layer.bias, layer.mask) for layer in layers[1:]]
-        x, _ = self._gk_sorted.solve(flat, given, added, scale_map="soft_clip", **_map_of(self).options)
+        options = {"scale_map": "soft_clip", **maps.options} if affine else maps.options
+        x, _ = self._gk_sorted.solve(flat, given, added, **options)
         return x.reshape(*batch, features)
 
 
@@ -158,10 +164,9 @@ def _masked(thing) -> Becomes | str:
     maps = _map_of(thing)
     if maps is None:
         return OTHERS
-    if isinstance(maps, Splines):
-        return Becomes(MaskedAutoregressiveTransform, PASSES)
     why = _why_not(thing)
-    return Becomes(MaskedAutoregressiveTransform, f"one direction: the inverse keeps its passes, {why}" if why else "")
+    passes = PASSES if isinstance(maps, Splines) else "one direction: the inverse keeps its passes, {}"
+    return Becomes(MaskedAutoregressiveTransform, passes.format(why) if why else "")
 
 
 class _Coupling(_Together, transforms.CouplingTransform):

@@ -1,9 +1,10 @@
-r"""The inverse of an autoregressive affine transform on the GPU.
+r"""The inverse of an autoregressive transform, affine or by splines, on the GPU.
 
-.. math:: z_i = x_i\,\sigma(s_i) + t_i,\qquad (s, t)_i = \mathrm{MADE}(x_{<i})
+.. math:: z_i = f(x_i;\,p_i),\qquad p_i = \mathrm{MADE}(x_{<i})
 
-Germain et al. 2015; Papamakarios et al. 2017. `genkernels.reference.made` has the maths of the inverse and of its
-gradient.
+Germain et al. 2015; Papamakarios et al. 2017; Durkan et al. 2019. `genkernels.reference.made` has the maths of the
+inverse and of its gradient; f is an affine map of 2 parameters, or a spline of 3K − 1 or 3K
+(`genkernels.triton.rational_quadratic_spline`).
 
 Layout. ``order [D]`` and ``counts [layers, D + 1]`` say which units become known at which step. Weights as they are,
 activations ``[N, H]`` in global memory, which a program's few samples keep in the first caches. Features are gathered
@@ -11,7 +12,7 @@ into the order of the steps first, so that every prefix is contiguous.
 
 Parallelisation. A program solves ROWS samples alone, from the first feature to the last: no program waits for another,
 so one
-launch does the whole inverse. A step is a few dot products over what is known: the two parameters of its feature, then
+launch does the whole inverse. A step is a few dot products over what is known: the P parameters of its feature, then
 each layer's units whose degree has just become known, UNITS at a time. Every unit is computed once. Programs read the
 live weights once each, through the second-level cache; the floor is their bytes times the number of programs.
 
@@ -36,8 +37,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkernels._options import SCALE_CONSTANTS, ScaleMap
+from genkernels._options import SCALE_CONSTANTS, ScaleMap, Spline
 from genkernels.triton import _math, _scale_map
+from genkernels.triton import rational_quadratic_spline as _spline
 from genkernels.triton._recording import SampleCalls, meta
 
 SIZES = ("n", "features", "hidden", "layers")  # not worth a compilation for each value
@@ -78,6 +80,7 @@ def _extend_kernel(
     p_out_weight,
     p_out_bias,
     p_context,
+    p_params,
     p_values,
     p_units,
     p_counts,
@@ -87,6 +90,14 @@ def _extend_kernel(
     layers,
     MAP: tl.constexpr,
     CONSTANT: tl.constexpr,
+    KIND: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BINS: tl.constexpr,
+    BOUND: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    CLIP: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SOLVES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -96,8 +107,8 @@ def _extend_kernel(
     """The inverse (SOLVES), or all units from a known x.
 
     z, x [n, D] in the order of the steps, ldj [n]; weights [layers, H, max(D, H)] padded, biases [layers, H],
-    out_weight [2·D, H] and out_bias in the order of the steps; values, units [layers, n, H]: pre-activations and what
-    the next layer reads.
+    out_weight [D·P, H] and out_bias in the order of the steps; params [n, P]: of a step, in turn; values, units
+    [layers, n, H]: pre-activations and what the next layer reads. Affine maps have K = 0.
     """
     o_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_n = o_n < n
@@ -142,26 +153,25 @@ def _extend_kernel(
             if step < features:
                 known = tl.load(p_counts + (layers - 1) * (features + 1) + step)
                 p_u = p_units + (layers - 1) * plane
-                o_row = step + (o_unit % 2) * features
-                b_p = _dot(
-                    p_out_weight,
-                    o_row.to(tl.int64) * hidden,
-                    o_unit < 2,
-                    p_u,
-                    o_n * hidden,
-                    m_n,
-                    0,
-                    known,
-                    UNITS,
-                    DEPTH,
-                )
-                b_p += tl.load(p_out_bias + o_row, o_unit < 2, other=0.0)[None, :]
-                b_s = tl.sum(tl.where(o_unit[None, :] == 0, b_p, 0.0), axis=1)
-                b_t = tl.sum(tl.where(o_unit[None, :] == 1, b_p, 0.0), axis=1)
-                b_log, _ = _scale_map.log_scale(b_s, MAP, CONSTANT)
+                for number in range(0, P, UNITS):
+                    o_number = number + o_unit
+                    o_row = (step * P + o_number).to(tl.int64)
+                    m_row = o_number < P
+                    b_p = _dot(p_out_weight, o_row * hidden, m_row, p_u, o_n * hidden, m_n, 0, known, UNITS, DEPTH)
+                    b_p += tl.load(p_out_bias + o_row, m_row, other=0.0)[None, :]
+                    tl.store(p_params + (o_n[:, None] * P + o_number[None, :]), b_p, m_n[:, None] & m_row[None, :])
+                tl.debug_barrier()
                 b_z = tl.load(p_z + o_n * features + step, m_n, other=0.0)
-                tl.store(p_x + o_n * features + step, (b_z - b_t) * _math.exp(-b_log), m_n)
-                b_ldj -= b_log
+                if K == 0:
+                    b_log, _ = _scale_map.log_scale(tl.load(p_params + o_n * 2, m_n, other=0.0), MAP, CONSTANT)
+                    b_x = (b_z - tl.load(p_params + (o_n * 2 + 1), m_n, other=0.0)) * _math.exp(-b_log)
+                    b_ldj -= b_log
+                else:
+                    b_x, b_more = _spline.mapped(
+                        p_params, o_n, m_n, b_z, True, KIND, K, P, BINS, BOUND, SCALE, FLOOR, CLIP
+                    )
+                    b_ldj += b_more
+                tl.store(p_x + o_n * features + step, b_x, m_n)
                 tl.debug_barrier()
     if SOLVES:
         tl.store(p_ldj + o_n, b_ldj, m_n)
@@ -186,15 +196,23 @@ def _transposed_kernel(
     layers,
     MAP: tl.constexpr,
     CONSTANT: tl.constexpr,
+    KIND: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BINS: tl.constexpr,
+    BOUND: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    CLIP: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """The transposed solve: λ [n, D], the parameters' cotangents [n, 2·D] and the hidden layers' signals [layers, n,
+    """The transposed solve: λ [n, D], the parameters' cotangents [n, D, P] and the hidden layers' signals [layers, n,
     H].
 
-    weights [layers, max(D, H), H] and out_weight [H, 2·D] are transposed; everything in the order of the steps.
+    weights [layers, max(D, H), H] and out_weight [H, D·P] are transposed; everything in the order of the steps.
     """
     o_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_n = o_n < n
@@ -217,12 +235,9 @@ def _transposed_kernel(
                 o_row = unit + o_unit
                 m_row = o_row < last
                 if layer == layers - 1:
-                    o_w = o_row * (2 * features.to(tl.int64))
-                    o_c = o_n * (2 * features)
-                    b_g = _dot(p_out_weight, o_w, m_row, p_cotangents, o_c, m_n, step, features, UNITS, DEPTH)
-                    b_g += _dot(
-                        p_out_weight, o_w, m_row, p_cotangents, o_c, m_n, features + step, 2 * features, UNITS, DEPTH
-                    )
+                    o_w = o_row * (P * features.to(tl.int64))
+                    o_c = o_n * (P * features)
+                    b_g = _dot(p_out_weight, o_w, m_row, p_cotangents, o_c, m_n, step * P, features * P, UNITS, DEPTH)
                 else:
                     below = tl.load(p_counts + (layer + 1) * (features + 1) + tl.maximum(step - 1, 0))
                     below = tl.where(step == 0, 0, below)
@@ -250,16 +265,37 @@ def _transposed_kernel(
             o_feature = o_n * features + feature
             if p_grad_x is not None:
                 b_rest += tl.load(p_grad_x + o_feature, m_n, other=0.0)
-            o_c = o_n * (2 * features) + feature
-            b_log, b_slope = _scale_map.log_scale(tl.load(p_params + o_c, m_n, other=0.0), MAP, CONSTANT)
-            b_found = b_rest * _math.exp(-b_log)
-            b_by_log = b_rest * tl.load(p_x + o_feature, m_n, other=0.0)
-            if p_grad_x is None:  # nothing sees the last feature's x, which may be infinite
-                b_found = tl.where(step < features, b_found, 0.0)
-                b_by_log = tl.where(step < features, b_by_log, 0.0)
+            if K == 0:
+                o_c = o_feature * 2
+                b_log, b_slope = _scale_map.log_scale(tl.load(p_params + o_c, m_n, other=0.0), MAP, CONSTANT)
+                b_found = b_rest * _math.exp(-b_log)
+                b_by_log = b_rest * tl.load(p_x + o_feature, m_n, other=0.0)
+                if p_grad_x is None:  # nothing sees the last feature's x, which may be infinite
+                    b_found = tl.where(step < features, b_found, 0.0)
+                    b_by_log = tl.where(step < features, b_by_log, 0.0)
+                tl.store(p_cotangents + o_c, (b_by_log + b_by_ldj) * b_slope, m_n)
+                tl.store(p_cotangents + (o_c + 1), b_found, m_n)
+            else:
+                b_x = tl.load(p_x + o_feature, m_n, other=0.0)
+                b_found = -_spline.gradients(
+                    p_params,
+                    p_cotangents,
+                    o_feature,
+                    m_n,
+                    b_x,
+                    -b_rest,
+                    -b_by_ldj,
+                    True,
+                    KIND,
+                    K,
+                    P,
+                    BINS,
+                    BOUND,
+                    SCALE,
+                    FLOOR,
+                    CLIP,
+                )
             tl.store(p_solution + o_feature, b_found, m_n)
-            tl.store(p_cotangents + o_c, (b_by_log + b_by_ldj) * b_slope, m_n)
-            tl.store(p_cotangents + o_c + features, b_found, m_n)
             tl.debug_barrier()
 
 
@@ -269,8 +305,9 @@ def _transposed_kernel(
 class _Padded:
     """The layers' tensors in one piece each: hidden layers padded to one width, features in the order of the steps."""
 
-    def __init__(self, weights, biases, order, counts):
+    def __init__(self, weights, biases, order, counts, maps):
         *hidden, last = weights
+        self.maps, self.params = maps, maps["P"]
         self.features, self.layers = order.numel(), len(hidden)
         self.sizes = [w.shape[0] for w in hidden]
         self.hidden = max(self.sizes)
@@ -281,8 +318,9 @@ class _Padded:
             w = w[:, order] if layer == 0 else w
             self.weights[layer, : w.shape[0], : w.shape[1]] = w
             self.biases[layer, : w.shape[0]] = b
-        self.rows = torch.cat([order, order + self.features])
-        self.out_weight = new((2 * self.features, self.hidden))
+        numbers = torch.arange(self.params, device=order.device) * self.features
+        self.rows = (order[:, None] + numbers).flatten()
+        self.out_weight = new((self.params * self.features, self.hidden))
         self.out_weight[:, : last.shape[1]] = last[self.rows]
         self.out_bias = biases[-1][self.rows]
         # a count beyond the units there are would be an address beyond the tensors
@@ -295,7 +333,17 @@ class _Padded:
         return F.pad(context, (0, self.hidden - context.shape[1])).contiguous()
 
 
-def _extend(net: _Padded, z, x, ldj, context, residual, scale_map, constant):
+def _affine(scale_map: int, constant: float) -> dict:
+    """What kernels know of the maps when they are compiled: of affine ones, and nothing of splines."""
+    splines = {"KIND": 0, "K": 0, "P": 2, "BINS": 1, "BOUND": 0.0, "SCALE": 0.0, "FLOOR": 0.0, "CLIP": 0.0}
+    return {"MAP": int(scale_map), "CONSTANT": float(constant), **splines}
+
+
+def _splines(outputs: int, features: int, *options) -> dict:
+    return {"MAP": 0, "CONSTANT": 0.0, **_spline.compiled_in(outputs // features, *options)}
+
+
+def _extend(net: _Padded, z, x, ldj, context, residual):
     """Runs `_extend_kernel`: ``(values, units)`` ``[layers, N, H]``; solves for x where z is given."""
     n = x.shape[0]
     values, units = (x.new_zeros((net.layers, n, net.hidden)) for _ in range(2))
@@ -309,6 +357,7 @@ def _extend(net: _Padded, z, x, ldj, context, residual, scale_map, constant):
             net.out_weight,
             net.out_bias,
             net.padded(context),
+            x.new_empty((n, net.params)) if z is not None else None,
             values,
             units,
             net.counts,
@@ -316,9 +365,8 @@ def _extend(net: _Padded, z, x, ldj, context, residual, scale_map, constant):
             net.features,
             net.hidden,
             net.layers,
-            MAP=int(scale_map),
-            CONSTANT=float(constant),
             RESIDUAL=bool(residual),
+            **net.maps,
             SOLVES=z is not None,
             ROWS=ROWS,
             DEPTH=DEPTH,
@@ -331,29 +379,50 @@ def _extend(net: _Padded, z, x, ldj, context, residual, scale_map, constant):
 
 def made_inverse(z, context, weights, biases, order, counts, residual, scale_map, constant):
     """`(x, ldj)` of contiguous fp32 or fp64 tensors on one GPU; the caller has checked them."""
-    x, ldj = torch.empty_like(z), z.new_empty(z.shape[0])
-    if z.shape[0] == 0:
-        return x, ldj
-    found = torch.empty_like(z)
-    net = _Padded(weights, biases, order, counts)
-    _extend(net, z[:, order].contiguous(), found, ldj, context, residual, scale_map, constant)
-    x[:, order] = found
-    return x, ldj
+    return _inverse(_affine(scale_map, constant), z, context, weights, biases, order, counts, residual)
 
 
 def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, scale_map, constant):
     """Gradients of z, context and each layer's weight and bias. Conditions as for `made_inverse`."""
+    network = context, weights, biases, order, counts, residual
+    return _inverse_backward(_affine(scale_map, constant), grad_x, grad_ldj, x, *network)
+
+
+def made_spline_inverse(z, context, weights, biases, order, counts, residual, *options):
+    """As `made_inverse`; options: parametrization, bound, logit_scale, floor."""
+    maps = _splines(weights[-1].shape[0], z.shape[1], *options)
+    return _inverse(maps, z, context, weights, biases, order, counts, residual)
+
+
+def made_spline_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, counts, residual, *options):
+    """As `made_inverse_backward`."""
+    maps = _splines(weights[-1].shape[0], x.shape[1], *options)
+    return _inverse_backward(maps, grad_x, grad_ldj, x, context, weights, biases, order, counts, residual)
+
+
+def _inverse(maps: dict, z, context, weights, biases, order, counts, residual):
+    x, ldj = torch.empty_like(z), z.new_empty(z.shape[0])
+    if z.shape[0] == 0:
+        return x, ldj
+    found = torch.empty_like(z)
+    net = _Padded(weights, biases, order, counts, maps)
+    _extend(net, z[:, order].contiguous(), found, ldj, context, residual)
+    x[:, order] = found
+    return x, ldj
+
+
+def _inverse_backward(maps: dict, grad_x, grad_ldj, x, context, weights, biases, order, counts, residual):
     n, features = x.shape
     if n == 0:
         both = [t for pair in zip(weights, biases, strict=True) for t in pair]
         return [torch.zeros_like(x), x.new_zeros((0, weights[0].shape[0])), *map(torch.zeros_like, both)]
-    net = _Padded(weights, biases, order, counts)
+    net = _Padded(weights, biases, order, counts, maps)
     steps = x[:, order].contiguous()
-    values, units = _extend(net, None, steps, None, context, residual, scale_map, constant)
+    values, units = _extend(net, None, steps, None, context, residual)
     in_steps = torch.arange(1, features + 1, device=x.device)
     ranks = [torch.searchsorted(c, torch.arange(net.hidden, device=x.device), right=True) for c in net.counts]
     live = [ranks[0][:, None] >= in_steps, *(ranks[i][:, None] >= ranks[i - 1] for i in range(1, net.layers))]
-    live_out = in_steps.repeat(2)[:, None] > ranks[-1]
+    live_out = in_steps.repeat_interleave(net.params)[:, None] > ranks[-1]
     params = F.linear(units[-1], net.out_weight.masked_fill(~live_out, 0), net.out_bias)
     solution, cotangents, signals = torch.empty_like(steps), torch.empty_like(params), torch.zeros_like(values)
     given = None if grad_x is None else grad_x[:, order].contiguous()
@@ -374,9 +443,8 @@ def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, 
             features,
             net.hidden,
             net.layers,
-            MAP=int(scale_map),
-            CONSTANT=float(constant),
             RESIDUAL=bool(residual),
+            **net.maps,
             ROWS=ROWS,
             DEPTH=DEPTH,
             UNITS=UNITS,
@@ -402,20 +470,27 @@ def made_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, order, 
 
 
 def sample_calls() -> SampleCalls:
-    """Each scale map and type, with and without context and residual blocks."""
+    """Each scale map, parametrization and type, with and without context and residual blocks."""
     n, features, hidden = 8, 6, (8, 8, 8)
+    affine = [("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)]
+    affine += [("fp32", code, True) for code in range(ScaleMap.SIGMOID_FLOOR, len(ScaleMap))] + [("fp64", 7, False)]
+    cases = [
+        (dtype, f"map {code}", flag, 2, made_inverse, made_inverse_backward, (code, SCALE_CONSTANTS.get(code, 1.0)))
+        for dtype, code, flag in affine
+    ]
+    for dtype, kind, flag in [("fp32", 0, False), ("fp32", 1, True), ("fp64", 0, True), ("fp64", 2, False)]:
+        count, codes = 24 - (kind != Spline.CIRCULAR), (kind, 5.0, 1.0, 1e-3)
+        both = made_spline_inverse, made_spline_inverse_backward
+        cases.append((dtype, f"splines {kind}", flag, count, *both, codes))
     calls = []
-    cases = [("fp32", 0, True), ("fp32", 1, False), ("fp32", 2, True), ("fp64", 1, True)]
-    cases += [("fp32", code, True) for code in range(ScaleMap.SIGMOID_FLOOR, len(ScaleMap))] + [("fp64", 7, False)]
-    for dtype, scale_map, flag in cases:
+    for dtype, name, flag, count, inverse, backward, codes in cases:
         tensor = partial(meta, dtype=torch.float64 if dtype == "fp64" else torch.float32)
-        sizes = (features, *hidden, 2 * features)
+        sizes = (features, *hidden, count * features)
         weights = [tensor(out, into) for into, out in zip(sizes, sizes[1:], strict=False)]
         biases = [tensor(out) for out in sizes[1:]]
         order, counts = meta(features, dtype=torch.int64), meta(len(hidden), features + 1, dtype=torch.int64)
         z, context = tensor(n, features), tensor(n, hidden[0]) if flag else None
-        net = (context, weights, biases, order, counts, flag, scale_map, SCALE_CONSTANTS.get(scale_map, 1.0))
-        label = f"{dtype} map {scale_map} residual {flag}"
-        calls.append((f"{label} inverse", partial(made_inverse, z, *net)))
-        calls.append((f"{label} backward", partial(made_inverse_backward, z, tensor(n), z, *net)))
+        net = (context, weights, biases, order, counts, flag, *codes)
+        calls.append((f"{dtype} {name} residual {flag} inverse", partial(inverse, z, *net)))
+        calls.append((f"{dtype} {name} residual {flag} backward", partial(backward, z, tensor(n), z, *net)))
     return calls

@@ -132,15 +132,12 @@ def _bins(
     return softmaxes, parts, b_left, b_width, b_bottom, b_height, b_first, b_last, b_by_first, b_by_last
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _spline_kernel(
-    p_x,
+@triton.jit
+def mapped(
     p_params,
-    p_out,
-    p_ldj,
-    rows,
-    length,
-    blocks,
+    o,
+    m,
+    b_x,
     INVERSE: tl.constexpr,
     KIND: tl.constexpr,
     K: tl.constexpr,
@@ -150,12 +147,9 @@ def _spline_kernel(
     SCALE: tl.constexpr,
     FLOOR: tl.constexpr,
     CLIP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
 ):
-    """p_ldj [rows, blocks]: partial sums."""
-    row, block, o, _, m = _numbers(rows, length, blocks, ROWS, COLS)
-    b_x = _math.widened(tl.load(p_x + o, m, other=0.0))
+    """y of x, or x of y (INVERSE), and the log-slope of the way taken, 0 where there is no number; its parameters begin
+    at p_params + o * P."""
     _, _, b_left, b_width, b_bottom, b_height, b_d0, b_d1, _, _ = _bins(
         p_params, o, m, b_x, INVERSE, KIND, K, P, BINS, BOUND, SCALE, FLOOR, CLIP
     )
@@ -183,20 +177,15 @@ def _spline_kernel(
     b_out = _held(b_out, -BOUND, BOUND)
     b_ldj = tl.where(b_out == b_out, b_ldj, b_out)
     m_out = tl.abs(b_x) > BOUND
-    tl.store(p_out + o, tl.where(m_out, b_x, b_out).to(p_out.dtype.element_ty), m)
-    b_ldj = tl.where(m & (m_out == 0), b_ldj, 0.0)
-    o_row = row + tl.arange(0, ROWS)
-    tl.store(p_ldj + (o_row * blocks + block), tl.sum(tl.reshape(b_ldj, (ROWS, COLS)), axis=1), o_row < rows)
+    return tl.where(m_out, b_x, b_out), tl.where(m & (m_out == 0), b_ldj, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _spline_backward_kernel(
-    p_grad,
-    p_grad_ldj,
+def _spline_kernel(
     p_x,
     p_params,
-    p_by_x,
-    p_by_params,
+    p_out,
+    p_ldj,
     rows,
     length,
     blocks,
@@ -212,15 +201,36 @@ def _spline_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """A gradient may be None."""
-    _, _, o, o_row, m = _numbers(rows, length, blocks, ROWS, COLS)
+    """p_ldj [rows, blocks]: partial sums."""
+    row, block, o, _, m = _numbers(rows, length, blocks, ROWS, COLS)
     b_x = _math.widened(tl.load(p_x + o, m, other=0.0))
-    b_given = tl.zeros(b_x.shape, b_x.dtype)
-    if p_grad is not None:
-        b_given += _math.widened(tl.load(p_grad + o, m, other=0.0))
-    b_gamma = tl.zeros(b_x.shape, b_x.dtype)
-    if p_grad_ldj is not None:
-        b_gamma += tl.load(p_grad_ldj + o_row, m, other=0.0)
+    b_out, b_ldj = mapped(p_params, o, m, b_x, INVERSE, KIND, K, P, BINS, BOUND, SCALE, FLOOR, CLIP)
+    tl.store(p_out + o, b_out.to(p_out.dtype.element_ty), m)
+    o_row = row + tl.arange(0, ROWS)
+    tl.store(p_ldj + (o_row * blocks + block), tl.sum(tl.reshape(b_ldj, (ROWS, COLS)), axis=1), o_row < rows)
+
+
+@triton.jit
+def gradients(
+    p_params,
+    p_by_params,
+    o,
+    m,
+    b_x,
+    b_given,
+    b_gamma,
+    INVERSE: tl.constexpr,
+    KIND: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BINS: tl.constexpr,
+    BOUND: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """The gradient by the input from those by the output and by the log-slope, at x; those by the parameters are
+    stored."""
     softmaxes, parts, b_left, b_width, _, b_height, b_d0, b_d1, b_by_first, b_by_last = _bins(
         p_params, o, m, b_x, False, KIND, K, P, BINS, BOUND, SCALE, FLOOR, CLIP
     )
@@ -257,8 +267,6 @@ def _spline_backward_kernel(
     if not INVERSE:
         b_by_x = -b_by_left
     m_out = tl.abs(b_x) > BOUND
-    tl.store(p_by_x + o, tl.where(m_out, b_given, b_by_x).to(p_by_x.dtype.element_ty), m)
-
     FACTOR: tl.constexpr = 2 * BOUND * (1.0 if KIND == ZUKO else 1.0 - K * FLOOR)
     o_k = tl.arange(0, BINS)[None, :]
     o_p = o[:, None] * P + o_k
@@ -283,21 +291,63 @@ def _spline_backward_kernel(
         m_first, m_last = o_k + 1 == b_at, o_k == b_at
     b_by_v = tl.where(m_first, b_by_d0, 0.0) + tl.where(m_last, b_by_d1, 0.0)
     tl.store(p_by_params + (o_p + 2 * K), b_by_v.to(p_by_params.dtype.element_ty), m[:, None] & (o_k < P - 2 * K))
+    return tl.where(m_out, b_given, b_by_x)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _spline_backward_kernel(
+    p_grad,
+    p_grad_ldj,
+    p_x,
+    p_params,
+    p_by_x,
+    p_by_params,
+    rows,
+    length,
+    blocks,
+    INVERSE: tl.constexpr,
+    KIND: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BINS: tl.constexpr,
+    BOUND: tl.constexpr,
+    SCALE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    CLIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """A gradient may be None."""
+    _, _, o, o_row, m = _numbers(rows, length, blocks, ROWS, COLS)
+    b_x = _math.widened(tl.load(p_x + o, m, other=0.0))
+    b_given = tl.zeros(b_x.shape, b_x.dtype)
+    if p_grad is not None:
+        b_given += _math.widened(tl.load(p_grad + o, m, other=0.0))
+    b_gamma = tl.zeros(b_x.shape, b_x.dtype)
+    if p_grad_ldj is not None:
+        b_gamma += tl.load(p_grad_ldj + o_row, m, other=0.0)
+    b_by_x = gradients(
+        p_params, p_by_params, o, m, b_x, b_given, b_gamma, INVERSE, KIND, K, P, BINS, BOUND, SCALE, FLOOR, CLIP
+    )
+    tl.store(p_by_x + o, b_by_x.to(p_by_x.dtype.element_ty), m)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
+def compiled_in(count: int, kind: int, bound: float, logit_scale: float, floor: float) -> dict:
+    """What kernels know of splines of `count` parameters when they are compiled."""
+    bins = (count + (kind != Spline.CIRCULAR)) // 3
+    constants = {"KIND": int(kind), "K": bins, "P": count, "BINS": triton.next_power_of_2(bins), "BOUND": float(bound)}
+    return constants | {"SCALE": float(logit_scale), "FLOOR": float(floor), "CLIP": -1 / math.log(floor)}
+
+
 def _plan(x: Tensor, params: Tensor, kind: int, bound: float, logit_scale: float, floor: float, inverse: bool):
     """The grid, the sizes and what is compiled in."""
-    count = params.shape[-1]
-    bins = (count + (kind != Spline.CIRCULAR)) // 3
-    padded = triton.next_power_of_2(bins)
-    numbers = max(1, (LANES // 4 if x.dtype == torch.float64 else LANES) // padded)
+    constants = {"INVERSE": inverse} | compiled_in(params.shape[-1], kind, bound, logit_scale, floor)
+    numbers = max(1, (LANES // 4 if x.dtype == torch.float64 else LANES) // constants["BINS"])
     rows, length = x.shape[0], math.prod(x.shape[1:])
     cols = min(numbers, triton.next_power_of_2(length))
-    constants = {"INVERSE": inverse, "KIND": int(kind), "K": bins, "P": count, "BINS": padded, "BOUND": float(bound)}
-    constants |= {"SCALE": float(logit_scale), "FLOOR": float(floor), "CLIP": -1 / math.log(floor)}
     constants |= {"ROWS": numbers // cols, "COLS": cols, "num_warps": 4}
     blocks = triton.cdiv(length, cols)
     return (triton.cdiv(rows, numbers // cols) * blocks,), (rows, length, blocks), constants

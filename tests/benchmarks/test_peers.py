@@ -83,6 +83,9 @@ def test_a_peers_masked_network_is_ours(name, shapes, effort):
             for direction in ("forward", "forward+backward", "inverse"):
                 rows, skipped = run_case(made.case(shape, direction), [peer], CPU, effort)
                 assert not skipped and [row.fault for row in rows] == [""] and rows[0].median_s
+            if name == "zuko":
+                rows, skipped = run_case(rational_quadratic_spline.autoregressive_case(shape), [peer], CPU, effort)
+                assert not skipped and [row.fault for row in rows] == [""] and rows[0].median_s
     finally:
         peer.close()
 

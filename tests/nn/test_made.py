@@ -300,15 +300,93 @@ def test_flow_sequential_trains():
     torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x, rtol=1e-3, atol=1e-3)
 
 
+#: Options of splines, and how many parameters a feature has.
+SPLINES = [
+    ({}, 23),
+    ({"parametrization": "zuko", "bound": 2.0, "floor": 1e-2}, 2),
+    ({"parametrization": "circular", "logit_scale": 0.3}, 6),
+]
+
+
+@pytest.mark.parametrize("flow", [AutoregressiveTransform, InverseAutoregressiveTransform])
+@pytest.mark.parametrize("options,count", SPLINES, ids=range(len(SPLINES)))
+def test_autoregressive_splines(options, count, flow):
+    """One spline a feature by what the network says; the other way is the inverse, by whatever method."""
+    for features, hidden, residual in NETWORKS[:-1]:
+        made = network(features, hidden, residual, "random", 2, params_per_feature=count)
+        x, c = 2 * torch.randn(3, features, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+        params = made(x, c).view(3, count, features).movedim(1, 2)
+        expected = gk.ops.rational_quadratic_spline(x, params, **options)
+        for method in ("blocked", "jacobi", "sequential"):
+            layer = flow(made, method=method, transform="spline", **options)
+            one, other = layer.forward, layer.inverse
+            if flow is InverseAutoregressiveTransform:
+                one, other = other, one
+            z, ldj = one(x, c)
+            torch.testing.assert_close((z, ldj), expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(other(z, c), (x, -ldj), rtol=1e-8, atol=1e-8)
+
+
+def test_autoregressive_splines_in_fp32_come_back():
+    made = perturb(MADE(64, 96, params_per_feature=23, order="random"), 0.03)
+    layer, x = AutoregressiveTransform(made, transform="spline", parametrization="zuko"), torch.randn(50, 64)
+    with torch.no_grad():
+        z, ldj = layer(x)
+        back, minus = layer.inverse(z)
+        calls = []
+        handle = made.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        by_calls = layer.inverse(z)  # a hook counts both ways
+        handle.remove()
+    assert len(calls) == 64 and by_calls[1].shape == (50,)
+    assert ((back - x).abs() / x.abs().clamp(min=1)).max() < 2e-6
+    torch.testing.assert_close(minus, -ldj, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(by_calls, (back, minus), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_hooked_splines_are_those_of_the_solve():
+    layer = AutoregressiveTransform(network(5, 9, True, "random", 2, params_per_feature=8), transform="spline")
+    z, c = (torch.randn(4, n, dtype=torch.float64).requires_grad_() for n in (5, 2))
+    leaves = [z, c, *layer.parameters()]
+
+    def grads():
+        x, ldj = layer.inverse(z, c)
+        return torch.autograd.grad((x.sin() * ldj.unsqueeze(1)).sum() + ldj.square().sum(), leaves)
+
+    solved = grads()
+    layer.made.layers[1].register_forward_hook(lambda *_: None)
+    for ours, theirs in zip(solved, grads(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_splines_in_halves_and_under_autocast():
+    layer = AutoregressiveTransform(MADE(5, 8, params_per_feature=11), transform="spline")
+    x = torch.randn(3, 5)
+    z, ldj = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x)[0].dtype == layer.inverse(z)[0].dtype == torch.float32
+    halves = copy.deepcopy(layer).bfloat16()
+    for way, given, expected in ((halves.forward, x, z), (halves.inverse, z, x)):
+        found, log_det = way(given.bfloat16())
+        assert found.dtype == torch.bfloat16 and log_det.dtype == torch.float32
+        torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(layer.inverse(z)[1], -ldj, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_compiles(backend):
-    layer = AutoregressiveTransform(MADE(4, 8, context_features=2))
+    layers = [
+        AutoregressiveTransform(MADE(4, 8, context_features=2)),
+        AutoregressiveTransform(MADE(4, 8, params_per_feature=8, context_features=2), transform="spline"),
+    ]
     x, c = torch.randn(3, 4), torch.randn(3, 2)
-    with gk.use_backend(backend):
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda x, c: (*layer(x, c), *layer.inverse(x, c)), backend="aot_eager")
-        for ours, theirs in zip(compiled(x, c), (*layer(x, c), *layer.inverse(x, c)), strict=True):
-            torch.testing.assert_close(ours, theirs)
+    for layer in layers[: 1 if backend == "reference" else 2]:  # a graph of the splines of D passes takes long
+        with gk.use_backend(backend):
+            torch._dynamo.reset()
+            compiled = torch.compile(
+                lambda x, c, layer=layer: (*layer(x, c), *layer.inverse(x, c)), backend="aot_eager"
+            )
+            for ours, theirs in zip(compiled(x, c), (*layer(x, c), *layer.inverse(x, c)), strict=True):
+                torch.testing.assert_close(ours, theirs)
 
 
 REFUSED = [
@@ -367,6 +445,27 @@ REFUSED = [
     ),
     (lambda: AutoregressiveTransform(MADE(3, 4, 3)), "made must be a MADE with params_per_feature=2, got 3"),
     (
+        lambda: AutoregressiveTransform(MADE(3, 4), transform="cubic"),
+        "transform must be one of affine, spline, got 'cubic'",
+    ),
+    (
+        lambda: AutoregressiveTransform(MADE(3, 4, 6), transform="spline"),
+        "made must be a MADE with params_per_feature=3K - 1, got 6",
+    ),
+    (
+        lambda: AutoregressiveTransform(MADE(3, 4, 5), transform="spline", parametrization="circular"),
+        "made must be a MADE with params_per_feature=3K, got 5",
+    ),
+    (
+        lambda: AutoregressiveTransform(MADE(3, 4, 8), "tanh", transform="spline"),
+        "scale_map is no option of transform='spline', got 'tanh'",
+    ),
+    (lambda: AutoregressiveTransform(MADE(3, 4), bound=3), "bound is no option of transform='affine', got 3"),
+    (
+        lambda: AutoregressiveTransform(MADE(3, 4, 8), transform="spline", floor=0.5),
+        "floor must be below 1/K = 1/3, the share of a bin, got 0.5",
+    ),
+    (
         lambda: AutoregressiveTransform(MADE(3, 4)).inverse(torch.zeros(2, 4)),
         "the input must be \\[N, 3\\], got \\[2, 4\\]",
     ),
@@ -381,9 +480,12 @@ def test_refusals(action, sentence):
 
 @pytest.mark.parametrize("method", ["blocked", "jacobi", "sequential"])
 def test_shapes_alone_on_the_meta_device(method):
-    layer = gk.nn.AutoregressiveTransform(gk.nn.MADE(4, 8), method=method).to("meta")
-    for result, ldj in (layer(torch.empty(3, 4, device="meta")), layer.inverse(torch.empty(3, 4, device="meta"))):
-        assert result.shape == (3, 4) and ldj.shape == (3,) and result.is_meta
+    affine = gk.nn.AutoregressiveTransform(gk.nn.MADE(4, 8), method=method)
+    splines = gk.nn.AutoregressiveTransform(gk.nn.MADE(4, 8, 8), method=method, transform="spline")
+    x = torch.empty(3, 4, device="meta")
+    for layer in (affine.to("meta"), splines.to("meta")):
+        for result, ldj in (layer(x), layer.inverse(x)):
+            assert result.shape == (3, 4) and ldj.shape == (3,) and result.is_meta
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -1,5 +1,6 @@
 """made on every implementation that runs here, against its definition in fp64."""
 
+import functools
 import itertools
 
 import pytest
@@ -9,12 +10,14 @@ from hypothesis import strategies as st
 
 import genkernels as gk
 from genkernels import ops
-from genkernels._options import SCALE_CONSTANTS, ScaleMap
+from genkernels._options import SCALE_CONSTANTS, ScaleMap, Spline
 from genkernels.ops.made import METHODS
 from genkernels.ops.made import SCALE_MAPS as ALL_MAPS
+from genkernels.reference import made as definition
+from genkernels.reference._made_maps import Splines
 from genkernels.reference.made import degree_mask, degrees_of, made_forward, plan
 from tests.checks import assert_as_accurate, behind, beside_forbidden_memory, opcheck_backward, pairwise
-from tests.implementations import slow_few
+from tests.implementations import interpreted_few, slow_few
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -22,6 +25,7 @@ compiled = pytest.mark.implementations(reference=False)
 quick = pytest.mark.implementations(slow=False)
 linear = pytest.mark.implementations(torch_op="masked_linear")
 inverse = pytest.mark.implementations(torch_op="made_inverse")
+splines = pytest.mark.implementations(torch_op="made_spline_inverse")
 
 
 def sample(device="cpu", dtype=F64):
@@ -49,7 +53,20 @@ def sample_linear(device="cpu", dtype=F64):
     return lambda x, weight, bias: (ops.masked_linear(x, weight, bias, into, out),), tuple(tensors)
 
 
-SAMPLES = {"made": sample, "masked_linear": sample_linear}
+def sample_splines(device="cpu", dtype=F64):
+    """As `sample`, of splines of two bins."""
+    generator = torch.Generator().manual_seed(1)
+    order, counts = plan([torch.tensor(d, device=device) for d in ([2, 1, 3], [0, 1, 1, 2])])
+    shapes = [(2, 3), (2, 4), (4, 3), (4,), (15, 4), (15,)]
+    tensors = (torch.randn(s, generator=generator, dtype=F64).to(device, dtype) for s in shapes)
+
+    def function(z, context, w0, b0, w1, b1):
+        return ops.made_spline_inverse(z, (w0, w1), (b0, b1), order, counts, context=context, bound=3.0)
+
+    return function, tuple(tensors)
+
+
+SAMPLES = {"made": sample, "masked_linear": sample_linear, "made_spline_inverse": sample_splines}
 LOWER_UNDER_AUTOCAST = {"masked_linear"}
 
 
@@ -169,7 +186,17 @@ def test_a_sample_alone_gives_its_bits_in_a_batch(implementation, device):
 
 
 def network(
-    features, hidden, *, batch=5, context=False, residual=False, order="natural", dtype=F64, device="cpu", scale=1.0
+    features,
+    hidden,
+    *,
+    batch=5,
+    context=False,
+    residual=False,
+    order="natural",
+    dtype=F64,
+    device="cpu",
+    scale=1.0,
+    params=2,
 ):
     """`(z, weights, biases, order, counts, options)`: sorted random degrees, weights whose outputs stay near 1."""
     first = {
@@ -184,7 +211,7 @@ def network(
         *(units if residual else torch.randint(low, max(features, low + 1), (h,)).sort().values for h in hidden),
     ]
     steps, counts = plan(degrees)
-    sizes = [features, *hidden, 2 * features]
+    sizes = [features, *hidden, params * features]
     draw = lambda *s: (torch.randn(s, dtype=F64) * scale).to(dtype).to(device)  # noqa: E731
     weights = [draw(m, n) * n**-0.5 for n, m in itertools.pairwise(sizes)]
     biases = [0.3 * draw(m) for m in sizes[1:]]
@@ -199,17 +226,10 @@ def run_inverse(z, weights, biases, order, counts, options, scale_map="exp", met
         leaves["context"] = options["context"]
     leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
     ws, bs = ([leaves[f"{k}{i}"] for i in range(len(weights))] for k in "wb")
-    x, ldj = ops.made_inverse(
-        leaves["z"],
-        ws,
-        bs,
-        order,
-        counts,
-        context=leaves.get("context"),
-        residual=options["residual"],
-        scale_map=scale_map,
-        method=method,
-    )
+    by_splines = "parametrization" in options
+    function = ops.made_spline_inverse if by_splines else functools.partial(ops.made_inverse, scale_map=scale_map)
+    given = options | {"context": leaves.get("context")}
+    x, ldj = function(leaves["z"], ws, bs, order, counts, method=method, **given)
     found = {"x": x.detach(), "ldj": ldj.detach()}
     if grads is not None:
         pairs = [(o, g) for o, g in zip((x, ldj), grads, strict=True) if g is not None]
@@ -509,6 +529,161 @@ def test_the_plan_can_be_undone():
         assert torch.equal(given_degrees, found)
 
 
+# ----------------------------------------------------------------------------------------------- the inverse, splines
+
+#: (parametrization, K, place in NETWORKS, in SMALL): of one bin, of two, of many, over several blocks and chunks.
+SPLINES = [
+    ("nflows", 1, 4, 3),
+    ("nflows", 8, 3, 1),
+    ("nflows", 64, 0, 0),
+    ("zuko", 1, 1, 4),
+    ("zuko", 2, 5, 2),
+    ("zuko", 5, 6, 3),
+    ("circular", 1, 2, 1),
+    ("circular", 4, 4, 5),
+    ("circular", 64, 3, 0),
+]
+each_splines = pytest.mark.parametrize(("kind", "bins", "large", "small"), SPLINES)
+few_splines = pytest.mark.implementations(when=interpreted_few([SPLINES[i] for i in (1, 2, 4, 6)], "kind", "bins"))
+
+
+def spline_network(implementation, large, small):
+    return SMALL[small] if implementation.is_slow else NETWORKS[large]
+
+
+def spline_case(kind, bins, net, **options):
+    """As `network`, z within the bound, on it and beyond; and the options of the splines."""
+    z, *network_case, given = network(**net, params=3 * bins - (kind != "circular"), **options)
+    z = 2 * z
+    z[-1:, 0], z[:1, -1] = 3.0, -3.0
+    return z, *network_case, given | {"parametrization": kind, "bound": 3.0, "floor": 2e-3, "logit_scale": 0.8}
+
+
+def forward_of(options):
+    codes = Spline[options["parametrization"].upper()], options["bound"], options["logit_scale"], options["floor"]
+    return functools.partial(definition.forward, Splines(*codes))
+
+
+@splines
+@compiled
+@few_splines
+@pytest.mark.every_build
+@each_splines
+def test_spline_inverse_and_gradients(implementation, device, poisoned_memory, kind, bins, large, small):
+    """In fp64 as autograd has them through D passes, in fp32 no further from that than the definition in fp32."""
+    net = spline_network(implementation, large, small)
+    case = spline_case(kind, bins, net, device=device)
+    grads = torch.randn_like(case[0]), torch.randn(len(case[0]), dtype=F64, device=device)
+    few = GIVEN[large % 3 :][:1] if implementation.is_slow else GIVEN[:1]
+    for some in GIVEN if net["features"] < 10 and not implementation.is_slow else few:
+        given = [grad if wanted else None for grad, wanted in zip(grads, some, strict=True)]
+        ours = run_inverse(*case, grads=given)
+        with gk.use_backend("reference"):
+            exact = run_inverse(*case, grads=given)
+        for name, value in ours.items():
+            scale = max(1.0, exact[name].abs().max().item())
+            assert (value - exact[name]).abs().max() <= 1e-10 * scale, f"{name} {some}"
+    narrow = [t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in case]
+    narrow[1:3] = [[t.float() for t in layers] for layers in case[1:3]]
+    narrow[5] = case[5] | {"context": None if case[5]["context"] is None else case[5]["context"].float()}
+    with gk.use_backend("reference"):
+        same, exact = run_inverse(*narrow), run_inverse(*widened(narrow))
+    for name, value in run_inverse(*narrow).items():
+        assert_as_accurate(name, value, same[name], exact[name], 32)
+
+
+@pytest.mark.implementations(when=lambda i, **_: not i.is_interpreted)
+@splines
+@each_splines
+def test_it_is_the_inverse_of_the_splines(implementation, device, kind, bins, large, small):
+    net = spline_network(implementation, large, small)
+    z, weights, biases, order, counts, options = spline_case(kind, bins, net, device=device)
+    methods = METHODS if net["features"] < 10 else METHODS[:1]
+    for method in methods:
+        x, ldj = ops.made_spline_inverse(z, weights, biases, order, counts, method=method, **options)
+        back, forward_ldj = forward_of(options)(
+            x, options["context"], weights, biases, order, counts, options["residual"]
+        )
+        torch.testing.assert_close(back, z, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(forward_ldj, -ldj, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_spline_gradients_by_any_method(method):
+    case = spline_case("zuko", 3, {"features": 5, "hidden": (6, 6, 6), "residual": True, "order": "random"})
+    grads = torch.randn_like(case[0]), torch.randn(5, dtype=F64)
+    found = run_inverse(*case, method=method, grads=grads)
+    with gk.use_backend("reference"):
+        expected = run_inverse(*case, grads=grads)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+@splines
+@compiled
+@quick
+def test_spline_gradcheck(implementation, device):
+    torch.manual_seed(3)
+    for kind in Spline.words():
+        z, weights, biases, order, counts, options = spline_case(
+            kind, 2, {"features": 3, "hidden": (4,), "batch": 2, "context": True, "order": "random"}, device=device
+        )
+        given = options.pop("context")
+        z = torch.linspace(-2.6, 2.3, 6, dtype=F64, device=device).view(2, 3)  # ±B has no second derivative
+        leaves = [t.requires_grad_() for t in (z, given, *weights, *biases)]
+
+        def function(z, context, *both, rest=(order, counts), options=options):
+            return ops.made_spline_inverse(z, both[:2], both[2:], *rest, context=context, **options)
+
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@splines
+@compiled
+@quick
+def test_spline_opcheck(implementation, device):
+    z, weights, biases, order, counts, options = spline_case("nflows", 2, NETWORKS[0], device=device)
+    arguments = (options["context"], weights, biases, order, counts, False, 0, 3.0, 1.0, 1e-3)
+    torch.library.opcheck(torch.ops.genkernels.made_spline_inverse.default, (z, *arguments))
+    backward = torch.ops.genkernels.made_spline_inverse_backward.default
+    opcheck_backward(backward, (z, None, z, *arguments))
+    opcheck_backward(backward, (None, z[:, 0].contiguous(), z, *arguments))
+
+
+@pytest.mark.threads
+@splines
+@pytest.mark.every_build
+def test_a_row_of_splines_is_alone(implementation, device):
+    """Its bits are those it has by itself, with any number of threads and a NaN in another; no row gives none."""
+    net, row, at = {"features": 40, "hidden": (50, 60), "batch": 70, "order": "random"}, 37, 25
+    if implementation.is_slow:
+        net, row, at = {"features": 3, "hidden": (5, 4), "batch": 6, "order": "random"}, 4, 1
+    z, weights, biases, order, counts, options = spline_case("nflows", 6, net, dtype=F32, device=device)
+
+    def run(z):
+        return ops.made_spline_inverse(z, weights, biases, order, counts, **options)
+
+    x, ldj = run(z)
+    z[row, order[at]] = float("nan")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        spoilt, spoilt_ldj = run(z)
+    finally:
+        torch.set_num_threads(threads)
+    others = torch.arange(len(z), device=device) != row
+    assert torch.equal(spoilt[others], x[others]) and torch.equal(spoilt_ldj[others], ldj[others])
+    assert torch.equal(spoilt[row, order[:at]], x[row, order[:at]]) and spoilt_ldj[row].isnan()
+    assert spoilt[row, order[at:]].isnan().sum() > 1 and spoilt[row, order[at]].isnan()
+    if implementation.name != "reference":
+        alone = run(z[row + 1 :][:1])
+        assert torch.equal(alone[0], x[row + 1 :][:1]) and torch.equal(alone[1], ldj[row + 1 :][:1])
+    assert [t.shape for t in run(z[:0])] == [(0, z.shape[1]), (0,)]
+    empty = run_inverse(z[:0], weights, biases, order, counts, options, grads=(z[:0], ldj[:0]))
+    assert all(not value.any() for value in empty.values())
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -518,8 +693,31 @@ def changed(**changes):
     return lambda: ops.made_inverse(**call)
 
 
+def changed_splines(outputs, **options):
+    z, weights, biases, order, counts, _ = network(3, (4, 5), params=outputs)
+    return lambda: ops.made_spline_inverse(z, weights, biases, order, counts, **options)
+
+
 ZEROS = torch.zeros
 REFUSED = [
+    (
+        changed_splines(6),
+        ValueError,
+        r"made: weights\[2\] must be \[P\*D, H\] with P = 3K - 1 and D = 3, got \[18, 5\]",
+    ),
+    (
+        changed_splines(5, parametrization="circular"),
+        ValueError,
+        r"made: weights\[2\] must be \[P\*D, H\] with P = 3K and D = 3, got \[15, 5\]",
+    ),
+    (changed_splines(8, floor=0.4), ValueError, "made: floor must be below 1/K = 1/3, the share of a bin, got 0.4"),
+    (changed_splines(8, bound=0), ValueError, "made: bound must be"),
+    (
+        changed_splines(8, parametrization="cubic"),
+        ValueError,
+        "made: parametrization must be one of nflows, zuko, circular, got 'cubic'",
+    ),
+    (changed_splines(8, method="guess"), ValueError, "made: method must be one of blocked, jacobi, sequential"),
     (changed(z=[1.0]), TypeError, "made: z must be a torch.Tensor, got list"),
     (
         changed(z=ZEROS(5, 3)),

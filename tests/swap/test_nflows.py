@@ -157,17 +157,42 @@ def test_couplings_of_images_by_splines():
     check_swap(make, both_ways(draw(3, 3, 4, 2, dtype=torch.float64)), torch.float64, swapped=1)
 
 
+#: Options of a masked autoregressive transform by splines, and why its inverse is no solve, "" where it is.
+SPLINE_MADES = [
+    ({}, ""),
+    ({"context_features": 2, "use_residual_blocks": False, "num_bins": 1}, ""),
+    ({"use_residual_blocks": False, "random_mask": True, "num_blocks": 1}, ""),
+    ({"context_features": 2}, "for its residual blocks, which see the context too"),
+    ({"min_derivative": 1e-2}, "for its least width, height and slope, which are not one number"),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_autoregressive_by_splines(dtype, monkeypatch):
+@pytest.mark.parametrize(("options", "why"), SPLINE_MADES, ids=range(len(SPLINE_MADES)))
+def test_masked_autoregressive_by_splines(options, why, dtype, monkeypatch):
     from genkernels import ops
 
-    calls, real = [], ops.rational_quadratic_spline_inverse
-    monkeypatch.setattr(ops, real.__name__, lambda *a, **k: calls.append(1) or real(*a, **k))
-    words = {"context_features": 2, "tails": "linear", "tail_bound": 3.0, "num_bins": 6}
+    calls = {"rational_quadratic_spline_inverse": 0, "made_spline_inverse": 0}
+
+    def count(name, real):
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return real(*args, **kwargs)
+
+        return counted
+
+    for name in calls:
+        monkeypatch.setattr(ops, name, count(name, getattr(ops, name)))
+    words = {"tails": "linear", "tail_bound": 3.0, "num_bins": 6, **options}
     make = lambda: transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, **words)  # noqa: E731
-    run = splines(2 * draw(9, 4, dtype=dtype), draw(9, 2, dtype=dtype, seed=1))
-    report = check_swap(make, run, dtype, swapped=1, lossy=True)
-    assert report.entries[0].reason.startswith("the inverse keeps its D passes") and len(calls) % 4 == 0 and calls
+    context = draw(9, 2, dtype=dtype, seed=1) if "context_features" in options else None
+    report = check_swap(make, splines(2 * draw(9, 4, dtype=dtype), context), dtype, swapped=1, lossy=True)
+    passes, solves = calls.values()
+    if why:
+        assert report.entries[0].reason == f"the inverse keeps its D passes, each by the operator, {why}"
+        assert passes and passes % 4 == solves == 0
+    else:
+        assert (report.entries[0].reason, passes) == ("", 0) and solves
 
 
 def test_splines_lose_no_more_digits_than_nflows():

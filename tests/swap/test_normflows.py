@@ -82,6 +82,24 @@ def test_splines(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tails", "why"), [("linear", ""), ("circular", ""), (["linear", "circular"] * 2, "for its tails of two kinds")]
+)
+def test_an_autoregressive_spline_is_solved(tails, why, dtype):
+    """Features in any order."""
+    make = lambda: nf.flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive(  # noqa: E731
+        4, 6, num_bins=5, tails=tails, tail_bound=2.0, permute_mask=True, init_identity=False
+    )
+    given = 2 * draw(9, 4, dtype=dtype)
+
+    def run(model):
+        return both_ways(given.to(next(model.parameters())))(model)
+
+    report = check_swap(make, run, dtype, swapped=1, lossy=True)
+    assert report.entries[0].reason == (f"the inverse keeps its D passes, each by the operator, {why}" if why else "")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_planar(dtype):
     def run(model):
         z, log_det = model(draw(6, 3, dtype=dtype))

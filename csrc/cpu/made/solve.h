@@ -1,7 +1,7 @@
 // The blocked triangular solves of `made` for one chunk of samples; made.cpp says how and why.
 #pragma once
 
-#include "../../common/scale_map.h"
+#include "maps.h"
 #include "product.h"
 
 namespace genkernels {
@@ -16,31 +16,18 @@ template <typename T>
 struct Network {
   int64_t features = 0;                   // D
   std::vector<int64_t> sizes;             // units of each hidden layer
-  std::vector<const T*> weights, biases;  // of each layer; the last one's rows: s of all features in data order, then t
+  std::vector<const T*> weights, biases;  // of each layer; the last one's rows: a parameter of all features, the next
+  int64_t params = 0;                     // of a feature
   std::vector<int64_t> order;             // [D] the feature of each step
   std::vector<const int64_t*> counts;     // of each hidden layer [D + 1]: units known once k features are
   bool residual = false;
-  ScaleMap map = ScaleMap::kExp;
-  T constant = T(1);  // c of the scale map
 
   int64_t hidden() const { return int64_t(sizes.size()); }
   bool joins(int64_t layer) const { return residual && layer >= 2 && layer % 2 == 0; }
   bool linear(int64_t layer) const { return residual && layer == hidden() - 1; }  // read as it is, no ReLU
   int64_t inputs(int64_t layer) const { return layer == 0 ? features : sizes[layer - 1]; }
+  int64_t output(int64_t k) const { return k % params * features + order[k / params]; }  // the k-th, step by step
 };
-
-// log σ, 1 / σ and the slope.
-template <typename T>
-void scale_row(const Network<T>& net, const T* s, T* log_scale, T* shrink, T* slope, int64_t width) {
-  with_scale_map(net.map, [&]<ScaleMap M>() {
-#pragma GCC ivdep
-    for (int64_t n = 0; n < width; ++n) {
-      T scale;
-      scale_map<M>(s[n], net.constant, log_scale[n], scale, slope[n]);
-      shrink[n] = shrink_of<M>(log_scale[n], scale);
-    }
-  });
-}
 
 // Everything that one chunk of samples needs, samples side by side.
 template <typename T>
@@ -99,16 +86,14 @@ struct Chunk {
   std::vector<const T*> pointers;
 };
 
-// x from z (both [count, D] in data order) and log_det = −Σ log σ.
+// x from z (both [count, D] in data order) and log_det = Σ log dx/dz.
 template <typename T>
-void invert(Chunk<T>& c, const T* z, const T* context, int64_t count, T* x_out, T* log_det) {
+void invert(Chunk<T>& c, Map<T>& map, const T* z, const T* context, int64_t count, T* x_out, T* log_det) {
   const Network<T>& net = c.net;
-  const int64_t D = net.features, last = net.hidden() - 1, width = c.width, into = net.sizes[last];
-  const T* w_out = net.weights[last + 1];
-  const T* b_out = net.biases[last + 1];
-  Scratch<T> params(2 * kBlock * width), given(kBlock * width), room(3 * width);
+  const int64_t D = net.features, P = net.params, last = net.hidden() - 1, width = c.width, into = net.sizes[last];
+  Scratch<T> params(P * kBlock * width), given(kBlock * width);
   std::vector<double> total(width, 0.0);
-  std::vector<const T*> w(2 * kBlock);
+  std::vector<const T*> w(P * kBlock);
   for (int64_t l = 0; l <= last; ++l) {  // units that see no feature
     const int64_t rows = net.counts[l][0];
     c.begin(l, 0, rows, context, count);
@@ -124,29 +109,20 @@ void invert(Chunk<T>& c, const T* z, const T* context, int64_t count, T* x_out, 
       c.take(l, from, to, 0, l == 0 ? a : net.counts[l - 1][a]);
     }
     const int64_t known = net.counts[last][a];
-    for (int64_t i = a; i < b; ++i)
-      for (int64_t h = 0; h < 2; ++h) {
-        const int64_t row = h * D + net.order[i], k = 2 * (i - a) + h;
-        w[k] = w_out + row * into;
-        std::fill_n(params + k * width, width, b_out[row]);
-      }
-    multiply(w.data(), 2 * (b - a), 1, c.unit(last), width, known, static_cast<T*>(params), width, width);
+    for (int64_t k = 0; k < (b - a) * P; ++k) {
+      const int64_t row = net.output(a * P + k);
+      w[k] = net.weights[last + 1] + row * into;
+      std::fill_n(params + k * width, width, net.biases[last + 1][row]);
+    }
+    multiply(w.data(), (b - a) * P, 1, c.unit(last), width, known, static_cast<T*>(params), width, width);
+    for (const T*& row : w) row += known;  // what is left of each within the block
     turn(z, D, count, b - a, [&](int64_t k) { return net.order[a + k]; }, static_cast<T*>(given), width);
     // feature by feature
     for (int64_t i = a; i < b; ++i) {
-      T* s = params + 2 * (i - a) * width;
-      T* t = s + width;
-      const int64_t now = net.counts[last][i];
-      if (now > known) {
-        const T* pair[2] = {w[2 * (i - a)] + known, w[2 * (i - a) + 1] + known};
-        multiply(pair, 2, 1, c.unit(last, known), width, now - known, s, width, width);
-      }
-      T *log_scale = room, *shrink = log_scale + width;
-      scale_row(net, s, log_scale, shrink, shrink + width, width);
-      T* xi = c.x + i * width;
-      const T* zi = given + (i - a) * width;
-      for (int64_t n = 0; n < width; ++n) xi[n] = (zi[n] - t[n]) * shrink[n];
-      for (int64_t n = 0; n < width; ++n) total[n] += double(log_scale[n]);
+      T* p = params + (i - a) * P * width;
+      const int64_t more = net.counts[last][i] - known;
+      if (more > 0) multiply(w.data() + (i - a) * P, P, 1, c.unit(last, known), width, more, p, width, width);
+      map.invert(p, given + (i - a) * width, c.x + i * width, total.data());
       for (int64_t l = 0; l <= last; ++l) {
         const int64_t from = net.counts[l][i], to = net.counts[l][i + 1];
         c.take(l, from, to, l == 0 ? a : net.counts[l - 1][a], l == 0 ? i + 1 : net.counts[l - 1][i + 1]);
@@ -155,14 +131,15 @@ void invert(Chunk<T>& c, const T* z, const T* context, int64_t count, T* x_out, 
     }
     turn_back(c.x + a * width, width, count, b - a, [&](int64_t k) { return net.order[a + k]; }, x_out, D);
   }
-  for (int64_t n = 0; n < count; ++n) log_det[n] = T(-total[n]);
+  for (int64_t n = 0; n < count; ++n) log_det[n] = T(total[n]);
 }
 
-// All units from a known x [count, D], and the parameters s, t into params [2·D, width], in the order of the steps.
+// All units from a known x [count, D], and the features' parameters into params [D, P, width], in the order of the
+// steps.
 template <typename T>
 void evaluate(Chunk<T>& c, const T* x, const T* context, int64_t count, T* params) {
   const Network<T>& net = c.net;
-  const int64_t D = net.features, last = net.hidden() - 1, width = c.width;
+  const int64_t D = net.features, P = net.params, last = net.hidden() - 1, width = c.width;
   turn(x, D, count, D, [&](int64_t k) { return net.order[k]; }, static_cast<T*>(c.x), width);
   std::vector<const T*> w;
   std::vector<int64_t> depth;
@@ -179,26 +156,25 @@ void evaluate(Chunk<T>& c, const T* x, const T* context, int64_t count, T* param
     c.finish(l, 0, net.sizes[l]);
   }
   w.clear();
-  for (int64_t h = 0; h < 2; ++h)
-    for (int64_t i = 0; i < D; ++i) {
-      const int64_t row = h * D + net.order[i];
-      w.push_back(net.weights[last + 1] + row * net.sizes[last]);
-      std::fill_n(params + (h * D + i) * width, width, net.biases[last + 1][row]);
-    }
-  for (int64_t h = 0; h < 2; ++h)
-    staircase(
-        w.data() + h * D, D, 1, c.unit(last), width, [&](int64_t i) { return net.counts[last][i]; },
-        params + h * D * width, width, width);
+  for (int64_t k = 0; k < D * P; ++k) {
+    const int64_t row = net.output(k);
+    w.push_back(net.weights[last + 1] + row * net.sizes[last]);
+    std::fill_n(params + k * width, width, net.biases[last + 1][row]);
+  }
+  staircase(
+      w.data(), D * P, 1, c.unit(last), width, [&](int64_t k) { return net.counts[last][k / P]; }, params, width,
+      width);
 }
 
-// The transposed solve by back substitution: λ into solution [D, width], the cotangents of s and t over params, those
-// of every hidden layer's pre-activations into signals [H, width]. grad_x [count, D] and grad_ldj [count] may be null.
+// The transposed solve by back substitution: λ into solution [D, width], the cotangents of the parameters over params,
+// those of every hidden layer's pre-activations into signals [H, width]. grad_x [count, D] and grad_ldj [count] may be
+// null.
 template <typename T>
-void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t count, T* params,
+void solve_transposed(Chunk<T>& c, Map<T>& map, const T* grad_x, const T* grad_ldj, int64_t count, T* params,
                       std::vector<std::unique_ptr<Scratch<T>>>& signals, T* solution) {
   const Network<T>& net = c.net;
-  const int64_t D = net.features, last = net.hidden() - 1, width = c.width;
-  Scratch<T> given(D * width), by_ldj(width), room(3 * width);
+  const int64_t D = net.features, P = net.params, last = net.hidden() - 1, width = c.width;
+  Scratch<T> given(D * width), by_ldj(width);
   if (grad_x)
     turn(grad_x, D, count, D, [&](int64_t k) { return net.order[k]; }, static_cast<T*>(given), width);
   else
@@ -207,8 +183,8 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
   const auto signal = [&](int64_t layer, int64_t row) -> T* { return *signals[layer] + row * width; };
 
   // Columns [from, to) of the layer above each hidden layer (layer −1: of the first layer, for x), packed
-  // [rows, to − from], from the row `first` on. The last layer's rows come in the order of the steps, s and t side by
-  // side.
+  // [rows, to − from], from the row `first` on. The last layer's rows come in the order of the steps, a feature's
+  // parameters side by side.
   int64_t widest = D;
   for (int64_t size : net.sizes) widest = std::max(widest, size);
   std::vector<std::vector<T>> panels(net.hidden() + 1);
@@ -223,11 +199,10 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
     std::vector<T>& panel = panels[layer + 1];
     if (columns <= 0) return;
     if (layer == last) {
-      panel.resize((D - first) * 2 * columns);
-      for (int64_t i = first; i < D; ++i)
-        for (int64_t h = 0; h < 2; ++h)
-          std::copy_n(net.weights[last + 1] + (h * D + net.order[i]) * stride + from, columns,
-                      panel.data() + (2 * (i - first) + h) * columns);
+      panel.resize((D - first) * P * columns);
+      for (int64_t k = first * P; k < D * P; ++k)
+        std::copy_n(net.weights[last + 1] + net.output(k) * stride + from, columns,
+                    panel.data() + (k - first * P) * columns);
     } else {
       const int64_t rows = net.sizes[layer + 1];
       panel.resize(std::max<int64_t>(rows - first, 0) * columns);
@@ -241,18 +216,11 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
     const Span& span = spans[layer + 1];
     if (from >= to || begin >= end) return;
     const int64_t columns = span.to - span.from;
-    const T* panel = panels[layer + 1].data();
-    if (layer == last) {
-      for (int64_t h = 0; h < 2; ++h) {
-        for (int64_t j = from; j < to; ++j)
-          w[j - from] = panel + (2 * (begin - span.first) + h) * columns + (j - span.from);
-        multiply(w.data(), to - from, 2 * columns, params + (h * D + begin) * width, width, end - begin, out, width,
-                 width);
-      }
-    } else {
-      for (int64_t j = from; j < to; ++j) w[j - from] = panel + (begin - span.first) * columns + (j - span.from);
-      multiply(w.data(), to - from, columns, signal(layer + 1, begin), width, end - begin, out, width, width);
-    }
+    const int64_t rows = layer == last ? P : 1;  // of one in [begin, end)
+    const T* panel = panels[layer + 1].data() + (begin - span.first) * rows * columns;
+    for (int64_t j = from; j < to; ++j) w[j - from] = panel + (j - span.from);
+    multiply(w.data(), to - from, columns, layer == last ? params + begin * P * width : signal(layer + 1, begin), width,
+             (end - begin) * rows, out, width, width);
   };
   const auto finish = [&](int64_t layer, int64_t from, int64_t to) {
     for (int64_t r = from; r < to; ++r) {
@@ -289,26 +257,9 @@ void solve_transposed(Chunk<T>& c, const T* grad_x, const T* grad_ldj, int64_t c
       T* out = solution + i * width;
       // above, a unit of degree i + 1 sees outputs from i + 1 on; here, feature i is seen by units of degree i + 1 on
       take(-1, i, i + 1, net.counts[0][i], net.counts[0][b], out);
-      T* s = params + i * width;
-      T* t = params + (D + i) * width;
-      T* log_scale = room;
-      T* shrink = log_scale + width;
-      T* slope = shrink + width;
-      scale_row(net, s, log_scale, shrink, slope, width);
-      const T* g = given + i * width;
-      const T* x = c.x + i * width;
-      if (!grad_x && i == D - 1) {  // nothing sees the last feature's x, which may be infinite
-        std::fill_n(out, width, T(0));
-        std::fill_n(t, width, T(0));
-        for (int64_t n = 0; n < width; ++n) s[n] = by_ldj[n] * slope[n];
-        continue;
-      }
-      for (int64_t n = 0; n < width; ++n) {
-        const T by_x = g[n] - out[n], found = by_x * shrink[n];
-        out[n] = found;
-        s[n] = (by_x * x[n] + by_ldj[n]) * slope[n];
-        t[n] = found;
-      }
+      const bool unseen = !grad_x && i == D - 1;  // nothing sees the last feature's x, which may be infinite
+      for (int64_t n = 0; n < width; ++n) out[n] = given[i * width + n] - out[n];
+      map.backward(params + i * P * width, c.x + i * width, unseen ? nullptr : out, by_ldj, out);
     }
     b = a;
   }

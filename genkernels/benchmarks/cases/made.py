@@ -23,7 +23,7 @@ from genkernels.reference import made as reference
 from genkernels.reference.affine_coupling import log_scale
 from genkernels.reference.made import degrees_of, made_forward, plan
 
-_NOT_COMPILED = "left out: the compiler would unroll D passes, for minutes"
+NOT_COMPILED = "left out: the compiler would unroll D passes, for minutes"
 LARGE, SMALL, QUICK = (100, 784, 1024, 1024), (100, 64, 512, 512), (10, 8, 24, 24)
 
 
@@ -36,14 +36,14 @@ def case(shape: tuple[int, ...], direction: str) -> Case:
     """One row; shape: batch, features, hidden units of each layer."""
     batch, features, *hidden = shape
     inverse = direction == "inverse"
-    weights = sum(math.ceil(a * b / 2) for a, b in itertools.pairwise([features, *hidden, 2 * features]))
-    options = {"yardstick": forward, "compiled": _NOT_COMPILED} if inverse else {}
+    weights = live_weights(features, *hidden, 2 * features)
+    options = {"yardstick": forward, "compiled": NOT_COMPILED} if inverse else {}
     return Case(
         name="made/affine",
         shape=shape,
         dtype=torch.float32,
         direction=direction,
-        inputs=functools.partial(_inputs, shape),
+        inputs=functools.partial(network_inputs, shape),
         op=invert if inverse else forward,
         reference=plain_inverse if inverse else plain_forward,
         outputs=("x" if inverse else "z", "ldj"),
@@ -54,6 +54,11 @@ def case(shape: tuple[int, ...], direction: str) -> Case:
     )
 
 
+def live_weights(*sizes: int) -> int:
+    """Of layers between units of these numbers."""
+    return sum(math.ceil(a * b / 2) for a, b in itertools.pairwise(sizes))
+
+
 def degrees(features: int, hidden) -> list[torch.Tensor]:
     """Natural order; hidden degrees go round 1 … D − 1, sorted."""
     span = features - 1
@@ -61,47 +66,53 @@ def degrees(features: int, hidden) -> list[torch.Tensor]:
 
 
 @constant
-def _plan(features: int, hidden: tuple[int, ...], device: str):
+def _plan(features: int, hidden: tuple[int, ...], params: int, device: str):
     order, counts = (t.to(device) for t in plan(degrees(features, hidden)))
     unit_degrees = degrees_of(order, counts, hidden)
-    return order, counts, [*unit_degrees, unit_degrees[0].repeat(2)]
+    return order, counts, [*unit_degrees, unit_degrees[0].repeat(params)]
 
 
-def _split(x, both):
+def split(x, both):
     layers = len(both) // 2
     weights, biases = both[:layers], both[layers:]
-    return weights, biases, _plan(x.shape[1], tuple(w.shape[0] for w in weights[:-1]), str(x.device))
+    *hidden, outputs = (w.shape[0] for w in weights)
+    return weights, biases, _plan(x.shape[1], tuple(hidden), outputs // x.shape[1], str(x.device))
 
 
-def forward(x, *both):
-    weights, biases, (_, _, at) = _split(x, both)
+def params_of(x, both):
+    """``[N, P, D]``, the parameters of each feature."""
+    weights, biases, (_, _, at) = split(x, both)
     u, last = x, len(weights) - 1
     for layer, (w, b) in enumerate(zip(weights, biases, strict=True)):
         u = ops.masked_linear(u, w, b, at[layer], at[layer + 1], strict=layer == last)
         u = u if layer == last else F.relu(u)
-    s, t = u.chunk(2, dim=1)
+    return u.unflatten(1, (-1, x.shape[1]))
+
+
+def forward(x, *both):
+    s, t = params_of(x, both).unbind(1)
     ell = log_scale(s, 1)
     return x * torch.exp(ell) + t, ell.sum(1)
 
 
 def invert(z, *both):
-    weights, biases, (order, counts, _) = _split(z, both)
+    weights, biases, (order, counts, _) = split(z, both)
     return ops.made_inverse(z, weights, biases, order, counts, scale_map="sigmoid")
 
 
 def plain_forward(x, *both):
-    weights, biases, (order, counts, _) = _split(x, both)
+    weights, biases, (order, counts, _) = split(x, both)
     return made_forward(x, None, weights, biases, order, counts, False, 1, 1.0)
 
 
 def plain_inverse(z, *both):
-    weights, biases, (order, counts, _) = _split(z, both)
+    weights, biases, (order, counts, _) = split(z, both)
     return reference.made_inverse(z, None, weights, biases, order, counts, False, 1, 1.0)
 
 
-def _inputs(shape, rng) -> dict[str, torch.Tensor]:
+def network_inputs(shape, rng, params=2) -> dict[str, torch.Tensor]:
     batch, features, *hidden = shape
-    sizes = [features, *hidden, 2 * features]
+    sizes = [features, *hidden, params * features]
     draw = functools.partial(torch.rand, generator=rng, device=rng.device)
     # torch.nn.Linear's own start, dead weights drawn too: they must not matter
     uniform = lambda n, *s: (2 * draw(s) - 1) * n**-0.5  # noqa: E731

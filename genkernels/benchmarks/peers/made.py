@@ -5,10 +5,10 @@
   lines with sigmoid(s + 2), so that all compute one function.
 - **zuko** ``MaskedAutoregressiveTransform``, as ``zuko.flows.MAF`` has it, with a univariate transform of scale
   sigmoid(s + 2) instead of its own. Its inverse gives no log-determinant on the way: ``inv.call_and_ladj`` runs one
-  pass more.
+  pass more. Of splines all is its own, as ``zuko.flows.NSF`` has it.
 - **normflows** ``MaskedAffineAutoregressive`` has no ReLU after its first layer: another function, left out.
 
-Both keep hidden units unsorted and give the two parameters of a feature side by side: our rows and columns are permuted
+Both keep hidden units unsorted and give the parameters of a feature side by side: our rows and columns are permuted
 into their own while the inputs are arranged, outside the clock. The modules' parameters are replaced by the ready
 tensors.
 """
@@ -29,14 +29,18 @@ def unsupported(peer: str, case) -> str:
 
 def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adapter:
     _, features, *hidden = shape
-    run, linears, degrees, halves = {"nflows": _nflows, "zuko": _zuko}[peer](features, hidden, direction == "inverse")
+    inverse = direction == "inverse"
+    if peer == "nflows":
+        run, linears, degrees, places = _nflows(features, hidden, inverse)
+    else:
+        run, linears, degrees, places = _zuko(features, hidden, inverse, settings)
     for linear in linears:  # plain attributes, so that ready tensors (and their gradients) can stand in
         for name in ("weight", "bias"):
             delattr(linear, name)
 
-    # where our sorted unit or half-wise output stands in the peer's layers
+    # where our sorted unit or output, one parameter of all features after the other, stands in the peer's layers
     ours_of = [torch.argsort(torch.argsort(d, stable=True)) for d in degrees]
-    ours_of.append((features * torch.tensor(halves) + torch.arange(features)[:, None]).flatten())
+    ours_of.append((features * torch.tensor(places) + torch.arange(features)[:, None]).flatten())
     columns = [torch.arange(features), *ours_of[:-1]]
 
     def op(x, *both):
@@ -56,8 +60,8 @@ def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adap
 
 
 def _nflows(features: int, hidden: list[int], inverse: bool):
-    """The call, its linear layers, the degrees of the hidden ones' units, and which of our halves (s, t) it has
-    first."""
+    """The call, its linear layers, the degrees of the hidden ones' units, and which of our parameters (s, t) it has
+    first, second, …."""
     from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
 
     class Sigmoid(MaskedAffineAutoregressiveTransform):
@@ -75,16 +79,25 @@ def _nflows(features: int, hidden: list[int], inverse: bool):
     return layer.inverse if inverse else layer, linears, [linear.degrees for linear in linears[:-1]], (0, 1)
 
 
-def _zuko(features: int, hidden: list[int], inverse: bool):
+def _zuko(features: int, hidden: list[int], inverse: bool, settings: dict):
+    from functools import partial
+
     from zuko.flows.autoregressive import MaskedAutoregressiveTransform
-    from zuko.transforms import MonotonicAffineTransform
+    from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 
     class Sigmoid(MonotonicAffineTransform):
         def __init__(self, shift, scale):
             super(MonotonicAffineTransform, self).__init__()
             self.shift, self.scale, self.log_scale = shift, torch.sigmoid(scale + 2), F.logsigmoid(scale + 2)
 
-    layer = MaskedAutoregressiveTransform(features, hidden_features=hidden, univariate=Sigmoid)
+    if bins := settings.get("autoregressive"):
+        options = {
+            "univariate": partial(MonotonicRQSTransform, bound=settings["bound"]),
+            "shapes": [(bins,), (bins,), (bins - 1,)],
+        }
+    else:
+        options = {"univariate": Sigmoid}
+    layer = MaskedAutoregressiveTransform(features, hidden_features=hidden, **options)
     linears = list(layer.hyper)[::2]
     # a unit's degree: the number of features that it may see
     degrees = [torch.arange(width) % (features - 1) for width in hidden]
@@ -93,4 +106,4 @@ def _zuko(features: int, hidden: list[int], inverse: bool):
         transform = layer()
         return (transform.inv if inverse else transform).call_and_ladj(x)
 
-    return run, linears, degrees, (1, 0)
+    return run, linears, degrees, range(3 * bins - 1) if bins else (1, 0)

@@ -6,11 +6,13 @@ parametrization. Inputs are split outside the clock, as a view.
 - **zuko** ``MonotonicRQSTransform``: ``call_and_ladj``, of the inverse ``inv.call_and_ladj``, which runs the forward
   map too.
 - **normflows** ``unconstrained_rational_quadratic_spline``, circular tails, otherwise as nflows.
+
+Of whole autoregressive transforms: `genkernels.benchmarks.peers.made`.
 """
 
 from __future__ import annotations
 
-from genkernels.benchmarks.peers import Adapter
+from genkernels.benchmarks.peers import Adapter, made
 
 PEERS = ("nflows", "zuko", "normflows")
 _KINDS = {"nflows": "nflows", "zuko": "zuko", "normflows": "circular"}
@@ -22,6 +24,8 @@ def unsupported(peer: str, case) -> str:
 
 
 def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adapter:
+    if "autoregressive" in settings:
+        return made.adapter(peer, settings, direction, shape)
     bins, bound, inverse = shape[-1], settings["bound"], direction == "inverse"
     call = _zuko(bound, inverse) if peer == "zuko" else _function(peer, bound, inverse)
 
