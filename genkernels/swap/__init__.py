@@ -51,18 +51,22 @@ torch's spectral norm, by either of its functions::
 
 What is swapped:
 
-==========  ==========================================================================================================
-nflows      ``AffineCouplingTransform``, ``AdditiveCouplingTransform``, ``MaskedAffineAutoregressiveTransform``,
-            ``OneByOneConvolution``, ``Flow`` (its ``sample`` keeps no graph); with linear tails
-            ``PiecewiseRationalQuadraticCouplingTransform``, ``PiecewiseRationalQuadraticCDF`` and
-            ``MaskedPiecewiseRationalQuadraticAutoregressiveTransform``
-normflows   ``AffineCouplingBlock`` (by channels), ``MaskedAffineAutoregressive``, ``Planar``; what is within
-            ``CoupledRationalQuadraticSpline``, ``AutoregressiveRationalQuadraticSpline`` and both ``Circular`` ones
-zuko        ``MaskedAutoregressiveTransform`` and ``GeneralCouplingTransform`` of affine maps and of
-            ``MonotonicRQSTransform``: ``MAF``, ``NICE``, ``NSF``
-FrEIA       ``GLOWCouplingBlock``; on a GPU ``RNVPCouplingBlock`` and ``AllInOneBlock`` too
-torch       both kinds of ``spectral_norm``
-==========  ==========================================================================================================
+==================  ==================================================================================================
+nflows              ``AffineCouplingTransform``, ``AdditiveCouplingTransform``, ``MaskedAffineAutoregressiveTransform``,
+                    ``OneByOneConvolution``, ``Flow`` (its ``sample`` keeps no graph); with linear tails
+                    ``PiecewiseRationalQuadraticCouplingTransform``, ``PiecewiseRationalQuadraticCDF`` and
+                    ``MaskedPiecewiseRationalQuadraticAutoregressiveTransform``
+normflows           ``AffineCouplingBlock`` (by channels), ``MaskedAffineAutoregressive``, ``Planar``; what is within
+                    ``CoupledRationalQuadraticSpline``, ``AutoregressiveRationalQuadraticSpline`` and both
+                    ``Circular`` ones
+zuko                ``MaskedAutoregressiveTransform`` and ``GeneralCouplingTransform`` of affine maps and of
+                    ``MonotonicRQSTransform``: ``MAF``, ``NICE``, ``NSF``
+FrEIA               ``GLOWCouplingBlock``; on a GPU ``RNVPCouplingBlock`` and ``AllInOneBlock`` too
+pytorch-generative  ``sample`` of ``PixelCNN`` and ``GatedPixelCNN``, of black and white pixels, in one call;
+                    ``CausalConv2d`` where it does not learn
+pythae              ``MaskedConv2d`` of its ``PixelCNN``
+torch               both kinds of ``spectral_norm``
+==================  ==================================================================================================
 
 An autoregressive transform by splines keeps the passes of its inverse, one a feature, each of them by the operator.
 

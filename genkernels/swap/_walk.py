@@ -17,7 +17,10 @@ from genkernels.swap._rules import Becomes, Library
 
 WHO = "swap_"
 #: Library: the file here that knows it. It is read where the model has a class of that library, not before.
-FILES = {"torch": "torch", "nflows": "nflows", "normflows": "normflows", "zuko": "zuko", "FrEIA": "freia"}
+FILES = {
+    "torch": "torch", "nflows": "nflows", "normflows": "normflows", "zuko": "zuko", "FrEIA": "freia",
+    "pytorch_generative": "pytorch_generative", "pythae": "pythae",
+}  # fmt: skip
 #: The dtypes in which a swapped module gives what the other gave, up to the last digits.
 EXACT = (torch.float32, torch.float64)
 
@@ -35,7 +38,8 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         model.transform.__class__ = genkernels.swap.nflows.AffineCoupling
 
     Args:
-        model: a model of nflows 0.14, normflows 1.7.3, zuko 1.6.0 or FrEIA 0.2, or any with torch's spectral norm.
+        model: a model of nflows 0.14, normflows 1.7.3, zuko 1.6.0, FrEIA 0.2, pythae 0.1.2 or pytorch-generative
+            (commit d1f0a5c), or any with torch's spectral norm.
         dtype: a half dtype: modules that are held in it are swapped too. Kernels compute halves in fp32 and round
             once, so that results there differ by the other library's roundings. By default fp32 and fp64 alone.
 
