@@ -84,7 +84,7 @@ def _in_turns(call: Callable[[int], None], seconds: float) -> tuple[float, float
         call(i)
     began = time.perf_counter()
     while time.perf_counter() - began < 2 * seconds or len(taken[0]) < 3:
-        for i in (0, 1):
+        for i in (0, 1) if len(taken[0]) % 2 else (1, 0):
             at = time.perf_counter()
             call(i)
             _wait()

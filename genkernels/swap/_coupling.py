@@ -48,10 +48,12 @@ class Coupling(NamedTuple):
         """The same of all of x, by a few operations of torch."""
         s, shift = reference.scale_shift(params, self.scale_map, self.layout)
         log_scale = reference.log_scale(s, self.scale_map, self.constant)
-        log_det = log_scale.sum(list(range(1, x.dim())))
         if inverse:
-            return (x - shift) * torch.exp(-log_scale), -log_det
-        return x * torch.exp(log_scale) + shift, log_det
+            log_scale = -log_scale
+            moved = (x - shift) * torch.exp(log_scale)
+        else:
+            moved = torch.addcmul(shift, x, torch.exp(log_scale))
+        return moved, log_scale.sum(tuple(range(1, x.dim())))
 
     @property
     def options(self) -> dict[str, float]:

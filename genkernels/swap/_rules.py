@@ -55,7 +55,7 @@ def becomes(to: type, note: str = "") -> Callable[[Any], Becomes]:
 def left_alone(module: nn.Module) -> bool:
     """Whether a call takes the other library's way: within ``torch.compile``, which sees through it, and in a replica
     of `nn.DataParallel`, which shares what a swapped class keeps with the replicas on other devices."""
-    return torch.compiler.is_compiling() or getattr(module, "_is_replica", False)
+    return torch.compiler.is_compiling() or "_is_replica" in vars(module)
 
 
 #: Activations that are the ReLU, however they are given.

@@ -50,12 +50,13 @@ class _TwoSided:
     """Both halves transformed, one after the other, each by what a network makes of the other half."""
 
     def forward(self, x, c=[], rev=False, jac=True):  # noqa: B006 - as FrEIA has it
-        if left_alone(self) or not pays(x[0]):
+        if left_alone(self) or (self._gk_map[:2] != (self.clamp, self.f_clamp) and not _keep_clamp(self)):
             return super().forward(x, c, rev, jac)
-        if self._gk_map[:2] != (self.clamp, self.f_clamp) and not _keep_clamp(self):
-            return super().forward(x, c, rev, jac)
-        coupling = self._gk_map[2]
-        whole, total = x[0], None
+        run = self._gk_fused if pays(x[0]) else self._gk_plain
+        return run(x[0], c, rev, self._gk_map[2])
+
+    def _gk_fused(self, whole: Tensor, c, rev: bool, coupling: Coupling) -> tuple[tuple[Tensor], Tensor]:
+        total = None
         for first in (False, True) if rev else (True, False):  # whether the first half is the one that is transformed
             one, two = torch.split(whole, [self.split_len1, self.split_len2], dim=1)
             moving, seen = (one, two) if first else (two, one)
@@ -67,6 +68,16 @@ class _TwoSided:
                 whole = torch.cat((moved, two) if first else (one, moved), 1)
             total = log_det if total is None else total + log_det
         return (whole,), total
+
+    def _gk_plain(self, whole: Tensor, c, rev: bool, coupling: Coupling) -> tuple[tuple[Tensor], Tensor]:
+        halves = list(torch.split(whole, [self.split_len1, self.split_len2], dim=1))
+        log_dets = []
+        for at in (1, 0) if rev else (0, 1):
+            seen = halves[1 - at]
+            params = self._gk_params(torch.cat([seen, *c], 1) if self.conditional else seen, at == 0)
+            halves[at], log_det = coupling.plainly(halves[at], params, rev)
+            log_dets.append(log_det)
+        return (torch.cat(halves, 1),), log_dets[0] + log_dets[1]
 
 
 class GLOWCouplingBlock(_TwoSided, modules.GLOWCouplingBlock):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genkernels.swap import swap_
+from genkernels.swap import _coupling, swap_
 from tests.swap.checks import DTYPES, check_swap, draw
 
 pytest.importorskip("FrEIA", reason="needs the extra bench")
@@ -39,7 +39,9 @@ def both_ways(x, *conditions):
 @pytest.mark.parametrize("channels", [4, 5])
 @pytest.mark.parametrize("clamp_activation", ["ATAN", "TANH"])
 @pytest.mark.parametrize("kind", ["GLOWCouplingBlock", "RNVPCouplingBlock"])
-def test_two_sided(not_on_a_cpu, kind, clamp_activation, channels, dtype):
+@pytest.mark.parametrize("large", [True, False])
+def test_two_sided(not_on_a_cpu, monkeypatch, large, kind, clamp_activation, channels, dtype):
+    monkeypatch.setattr(_coupling, "SMALL", -1 if large else 1 << 16)
     options = {"subnet_constructor": linear, "clamp": 1.3, "clamp_activation": clamp_activation}
     make = lambda: getattr(modules, kind)([(channels,)], **options)  # noqa: E731
     x = (2 if dtype == torch.float64 else 0.5) * draw(5, channels, dtype=dtype)
