@@ -1,4 +1,4 @@
-"""FrEIA: the coupling blocks with two halves, and the all-in-one block."""
+"""FrEIA: the coupling blocks with two halves, the all-in-one block, and the residual block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from FrEIA import modules
 from FrEIA.modules.coupling_layers import _BaseCouplingBlock
 from torch import Tensor
 
+from genkernels import ops
 from genkernels._options import Layout, ScaleMap, Split
+from genkernels.networks import native_block
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._rules import Becomes, Library, left_alone, stays
 
@@ -130,6 +132,42 @@ def _all_in_one(thing) -> Becomes | str:
     return Becomes(AllInOneBlock)
 
 
+#: Where the inverse of a residual block ends, of its input's largest number: beyond what FrEIA's 50 steps reach.
+CLOSE = {torch.float32: 1e-6, torch.float64: 1e-13}
+
+
+class IResNetLayer(modules.IResNetLayer):
+    """`FrEIA.modules.IResNetLayer`: the same series with the same probes, all of them in one call; the inverse ends
+    where it has been found. In reverse FrEIA takes the log-determinant at what is given, and so does this."""
+
+    def forward(self, x, c=[], rev=False, jac=True):  # noqa: B006 - as FrEIA has it
+        block = None if left_alone(self) or not (rev or jac) or x[0].dtype not in CLOSE else self._gk_block(x[0])
+        if block is None:
+            return super().forward(x, c, rev, jac)
+        given, log_det = x[0], None
+        if jac:
+            probes = torch.stack([torch.randn_like(given).sign() for _ in range(self.hutchinson_samples)])
+            terms = [1.0] * self.jacobian_iterations
+            value, log_det, _ = ops.log_det_series(given, *block, probes=probes, terms=terms)
+            if not rev:
+                return [given + value], log_det
+            log_det = -log_det
+        with torch.no_grad():
+            found = ops.invertible_residual(given, *block, atol=0.0, rtol=CLOSE[given.dtype])
+            if not found.converged.all():
+                return super().forward(x, c, True, False)[0], log_det
+        return [given - self.residual(found.x)], log_det
+
+    def _gk_block(self, x: Tensor):
+        return native_block(self.residual, x)[0] if x.shape[1:] == self.dims_in else None
+
+
+def _residual(thing) -> Becomes | str:
+    example = next(thing.parameters()).new_empty(1, *thing.dims_in)
+    block, why = native_block(thing.residual, example)
+    return why if block is None else Becomes(IResNetLayer, "its log-determinant has a gradient, which it has not there")
+
+
 LIBRARY = Library(
     "FrEIA",
     ("0.2",),
@@ -140,6 +178,6 @@ LIBRARY = Library(
         modules.NICECouplingBlock: stays("two additions: there is nothing to gain"),
         modules.GINCouplingBlock: stays("it takes the mean off its log-scales"),
         modules.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
-        modules.IResNetLayer: stays("not swapped yet"),
+        modules.IResNetLayer: _residual,
     },
 )
