@@ -148,7 +148,7 @@ def _choice(library: Library, kind: type, thing, dtype: torch.dtype | None) -> B
         devices = sorted({str(t.device) for t in tensors})
         if len(devices) > 1:
             return f"on several devices: {', '.join(devices)}"
-        dtypes = {t.dtype for t in thing.parameters()}
+        dtypes = {t.dtype for t in thing.parameters() if t.dim()}  # numbers by themselves change no tensor's dtype
         if others := sorted(str(t) for t in dtypes if t not in EXACT and t != dtype):
             return f"held in {', '.join(others)}: results would differ by roundings, dtype= asks for it"
         if len(dtypes) > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from normflows import flows
-from normflows.flows import reshape
+from normflows.flows import reshape, residual
 from normflows.flows.affine.autoregressive import MaskedAffineAutoregressive as Autoregressive
 from normflows.flows.affine.coupling import AffineCoupling
 from normflows.flows.neural_spline import autoregressive as splines_autoregressive
@@ -20,7 +20,7 @@ from genkernels import ops
 from genkernels._options import Layout, ScaleMap, Split
 from genkernels.networks._plain import hooked
 from genkernels.nn._seen import Seen
-from genkernels.swap import _spline
+from genkernels.swap import _lipschitz, _spline
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._residual_made import inverse_refused, solve_made
 from genkernels.swap._rules import Becomes, Library, left_alone, stays
@@ -240,6 +240,7 @@ def _masked_affine(thing) -> Becomes | str:
 #: What only calls its parts.
 WHOLES = (
     flows.GlowBlock,
+    flows.Residual,
     flows.CoupledRationalQuadraticSpline,
     flows.CircularCoupledRationalQuadraticSpline,
     flows.AutoregressiveRationalQuadraticSpline,
@@ -261,7 +262,7 @@ LIBRARY = Library(
         **dict.fromkeys(WHOLES, stays("its parts are swapped one by one")),
         flows.Radial: _radial,
         flows.MaskedAffineFlow: _masked_affine,
-        flows.Residual: stays("not swapped yet"),
+        residual.iResBlock: _lipschitz.rule,
         flows.Invertible1x1Conv: stays("one convolution already"),
         flows.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
     },

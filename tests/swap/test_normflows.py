@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -155,6 +158,77 @@ def test_masked_affine_where_networks_overflow_or_write_over_what_they_see():
         assert expected[0][0].isnan().any() != writes
     report = swap_(nn.ModuleList([nf.flows.MaskedAffineFlow(torch.tensor([0.5, 1.0])), nf.flows.Radial((2,))]))
     assert report.entries[0].reason == "its mask is not of zeros and ones"
+
+
+def seeded(model, x, inverse=True):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    return model.inverse(x) if inverse else model(x)
+
+
+RESIDUALS = {
+    "geometric": {},
+    "poisson": {"n_dist": "poisson", "n_samples": 3, "n_exact_terms": 3},
+    "terms": {"n_power_series": 4},
+    "two": {},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_residual_blocks(name, dtype):
+    """The same draws, in training the same surrogate, with the same gradient where each sample has its own."""
+    features = 2 if name == "two" else 4
+
+    def make():
+        layers = [features, 9, 9, features]
+        model = nf.flows.Residual(nf.nets.LipschitzMLP(layers, 0.9, init_zeros=False), **RESIDUALS[name])
+        model.iresblock.grad_in_forward = False  # there all samples have the gradient of the first
+        return model
+
+    def run(model):
+        z, log_det = seeded(model, x.clone().requires_grad_())
+        moments = {
+            word: model.iresblock.get_buffer(f"last_{word}").clone() for word in ("n_samples", "firmom", "secmom")
+        }
+        return {"z": z, "log-det": log_det} | moments
+
+    x = draw(7, features, dtype=dtype)
+    report = check_swap(make, run, dtype, swapped=1)
+    assert [entry.was for entry in report.entries] == ["normflows Residual", "normflows iResBlock"]
+    assert "is within 1e-5" in report.entries[1].reason
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_inverse_of_residual_blocks(training):
+    torch.manual_seed(0)
+    net = nf.nets.LipschitzCNN([2, 6, 6, 2], [3, 1, 3], 0.9, init_zeros=False)
+    theirs = nf.flows.Residual(net).double().train(training)
+    y = draw(3, 2, 4, 5, dtype=torch.float64)
+    ours = copy.deepcopy(theirs)
+    swap_(ours)
+    seeded(ours, y), seeded(theirs, y)  # convolutions are told the size of their input
+    with torch.no_grad():
+        x, log_det = seeded(ours, y, inverse=False)
+        back, minus = seeded(theirs, x.clone())
+        assert (back - y).abs().max() <= 2.1e-5
+        torch.testing.assert_close(log_det, -minus, rtol=1e-10, atol=1e-10)
+        loose, _ = seeded(theirs, y.clone(), inverse=False)
+        assert (x - loose).abs().max() <= 4e-3
+    direction = draw(3, 2, 4, 5, dtype=torch.float64, seed=1)
+    given = y.clone().requires_grad_()
+    (grad,) = torch.autograd.grad((ours.iresblock._inverse_fixed_point(given) * direction).sum(), given)
+    at = x.clone().requires_grad_()
+    (pulled,) = torch.autograd.grad(at + theirs.iresblock.nnet(at), at, grad)
+    torch.testing.assert_close(pulled, direction, rtol=1e-3, atol=1e-4)
+
+
+def test_residual_blocks_that_stay():
+    nets = [nf.nets.LipschitzCNN([2, 4, 2], [5, 5]), nn.Linear(2, 2), nf.nets.LipschitzMLP([2, 4, 2])]
+    blocks = [nf.flows.Residual(net, exact_trace=i == 2) for i, net in enumerate(nets)]
+    with pytest.warns(UserWarning, match="no module of this ModuleList was swapped"):
+        reasons = [e.reason for e in swap_(nn.ModuleList(blocks)).entries if "iResBlock" in e.was]
+    assert [reason.split()[-1] for reason in reasons] == ["around", "networks", "traces"]
 
 
 def test_what_stays():
