@@ -42,6 +42,12 @@ class Library:
     join: Callable[[nn.Module, list], None] = lambda model, objects: None
 
 
+#: Measured on one core: as one operation 0.5 to 1.1 times as fast for up to 200,000 values, at most 3 times beyond.
+ACTNORM = (
+    "one multiplication and one addition, a few per cent of a block, which as one operation are slower where small"
+)
+
+
 def stays(reason: str) -> Callable[[Any], str]:
     """The rule of a class that is never swapped."""
     return lambda thing: reason

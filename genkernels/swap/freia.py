@@ -11,7 +11,7 @@ from genkernels import ops
 from genkernels._options import Layout, ScaleMap, Split
 from genkernels.networks import native_block
 from genkernels.swap._coupling import Coupling, pays
-from genkernels.swap._rules import Becomes, Library, left_alone, stays
+from genkernels.swap._rules import ACTNORM, Becomes, Library, left_alone, stays
 
 #: What FrEIA takes for 2 / π.
 TWO_OVER_PI = 0.636
@@ -177,7 +177,7 @@ LIBRARY = Library(
         modules.AllInOneBlock: _all_in_one,
         modules.NICECouplingBlock: stays("two additions: there is nothing to gain"),
         modules.GINCouplingBlock: stays("it takes the mean off its log-scales"),
-        modules.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
+        modules.ActNorm: stays(ACTNORM),
         modules.IResNetLayer: _residual,
     },
 )
