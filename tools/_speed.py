@@ -202,8 +202,7 @@ def swaps(base: str = "") -> str:
     )
     text = (
         "`genkernels bench swap`: the same model before and after `gk.swap_`, in one process, in turns; a training "
-        "step (loss, backward, Adam), the loss without a graph, and a call that draws samples; a fifth of the calls took "
-        "less than is told. "
+        "step (loss, backward, Adam), the loss without a graph, and a call that draws samples; of each the fastest. "
         f"{conditions(data['machine'])}; "
         f"{libraries} ([{file.name}]({base}benchmarks/results/{file.name}))."
     )

@@ -93,8 +93,7 @@ def _needs_no_graph(evaluate: Callable[[int], None]) -> bool:
 
 
 def _in_turns(call: Callable[[int], None], seconds: float) -> tuple[float, float]:
-    """Seconds that a fifth of the calls ``call(0)`` and ``call(1)`` stay below: what other work on a machine adds to
-    some calls, in spells, is left out of it."""
+    """Seconds of the fastest ``call(0)`` and ``call(1)``: other work on a machine comes in spells and only adds."""
     taken: tuple[list[float], list[float]] = ([], [])
     for i in (0, 1):
         call(i)
@@ -105,7 +104,7 @@ def _in_turns(call: Callable[[int], None], seconds: float) -> tuple[float, float
             call(i)
             _wait()
             taken[i].append(time.perf_counter() - at)
-    return tuple(sorted(times)[len(times) // 5] for times in taken)
+    return min(taken[0]), min(taken[1])
 
 
 def _wait() -> None:

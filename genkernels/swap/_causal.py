@@ -10,6 +10,7 @@ from genkernels import ops
 from genkernels.nn._seen import Seen
 from genkernels.ops import Stage
 from genkernels.reference.masked_conv import causal_mask
+from genkernels.swap._rules import left_alone
 
 
 def mask_type(conv: nn.Conv2d, mask: Tensor) -> str | None:
@@ -50,6 +51,32 @@ class Masked:
             return None
         kind = self._gk_kind()
         return None if kind is None else ops.masked_conv(x, self.weight, self.bias, mask_type=kind)
+
+
+class Multiplied(Masked):
+    """Of a convolution by ``weight * mask``: dead taps are left out."""
+
+    def forward(self, input):
+        convolved = None if left_alone(self) else self._gk_convolved(input)
+        return super().forward(input) if convolved is None else convolved
+
+
+class Zeroed(Masked):
+    """Of one that sets its dead taps to 0 in each call, where the weight gets no gradient. Where it gets one, dead taps
+    have theirs, which the next pass throws away, but which a norm of gradients counts: there it stays as it is."""
+
+    def forward(self, x):
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        if learns or left_alone(self) or self.weight.device.type == "meta":
+            return super().forward(x)
+        self.weight.data *= self.mask
+        convolved = self._gk_convolved(x)
+        return super().forward(x) if convolved is None else convolved
+
+
+#: What there is to know of `Zeroed`, and why a convolution stays.
+ZEROED = "where its weight gets no gradient; elsewhere it stays, for dead taps have one there"
+NO_MASK = "its mask, its padding or its groups are not those of a masked convolution here"
 
 
 class Planes:

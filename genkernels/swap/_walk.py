@@ -64,7 +64,7 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         if library.versions and (version := metadata.version(library.name)) not in library.versions:
             unknown.add(f"{library.name} {version} is installed; its swaps were held against {library.versions[-1]}.")
             choice = f"{library.name} {version} is not known here, {library.versions[-1]} is"
-        was = f"{library.name} {type(thing).__name__}"
+        was = f"{library.name} {type(thing).__name__}".strip()
         if isinstance(choice, str):
             entries.append(Entry(name, was, "", choice))
             continue
@@ -74,7 +74,8 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     for thing, _, to in changes:
         thing.__class__ = to
     for name, things in swapped.items():
-        _read(name).join(model, things)
+        if name:
+            _read(name).join(model, things)
     notes += sorted(unknown)
     report = Report(entries, notes, changes)
     if not changes:
@@ -128,6 +129,10 @@ def _library_of(thing) -> tuple[Library | None, type | None]:
             library = _read(package)
             if kind in library.rules:
                 return library, kind
+    if isinstance(thing, nn.Conv2d) and isinstance(getattr(thing, "mask", None), torch.Tensor):
+        copies = importlib.import_module("genkernels.swap.copies")
+        if copies.is_masked(thing):
+            return copies.LIBRARY, type(thing)
     return None, None
 
 
@@ -153,7 +158,7 @@ def _choice(library: Library, kind: type, thing, dtype: torch.dtype | None) -> B
             return f"held in {', '.join(others)}: results would differ by roundings, dtype= asks for it"
         if len(dtypes) > 1:
             return f"of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    return library.rules[kind](thing)
+    return library.rule(kind)(thing)
 
 
 def _subclass(thing, kind: type) -> str:

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from pythae.models.normalizing_flows.pixelcnn import pixelcnn_model, utils
-from torch import Tensor
 
-from genkernels.swap._causal import Masked, mask_type
-from genkernels.swap._rules import Becomes, Library, left_alone, stays
+from genkernels.swap._causal import NO_MASK, Multiplied, mask_type
+from genkernels.swap._rules import Becomes, Library, stays
 
 
-class MaskedConv2d(Masked, utils.MaskedConv2d):
-    """pythae's ``MaskedConv2d``: dead taps are left out, and the weight is multiplied by no mask."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        convolved = None if left_alone(self) else self._gk_convolved(input)
-        return super().forward(input) if convolved is None else convolved
+class MaskedConv2d(Multiplied, utils.MaskedConv2d):
+    """pythae's ``MaskedConv2d``."""
 
 
 def _convolution(thing) -> Becomes | str:
-    if mask_type(thing, thing.mask) is None:
-        return "its mask, its padding or its groups are not those of a masked convolution here"
-    return Becomes(MaskedConv2d)
+    return NO_MASK if mask_type(thing, thing.mask) is None else Becomes(MaskedConv2d)
 
 
 LIBRARY = Library(

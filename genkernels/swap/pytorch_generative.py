@@ -18,22 +18,13 @@ from torch import Tensor, nn
 
 from genkernels.networks._plain import hooked
 from genkernels.ops import Stage
-from genkernels.swap._causal import Masked, Planes, backwards, black_and_white, mask_type, upwards
+from genkernels.swap._causal import NO_MASK, ZEROED, Planes, Zeroed, backwards, black_and_white, mask_type, upwards
 from genkernels.swap._rules import Becomes, Library, left_alone, stays
 from genkernels.swap._source import digest
 
 
-class CausalConv2d(Masked, convolution.CausalConv2d):
-    """`pytorch_generative.nn.CausalConv2d` where its weight gets no gradient: dead taps have one there, which the next
-    pass throws away but which a norm of gradients counts."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled() and self.weight.requires_grad
-        if learns or left_alone(self) or self.weight.device.type == "meta":
-            return super().forward(x)
-        self.weight.data *= self.mask
-        convolved = self._gk_convolved(x)
-        return super().forward(x) if convolved is None else convolved
+class CausalConv2d(Zeroed, convolution.CausalConv2d):
+    """`pytorch_generative.nn.CausalConv2d`."""
 
 
 # The classes come by way of `abc.ABC`, which lets an object have no class with another first base: no mixins.
@@ -241,9 +232,7 @@ def _layer_is_known(layer: nn.Module, hidden: bool) -> bool:
 def _convolution(thing) -> Becomes | str:
     if why := _changed(convolution.CausalConv2d.forward):
         return why
-    if mask_type(thing, thing.mask) is None:
-        return "its mask, its padding or its groups are not those of a masked convolution here"
-    return Becomes(CausalConv2d, "where its weight gets no gradient; elsewhere it stays, for dead taps have one there")
+    return NO_MASK if mask_type(thing, thing.mask) is None else Becomes(CausalConv2d, ZEROED)
 
 
 def _drawn(to: type, *functions):
