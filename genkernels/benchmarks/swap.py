@@ -49,8 +49,8 @@ class Row:
 
 def compare(case: str, made: Made, seconds: float = 1.0) -> tuple[Report, list[Row]]:
     """Swaps a copy of a model, and measures it beside the model itself."""
-    theirs, loss, sample = made
-    ours = copy.deepcopy(theirs)
+    model, loss, sample = made
+    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)  # Python is slower in copies: both are
     report = swap_(ours)
     pair = (theirs, ours)
     found = []

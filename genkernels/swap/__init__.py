@@ -96,8 +96,8 @@ pytorch-generative  ``sample`` of ``PixelCNN`` and ``GatedPixelCNN``, of black a
                     ``CausalConv2d`` where it does not learn
 pythae              ``MaskedConv2d`` of its ``PixelCNN``
 torch               both kinds of ``spectral_norm``
-your own            a subclass of ``torch.nn.Conv2d`` with a buffer ``mask``, whose ``forward`` says, in its source, that
-                    the weight times the mask is convolved
+your own            a subclass of ``torch.nn.Conv2d`` with a buffer ``mask``, whose ``forward`` says, in its source,
+                    that the weight times the mask is convolved
 ==================  ==================================================================================================
 
 An autoregressive transform by splines keeps the passes of its inverse, one a feature, each of them by the operator.
