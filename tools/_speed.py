@@ -195,14 +195,15 @@ def swaps(base: str = "") -> str:
     for row in data["rows"]:
         times = (f"{1e3 * row[name]:,.{2 if row[name] < 0.1 else 0}f}" for name in ("before_s", "after_s"))
         told = row["gate"] == "pass"
-        ratio = _ratio(row["before_s"] / row["after_s"]) if told else "wrong"
+        ratio = _ratio(row["speedup"]) if told else "wrong"
         lines.append([f"{row['case']}, {row['call']}", *(times if told else ("", "")), f"**{ratio}**"])
     libraries = ", ".join(
         f"{name} {version}" for name, version in data["machine"]["versions"].items() if name in SWAPPED
     )
     text = (
         "`genkernels bench swap`: the same model before and after `gk.swap_`, in one process, in turns; a training "
-        "step (loss, backward, Adam), the loss without a graph, and a call that draws samples; of each the fastest. "
+        "step (loss, backward, Adam), the loss without a graph, and a call that draws samples; the fastest of each, and the "
+        "median speed-up of pairs in a row. "
         f"{conditions(data['machine'])}; "
         f"{libraries} ([{file.name}]({base}benchmarks/results/{file.name}))."
     )

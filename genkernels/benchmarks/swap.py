@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -34,17 +35,14 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Row:
-    """One call, before and after, in seconds."""
+    """One call, before and after: the least seconds of each, and the median speed-up of pairs in a row."""
 
     case: str
     call: str
     before_s: float
     after_s: float
+    speedup: float
     gate: str
-
-    @property
-    def speedup(self) -> float:
-        return self.before_s / self.after_s
 
 
 def compare(case: str, made: Made, seconds: float = 1.0) -> tuple[Report, list[Row]]:
@@ -78,8 +76,8 @@ def compare(case: str, made: Made, seconds: float = 1.0) -> tuple[Report, list[R
     calls |= {"sampling": draw} if sample is not None else {}
     rows = []
     for name, call in calls.items():
-        before, after = _in_turns(call, seconds) if gate == "pass" else (float("nan"), float("nan"))
-        rows.append(Row(case, name, before, after, gate))
+        told = _in_turns(call, seconds) if gate == "pass" else (float("nan"),) * 3
+        rows.append(Row(case, name, *told, gate))
     return report, rows
 
 
@@ -92,8 +90,9 @@ def _needs_no_graph(evaluate: Callable[[int], None]) -> bool:
     return True
 
 
-def _in_turns(call: Callable[[int], None], seconds: float) -> tuple[float, float]:
-    """Seconds of the fastest ``call(0)`` and ``call(1)``: other work on a machine comes in spells and only adds."""
+def _in_turns(call: Callable[[int], None], seconds: float) -> tuple[float, float, float]:
+    """Of ``call(0)`` and ``call(1)`` in turns, either first: the fastest of each, and the median of how many times as
+    fast the second was. Other work on a machine comes in spells, which a pair mostly shares."""
     taken: tuple[list[float], list[float]] = ([], [])
     for i in (0, 1):
         call(i)
@@ -104,7 +103,7 @@ def _in_turns(call: Callable[[int], None], seconds: float) -> tuple[float, float
             call(i)
             _wait()
             taken[i].append(time.perf_counter() - at)
-    return min(taken[0]), min(taken[1])
+    return min(taken[0]), min(taken[1]), statistics.median(a / b for a, b in zip(*taken, strict=True))
 
 
 def _wait() -> None:
@@ -140,7 +139,7 @@ def main(quick: bool = False, json: str | os.PathLike | None = None, threads: in
         except ModuleNotFoundError as error:
             print(f"{case}: left out, {error.name} is not installed (extra bench)")
             continue
-        rows += compare(case, made, 0.1 if quick else 1.0)[1]
+        rows += compare(case, made, 0.1 if quick else 2.0)[1]
     if rows:
         print(table(rows))
     if json is not None:
