@@ -202,8 +202,8 @@ def swaps(base: str = "") -> str:
     )
     text = (
         "`genkernels bench swap`: the same model before and after `gk.swap_`, in one process, in turns; a training "
-        "step (loss, backward, Adam), the loss without a graph, and a call that draws samples; the fastest of each, and the "
-        "median speed-up of pairs in a row. "
+        "step (loss, backward, Adam), the loss without a graph, and a call that draws samples; the fastest of each, "
+        "and the median speed-up of pairs in a row. "
         f"{conditions(data['machine'])}; "
         f"{libraries} ([{file.name}]({base}benchmarks/results/{file.name}))."
     )

@@ -20,7 +20,7 @@ from genkernels import ops
 from genkernels._options import Layout, ScaleMap, Split
 from genkernels.networks._plain import hooked
 from genkernels.nn._seen import Seen
-from genkernels.swap import _lipschitz, _spline
+from genkernels.swap import _spline, normflows_residual
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._residual_made import inverse_refused, solve_made
 from genkernels.swap._rules import ACTNORM, Becomes, Library, left_alone, stays
@@ -265,7 +265,7 @@ LIBRARY = Library(
         **dict.fromkeys(WHOLES, stays("its parts are swapped one by one")),
         flows.Radial: _radial,
         flows.MaskedAffineFlow: _masked_affine,
-        residual.iResBlock: _lipschitz.rule,
+        residual.iResBlock: normflows_residual.rule,
         flows.Invertible1x1Conv: stays("one convolution already"),
         flows.ActNorm: stays(ACTNORM),
     },

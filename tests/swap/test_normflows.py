@@ -29,7 +29,9 @@ def both_ways(x):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("split_mode", ["channel", "channel_inv"])
 @pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv"])
-def test_couplings(scale_map, split_mode, dtype):
+@pytest.mark.parametrize("large", [True, False])
+def test_couplings(monkeypatch, large, scale_map, split_mode, dtype):
+    monkeypatch.setattr(_coupling, "SMALL", -1 if large else 1 << 16)
     make = lambda: nf.flows.AffineCouplingBlock(nn.Linear(3, 6), True, scale_map, split_mode)  # noqa: E731
     check_swap(make, both_ways(draw(5, 6, dtype=dtype)), dtype, swapped=1)
 
