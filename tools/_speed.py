@@ -12,6 +12,7 @@ from _markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SWAPS = "swap-cpu.json"
 SWAPPED = ("nflows", "normflows", "zuko", "FrEIA", "pythae")
 PEERS = ("nflows", "normflows", "FrEIA", "zuko", "torchdeq")
 LEVEL = 1.05  # another provider within so many times our time is as fast as ours, or faster
@@ -112,7 +113,8 @@ def page() -> str:
     parts = ["# Speed", *_INTRODUCTION, "## Operators"]
     parts += [part for file in operator_files() for part in _operator(file)]
     parts += _level_rows()
-    parts += ["## Models of other libraries", swaps("../")]
+    if (RESULTS / SWAPS).exists():
+        parts += ["## Models of other libraries", swaps("../")]
     parts += _training_steps()
     parts += ["## Likelihood for the same training time", likelihoods("../")]
     parts += ["## Training, fused and reference", demo("../")]
@@ -189,7 +191,7 @@ def _training_steps() -> list[str]:
 
 def swaps(base: str = "") -> str:
     """Models of other libraries before and after `swap_`, those rows too in which nothing was won."""
-    file = RESULTS / "swap-cpu.json"
+    file = RESULTS / SWAPS
     data = json.loads(file.read_text())
     lines = []
     for row in data["rows"]:
