@@ -198,6 +198,12 @@ def test_the_python_on_the_page_of_other_libraries_runs():
     assert space["score"].shape == (16, 1) and space["z"].shape == (16, 8)
     assert type(space["maf"]).__module__.startswith("nflows")  # after undo
     assert type(space["critic"][0].parametrizations.weight[0]).__module__ == "genkernels.swap.torch"
+    exec(blocks[5], space)
+    assert space["loss"].isfinite() and space["log_det"].requires_grad
+    for library, block in zip(("pytorch_generative", "pythae"), blocks[6:8], strict=True):
+        if importlib.util.find_spec(library) is not None:
+            exec(block, space)
+            assert space["loss"].isfinite() and space.get("images", space["x"]).shape[0] == 16
 
 
 # --- the README ---------------------------------------------------------------------------------------------------

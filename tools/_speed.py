@@ -12,6 +12,8 @@ from _markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SWAPS = "swap-cpu.json"
+SWAPPED = ("nflows", "normflows", "zuko", "FrEIA", "pythae")
 PEERS = ("nflows", "normflows", "FrEIA", "zuko", "torchdeq")
 LEVEL = 1.05  # another provider within so many times our time is as fast as ours, or faster
 
@@ -111,6 +113,8 @@ def page() -> str:
     parts = ["# Speed", *_INTRODUCTION, "## Operators"]
     parts += [part for file in operator_files() for part in _operator(file)]
     parts += _level_rows()
+    if (RESULTS / SWAPS).exists():
+        parts += ["## Models of other libraries", swaps("../")]
     parts += _training_steps()
     parts += ["## Likelihood for the same training time", likelihoods("../")]
     parts += ["## Training, fused and reference", demo("../")]
@@ -183,6 +187,29 @@ def _training_steps() -> list[str]:
         parts.append(f"{conditions(data['machine'])} ([{file.name}](../benchmarks/results/{file.name})).")
         parts.append(training_step_table(data).strip())
     return parts
+
+
+def swaps(base: str = "") -> str:
+    """Models of other libraries before and after `swap_`, those rows too in which nothing was won."""
+    file = RESULTS / SWAPS
+    data = json.loads(file.read_text())
+    lines = []
+    for row in data["rows"]:
+        times = (f"{1e3 * row[name]:,.{2 if row[name] < 0.1 else 0}f}" for name in ("before_s", "after_s"))
+        told = row["gate"] == "pass"
+        ratio = _ratio(row["speedup"]) if told else "wrong"
+        lines.append([f"{row['case']}, {row['call']}", *(times if told else ("", "")), f"**{ratio}**"])
+    libraries = ", ".join(
+        f"{name} {version}" for name, version in data["machine"]["versions"].items() if name in SWAPPED
+    )
+    text = (
+        "`genkernels bench swap`: the same model before and after `gk.swap_`, in one process, in turns; a training "
+        "step (loss, backward, Adam), the loss without a graph, and a call that draws samples; the fastest of each, "
+        "and the median speed-up of pairs in a row. "
+        f"{conditions(data['machine'])}; "
+        f"{libraries} ([{file.name}]({base}benchmarks/results/{file.name}))."
+    )
+    return f"{text}\n\n{table(lines, ['ms', 'before', 'after', '×'])}"
 
 
 # --- the README's -------------------------------------------------------------------------------------------------

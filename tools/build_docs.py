@@ -189,6 +189,10 @@ def pictures_page() -> str:
     return room_page(*ROOMS["pictures"]).rstrip() + "\n\n" + "\n\n".join(listed) + "\n"
 
 
+def swap_page() -> str:
+    return room_page(*ROOMS["swap"]).rstrip() + "\n\n## What was measured\n\n" + _speed.swaps("../") + "\n"
+
+
 def networks_page() -> str:
     from genkernels import networks
     from genkernels.networks import activations
@@ -243,7 +247,7 @@ def pages() -> dict[str, str]:
 
     built = {name: operator_page(operator) for name, operator in OPERATORS.items()}
     built |= {name: room_page(*what) for name, what in {**families(), **ROOMS}.items()}
-    built |= {"data": data_page(), "pictures": pictures_page(), "networks": networks_page()}
+    built |= {"data": data_page(), "pictures": pictures_page(), "networks": networks_page(), "swap": swap_page()}
     built |= {"speed": f"{MARK}\n\n{_speed.page()}"}
     return {**built, "README": index(built)}
 

@@ -1,7 +1,8 @@
 """``genkernels bench swap`` and ``genkernels swap``: a model of another library before and after `genkernels.swap_`.
 
 Both run in one process and take turns under the clock; what a swap changes is measured on a whole training step (loss,
-backward, optimiser) and on a call that draws samples. No speed is told where the losses differ.
+backward, optimiser), on the loss alone, without a graph, and on a call that draws samples. No speed is told where the
+losses differ.
 """
 
 from __future__ import annotations
@@ -14,48 +15,46 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from datetime import datetime, timezone
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from genkernels._files import refuse_unwritable, write_json
 from genkernels._machine import device_name, versions
 from genkernels._version import commit
 from genkernels._words import UsageError
+from genkernels.benchmarks.swapped_models import CASES, Made
 from genkernels.swap import Report, swap_
 
-PACKAGES = ("nflows", "normflows", "zuko", "FrEIA")
-#: What a factory gives: a model, ``loss(model)`` of one training step, and where it has one ``sample(model)``.
-Made = tuple[nn.Module, Callable[[nn.Module], Tensor], Callable[[nn.Module], Any] | None]
+PACKAGES = ("nflows", "normflows", "zuko", "FrEIA", "pythae", "pytorch-generative")
 #: Losses in fp32 that are further apart than this are not those of one model.
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Row:
-    """One call, before and after, in seconds."""
+    """One call, before and after: the least seconds of each, and the median speed-up of pairs in a row."""
 
     case: str
     call: str
     before_s: float
     after_s: float
+    speedup: float
     gate: str
-
-    @property
-    def speedup(self) -> float:
-        return self.before_s / self.after_s
 
 
 def compare(case: str, made: Made, seconds: float = 1.0) -> tuple[Report, list[Row]]:
     """Swaps a copy of a model, and measures it beside the model itself."""
-    theirs, loss, sample = made
-    ours = copy.deepcopy(theirs)
+    model, loss, sample = made
+    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)  # Python is slower in copies: both are
     report = swap_(ours)
     pair = (theirs, ours)
     found = []
     for model in pair:
         torch.manual_seed(0)
+        np.random.seed(0)  # by which normflows draws how many terms a series has
         found.append(loss(model).item())
     gate = "pass" if abs(found[0] - found[1]) <= TOLERANCE * max(1.0, abs(found[0])) else "fail"
     optimizers = [torch.optim.Adam(model.parameters(), 1e-5) for model in pair]
@@ -66,30 +65,45 @@ def compare(case: str, made: Made, seconds: float = 1.0) -> tuple[Report, list[R
         optimizers[i].step()
 
     @torch.no_grad()
+    def evaluate(i: int) -> None:
+        loss(pair[i])
+
+    @torch.no_grad()
     def draw(i: int) -> None:
         sample(pair[i])
 
-    calls = {"training step": step} | ({"sampling": draw} if sample is not None else {})
+    calls = {"training step": step} | ({"evaluation": evaluate} if _needs_no_graph(evaluate) else {})
+    calls |= {"sampling": draw} if sample is not None else {}
     rows = []
     for name, call in calls.items():
-        before, after = _in_turns(call, seconds) if gate == "pass" else (float("nan"), float("nan"))
-        rows.append(Row(case, name, before, after, gate))
+        told = _in_turns(call, seconds) if gate == "pass" else (float("nan"),) * 3
+        rows.append(Row(case, name, *told, gate))
     return report, rows
 
 
-def _in_turns(call: Callable[[int], None], seconds: float) -> tuple[float, float]:
-    """Median seconds of ``call(0)`` and ``call(1)``."""
+def _needs_no_graph(evaluate: Callable[[int], None]) -> bool:
+    """Whether the model as it was has a loss without a graph: one that differentiates in itself has none."""
+    try:
+        evaluate(0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _in_turns(call: Callable[[int], None], seconds: float) -> tuple[float, float, float]:
+    """Of ``call(0)`` and ``call(1)`` in turns, either first: the fastest of each, and the median of how many times as
+    fast the second was. Other work on a machine comes in spells, which a pair mostly shares."""
     taken: tuple[list[float], list[float]] = ([], [])
     for i in (0, 1):
         call(i)
     began = time.perf_counter()
     while time.perf_counter() - began < 2 * seconds or len(taken[0]) < 3:
-        for i in (0, 1):
+        for i in (0, 1) if len(taken[0]) % 2 else (1, 0):
             at = time.perf_counter()
             call(i)
             _wait()
             taken[i].append(time.perf_counter() - at)
-    return statistics.median(taken[0]), statistics.median(taken[1])
+    return min(taken[0]), min(taken[1]), statistics.median(a / b for a, b in zip(*taken, strict=True))
 
 
 def _wait() -> None:
@@ -115,6 +129,8 @@ def main(quick: bool = False, json: str | os.PathLike | None = None, threads: in
         torch.set_num_threads(threads)
     if json is not None:
         refuse_unwritable(json, f"bench: json {str(json)!r}")
+    here = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "versions": versions(PACKAGES)}
+    here |= {"device_type": "cpu", "commit": commit(), "quick": quick, "date": datetime.now(timezone.utc).isoformat()}
     rows: list[Row] = []
     for case, make in CASES.items():
         torch.manual_seed(0)
@@ -123,12 +139,10 @@ def main(quick: bool = False, json: str | os.PathLike | None = None, threads: in
         except ModuleNotFoundError as error:
             print(f"{case}: left out, {error.name} is not installed (extra bench)")
             continue
-        rows += compare(case, made, 0.1 if quick else 1.0)[1]
+        rows += compare(case, made, 0.1 if quick else 2.0)[1]
     if rows:
         print(table(rows))
     if json is not None:
-        here = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "versions": versions(PACKAGES)}
-        here |= {"commit": commit(), "quick": quick}
         write_json(json, {"machine": here, "rows": [asdict(row) for row in rows]}, indent=1)
     return 0 if rows and all(row.gate == "pass" for row in rows) else 1
 
@@ -153,164 +167,6 @@ def factory(name: str) -> Made:
             f"swap: {name}() must give (model, loss) or (model, loss, sample), functions of the model, got ({got})"
         )
     return (*parts, None)[:3]
-
-
-# ---------------------------------------------------------------------------------------------------------------- cases
-
-
-def _nll(x: Tensor) -> Callable[[nn.Module], Tensor]:
-    return lambda model: -model.log_prob(x).mean()
-
-
-def nflows_realnvp() -> Made:
-    from nflows import distributions, flows, transforms
-    from nflows.nn.nets import ResidualNet
-
-    def net(into, out):
-        return ResidualNet(into, out, hidden_features=64, num_blocks=2)
-
-    couplings = [transforms.AffineCouplingTransform([(i + layer) % 2 for i in range(32)], net) for layer in range(8)]
-    model = flows.Flow(transforms.CompositeTransform(couplings), distributions.StandardNormal([32]))
-    return model, _nll(torch.randn(512, 32)), lambda m: m.sample(512)
-
-
-def nflows_maf() -> Made:
-    from nflows import distributions, flows, transforms
-
-    layers = []
-    for _ in range(2):
-        layers += [transforms.MaskedAffineAutoregressiveTransform(64, 512), transforms.ReversePermutation(64)]
-    model = flows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([64]))
-    return model, _nll(torch.randn(100, 64)), lambda m: m.sample(100)
-
-
-def nflows_nsf() -> Made:
-    from nflows import distributions, flows, transforms
-    from nflows.nn.nets import ResidualNet
-
-    def net(into, out):
-        return ResidualNet(into, out, hidden_features=64, num_blocks=2)
-
-    def coupling(layer):
-        mask = [(i + layer) % 2 for i in range(32)]
-        return transforms.PiecewiseRationalQuadraticCouplingTransform(mask, net, 8, tails="linear", tail_bound=3.0)
-
-    couplings = transforms.CompositeTransform([coupling(layer) for layer in range(4)])
-    model = flows.Flow(couplings, distributions.StandardNormal([32]))
-    return model, _nll(torch.randn(512, 32)), lambda m: m.sample(512)
-
-
-def nflows_autoregressive_nsf() -> Made:
-    from nflows import distributions, flows, transforms
-
-    made = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-    layers = []
-    for _ in range(2):
-        layers += [made(8, 64, num_bins=8, tails="linear", tail_bound=3.0), transforms.ReversePermutation(8)]
-    model = flows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([8]))
-    return model, _nll(torch.randn(512, 8)), lambda m: m.sample(512)
-
-
-def zuko_maf() -> Made:
-    import zuko
-
-    model = zuko.flows.MAF(64, transforms=2, hidden_features=(512, 512))
-    x = torch.randn(100, 64)
-    return model, lambda m: -m().log_prob(x).mean(), lambda m: m().sample((100,))
-
-
-def zuko_nice() -> Made:
-    import zuko
-
-    model = zuko.flows.NICE(32, transforms=8, hidden_features=(64, 64))
-    x = torch.randn(512, 32)
-    return model, lambda m: -m().log_prob(x).mean(), lambda m: m().sample((512,))
-
-
-def zuko_nsf() -> Made:
-    import zuko
-
-    model = zuko.flows.NSF(8, transforms=3, hidden_features=(64, 64))
-    x = torch.randn(512, 8)
-    return model, lambda m: -m().log_prob(x).mean(), lambda m: m().sample((512,))
-
-
-def normflows_glow() -> Made:
-    import normflows as nf
-
-    blocks = [nf.flows.GlowBlock(12, 32, init_zeros=False) for _ in range(4)]
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian((12, 16, 16)), blocks)
-    x = torch.randn(16, 12, 16, 16)
-    return model, lambda m: m.forward_kld(x), lambda m: m.sample(16)
-
-
-def normflows_realnvp() -> Made:
-    import normflows as nf
-
-    layers = []
-    for _ in range(8):
-        layers += [nf.flows.AffineCouplingBlock(nf.nets.MLP([16, 64, 64, 32])), nf.flows.Permute(32, mode="swap")]
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(32), layers)
-    x = torch.randn(512, 32)
-    return model, lambda m: m.forward_kld(x), lambda m: m.sample(512)
-
-
-def normflows_nsf() -> Made:
-    import normflows as nf
-
-    layers = [nf.flows.CoupledRationalQuadraticSpline(32, 2, 64, reverse_mask=bool(layer % 2)) for layer in range(4)]
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(32), layers)
-    x = torch.randn(512, 32)
-    return model, lambda m: m.forward_kld(x), lambda m: m.sample(512)
-
-
-def freia_glow() -> Made:
-    from FrEIA import framework, modules
-
-    def net(into, out):
-        return nn.Sequential(nn.Linear(into, 64), nn.ReLU(), nn.Linear(64, out))
-
-    model = framework.SequenceINN(32)
-    for _ in range(8):
-        model.append(modules.GLOWCouplingBlock, subnet_constructor=net)
-    return _freia(model)
-
-
-def _freia(model: nn.Module) -> Made:
-    x = torch.randn(512, 32)
-
-    def loss(m):
-        z, log_det = m(x)
-        return (0.5 * z.square().sum(1) - log_det).mean()
-
-    return model, loss, lambda m: m(x, rev=True)
-
-
-def torch_critic() -> Made:
-    from torch.nn.utils.parametrizations import spectral_norm
-
-    layers, widths = [], (3, 32, 64, 64, 128, 128, 256)
-    for i, (into, out) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [spectral_norm(nn.Conv2d(into, out, 3, 1 + i % 2, 1)), nn.LeakyReLU(0.1)]
-    model = nn.Sequential(*layers, nn.Flatten(), spectral_norm(nn.Linear(256 * 16, 1)))
-    real, fake = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
-    return model, lambda m: (m(fake) - m(real)).mean(), None
-
-
-CASES: dict[str, Callable[[], Made]] = {
-    "nflows RealNVP": nflows_realnvp,
-    "nflows MAF": nflows_maf,
-    "nflows NSF": nflows_nsf,
-    "nflows NSF, autoregressive": nflows_autoregressive_nsf,
-    "zuko MAF": zuko_maf,
-    "zuko NICE": zuko_nice,
-    "zuko NSF": zuko_nsf,
-    "normflows RealNVP": normflows_realnvp,
-    "normflows NSF": normflows_nsf,
-    "normflows Glow": normflows_glow,
-    "FrEIA GLOWCouplingBlock": freia_glow,
-    "torch spectral_norm": torch_critic,
-}
 
 
 def show(name: str, seconds: float = 1.0) -> int:

@@ -33,6 +33,7 @@ class Library:
         rules: for each class what becomes of an object, or the reason why it stays.
         parts: for each module the objects that hang on it and are no modules (hooks), by a word for each.
         join: called with all objects of the library that were swapped in one call.
+        otherwise: the rule of a class that `rules` has not, of what belongs to no library.
     """
 
     name: str
@@ -40,6 +41,16 @@ class Library:
     rules: dict[type, Callable[[Any], Becomes | str]]
     parts: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
     join: Callable[[nn.Module, list], None] = lambda model, objects: None
+    otherwise: Callable[[Any], Becomes | str] | None = None
+
+    def rule(self, kind: type) -> Callable[[Any], Becomes | str]:
+        return self.rules[kind] if self.otherwise is None else self.otherwise
+
+
+#: Measured on one core: as one operation 0.5 to 1.1 times as fast for up to 200,000 values, at most 3 times beyond.
+ACTNORM = (
+    "one multiplication and one addition, a few per cent of a block, which as one operation are slower where small"
+)
 
 
 def stays(reason: str) -> Callable[[Any], str]:
@@ -55,7 +66,7 @@ def becomes(to: type, note: str = "") -> Callable[[Any], Becomes]:
 def left_alone(module: nn.Module) -> bool:
     """Whether a call takes the other library's way: within ``torch.compile``, which sees through it, and in a replica
     of `nn.DataParallel`, which shares what a swapped class keeps with the replicas on other devices."""
-    return torch.compiler.is_compiling() or getattr(module, "_is_replica", False)
+    return torch.compiler.is_compiling() or "_is_replica" in vars(module)
 
 
 #: Activations that are the ReLU, however they are given.

@@ -17,7 +17,10 @@ from genkernels.swap._rules import Becomes, Library
 
 WHO = "swap_"
 #: Library: the file here that knows it. It is read where the model has a class of that library, not before.
-FILES = {"torch": "torch", "nflows": "nflows", "normflows": "normflows", "zuko": "zuko", "FrEIA": "freia"}
+FILES = {
+    "torch": "torch", "nflows": "nflows", "normflows": "normflows", "zuko": "zuko", "FrEIA": "freia",
+    "pytorch_generative": "pytorch_generative", "pythae": "pythae",
+}  # fmt: skip
 #: The dtypes in which a swapped module gives what the other gave, up to the last digits.
 EXACT = (torch.float32, torch.float64)
 
@@ -35,7 +38,8 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         model.transform.__class__ = genkernels.swap.nflows.AffineCoupling
 
     Args:
-        model: a model of nflows 0.14, normflows 1.7.3, zuko 1.6.0 or FrEIA 0.2, or any with torch's spectral norm.
+        model: a model of nflows 0.14, normflows 1.7.3, zuko 1.6.0, FrEIA 0.2, pythae 0.1.2 or pytorch-generative
+            (commit d1f0a5c), or any with torch's spectral norm.
         dtype: a half dtype: modules that are held in it are swapped too. Kernels compute halves in fp32 and round
             once, so that results there differ by the other library's roundings. By default fp32 and fp64 alone.
 
@@ -60,7 +64,7 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         if library.versions and (version := metadata.version(library.name)) not in library.versions:
             unknown.add(f"{library.name} {version} is installed; its swaps were held against {library.versions[-1]}.")
             choice = f"{library.name} {version} is not known here, {library.versions[-1]} is"
-        was = f"{library.name} {type(thing).__name__}"
+        was = f"{library.name} {type(thing).__name__}".strip()
         if isinstance(choice, str):
             entries.append(Entry(name, was, "", choice))
             continue
@@ -70,7 +74,8 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     for thing, _, to in changes:
         thing.__class__ = to
     for name, things in swapped.items():
-        _read(name).join(model, things)
+        if name:
+            _read(name).join(model, things)
     notes += sorted(unknown)
     report = Report(entries, notes, changes)
     if not changes:
@@ -124,6 +129,10 @@ def _library_of(thing) -> tuple[Library | None, type | None]:
             library = _read(package)
             if kind in library.rules:
                 return library, kind
+    if isinstance(thing, nn.Conv2d) and isinstance(getattr(thing, "mask", None), torch.Tensor):
+        copies = importlib.import_module("genkernels.swap.copies")
+        if copies.is_masked(thing):
+            return copies.LIBRARY, type(thing)
     return None, None
 
 
@@ -144,12 +153,12 @@ def _choice(library: Library, kind: type, thing, dtype: torch.dtype | None) -> B
         devices = sorted({str(t.device) for t in tensors})
         if len(devices) > 1:
             return f"on several devices: {', '.join(devices)}"
-        dtypes = {t.dtype for t in thing.parameters()}
+        dtypes = {t.dtype for t in thing.parameters() if t.dim()}  # numbers by themselves change no tensor's dtype
         if others := sorted(str(t) for t in dtypes if t not in EXACT and t != dtype):
             return f"held in {', '.join(others)}: results would differ by roundings, dtype= asks for it"
         if len(dtypes) > 1:
             return f"of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    return library.rules[kind](thing)
+    return library.rule(kind)(thing)
 
 
 def _subclass(thing, kind: type) -> str:

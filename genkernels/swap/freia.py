@@ -1,4 +1,4 @@
-"""FrEIA: the coupling blocks with two halves, and the all-in-one block."""
+"""FrEIA: the coupling blocks with two halves, the all-in-one block, and the residual block."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from FrEIA import modules
 from FrEIA.modules.coupling_layers import _BaseCouplingBlock
 from torch import Tensor
 
+from genkernels import ops
 from genkernels._options import Layout, ScaleMap, Split
+from genkernels.networks import native_block
 from genkernels.swap._coupling import Coupling, pays
-from genkernels.swap._rules import Becomes, Library, left_alone, stays
+from genkernels.swap._rules import ACTNORM, Becomes, Library, left_alone, stays
 
 #: What FrEIA takes for 2 / π.
 TWO_OVER_PI = 0.636
@@ -50,12 +52,13 @@ class _TwoSided:
     """Both halves transformed, one after the other, each by what a network makes of the other half."""
 
     def forward(self, x, c=[], rev=False, jac=True):  # noqa: B006 - as FrEIA has it
-        if left_alone(self) or not pays(x[0]):
+        if left_alone(self) or (self._gk_map[:2] != (self.clamp, self.f_clamp) and not _keep_clamp(self)):
             return super().forward(x, c, rev, jac)
-        if self._gk_map[:2] != (self.clamp, self.f_clamp) and not _keep_clamp(self):
-            return super().forward(x, c, rev, jac)
-        coupling = self._gk_map[2]
-        whole, total = x[0], None
+        run = self._gk_fused if pays(x[0]) else self._gk_plain
+        return run(x[0], c, rev, self._gk_map[2])
+
+    def _gk_fused(self, whole: Tensor, c, rev: bool, coupling: Coupling) -> tuple[tuple[Tensor], Tensor]:
+        total = None
         for first in (False, True) if rev else (True, False):  # whether the first half is the one that is transformed
             one, two = torch.split(whole, [self.split_len1, self.split_len2], dim=1)
             moving, seen = (one, two) if first else (two, one)
@@ -67,6 +70,16 @@ class _TwoSided:
                 whole = torch.cat((moved, two) if first else (one, moved), 1)
             total = log_det if total is None else total + log_det
         return (whole,), total
+
+    def _gk_plain(self, whole: Tensor, c, rev: bool, coupling: Coupling) -> tuple[tuple[Tensor], Tensor]:
+        halves = list(torch.split(whole, [self.split_len1, self.split_len2], dim=1))
+        log_dets = []
+        for at in (1, 0) if rev else (0, 1):
+            seen = halves[1 - at]
+            params = self._gk_params(torch.cat([seen, *c], 1) if self.conditional else seen, at == 0)
+            halves[at], log_det = coupling.plainly(halves[at], params, rev)
+            log_dets.append(log_det)
+        return (torch.cat(halves, 1),), log_dets[0] + log_dets[1]
 
 
 class GLOWCouplingBlock(_TwoSided, modules.GLOWCouplingBlock):
@@ -119,6 +132,42 @@ def _all_in_one(thing) -> Becomes | str:
     return Becomes(AllInOneBlock)
 
 
+#: Where the inverse of a residual block ends, of its input's largest number: beyond what FrEIA's 50 steps reach.
+CLOSE = {torch.float32: 1e-6, torch.float64: 1e-13}
+
+
+class IResNetLayer(modules.IResNetLayer):
+    """`FrEIA.modules.IResNetLayer`: the same series with the same probes, all of them in one call; the inverse ends
+    where it has been found. In reverse FrEIA takes the log-determinant at what is given, and so does this."""
+
+    def forward(self, x, c=[], rev=False, jac=True):  # noqa: B006 - as FrEIA has it
+        block = None if left_alone(self) or not (rev or jac) or x[0].dtype not in CLOSE else self._gk_block(x[0])
+        if block is None:
+            return super().forward(x, c, rev, jac)
+        given, log_det = x[0], None
+        if jac:
+            probes = torch.stack([torch.randn_like(given).sign() for _ in range(self.hutchinson_samples)])
+            terms = [1.0] * self.jacobian_iterations
+            value, log_det, _ = ops.log_det_series(given, *block, probes=probes, terms=terms)
+            if not rev:
+                return [given + value], log_det
+            log_det = -log_det
+        with torch.no_grad():
+            found = ops.invertible_residual(given, *block, atol=0.0, rtol=CLOSE[given.dtype])
+            if not found.converged.all():
+                return super().forward(x, c, True, False)[0], log_det
+        return [given - self.residual(found.x)], log_det
+
+    def _gk_block(self, x: Tensor):
+        return native_block(self.residual, x)[0] if x.shape[1:] == self.dims_in else None
+
+
+def _residual(thing) -> Becomes | str:
+    example = next(thing.parameters()).new_empty(1, *thing.dims_in)
+    block, why = native_block(thing.residual, example)
+    return why if block is None else Becomes(IResNetLayer, "its log-determinant has a gradient, which it has not there")
+
+
 LIBRARY = Library(
     "FrEIA",
     ("0.2",),
@@ -128,7 +177,7 @@ LIBRARY = Library(
         modules.AllInOneBlock: _all_in_one,
         modules.NICECouplingBlock: stays("two additions: there is nothing to gain"),
         modules.GINCouplingBlock: stays("it takes the mean off its log-scales"),
-        modules.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
-        modules.IResNetLayer: stays("not swapped yet"),
+        modules.ActNorm: stays(ACTNORM),
+        modules.IResNetLayer: _residual,
     },
 )

@@ -16,7 +16,7 @@ from genkernels.swap import _spline
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
 from genkernels.swap._residual_made import inverse_refused, solve_made
-from genkernels.swap._rules import Becomes, Library, becomes, left_alone, stays
+from genkernels.swap._rules import ACTNORM, Becomes, Library, becomes, left_alone, stays
 
 #: What nflows adds to each of its scales.
 FLOOR = 1e-3
@@ -149,7 +149,7 @@ LIBRARY = Library(
         transforms.AdditiveCouplingTransform: _coupling(AdditiveCoupling),
         transforms.MaskedAffineAutoregressiveTransform: _autoregressive,
         transforms.OneByOneConvolution: _convolution,
-        transforms.ActNorm: stays("one multiplication and one addition: there is nothing to gain"),
+        transforms.ActNorm: stays(ACTNORM),
         transforms.PiecewiseRationalQuadraticCouplingTransform: _spline.rule(PiecewiseRationalQuadraticCoupling),
         transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: _spline.rule(
             MaskedPiecewiseRationalQuadraticAutoregressive

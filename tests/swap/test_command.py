@@ -62,8 +62,20 @@ def test_the_bench_writes_its_rows_and_tells_no_speed_of_other_values(tmp_path, 
     rows = json.loads(file.read_text())["rows"]
     assert [(row["case"], row["call"], row["gate"]) for row in rows] == [
         ("one", "training step", "pass"),
+        ("one", "evaluation", "pass"),
         ("one", "sampling", "pass"),
         ("three", "training step", "fail"),
+        ("three", "evaluation", "fail"),
     ]
     out = capsys.readouterr().out
     assert "two: left out, no_such_library is not installed" in out and "no speed is told" in out
+
+
+def test_every_case_has_a_loss():
+    for name, make in swap.CASES.items():
+        torch.manual_seed(0)
+        try:
+            model, loss, _ = make()
+        except ModuleNotFoundError:  # test_the_bench_writes_its_rows… says what is told of it
+            continue
+        assert loss(model).isfinite(), name

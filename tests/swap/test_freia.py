@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from genkernels.swap import swap_
-from tests.swap.checks import DTYPES, check_swap, draw
+from genkernels.swap import _coupling, swap_
+from tests.swap.checks import DTYPES, check_swap, draw, same
 
 pytest.importorskip("FrEIA", reason="needs the extra bench")
 
@@ -39,7 +41,9 @@ def both_ways(x, *conditions):
 @pytest.mark.parametrize("channels", [4, 5])
 @pytest.mark.parametrize("clamp_activation", ["ATAN", "TANH"])
 @pytest.mark.parametrize("kind", ["GLOWCouplingBlock", "RNVPCouplingBlock"])
-def test_two_sided(not_on_a_cpu, kind, clamp_activation, channels, dtype):
+@pytest.mark.parametrize("large", [True, False])
+def test_two_sided(not_on_a_cpu, monkeypatch, large, kind, clamp_activation, channels, dtype):
+    monkeypatch.setattr(_coupling, "SMALL", -1 if large else 1 << 16)
     options = {"subnet_constructor": linear, "clamp": 1.3, "clamp_activation": clamp_activation}
     make = lambda: getattr(modules, kind)([(channels,)], **options)  # noqa: E731
     x = (2 if dtype == torch.float64 else 0.5) * draw(5, channels, dtype=dtype)
@@ -84,3 +88,50 @@ def test_what_stays_and_a_clamp_that_changes():
         found = block((x,))
         expected = modules.GLOWCouplingBlock.forward(block, (x,))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(3,), (2, 4, 3)])
+def test_a_residual_block(size, dtype):
+    """The same probes, so the same numbers, in both directions; the gradient of z is FrEIA's."""
+    torch.manual_seed(0)
+    options = {"internal_size": 6, "hutchinson_samples": 3, "jacobian_iterations": 12}
+    theirs = modules.IResNetLayer([size], **options).to(dtype)
+    with torch.no_grad():
+        for layer in theirs.layers:
+            layer.weight /= 4
+    ours, x = copy.deepcopy(theirs), draw(5, *size, dtype=dtype)
+    report = swap_(ours)
+    assert "has a gradient" in report.entries[0].reason
+    for rev in (False, True):
+        found = []
+        for block in (theirs, ours):
+            torch.manual_seed(4)
+            (z,), log_det = block([x.clone()], rev=rev)
+            grads = torch.autograd.grad(z.square().sum(), list(block.parameters()))
+            found.append([z.detach(), log_det.detach(), *grads])
+        for a, b in zip(*found, strict=True):
+            same(b, a, dtype, f"gradient {rev=}")
+        assert log_det.requires_grad
+    with torch.no_grad():
+        assert ours([x], jac=False)[1] is None and torch.equal(ours([x], jac=False)[0][0], theirs([x], jac=False)[0][0])
+
+
+def test_the_gradient_of_a_residual_blocks_log_determinant():
+    torch.manual_seed(0)
+    block = modules.IResNetLayer([(2,)], internal_size=5, hutchinson_samples=4000).double()
+    with torch.no_grad():
+        for layer in block.layers:
+            layer.weight *= 0.7
+    swap_(block)
+    x = draw(1, 2, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda v: v + block.residual(v), x[0], create_graph=True)
+    expected = torch.autograd.grad(jacobian.logdet(), [layer.weight for layer in block.layers])
+    found = torch.autograd.grad(block([x])[1].sum(), [layer.weight for layer in block.layers])
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm()
+    block.layers[0].weight.data *= 1e3  # expands: the steps of FrEIA go nowhere, and no other answer is made up
+    with torch.no_grad():
+        (found,), _ = block([x], rev=True, jac=False)
+        expected = modules.IResNetLayer.forward(block, [x], rev=True, jac=False)[0][0]
+    torch.testing.assert_close(found, expected, equal_nan=True)

@@ -275,7 +275,7 @@ def test_a_flow():
     x, context = draw(5, 4, dtype=torch.float64), draw(5, 3, dtype=torch.float64, seed=1)
     report = check_swap(make, lambda m: {"log p": m.log_prob(x, context)}, torch.float64, swapped=4)
     reasons = [entry.reason for entry in report.stayed]
-    assert len(reasons) == 1 and "nothing to gain" in reasons[0]
+    assert len(reasons) == 1 and "a few per cent" in reasons[0]
     torch.manual_seed(0)
     theirs, context = make().eval(), context.float()
     torch.manual_seed(5)
