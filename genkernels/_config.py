@@ -156,6 +156,19 @@ class TrainConfig:
             raise UsageError(f"a run must be of at most {LONGEST:,} steps, got {steps}")
         return max(1, math.ceil(steps))
 
+    def pauses(self, done: int, total: int, held_out: int) -> dict[str, float]:
+        """How many evaluations, sheets and checkpoints come after `done` of `total` steps, where nothing is left open
+        but `checkpoint_every`. The last evaluation is followed, if of fewer, by one of all `held_out` examples."""
+
+        def count(every: int) -> int:
+            return (total // every - done // every + bool(total % every) if every else 1) if done < total else 0
+
+        evaluations = count(self.eval_every)
+        saves = evaluations if self.checkpoint_every is None else count(self.checkpoint_every)
+        few = min(self.eval_examples or held_out, held_out)
+        whole = held_out / few if evaluations and few < held_out else 0
+        return {"evaluate": evaluations + whole, "draw": count(self.sample_every), "save": saves}
+
     def lr_at(self, step: int, total: int) -> float:
         """The step size of `step` in a run of `total` steps. A pure function, so that a resumed run needs no scheduler
         state."""
