@@ -216,12 +216,19 @@ def _sample(sub: Parser) -> None:
     sub.add_argument("--n", type=int, metavar="N", help="how many (default: 64 images or 2000 points)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
     sub.add_argument(
-        "--label", metavar="K", help="the class of every sample, as the data call it (models with classes)"
+        "--label",
+        metavar="K[,K]",
+        action="append",
+        default=[],
+        help="the class of the samples, as the data call it; of several, as many each, on a sheet a row (repeatable; "
+        "models with classes)",
     )
     sub.add_argument(
         "--inpaint",
         metavar="PART",
-        help="keep this part of held-out images and draw the rest (PixelCNN family): top-half, top-quarter, left-half",
+        help="draw a part of held-out images anew (pixelcnn, gatedpixelcnn): keep top-half, top-quarter or left-half, "
+        "or draw bottom, right, centre or left, or the white of a mask, F.png or F.npy; pixels are drawn row by row, "
+        "each given those before it",
     )
     sub.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at once (default: 256)")
     sub.add_argument(

@@ -108,16 +108,24 @@ def check_fits(bundle, model, config: dict, part: str | None = None):
     return bundle
 
 
-def class_number(label: str | None, model, config: dict) -> int | str | None:
-    """The number of the class that the user calls `label`; runs of earlier versions call theirs by their numbers."""
+def class_names(model, config: dict) -> list[str]:
+    """What the user calls the classes of a run; those of earlier versions are called by their numbers."""
+    return config["data"].get("classes") or [str(i) for i in range(model.num_classes or 0)]
+
+
+def class_numbers(given: list[str], model, config: dict) -> list[int]:
+    """The numbers of the classes that ``--label`` names: several of them with commas between, or by several flags."""
     from genkernels.data.bundle import listed
 
-    if label is None or not model.num_classes:
-        return label  # what a model without classes says to one is told by `sample`
-    names = config["data"].get("classes") or [str(i) for i in range(model.num_classes)]
-    if label not in names:
-        raise UsageError(f"--label must be one of {listed(names)}, got {label!r}{nearest(label, names, listed=True)}")
-    return names.index(label)
+    names = class_names(model, config)
+    wished = [label for text in given for label in ([text] if text in names else text.split(","))]
+    for i, label in enumerate(wished):
+        if model.num_classes and label not in names:  # what a model without classes says to one is told by `sample`
+            hint = nearest(label, names, listed=True)
+            raise UsageError(f"--label must be one of {listed(names)}, got {label!r}{hint}")
+        if label in wished[:i]:
+            raise UsageError(f"--label must name a class once, got {label!r} twice")
+    return [names.index(label) for label in wished] if model.num_classes else [0] * bool(wished)
 
 
 def _words(shape, levels) -> str:
