@@ -123,6 +123,35 @@ class RichBar(Bar):
         self._display.stop()
 
 
+class Waiting:
+    """What is being done to data and how much of it is done, from the second second on: one line over and over on a
+    `terminal`, a line every ten seconds elsewhere."""
+
+    def __init__(self, stream: TextIO | None, head: str, terminal: bool, quiet: bool = False) -> None:
+        self._stream, self._head, self._terminal = stream, head, terminal
+        self._quiet, self._drawn = quiet or stream is None, False
+        self._next = time.monotonic() + 1.0
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if self._quiet or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + (0.1 if self._terminal else 10.0)
+        text = f"{self._head}: {what} {done:,} of {total:,} images"
+        self._write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
+        self._drawn = True
+
+    def close(self) -> None:
+        if self._drawn and self._terminal:
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._quiet = True
+
+
 def duration(seconds: float) -> str:
     """``1:23:45``, ``3:07``: hours only where there are any."""
     minutes, rest = divmod(int(seconds + 0.5), 60)

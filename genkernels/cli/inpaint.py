@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from genkernels import data
 from genkernels._words import UsageError, nearest, notice
-from genkernels.cli.load import check_fits
+from genkernels.cli.load import check_fits, load_data
 from genkernels.cli.sample import save_npz
 from genkernels.data.spec import reason
 from genkernels.models import MODELS
@@ -38,7 +37,7 @@ def complete(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
         raise UsageError(
             f"{type(model).__name__} cannot in-paint: only models that draw pixel by pixel can, {' and '.join(able)}"
         )
-    bundle = data.load(config["data"]["spec"], root=config["data"].get("root"))
+    bundle = load_data(config["data"]["spec"], config["data"].get("root"))
     bundle = check_fits(bundle, model, config, part="test")  # the user's own data may have changed since
     known, what = known_region(arguments.inpaint, bundle.form.shape)
     unseen = not_seen(known, type(model).__name__)

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator
 
 from genkernels._words import UsageError, nearest, notice
+
+
+def load_data(spec: str, root: str | None, quiet: bool = False):
+    """`genkernels.data.load`, which tells how far it is where that takes long."""
+    from genkernels import data
+    from genkernels._bar import Waiting
+
+    terminal = not quiet and getattr(sys.stderr, "isatty", lambda: False)()
+    if not terminal:  # the bars of what downloads
+        for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+    waiting = Waiting(sys.stderr, f"genkernels: {spec}", terminal, quiet=quiet)
+    try:
+        return data.load(spec, root=root, progress=waiting.update)
+    finally:
+        waiting.close()
 
 
 @contextlib.contextmanager

@@ -131,19 +131,20 @@ def _save_sheet(out: Path, drawn, facts: dict, config: dict, rows: list[int], wi
     chosen."""
     import torch
 
-    from genkernels import data
+    from genkernels.cli.load import load_data
+    from genkernels.data import DataError
     from genkernels.pictures import save
     from genkernels.training.sampling import shown
 
     bundle = real = None
     if beside and facts["data"] and not facts["data"].startswith("hf:"):  # which may have to be downloaded
         try:
-            bundle = data.load(facts["data"], root=config["data"].get("root"))
+            bundle = load_data(facts["data"], config["data"].get("root"))
             x, y = bundle.take("test", len(bundle.test) if wished else len(drawn))
             own = torch.isin(y, torch.tensor(wished)) if wished else slice(None)
             most = None if rows else len(drawn)
             real = x[own][:most], y[own][:most]
-        except (data.DataError, OSError) as error:
+        except (DataError, OSError) as error:
             notice(f"no held-out examples beside the samples: {error}")
         if bundle and list(bundle.form.shape) != list(config["data"].get("shape") or bundle.form.shape):
             real = None  # the data are no longer the run's

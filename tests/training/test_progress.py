@@ -1,4 +1,5 @@
 import io
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genkernels._bar import Bar, bar_on, duration, number, rate_text
+from genkernels._bar import Bar, Waiting, bar_on, duration, number, rate_text
 from genkernels._config import TrainConfig
 from genkernels._interrupt import Interrupt
 from genkernels._loss_file import LossFile
@@ -130,6 +131,26 @@ def test_the_time_left_is_told_within_a_fifth_over_the_last_half(now):
     long.update(5, list)
     long.update(7, list)
     assert "left" in long.stream.getvalue()
+
+
+def test_waiting_for_data_is_told_from_the_second_second_on(now):
+    for terminal, every in ((True, 0.1), (False, 10.0)):
+        stream = io.StringIO()
+        waiting = Waiting(stream, "genkernels: folder:pics", terminal)
+        for done in range(0, 4000, 10):
+            now[0] += 0.05
+            waiting.update("decoding", done, 4000)
+        waiting.close()
+        drawn = re.split("\r\x1b\\[K" if terminal else "\n", stream.getvalue())
+        texts = [text for text in drawn if text]
+        assert texts[0] == "genkernels: folder:pics: decoding 190 of 4,000 images"
+        assert len(texts) == pytest.approx(19 / every, abs=19 if terminal else 1) and drawn[-1] == ""
+    quick = io.StringIO()
+    waiting = Waiting(quick, "a", True)
+    waiting.update("decoding", 1, 2)
+    waiting.close()
+    Waiting(None, "a", False).update("decoding", 1, 2)
+    assert quick.getvalue() == ""
 
 
 def test_where_rich_is_missing_a_terminal_gets_plain_lines(now, monkeypatch):
