@@ -13,6 +13,7 @@ ACCELERATORS = ("auto", "cpu", "gpu")
 STRATEGIES = ("auto", "ddp")
 SCHEDULES = ("constant", "cosine", "linear")
 LONGEST = 10**12  # steps
+MOST_THREADS, MOST_WORKERS = 1024, 256  # what no machine gains by
 
 #: What a resumed run may be told anew. The rest (seed, batch size, …) fixes which examples and noise a step sees.
 CHANGEABLE = frozenset(
@@ -103,6 +104,8 @@ class TrainConfig:
         _integers(self, 1, "max_steps", "log_every", "eval_batch_size", "samples", "threads", optional=True)
         _integers(self, 0, "workers", "patience")
         _integers(self, 0, "warmup", "eval_examples", "eval_every", "sample_every", "checkpoint_every", optional=True)
+        for name, most in (("threads", MOST_THREADS), ("workers", MOST_WORKERS)):
+            _require(self, name, (getattr(self, name) or 0) <= most, f"at most {most:,}")
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"seed must be an integer of 64 bits, got {self.seed!r}")
         _require(self, "epochs", self.epochs is None or _finite(self.epochs) and self.epochs > 0, "positive")

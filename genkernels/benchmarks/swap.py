@@ -144,7 +144,12 @@ def factory(name: str) -> Made:
         raise UsageError(f"swap: {name}: no module named {error.name!r} can be imported from here") from error
     except AttributeError as error:
         raise UsageError(f"swap: module {module} must have a function {function}, it has none") from error
-    made = make()
+    if not callable(make):
+        raise UsageError(f"swap: {name} must be a function, got {type(make).__name__}")
+    try:
+        made = make()
+    except Exception as error:
+        raise UsageError(f"swap: {name}() raised {type(error).__name__}: {error} (--debug shows where)") from error
     parts = made if isinstance(made, tuple) else (made,)
     fits = 2 <= len(parts) <= 3 and isinstance(parts[0], nn.Module) and all(callable(part) for part in parts[1:])
     if not fits:

@@ -25,7 +25,7 @@ def run(arguments) -> int:
         if arguments.data:
             bundle = load_data(arguments.data, data_root(arguments.data, arguments.data_root))
         else:
-            bundle = load_data(config["data"]["spec"], arguments.data_root or config["data"].get("root"))
+            bundle = load_data(config["data"].get("spec"), arguments.data_root or config["data"].get("root"))
         bundle = check_fits(bundle, model, config, part=None if arguments.data else arguments.split)
         for note in _notes(bundle, config, arguments) if arguments.data else ():
             print(f"genkernels: {note}", file=sys.stderr)

@@ -37,7 +37,7 @@ def complete(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
         raise UsageError(
             f"{type(model).__name__} cannot in-paint: only models that draw pixel by pixel can, {' and '.join(able)}"
         )
-    bundle = load_data(config["data"]["spec"], config["data"].get("root"))
+    bundle = load_data(config["data"].get("spec"), config["data"].get("root"))
     bundle = check_fits(bundle, model, config, part="test")  # the user's own data may have changed since
     known, what = known_region(arguments.inpaint, bundle.form.shape)
     unseen = not_seen(known, type(model).__name__)
@@ -64,7 +64,7 @@ def complete(arguments, model, config: dict, state: dict, n: int, out: Path) -> 
         title = f"{type(model).__name__} on {config['data']['spec']}, step {state['step']:,}"
         note = f"held-out pictures with {what}, temperature {arguments.temperature:g}"
         headings = ["whole", "kept", "completed"] * across
-        facts = {"model": type(model).__name__, "data": config["data"]["spec"], "step": state["step"]}
+        facts = {"model": type(model).__name__, "data": config["data"].get("spec"), "step": state["step"]}
         facts |= {"in-painted": arguments.inpaint, "temperature": arguments.temperature, "seed": arguments.seed}
         save(out, sheet(triples, 3 * across, title=title, note=note, headings=headings, group=3), facts)
     print(
@@ -142,7 +142,8 @@ def _mask(path: Path, height: int, width: int) -> Tensor:
     except UsageError:
         raise
     except Exception as error:  # Pillow and numpy raise whatever a damaged file makes them stumble over
-        why = getattr(error, "strerror", None) or reason(error)
+        pickled = path.suffix.lower() == ".npy" and "allow_pickle" in str(error)
+        why = getattr(error, "strerror", None) or ("it is no array of numpy.save" if pickled else reason(error))
         raise UsageError(f"the mask {path} cannot be read: {why}") from None
     if values.shape != (height, width):
         got = "colours" if path.suffix.lower() == ".png" else f"an array of shape {list(values.shape)}"

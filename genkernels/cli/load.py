@@ -8,14 +8,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
+from genkernels._config import MOST_THREADS
 from genkernels._words import UsageError, nearest, notice
 
 
-def load_data(spec: str, root: str | None, quiet: bool = False):
+def load_data(spec: str | None, root: str | None, quiet: bool = False):
     """`genkernels.data.load`, which tells how far it is where that takes long."""
     from genkernels import data
     from genkernels._bar import Waiting
 
+    if spec is None:
+        raise UsageError("the run's config.json must say which data it was trained on, it does not")
     terminal = not quiet and getattr(sys.stderr, "isatty", lambda: False)()
     if not terminal:  # the bars of what downloads
         for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
@@ -33,8 +36,10 @@ def surroundings(arguments) -> Iterator[None]:
     from genkernels._machine import cpu_threads
     from genkernels.backends import current_backend, use_backend
 
-    if arguments.threads is not None and arguments.threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.threads is not None and not 1 <= arguments.threads <= MOST_THREADS:
+        raise UsageError(f"--threads must be at least 1 and at most {MOST_THREADS:,}, got {arguments.threads}")
+    if arguments.seed is not None and not -(2**63) <= arguments.seed < 2**63:
+        raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
     with use_backend(arguments.backend or current_backend()), cpu_threads(arguments.threads):
         yield
 

@@ -18,8 +18,6 @@ def run(arguments) -> int:
             raise UsageError(f"{flag} must be at least 1, got {value}")
     if not 0 <= arguments.temperature < float("inf"):
         raise UsageError(f"--temperature must be 0 or positive, got {arguments.temperature}")
-    if not -(2**63) <= arguments.seed < 2**63:
-        raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
     from genkernels.cli.load import class_names, class_numbers, load, options, surroundings
     from genkernels.cli.train import as_name
 

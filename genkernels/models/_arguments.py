@@ -16,7 +16,8 @@ def recorded(init):
 
     `Model` puts it around each subclass's ``__init__``, so that a constructor holds nothing but the model. What an
     annotation says is checked where it is ``int`` (a count or a size: at least 0), ``float`` (finite), ``bool``, each
-    with or without ``| None``, or a tuple, which lists become; an argument without one is taken as it is.
+    ``str`` (not empty), each with or without ``| None``, or a tuple, which lists become; an argument without one is
+    taken as it is.
     """
     signature = inspect.signature(init)
 
@@ -68,12 +69,18 @@ def _checked(model: str, name: str, value: Any, annotation: Any) -> Any:
         raise ValueError(f"{model}: {name} must be an integer, got {value!r}")
     if wanted == "int" and value < (least := int(name in _AT_LEAST_ONE)):
         raise ValueError(f"{model}: {name} must be at least {least}, got {value}")
+    if wanted == "int" and value >= 2**31:  # beyond which torch's own words are those of its source
+        raise ValueError(f"{model}: {name} must be less than 2^31, got {value}")
     if wanted == "float" and not ((is_integer or isinstance(value, float)) and math.isfinite(value)):
         raise ValueError(f"{model}: {name} must be a finite number, got {value!r}")
     if wanted == "bool" and not isinstance(value, bool):
         raise ValueError(f"{model}: {name} must be True or False, got {value!r}")
+    if wanted == "str" and rest in ("", "None") and not (isinstance(value, str) and value):
+        raise ValueError(f"{model}: {name} must be a word, got {value!r}")
     if wanted.startswith("tuple[") and isinstance(value, list | tuple):
         return tuple(value)  # as it was, whether it comes from JSON or is a torch.Size
+    if wanted.startswith("tuple[") and rest in ("", "None") and name != "shape":
+        raise ValueError(f"{model}: {name} must be a list, got {value!r}")
     return value
 
 

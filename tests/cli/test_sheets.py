@@ -173,7 +173,7 @@ def test_the_default_name_of_a_sheet_tells_what_was_done(runs, tmp_path, capsys)
         (np.ones((4, 8), bool), "must be 8x8, black and white, got an array of shape [4, 8]"),
         (np.full((8, 8), 0.5), "must be False and True, or 0 and 1 alone, 64 of its pixels are not"),
         (np.full((8, 8), np.nan), "must be False and True, or 0 and 1 alone, 64 of its pixels are not"),
-        (np.array([[None]]), "cannot be read: "),
+        (np.array([[None]]), "cannot be read: it is no array of numpy.save"),
         (np.arange(64).reshape(8, 8) < 40, "of what is kept nothing comes before what is to be drawn"),
         (b"", "cannot be read: "),
         (b"nothing of the kind", "cannot be read: "),
