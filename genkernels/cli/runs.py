@@ -44,8 +44,8 @@ def _row(folder: Path) -> list[str] | None:
     if not now:
         try:
             results = json.loads(run.metrics.read_bytes())
-            first = next(iter(results["held_out"].values()))
-            held = f"{first['value']:.4f} {first['unit']}".rstrip() if first["value"] is not None else "NaN"
+            name, first = next(iter(results["held_out"].items()))
+            held = "NaN" if first["value"] is None else f"{first['value']:.4f} {first['unit'] or name}"
             rate = f"{results['images_per_second']:,.0f}" if results.get("images_per_second") else ""
             early = "stopped early" if results.get("stopped_early") else ""
             return [*head, f"{results['steps']:,}", held, rate, written, early]
