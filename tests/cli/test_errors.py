@@ -61,7 +61,7 @@ def test_a_backend_in_the_environment_is_checked(refused, run_folder, monkeypatc
 
 
 def test_inpainting_that_cannot_be_done(refused, run_folder):
-    sentence = "NICE cannot in-paint: only models that draw pixel by pixel can, pixelcnn and gatedpixelcnn"
+    sentence = "NICE cannot in-paint: only models that draw pixel by pixel can, pixelcnn"
     assert sentence in refused("sample", run_folder, "--inpaint", "top-half")
     assert "--label cannot be given" in refused("sample", run_folder, "--inpaint", "top-half", "--label", 1)
 
