@@ -9,6 +9,9 @@ from typing import Any
 
 #: Arguments of which a model has at least one: a width, or how often a part is repeated that there is no model without.
 _AT_LEAST_ONE = {"width", "hidden", "steps", "transforms"}
+#: How often a part is repeated, and how wide it is: of more, a model would be built until the memory is full.
+_PARTS = "steps transforms couplings blocks layers hidden_layers pixel_layers prior_layers flows depth"
+_AT_MOST = {"scales": 30, **dict.fromkeys(_PARTS.split(), 1000), **dict.fromkeys(("width", "hidden"), 10**6)}
 
 
 def recorded(init):
@@ -69,8 +72,8 @@ def _checked(model: str, name: str, value: Any, annotation: Any) -> Any:
         raise ValueError(f"{model}: {name} must be an integer, got {value!r}")
     if wanted == "int" and value < (least := int(name in _AT_LEAST_ONE)):
         raise ValueError(f"{model}: {name} must be at least {least}, got {value}")
-    if wanted == "int" and value >= 2**31:  # beyond which torch's own words are those of its source
-        raise ValueError(f"{model}: {name} must be less than 2^31, got {value}")
+    if wanted == "int" and value > (most := _AT_MOST.get(name, 2**31 - 1)):
+        raise ValueError(f"{model}: {name} must be at most {most:,}, got {value:,}")
     if wanted == "float" and not ((is_integer or isinstance(value, float)) and math.isfinite(value)):
         raise ValueError(f"{model}: {name} must be a finite number, got {value!r}")
     if wanted == "bool" and not isinstance(value, bool):
