@@ -189,6 +189,13 @@ class TrainConfig:
 _CHOICES = {"precision": PRECISIONS, "accelerator": ACCELERATORS, "strategy": STRATEGIES, "schedule": SCHEDULES}
 
 
+def check_threads(count: int | None, called: str = "--threads") -> None:
+    """A UsageError where that is no number of CPU threads; None is torch's choice."""
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        bound = "at least 1" if count < 1 else f"at most {MOST_THREADS:,}"
+        raise UsageError(f"{called} must be {bound}, got {count}")
+
+
 def _finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genkernels._config import check_threads
 from genkernels._files import refuse_unwritable, write_json
 from genkernels._machine import device_name, versions
 from genkernels._version import commit
@@ -111,6 +112,7 @@ def table(rows: list[Row]) -> str:
 
 def main(quick: bool = False, json: str | os.PathLike | None = None, threads: int | None = None) -> int:
     """Every case whose library is installed; what is not is named."""
+    check_threads(threads, "bench: threads")
     if threads is not None:
         torch.set_num_threads(threads)
     if json is not None:

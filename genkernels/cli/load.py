@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from genkernels._config import MOST_THREADS
+from genkernels._config import check_threads
 from genkernels._words import UsageError, nearest, notice
 
 
@@ -36,8 +36,7 @@ def surroundings(arguments) -> Iterator[None]:
     from genkernels._machine import cpu_threads
     from genkernels.backends import current_backend, use_backend
 
-    if arguments.threads is not None and not 1 <= arguments.threads <= MOST_THREADS:
-        raise UsageError(f"--threads must be at least 1 and at most {MOST_THREADS:,}, got {arguments.threads}")
+    check_threads(arguments.threads)
     if arguments.seed is not None and not -(2**63) <= arguments.seed < 2**63:
         raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
     with use_backend(arguments.backend or current_backend()), cpu_threads(arguments.threads):
