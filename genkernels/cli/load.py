@@ -20,7 +20,7 @@ def load_data(spec: str | None, root: str | None, quiet: bool = False):
     if spec is None:
         raise UsageError("the run's config.json must say which data it was trained on, it does not")
     terminal = not quiet and getattr(sys.stderr, "isatty", lambda: False)()
-    if not terminal:  # the bars of what downloads
+    if spec.startswith("hf:") and not terminal:  # the bars of what downloads
         for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
     waiting = Waiting(sys.stderr, f"genkernels: {spec}", terminal, quiet=quiet)
