@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 MARKS = 256  # moments of a run that the time left is told by
+SHORT = 2.0  # seconds, over less of which no pace is taken
 
 
 def bar_on(stream: TextIO | None, total: int, start: int = 0, *, quiet: bool = False) -> Bar:
@@ -21,28 +22,48 @@ def bar_on(stream: TextIO | None, total: int, start: int = 0, *, quiet: bool = F
 
 
 class Bar:
-    """A line every so many seconds, for a run of `total` steps of which `start` are done."""
+    """A line every so many seconds, for a run of `total` steps of which `start` are done.
+
+    Attributes:
+        ahead: when so many steps are done, how many pauses of each kind, evaluations or sheets, are still to come.
+    """
+
+    ahead: Callable[[int], Mapping[str, float]] = staticmethod(lambda done: {})
 
     def __init__(self, total: int, start: int, stream: TextIO, every: float = 10.0, quiet: bool = False) -> None:
         self.total, self.start, self.done, self.stream, self.quiet = total, start, start, stream, quiet
         self._every, self._drawn, self._marks = every, -float("inf"), [(time.monotonic(), start)]
+        self._pauses: dict[str, list[float]] = {}
+        self._paused = 0.0
 
     def update(self, done: int, parts: Callable[[], list[str]]) -> None:
         """Shows that `done` steps are finished, with ``parts()`` beside it; not where it was shown just now."""
         self.done, now = done, time.monotonic()
         if len(self._marks) >= MARKS:
             del self._marks[1::2]
-        self._marks.append((now, done))
+        self._marks.append((now - self._paused, done))
         if self.quiet or (now - self._drawn < self._every and done < self.total):
             return
         self._drawn = now
         self._draw(parts(), f"{duration(self._left(now))} left")
 
+    def pause(self, kind: str, seconds: float) -> None:
+        """Something beside the steps has taken so long."""
+        self._pauses.setdefault(kind, []).append(seconds)
+        self._paused += seconds
+
     def _left(self, now: float) -> float:
-        """Seconds that are left, at the pace of the newer half of the steps: what the first of all have to wait for
-        says nothing of the others."""
-        then, step = next(mark for mark in reversed(self._marks) if 2 * mark[1] <= self.start + self.done)
-        return (now - then) / max(1, self.done - step) * (self.total - self.done)
+        """Seconds that are left: the steps at the pace of the newest, over half as long as they will take, but of no
+        more than half of them, for what the first of all have to wait for says nothing of the others; and each pause
+        that is ahead at the mean of its kind."""
+        now, steps = now - self._paused, 0.0
+        for then, step in reversed(self._marks):
+            if step < self.done:
+                steps = (now - then) / (self.done - step) * (self.total - self.done)
+                if now - then >= max(SHORT, steps / 2) or 2 * step <= self.start + self.done:
+                    break
+        ahead = self.ahead(self.done)
+        return steps + sum(ahead.get(kind, 0) * sum(took) / len(took) for kind, took in self._pauses.items())
 
     def _draw(self, parts: list[str], left: str) -> None:
         head = f"{self.done / max(1, self.total):4.0%} {self.done}/{self.total}"
@@ -100,6 +121,35 @@ class RichBar(Bar):
 
     def close(self) -> None:
         self._display.stop()
+
+
+class Waiting:
+    """What is being done to data and how much of it is done, from the second second on: one line over and over on a
+    `terminal`, a line every ten seconds elsewhere."""
+
+    def __init__(self, stream: TextIO | None, head: str, terminal: bool, quiet: bool = False) -> None:
+        self._stream, self._head, self._terminal = stream, head, terminal
+        self._quiet, self._drawn = quiet or stream is None, False
+        self._next = time.monotonic() + 1.0
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if self._quiet or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + (0.1 if self._terminal else 10.0)
+        text = f"{self._head}: {what} {done:,} of {total:,} images"
+        self._write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
+        self._drawn = True
+
+    def close(self) -> None:
+        if self._drawn and self._terminal:
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._quiet = True
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ ACCELERATORS = ("auto", "cpu", "gpu")
 STRATEGIES = ("auto", "ddp")
 SCHEDULES = ("constant", "cosine", "linear")
 LONGEST = 10**12  # steps
+MOST_THREADS, MOST_WORKERS = 1024, 256  # what no machine gains by
 
 #: What a resumed run may be told anew. The rest (seed, batch size, …) fixes which examples and noise a step sees.
 CHANGEABLE = frozenset(
@@ -103,6 +104,8 @@ class TrainConfig:
         _integers(self, 1, "max_steps", "log_every", "eval_batch_size", "samples", "threads", optional=True)
         _integers(self, 0, "workers", "patience")
         _integers(self, 0, "warmup", "eval_examples", "eval_every", "sample_every", "checkpoint_every", optional=True)
+        for name, most in (("threads", MOST_THREADS), ("workers", MOST_WORKERS)):
+            _require(self, name, (getattr(self, name) or 0) <= most, f"at most {most:,}")
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"seed must be an integer of 64 bits, got {self.seed!r}")
         _require(self, "epochs", self.epochs is None or _finite(self.epochs) and self.epochs > 0, "positive")
@@ -156,6 +159,19 @@ class TrainConfig:
             raise UsageError(f"a run must be of at most {LONGEST:,} steps, got {steps}")
         return max(1, math.ceil(steps))
 
+    def pauses(self, done: int, total: int, held_out: int) -> dict[str, float]:
+        """How many evaluations, sheets and checkpoints come after `done` of `total` steps, where nothing is left open
+        but `checkpoint_every`. The last evaluation is followed, if of fewer, by one of all `held_out` examples."""
+
+        def count(every: int) -> int:
+            return (total // every - done // every + bool(total % every) if every else 1) if done < total else 0
+
+        evaluations = count(self.eval_every)
+        saves = evaluations if self.checkpoint_every is None else count(self.checkpoint_every)
+        few = min(self.eval_examples or held_out, held_out)
+        whole = held_out / few if evaluations and few < held_out else 0
+        return {"evaluate": evaluations + whole, "draw": count(self.sample_every), "save": saves}
+
     def lr_at(self, step: int, total: int) -> float:
         """The step size of `step` in a run of `total` steps. A pure function, so that a resumed run needs no scheduler
         state."""
@@ -171,6 +187,13 @@ class TrainConfig:
 
 
 _CHOICES = {"precision": PRECISIONS, "accelerator": ACCELERATORS, "strategy": STRATEGIES, "schedule": SCHEDULES}
+
+
+def check_threads(count: int | None, called: str = "--threads") -> None:
+    """A UsageError where that is no number of CPU threads; None is torch's choice."""
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        bound = "at least 1" if count < 1 else f"at most {MOST_THREADS:,}"
+        raise UsageError(f"{called} must be {bound}, got {count}")
 
 
 def _finite(value) -> bool:

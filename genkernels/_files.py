@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -96,12 +97,33 @@ def lock(folder: Path) -> int | None:
         BlockingIOError: another process has it.
     """
     try:
+        return _flock(folder, "LOCK_EX")
+    except BlockingIOError:  # or has only looked: see `locked`
+        time.sleep(0.1)
+        return _flock(folder, "LOCK_EX")
+
+
+def locked(folder: Path) -> bool:
+    """Whether another process has the `lock` of a folder: one that was killed has it no more."""
+    try:
+        handle = _flock(folder, "LOCK_SH")
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    if handle is not None:
+        os.close(handle)
+    return False
+
+
+def _flock(folder: Path, kind: str) -> int | None:
+    try:
         import fcntl
     except ImportError:
         return None
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, getattr(fcntl, kind) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
         if isinstance(error, BlockingIOError):

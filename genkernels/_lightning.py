@@ -48,6 +48,7 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning(\.|$)")
+            warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")
             yield
     finally:
         logger.setLevel(level)

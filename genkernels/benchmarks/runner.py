@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
+from genkernels._config import check_threads
 from genkernels._files import refuse_unwritable, write_json
 from genkernels._machine import cpu_threads
 from genkernels._words import UsageError, nearest
@@ -87,8 +88,7 @@ def main(
         report.check_plot(plot)
     if limit is not None and not limit > 0:
         raise UsageError(f"bench: limit must be more than 0 seconds, got {limit}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"bench: threads must be at least 1, got {threads}")
+    check_threads(threads, "bench: threads")
     on_device = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
     with cpu_threads(threads), on_device, _whole_fp32(place):
         results = measure(rows, chosen, place, _effort(len(rows), quick, limit), quick=quick, limit=limit)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from genkernels._config import check_threads
 from genkernels._files import refuse_unwritable, write_json
 from genkernels._machine import device_name, versions
 from genkernels._version import commit
@@ -125,6 +126,7 @@ def table(rows: list[Row]) -> str:
 
 def main(quick: bool = False, json: str | os.PathLike | None = None, threads: int | None = None) -> int:
     """Every case whose library is installed; what is not is named."""
+    check_threads(threads, "bench: threads")
     if threads is not None:
         torch.set_num_threads(threads)
     if json is not None:
@@ -158,7 +160,12 @@ def factory(name: str) -> Made:
         raise UsageError(f"swap: {name}: no module named {error.name!r} can be imported from here") from error
     except AttributeError as error:
         raise UsageError(f"swap: module {module} must have a function {function}, it has none") from error
-    made = make()
+    if not callable(make):
+        raise UsageError(f"swap: {name} must be a function, got {type(make).__name__}")
+    try:
+        made = make()
+    except Exception as error:
+        raise UsageError(f"swap: {name}() raised {type(error).__name__}: {error} (--debug shows where)") from error
     parts = made if isinstance(made, tuple) else (made,)
     fits = 2 <= len(parts) <= 3 and isinstance(parts[0], nn.Module) and all(callable(part) for part in parts[1:])
     if not fits:

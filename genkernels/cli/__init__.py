@@ -84,7 +84,7 @@ def _sentence(error: Exception, argv: list[str]) -> str | None:
     if names & {"UsageError", "DataError", "BackendUnavailable", "CheckpointError", "TrainingError"}:
         return _as_typed(str(error), argv)
     if memory_ran_out(error):
-        return "memory ran out: choose a smaller --batch-size"
+        return f"memory ran out{': choose a smaller --batch-size' * (argv[:1] in (['train'], ['sample'], ['eval']))}"
     if isinstance(error, OSError):
         return ": ".join(filter(None, (named_by(error), error.strerror or str(error))))
     return None

@@ -27,6 +27,18 @@ examples:
 """
 
 
+#: What argparse says, and what must hold in its stead.
+_WORDS = (
+    (r"^argument (\S+): invalid int value: (.*)", r"\1 must be a whole number, got \2"),
+    (r"^argument (\S+): invalid float value: (.*)", r"\1 must be a number, got \2"),
+    (r"^argument (\S+): invalid choice: (.*?) \(choose from (.*)\)$", r"\1 must be one of \3, got \2"),
+    (r"^argument (?:\S+/)?(\S+): ignored explicit argument (.*)", r"\1 takes no value, got \2"),
+    (r"^argument (\S+): expected one argument$", r"\1 must be given a value, got none"),
+    (r"^argument (\S+): expected 2 arguments$", r"\1 must be given 2 values, got others"),
+    (r"^the following arguments are required: ([^,]*)(?:, line)?$", r"\1 must be given, got nothing"),
+)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one sentence that name the nearest option."""
 
@@ -41,6 +53,8 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str):
+        for found, words in _WORDS:
+            message = re.sub(found, words, message)
         print(f"genkernels: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -68,6 +82,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         hint = nearest(first, known, listed=True) if first.startswith("-") else ""
         words = hint or f"; {asked.prog} --help lists them"
         parser.error(f"{arguments.command + ': ' if arguments.command else ''}unknown argument {first!r}{words}")
+    for action in commands[arguments.command]._actions if arguments.command != "completion" else ():
+        given = getattr(arguments, action.dest, None)
+        if given == "" or (isinstance(given, list) and "" in given):
+            parser.error(f"{(action.option_strings or [action.metavar])[-1]} must be given a value, got ''")
     return arguments
 
 
@@ -216,12 +234,19 @@ def _sample(sub: Parser) -> None:
     sub.add_argument("--n", type=int, metavar="N", help="how many (default: 64 images or 2000 points)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1.0")
     sub.add_argument(
-        "--label", metavar="K", help="the class of every sample, as the data call it (models with classes)"
+        "--label",
+        metavar="K[,K]",
+        action="append",
+        default=[],
+        help="the class of the samples, as the data call it; of several, as many each, on a sheet a row (repeatable; "
+        "models with classes)",
     )
     sub.add_argument(
         "--inpaint",
         metavar="PART",
-        help="keep this part of held-out images and draw the rest (PixelCNN family): top-half, top-quarter, left-half",
+        help="draw a part of held-out images anew (pixelcnn, gatedpixelcnn): keep top-half, top-quarter or left-half, "
+        "or draw bottom, right, centre or left, or the white of a mask, F.png or F.npy; pixels are drawn row by row, "
+        "each given those before it",
     )
     sub.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at once (default: 256)")
     sub.add_argument(

@@ -41,6 +41,7 @@ def _laid_out(found: re.Match) -> str:
 
 def run(arguments) -> int:
     from genkernels import data
+    from genkernels.cli.load import load_data
     from genkernels.cli.train import as_name, data_root
 
     if arguments.spec is None:
@@ -52,7 +53,7 @@ def run(arguments) -> int:
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out must end in .png, got {str(out)!r}")
     refuse_unwritable(out)
-    bundle = data.load(arguments.spec, root=data_root(arguments.spec, arguments.data_root))
+    bundle = load_data(arguments.spec, data_root(arguments.spec, arguments.data_root))
     form = bundle.form
     print(f"{bundle.name}: {bundle.description}")
     shape = "x".join(map(str, form.shape))

@@ -12,8 +12,7 @@ from genkernels._words import UsageError
 def run(arguments) -> int:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    from genkernels import data
-    from genkernels.cli.load import check_fits, load, options, surroundings
+    from genkernels.cli.load import check_fits, load, load_data, options, surroundings
     from genkernels.cli.train import data_root
     from genkernels.training.judge import evaluate, report
 
@@ -24,9 +23,9 @@ def run(arguments) -> int:
         name = config["model"]["name"]
         chosen = options(arguments.settings, model.evaluate, name, reserved=("batches",))
         if arguments.data:
-            bundle = data.load(arguments.data, root=data_root(arguments.data, arguments.data_root))
+            bundle = load_data(arguments.data, data_root(arguments.data, arguments.data_root))
         else:
-            bundle = data.load(config["data"]["spec"], root=arguments.data_root or config["data"].get("root"))
+            bundle = load_data(config["data"].get("spec"), arguments.data_root or config["data"].get("root"))
         bundle = check_fits(bundle, model, config, part=None if arguments.data else arguments.split)
         for note in _notes(bundle, config, arguments) if arguments.data else ():
             print(f"genkernels: {note}", file=sys.stderr)

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator
 
+from genkernels._config import check_threads
 from genkernels._words import UsageError, nearest, notice
+
+
+def load_data(spec: str | None, root: str | None, quiet: bool = False):
+    """`genkernels.data.load`, which tells how far it is where that takes long."""
+    from genkernels import data
+    from genkernels._bar import Waiting
+
+    if spec is None:
+        raise UsageError("the run's config.json must say which data it was trained on, it does not")
+    terminal = not quiet and getattr(sys.stderr, "isatty", lambda: False)()
+    if spec.startswith("hf:") and not terminal:  # the bars of what downloads
+        for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+    waiting = Waiting(sys.stderr, f"genkernels: {spec}", terminal, quiet=quiet)
+    try:
+        return data.load(spec, root=root, progress=waiting.update)
+    finally:
+        waiting.close()
 
 
 @contextlib.contextmanager
@@ -15,8 +36,9 @@ def surroundings(arguments) -> Iterator[None]:
     from genkernels._machine import cpu_threads
     from genkernels.backends import current_backend, use_backend
 
-    if arguments.threads is not None and arguments.threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
+    check_threads(arguments.threads)
+    if arguments.seed is not None and not -(2**63) <= arguments.seed < 2**63:
+        raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
     with use_backend(arguments.backend or current_backend()), cpu_threads(arguments.threads):
         yield
 
@@ -108,16 +130,24 @@ def check_fits(bundle, model, config: dict, part: str | None = None):
     return bundle
 
 
-def class_number(label: str | None, model, config: dict) -> int | str | None:
-    """The number of the class that the user calls `label`; runs of earlier versions call theirs by their numbers."""
+def class_names(model, config: dict) -> list[str]:
+    """What the user calls the classes of a run; those of earlier versions are called by their numbers."""
+    return config["data"].get("classes") or [str(i) for i in range(model.num_classes or 0)]
+
+
+def class_numbers(given: list[str], model, config: dict) -> list[int]:
+    """The numbers of the classes that ``--label`` names: several of them with commas between, or by several flags."""
     from genkernels.data.bundle import listed
 
-    if label is None or not model.num_classes:
-        return label  # what a model without classes says to one is told by `sample`
-    names = config["data"].get("classes") or [str(i) for i in range(model.num_classes)]
-    if label not in names:
-        raise UsageError(f"--label must be one of {listed(names)}, got {label!r}{nearest(label, names, listed=True)}")
-    return names.index(label)
+    names = class_names(model, config)
+    wished = [label for text in given for label in ([text] if text in names else text.split(","))]
+    for i, label in enumerate(wished):
+        if model.num_classes and label not in names:  # what a model without classes says to one is told by `sample`
+            hint = nearest(label, names, listed=True)
+            raise UsageError(f"--label must be one of {listed(names)}, got {label!r}{hint}")
+        if label in wished[:i]:
+            raise UsageError(f"--label must name a class once, got {label!r} twice")
+    return [names.index(label) for label in wished] if model.num_classes else [0] * bool(wished)
 
 
 def _words(shape, levels) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from genkernels._files import refuse_unwritable
@@ -17,9 +18,7 @@ def run(arguments) -> int:
             raise UsageError(f"{flag} must be at least 1, got {value}")
     if not 0 <= arguments.temperature < float("inf"):
         raise UsageError(f"--temperature must be 0 or positive, got {arguments.temperature}")
-    if not -(2**63) <= arguments.seed < 2**63:
-        raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
-    from genkernels.cli.load import class_number, load, options, surroundings
+    from genkernels.cli.load import class_names, class_numbers, load, options, surroundings
     from genkernels.cli.train import as_name
 
     out = _out(arguments.out)
@@ -33,12 +32,12 @@ def run(arguments) -> int:
         if arguments.inpaint and arguments.settings:
             raise UsageError("--set cannot be given with --inpaint")
         chosen = options(arguments.settings, model.sample, name, reserved=RESERVED)
-        label = class_number(arguments.label, model, config)
+        wished = class_numbers(arguments.label, model, config)
         points = len(model.shape) == 1
         n = arguments.n or (2000 if points else 16 if arguments.inpaint else 64)
         if out is None:
-            words = "" if arguments.label is None else f"-label{as_name(arguments.label)}"
-            words += f"-{arguments.inpaint}" if arguments.inpaint else ""
+            words = f"-label{as_name('-'.join(arguments.label))}" if wished else ""
+            words += f"-{as_name(arguments.inpaint)}" if arguments.inpaint else ""
             words += "".join(f"-{key}{value}" for key, value in chosen.items() if str(value).isalnum())
             words += f"-step{state['step']}" if arguments.checkpoint.isdecimal() else ""
             out = Path(arguments.run).expanduser() / "samples" / f"n{n}-t{arguments.temperature:g}"
@@ -57,37 +56,56 @@ def run(arguments) -> int:
             from genkernels.cli.inpaint import complete
 
             return complete(arguments, model, config, state, n, out)
-        rows = []
-        if sheet and not points and label is None and model.samples_by_class:
-            rows = class_rows(model.num_classes, n)
-        n = len(rows) or n
+        if n < len(wished):
+            raise UsageError(f"--n must be at least 1 for each of the {len(wished)} classes of --label, got {n}")
+        in_rows = sheet and not points and model.samples_by_class and len(wished) != 1
+        if in_rows:
+            labels = [k for k in wished for _ in range(n // len(wished))] or class_rows(model.num_classes, n)
+        elif wished:
+            labels = [wished[i * len(wished) // n] for i in range(n)]
+        else:  # each class in turn
+            labels = [i % model.num_classes for i in range(n)] if model.num_classes and model.samples_by_class else []
+        n = len(labels) or n
         drawn = sample(
             model,
             n,
             temperature=arguments.temperature,
             seed=arguments.seed,
-            label=rows or label,
+            label=labels or None,
             batch_size=arguments.batch_size,
             options=chosen,
         )
     fine = drawn.isfinite().flatten(1).all(1)
     if not fine.any():
         raise UsageError(f"no sample is finite, {out} is left alone: train longer, or lower --temperature")
-    kept = drawn if sheet else drawn[fine]
     if broken := n - int(fine.sum()):
         left_out = "" if sheet else ", and left out"
         notice(f"{broken} of {n} samples are not finite{left_out}: train longer, or lower --temperature")
     facts = {"model": type(model).__name__, "data": config["data"].get("spec"), "step": state["step"]}
     facts |= {"temperature": arguments.temperature, "seed": arguments.seed}
-    facts |= {} if arguments.label is None else {"label": arguments.label}
+    names = class_names(model, config)
+    facts |= {"label": ", ".join(names[k] for k in wished)} if wished else {}
     if sheet:
-        _save_sheet(out, drawn, facts, config, rows, label, arguments.real)
-    elif out.suffix:
-        save_npz(out, kept, config)
+        _save_sheet(out, drawn, facts, config, labels if in_rows else [], wished, arguments.real)
     else:
-        save_each(out, kept, facts)
-    print(f"{out}: {len(kept):,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
+        n, labels = int(fine.sum()), [names[k] for k, good in zip(labels, fine, strict=False) if good]
+        if out.suffix:
+            save_npz(out, drawn[fine], config, **_labelled(labels, names))
+        else:
+            save_each(out, drawn[fine], facts, labels if len(wished) > 1 else [])
+    print(f"{out}: {n:,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
     return 0
+
+
+def _labelled(labels: list[str], names: list[str]) -> dict:
+    """The classes of samples as arrays that ``--data npz:`` reads: by their own numbers, else numbered by name."""
+    import numpy as np
+
+    if not labels:
+        return {}
+    if all(name.isdecimal() for name in names):
+        return {"y": np.array([int(label) for label in labels])}
+    return {"y": np.array([names.index(label) for label in labels]), "classes": np.array(names)}
 
 
 def _out(text: str | None) -> Path | None:
@@ -106,30 +124,38 @@ def _out(text: str | None) -> Path | None:
     return out
 
 
-def _save_sheet(out: Path, drawn, facts: dict, config: dict, rows: list[int], label, beside: bool) -> None:
-    """A sheet under its facts, beside it held-out examples of the run's data, of the same class where one is chosen."""
-    from genkernels import data
+def _save_sheet(out: Path, drawn, facts: dict, config: dict, rows: list[int], wished: list[int], beside: bool) -> None:
+    """A sheet under its facts, beside it held-out examples of the run's data, of the same classes where some are
+    chosen."""
+    import torch
+
+    from genkernels.cli.load import load_data
+    from genkernels.data import DataError
     from genkernels.pictures import save
     from genkernels.training.sampling import shown
 
     bundle = real = None
     if beside and facts["data"] and not facts["data"].startswith("hf:"):  # which may have to be downloaded
         try:
-            bundle = data.load(facts["data"], root=config["data"].get("root"))
-            x, y = bundle.take("test", len(drawn) if label is None else len(bundle.test))
-            own = slice(None) if label is None else y == label
-            real = x[own][: len(drawn)], y[own][: len(drawn)]
-        except (data.DataError, OSError) as error:
+            bundle = load_data(facts["data"], config["data"].get("root"))
+            x, y = bundle.take("test", len(bundle.test) if wished else len(drawn))
+            own = torch.isin(y, torch.tensor(wished)) if wished else slice(None)
+            most = None if rows else len(drawn)
+            real = x[own][:most], y[own][:most]
+        except (DataError, OSError) as error:
             notice(f"no held-out examples beside the samples: {error}")
         if bundle and list(bundle.form.shape) != list(config["data"].get("shape") or bundle.form.shape):
             real = None  # the data are no longer the run's
-    save(out, shown(drawn, facts, bundle if real else None, real, rows), facts | {"n": len(drawn)})
+    picture = shown(drawn, facts, bundle if real else None, real, rows, config["data"].get("classes"))
+    save(out, picture, facts | {"n": len(drawn)})
 
 
-def save_each(folder: Path, images, facts: dict) -> None:
-    """A PNG of each image, as large as it is, into a folder that is new: whole or absent."""
+def save_each(folder: Path, images, facts: dict, labels: Sequence[str] = ()) -> None:
+    """A PNG of each image, as large as it is, into a folder that is new, with `labels` into one for each of them as
+    ``--data folder:`` reads classes: whole or absent."""
     import shutil
 
+    from genkernels.cli.train import as_name
     from genkernels.pictures import save
 
     digits = len(str(len(images) - 1))
@@ -139,13 +165,13 @@ def save_each(folder: Path, images, facts: dict) -> None:
     existed = folder.exists()
     try:
         for i, picture in enumerate(pixels):
-            path = folder / f"{i:0{digits}d}.png"
-            save(path, picture[..., 0] if picture.shape[-1] == 1 else picture, facts | {"number": i})
+            own = {"label": labels[i]} if labels else {}
+            path = folder / (as_name(labels[i]) if labels else "") / f"{i:0{digits}d}.png"
+            save(path, picture[..., 0] if picture.shape[-1] == 1 else picture, facts | own | {"number": i})
     except OSError:
-        for path in folder.glob("*.png"):
-            path.unlink()
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if existed:
+            folder.mkdir()
         raise
 
 

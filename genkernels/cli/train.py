@@ -51,11 +51,11 @@ def run(arguments) -> int:
 
 def _begun(arguments, given: dict):
     """A new run's folder, settings, data and model."""
-    from genkernels import data
     from genkernels._machine import is_main_process
     from genkernels._seeds import derive_seed
     from genkernels.cli.build import fitted, model_class
     from genkernels.cli.forecast import forecast
+    from genkernels.cli.load import load_data
     from genkernels.training.checks import check_model, resolved
     from genkernels.training.rundir import RunDirectory
 
@@ -70,7 +70,7 @@ def _begun(arguments, given: dict):
     if is_main_process():  # under DDP the other processes run this command too, after the first has made the folder
         directory.check(overwrite=arguments.overwrite)
     root = data_root(spec, arguments.data_root or like["data"].get("root"))
-    bundle = data.load(spec, root=root)
+    bundle = load_data(spec, root, quiet=arguments.quiet)
     sizes = like["model"].get("hparams") if name == like["model"].get("name") and arguments.preset is None else None
     seed = TrainConfig(**given).seed if "seed" in given else like["train"].get("seed", 0)
     model, preset, words = fitted(
@@ -135,8 +135,8 @@ def _with_preset(kind: type, preset: str | None, given: dict) -> TrainConfig:
 
 def _continued(arguments, given: dict):
     """The same of a run that goes on: all that the command line leaves open is in its ``config.json``."""
-    from genkernels import data
     from genkernels._seeds import derive_seed, fixed_seed
+    from genkernels.cli.load import load_data
     from genkernels.training.rundir import RunDirectory, build_model
 
     for value, flag in (
@@ -160,7 +160,7 @@ def _continued(arguments, given: dict):
             raise UsageError(f"{directory} was begun with {flag} {begun}, which a resume cannot change, got {wish}")
     config = _merged(old["train"], given)
     spec, root = old["data"].get("spec"), arguments.data_root or old["data"].get("root")
-    bundle = data.load(spec, root=root)
+    bundle = load_data(spec, root, quiet=arguments.quiet)
     check_length(config, bundle)
     with fixed_seed(derive_seed(config.seed, "weights")):  # as begun: it may have been stopped before a checkpoint
         model = build_model(old["model"], directory.path)

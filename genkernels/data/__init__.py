@@ -23,6 +23,7 @@ from os import PathLike
 from genkernels._words import near_names
 from genkernels.data import digits, folder, hub, npz, photos, points
 from genkernels.data.bundle import DataBundle, Form, TensorPairs
+from genkernels.data.images import Progress
 from genkernels.data.spec import DataError
 
 __all__ = ["NAMES", "DataBundle", "Form", "DataError", "TensorPairs", "load"]
@@ -33,7 +34,7 @@ NAMES: dict[str, str] = {
     "photos64": "64x64 crops of the same photographs",
     "two_photos32": "32x32 crops of either photograph as two domains, which nobody has paired",
     **{name: f"{picture}, points in the plane" for name, (_, _, picture) in points.SETS.items()},
-    "hf:NAME[:CONFIG][?size=S]": "images of the Hugging Face Hub, through the package datasets",
+    "hf:NAME[@REVISION][:CONFIG][?size=S]": "images of the Hugging Face Hub, through the package datasets",
     "folder:PATH[?size=S]": "your png, jpg, webp, bmp images; subfolders are classes",
     "folder:A,B[?size=S]": "images of two domains, which nobody has paired",
     "npz:PATH[?layout=nchw|nhwc]": "your arrays x or x_train, x_test, with labels y or y_train, y_test",
@@ -46,7 +47,9 @@ _ALSO_CALLED |= {"two_moons": "moons", "2spirals": "spirals", "circles": "rings"
 _PREFIXES = {"hf": hub.load, "folder": folder.load, "npz": npz.load}
 
 
-def load(spec: str, *, root: str | PathLike[str] | None = None, seed: int = 0) -> DataBundle:
+def load(
+    spec: str, *, root: str | PathLike[str] | None = None, seed: int = 0, progress: Progress | None = None
+) -> DataBundle:
     """Load a data set as a training and a held-out part that share nothing.
 
     What is held out of finite data depends on the data alone, never on `seed`, so that a model trained with
@@ -58,6 +61,8 @@ def load(spec: str, *, root: str | PathLike[str] | None = None, seed: int = 0) -
         root: where relative paths of ``folder:`` and ``npz:`` start (default: the current folder), and the
             cache folder of ``hf:`` (default: that of `datasets`).
         seed: any integer; the same seed gives the same data.
+        progress: called as ``progress("decoding", done, total)`` now and then while the images of ``folder:`` or
+            ``hf:`` are looked at and decoded.
 
     Returns:
         A `DataBundle`; images are uint8 level indices ``[C, H, W]``, points float32 ``[D]``, labels ints.
@@ -81,7 +86,7 @@ def load(spec: str, *, root: str | PathLike[str] | None = None, seed: int = 0) -
         return points.load(spec, seed)
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in _PREFIXES:
-        return _PREFIXES[prefix](spec, rest, root)
+        return _PREFIXES[prefix](spec, rest, root, *([] if prefix == "npz" else [progress]))
     raise DataError(f"{spec}: no data set has this name; {_advice(spec)}")
 
 

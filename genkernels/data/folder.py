@@ -28,7 +28,7 @@ import torch
 
 from genkernels.data.bundle import DataBundle, listed, make_bundle
 from genkernels.data.domains import Domains
-from genkernels.data.images import build, survey
+from genkernels.data.images import Progress, build, survey
 from genkernels.data.parts import find_parts, refuse_parts
 from genkernels.data.spec import DataError, image_side, resolve, split_options
 from genkernels.data.split import hash_order, held_out
@@ -67,17 +67,17 @@ class Files:
         return [path.split("/")[depth] if path.count("/") > depth else "" for path in self.paths]
 
 
-def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
+def load(spec: str, rest: str, root: str | PathLike[str] | None, progress: Progress | None = None) -> DataBundle:
     path, options = split_options(spec, rest, {"size": image_side})
     if not path:
         raise DataError(f"{spec}: the spec must name a folder, as in folder:pictures?size=32")
     if "," in path and not os.path.exists(resolve(spec, path, root)):
-        return _load_domains(spec, path.split(","), options.get("size"), root)
+        return _load_domains(spec, path.split(","), options.get("size"), root, progress)
     base = _base(spec, path, root)
     notes: list[str] = []
     names = find_parts(_subfolders(spec, base))
     files = [_files(spec, base / name, notes, name) for name in names or ("",)]
-    form, contents, more = survey(spec, files, options.get("size"))
+    form, contents, more = survey(spec, files, options.get("size"), progress)
     classes, labels = _classes(spec, files, names, notes)
     if names:
         orders = [hash_order(part.keys()) for part in files]
@@ -89,7 +89,7 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
     contents = [hashes[order] for hashes, order in zip(contents, orders, strict=True)]
     sources = [part.pick(order) for part, order in zip(files, orders, strict=True)]
     what = f"{'colour' if form.channels == 3 else 'grey'} images {form.height}x{form.width} from {path!r}"
-    parts = build(sources, [torch.from_numpy(y) for y in labels], form)
+    parts = build(sources, [torch.from_numpy(y) for y in labels], form, progress)
     return make_bundle(
         spec,
         what,
@@ -103,20 +103,22 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
     )
 
 
-def _load_domains(spec: str, paths: list[str], size: int | None, root: str | PathLike[str] | None) -> DataBundle:
+def _load_domains(
+    spec: str, paths: list[str], size: int | None, root: str | PathLike[str] | None, progress: Progress | None
+) -> DataBundle:
     if len(paths) != 2:
         raise DataError(f"{spec}: two folders must be given as two domains, got {len(paths)}")
     if not all(path.strip() for path in paths):
         raise DataError(f"{spec}: two folders must be given as two domains, got one without a name")
     notes: list[str] = []
     files = [_files(spec, _base(spec, path, root), notes, path.rstrip("/")) for path in paths]
-    form, contents, more = survey(spec, files, size)
+    form, contents, more = survey(spec, files, size, progress)
     orders = [held_out(spec, domain.keys(), f"images in {path!r}") for domain, path in zip(files, paths, strict=True)]
     parts, hashes, labels = [], [], []
     for part in zip(*orders, strict=True):
         sources = [domain.pick(order) for domain, order in zip(files, part, strict=True)]
         unlabelled = [torch.zeros(len(order), dtype=torch.int64) for order in part]
-        parts.append(Domains(*build(sources, unlabelled, form)))
+        parts.append(Domains(*build(sources, unlabelled, form, progress)))
         hashes.append(np.concatenate([content[order] for content, order in zip(contents, part, strict=True)]))
         labels.append(np.repeat([0, 1], [len(order) for order in part]))  # which domain, for the digest
     kind = "colour" if form.channels == 3 else "grey"

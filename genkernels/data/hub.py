@@ -1,7 +1,9 @@
-"""`hf:NAME[:CONFIG][?size=S]`: image data sets of the Hugging Face Hub, through `datasets` and the user's
+"""`hf:NAME[@REVISION][:CONFIG][?size=S]`: image data sets of the Hugging Face Hub, through `datasets` and the user's
 network.
 
-NAME may also be a local folder that `datasets.load_dataset` can read (parquet files, an image folder).
+NAME may also be a local folder that `datasets.load_dataset` can read (parquet files, an image folder). REVISION is a
+branch, a tag or a commit of the repository on the hub; only a commit is the same data for ever. Downloading shows the
+bars of `datasets`, on a terminal; reading headers and decoding are told where they take long.
 
 - Image column: the one called ``image`` or ``img``, else the first of type Image.
 - Label column: ``label``, ``labels``, ``fine_label``, ``class``, ``target`` or ``y`` if it holds class labels
@@ -15,6 +17,7 @@ NAME may also be a local folder that `datasets.load_dataset` can read (parquet f
 
 from __future__ import annotations
 
+import os
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -24,7 +27,7 @@ import numpy as np
 import torch
 
 from genkernels.data.bundle import DataBundle, listed, make_bundle
-from genkernels.data.images import build, survey
+from genkernels.data.images import Progress, build, counted, survey
 from genkernels.data.parts import refuse_parts
 from genkernels.data.spec import DataError, image_side, reason, require, split_options
 from genkernels.data.split import held_out
@@ -75,13 +78,12 @@ class Rows:
         return self.source.encoded(int(self.rows[index]))
 
 
-def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
+def load(spec: str, rest: str, root: str | PathLike[str] | None, progress: Progress | None = None) -> DataBundle:
     body, options = split_options(spec, rest, {"size": image_side})
-    name, _, config = body.partition(":")
-    if not name:
-        raise DataError(f"{spec}: the spec must name a data set, as in hf:ylecun/mnist")
+    name, revision, config = _parse(spec, body)
+    local = os.path.isdir(name)
     library = require(spec, "datasets", "datasets")
-    splits = _fetch(spec, library, name, config or None, root)
+    splits = _fetch(spec, library, name, revision, config, root)
     train_name, test_name = _parts(spec, splits)
     names = list(dict.fromkeys((train_name, test_name)))
     tables = [splits[part] for part in names]
@@ -97,15 +99,17 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
         Cells(table.cast_column(image, library.Image(decode=False)), image, part)
         for part, table in zip(names, tables, strict=True)
     ]
-    form, contents, more = survey(spec, cells, options.get("size"))
+    form, contents, more = survey(spec, cells, options.get("size"), progress)
     sources: list[Any] = list(cells)
     if len(cells) == 1:
         (only,) = cells
-        orders = held_out(spec, (only.key(i) for i in range(len(only))), "images")
+        keys = (only.key(i) for _, _, i in counted(cells, "dividing", progress))
+        orders = held_out(spec, keys, "images")
         sources = [Rows(only, order) for order in orders]
         labels, contents = ([each[0][order] for order in orders] for each in (labels, contents))
-    what = f"{name} of the Hugging Face Hub, {form.channels}x{form.height}x{form.width}"
-    parts = build(sources, [torch.from_numpy(y) for y in labels], form)
+    where = f"the local folder {name!r}" if local else f"{name} of the Hugging Face Hub"
+    what = f"{where}{f' at {revision}' if revision else ''}, {form.channels}x{form.height}x{form.width}"
+    parts = build(sources, [torch.from_numpy(y) for y in labels], form, progress)
     return make_bundle(
         spec,
         what,
@@ -119,10 +123,29 @@ def load(spec: str, rest: str, root: str | PathLike[str] | None) -> DataBundle:
     )
 
 
-def _fetch(spec: str, library: Any, name: str, config: str | None, root: str | PathLike[str] | None) -> Any:
+def _parse(spec: str, body: str) -> tuple[str, str | None, str | None]:
+    """``NAME[@REVISION][:CONFIG]`` in its parts; a folder's name may hold an ``@``."""
+    named, _, config = body.partition(":")
+    name, at, revision = (named, "", "") if os.path.isdir(named) else named.rpartition("@")
+    name, revision = (name, revision) if at else (named, "")
+    if "@" in config:
+        raise DataError(f"{spec}: the revision must stand before the configuration, NAME@REVISION:CONFIG")
+    if not name:
+        raise DataError(f"{spec}: the spec must name a data set, as in hf:ylecun/mnist")
+    if at and not revision.strip():
+        raise DataError(f"{spec}: a branch, a tag or a commit must stand after @, got nothing")
+    if at and os.path.isdir(name):
+        raise DataError(f"{spec}: a local folder has no revisions, got {revision!r} of {name!r}")
+    return name, revision or None, config or None
+
+
+def _fetch(
+    spec: str, library: Any, name: str, revision: str | None, config: str | None, root: str | PathLike[str] | None
+) -> Any:
     """All splits, fetched or from the cache; whatever goes wrong in there becomes one sentence."""
+    given = {"revision": revision} if revision else {}
     try:
-        return library.load_dataset(name, config, cache_dir=None if root is None else str(root))
+        return library.load_dataset(name, config, cache_dir=None if root is None else str(root), **given)
     except ConnectionError as error:
         raise DataError(
             f"{spec}: the Hugging Face Hub cannot be reached, and the cache does not hold {name!r} ({reason(error)})"

@@ -16,7 +16,7 @@ What a picture loses that way, and grey pictures that fill three equal channels,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -41,6 +41,10 @@ _ORIENTED = {"JPEG", "MPO", "WEBP", "PNG"}  # Pillow turns a TIFF by itself; the
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 _EXIF = (b"eXIf", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # the chunks of a PNG that may tell of a turn
 _END = 4096  # bytes at either end by which a file is known again: a PNG's checksum of its pixels is at the end
+
+
+#: Is told what is being done, how much of it is done, and of how much: ``progress("decoding", 64, 1000)``.
+Progress = Callable[[str, int, int], None]
 
 
 class Source(Protocol):
@@ -104,38 +108,46 @@ class EncodedImages(Dataset):
         return decode(self.source, range(len(self))[index], self.form), label
 
 
-def survey(spec: str, sources: Sequence[Source], size: int | None) -> Survey:
+def counted(sources: Sequence[Source], what: str, progress: Progress | None) -> Iterator[tuple[int, Source, int]]:
+    """``(number of the source, source, index)`` of every image in turn; now and then tells how far that is."""
+    done, total = 0, sum(map(len, sources))
+    for number, source in enumerate(sources):
+        for i in range(len(source)):
+            if progress is not None and done % 32 == 0:
+                progress(what, done, total)
+            yield number, source, i
+            done += 1
+
+
+def survey(spec: str, sources: Sequence[Source], size: int | None, progress: Progress | None = None) -> Survey:
     """Read every header, in order, and settle the common form.
 
     Raises:
         DataError: an unreadable image, a kind of pixel that is not 8 bits, or (without `size`) the first
             image whose size is not that of the first of all.
     """
-    first, contents, told = None, [], Counter()
-    for source in sources:
-        hashes = np.empty(len(source), dtype=np.uint64)
-        for i in range(len(source)):
-            header = _header(spec, source, i)
-            hashes[i] = header.content
-            if header.mode not in _GREY | _COLOUR or header.bits > 8:
-                bits = f" at {header.bits} bits" if header.bits > 8 else ""
-                raise DataError(
-                    f"{spec}: pixels must be 8 bits, grey or colour, but {source.name(i)!r} has mode "
-                    f"{header.mode!r}{bits}"
-                )
-            first = first or (source.name(i), header.width, header.height)
-            if size is None and (header.width, header.height) != first[1:]:
-                raise DataError(
-                    f"{spec}: all images must have one size, but {source.name(i)!r} is "
-                    f"{header.width}x{header.height} and {first[0]!r} is {first[1]}x{first[2]} "
-                    "(end the spec with ?size=S to bring all to SxS)"
-                )
-            told["colour"] += header.mode in _COLOUR
-            told["transparent"] += header.transparent
-            told["animated"] += header.animated
-            told["coarse"] += header.mode in _GREY and header.bits < 8
-            told["small"] += size is not None and min(header.width, header.height) < size
-        contents.append(hashes)
+    first, told = None, Counter()
+    contents = [np.empty(len(source), dtype=np.uint64) for source in sources]
+    for number, source, i in counted(sources, "looking at", progress):
+        header = _header(spec, source, i)
+        contents[number][i] = header.content
+        if header.mode not in _GREY | _COLOUR or header.bits > 8:
+            bits = f" at {header.bits} bits" if header.bits > 8 else ""
+            raise DataError(
+                f"{spec}: pixels must be 8 bits, grey or colour, but {source.name(i)!r} has mode {header.mode!r}{bits}"
+            )
+        first = first or (source.name(i), header.width, header.height)
+        if size is None and (header.width, header.height) != first[1:]:
+            raise DataError(
+                f"{spec}: all images must have one size, but {source.name(i)!r} is "
+                f"{header.width}x{header.height} and {first[0]!r} is {first[1]}x{first[2]} "
+                "(end the spec with ?size=S to bring all to SxS)"
+            )
+        told["colour"] += header.mode in _COLOUR
+        told["transparent"] += header.transparent
+        told["animated"] += header.animated
+        told["coarse"] += header.mode in _GREY and header.bits < 8
+        told["small"] += size is not None and min(header.width, header.height) < size
     assert first is not None, "callers refuse empty sources"
     width, height = (size, size) if size else first[1:]
     form = ImageForm(spec, 3 if told["colour"] else 1, height, width, resize=size is not None)
@@ -150,19 +162,17 @@ def survey(spec: str, sources: Sequence[Source], size: int | None) -> Survey:
     return Survey(form, contents, notes)
 
 
-def build(sources: Sequence[Source], labels: Sequence[Tensor], form: ImageForm) -> list[Dataset]:
+def build(
+    sources: Sequence[Source], labels: Sequence[Tensor], form: ImageForm, progress: Progress | None = None
+) -> list[Dataset]:
     """One data set for each source, in memory where all of them fit."""
     count = sum(len(source) for source in sources)
-    pairs = zip(sources, labels, strict=True)
     if count * form.channels * form.height * form.width > IN_MEMORY:
-        return [EncodedImages(source, y, form) for source, y in pairs]
-    parts: list[Dataset] = []
-    for source, y in pairs:
-        x = torch.empty((len(source), *form.shape), dtype=torch.uint8)
-        for i in range(len(source)):
-            x[i] = decode(source, i, form)
-        parts.append(TensorPairs(x, y))
-    return parts
+        return [EncodedImages(source, y, form) for source, y in zip(sources, labels, strict=True)]
+    parts = [torch.empty((len(source), *form.shape), dtype=torch.uint8) for source in sources]
+    for number, source, i in counted(sources, "decoding", progress):
+        parts[number][i] = decode(source, i, form)
+    return [TensorPairs(x, y) for x, y in zip(parts, labels, strict=True)]
 
 
 def decode(source: Source, index: int, form: ImageForm) -> Tensor:

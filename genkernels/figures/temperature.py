@@ -8,6 +8,7 @@ from genkernels._words import UsageError, notice
 
 TITLE = "Samples of a run from cold to hot, the same noise in every row"
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
+MOST = 10_000  # samples a row
 
 
 def add_arguments(parser) -> None:
@@ -28,8 +29,8 @@ def add_arguments(parser) -> None:
 def draw(arguments):
     if bad := [t for t in arguments.temperatures if not 0 <= t < math.inf]:
         raise UsageError(f"--temperatures must be 0 or positive, got {bad[0]}")
-    if arguments.n is not None and arguments.n < 1:
-        raise UsageError(f"--n must be at least 1, got {arguments.n}")
+    if arguments.n is not None and not 1 <= arguments.n <= MOST:
+        raise UsageError(f"--n must be from 1 to {MOST:,}, got {arguments.n}")
     import torch
 
     from genkernels import pictures

@@ -9,6 +9,9 @@ from typing import Any
 
 #: Arguments of which a model has at least one: a width, or how often a part is repeated that there is no model without.
 _AT_LEAST_ONE = {"width", "hidden", "steps", "transforms"}
+#: How often a part is repeated, and how wide it is: of more, a model would be built until the memory is full.
+_PARTS = "steps transforms couplings blocks layers hidden_layers pixel_layers prior_layers flows depth"
+_AT_MOST = {"scales": 30, **dict.fromkeys(_PARTS.split(), 1000), **dict.fromkeys(("width", "hidden"), 10**6)}
 
 
 def recorded(init):
@@ -16,7 +19,8 @@ def recorded(init):
 
     `Model` puts it around each subclass's ``__init__``, so that a constructor holds nothing but the model. What an
     annotation says is checked where it is ``int`` (a count or a size: at least 0), ``float`` (finite), ``bool``, each
-    with or without ``| None``, or a tuple, which lists become; an argument without one is taken as it is.
+    ``str`` (not empty), each with or without ``| None``, or a tuple, which lists become; an argument without one is
+    taken as it is.
     """
     signature = inspect.signature(init)
 
@@ -68,12 +72,18 @@ def _checked(model: str, name: str, value: Any, annotation: Any) -> Any:
         raise ValueError(f"{model}: {name} must be an integer, got {value!r}")
     if wanted == "int" and value < (least := int(name in _AT_LEAST_ONE)):
         raise ValueError(f"{model}: {name} must be at least {least}, got {value}")
+    if wanted == "int" and value > (most := _AT_MOST.get(name, 2**31 - 1)):
+        raise ValueError(f"{model}: {name} must be at most {most:,}, got {value:,}")
     if wanted == "float" and not ((is_integer or isinstance(value, float)) and math.isfinite(value)):
         raise ValueError(f"{model}: {name} must be a finite number, got {value!r}")
     if wanted == "bool" and not isinstance(value, bool):
         raise ValueError(f"{model}: {name} must be True or False, got {value!r}")
+    if wanted == "str" and rest in ("", "None") and not (isinstance(value, str) and value):
+        raise ValueError(f"{model}: {name} must be a word, got {value!r}")
     if wanted.startswith("tuple[") and isinstance(value, list | tuple):
         return tuple(value)  # as it was, whether it comes from JSON or is a torch.Size
+    if wanted.startswith("tuple[") and rest in ("", "None") and name != "shape":
+        raise ValueError(f"{model}: {name} must be a list, got {value!r}")
     return value
 
 

@@ -26,6 +26,7 @@ def sheet(
     note: str = "",
     rows: Sequence[str] = (),
     headings: Sequence[str] = (),
+    group: int | None = None,
 ) -> np.ndarray:
     """Lays images out in a grid, row by row.
 
@@ -36,13 +37,15 @@ def sheet(
         note: smaller lines below the title.
         rows: a label for each row, left of it.
         headings: a label for each column, above it.
+        group: how many columns belong together: white gaps lie between such groups.
 
     Returns:
         ``[height, width]`` or ``[height, width, 3]`` bytes: tiles enlarged by a whole factor, separated by grey lines.
         With any text the picture is RGB, the grid on white.
 
     Raises:
-        ValueError: the shape is another, or there are not as many labels as rows or columns.
+        ValueError: the shape is another, there are not as many labels as rows or columns, or `group` does not divide
+            the columns.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"sheet: images must be [N >= 1, 1 or 3, H, W], got {list(images.shape)}")
@@ -52,11 +55,16 @@ def sheet(
     for name, labels, count in (("rows", rows, lines), ("headings", headings, columns)):
         if labels and len(labels) != count:
             raise ValueError(f"sheet: {name} must be {count} labels, got {len(labels)}")
+    group = columns if group is None else group
+    if group < 1 or columns % group:
+        raise ValueError(f"sheet: group must divide the {columns} columns, got {group}")
     factor = _factor(height, width, lines, columns)
+    step_y, step_x = height * factor + _line(factor), width * factor + _line(factor)
     grid = _grid(images, lines, columns, factor)
+    grids = [grid[:, i * step_x : (i + group) * step_x + _line(factor)] for i in range(0, columns, group)]
+    grid, lefts = _beside(grids, _gap(width, factor))
     if title or note or rows or headings:
-        step_y, step_x = height * factor + _line(factor), width * factor + _line(factor)
-        centres = [(i + 0.5) * step_x for i in range(columns)]
+        centres = [lefts[i // group] + (i % group + 0.5) * step_x for i in range(columns)]
         return _labelled(grid, step_y, centres, title, note, rows, headings)
     return grid[..., 0] if channels == 1 else grid
 
@@ -78,14 +86,8 @@ def blocks(
     factor = _factor(height, width, lines, sum(columns for _, columns in parts.values()))
     grids = [_grid(images, lines, columns, factor) for images, columns in parts.values()]
     grids = [np.broadcast_to(grid, (*grid.shape[:2], 3)) for grid in grids]
-    gap = np.full((grids[0].shape[0], max(12, width * factor // 4), 3), 255, np.uint8)
-    joined, centres, left = [], [], 0
-    for grid in grids:
-        joined += [gap, grid] if joined else [grid]
-        left += gap.shape[1] if len(joined) > 1 else 0
-        centres.append(left + grid.shape[1] / 2)
-        left += grid.shape[1]
-    whole = np.concatenate(joined, 1)
+    whole, lefts = _beside(grids, _gap(width, factor))
+    centres = [left + grid.shape[1] / 2 for left, grid in zip(lefts, grids, strict=True)]
     return _labelled(whole, height * factor + _line(factor), centres, title, note, rows, list(parts))
 
 
@@ -109,6 +111,18 @@ def _grid(images: Tensor, lines: int, columns: int, factor: int) -> np.ndarray:
         top, left = line + i // columns * step_y, line + i % columns * step_x
         grid[top : top + height * factor, left : left + width * factor] = picture
     return grid
+
+
+def _gap(width: int, factor: int) -> int:
+    return max(12, width * factor // 4)
+
+
+def _beside(grids: Sequence[np.ndarray], gap: int) -> tuple[np.ndarray, list[int]]:
+    """Grids of one height in a row, white between them, and where each begins."""
+    height, _, channels = grids[0].shape
+    white = np.full((height, gap, channels), 255, np.uint8)
+    lefts = [sum(grid.shape[1] + gap for grid in grids[:i]) for i in range(len(grids))]
+    return np.concatenate([part for grid in grids for part in (white, grid)][1:], 1), lefts
 
 
 def _bytes(images: Tensor) -> Tensor:

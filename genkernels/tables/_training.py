@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from genkernels._config import check_threads
 from genkernels._words import UsageError
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ def check_arguments(arguments) -> None:
         raise UsageError(f"--steps must be at least 1, got {arguments.steps}")
     if not -(2**63) <= arguments.seed < 2**63:
         raise UsageError(f"--seed must be an integer of 64 bits, got {arguments.seed}")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
+    check_threads(arguments.threads)
 
 
 def train(build: Callable[[], Model], bundle: DataBundle, config: TrainConfig) -> Result:

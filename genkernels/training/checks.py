@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ def resolved(config: TrainConfig, examples: int, is_image: bool) -> TrainConfig:
         raise UsageError("accelerator gpu needs an NVIDIA GPU and a CUDA build of torch: this torch sees no GPU")
     if accelerator == "gpu" and config.devices > gpus:
         raise UsageError(f"devices must be at most the {gpus} GPU(s) of this machine, got {config.devices}")
+    if accelerator == "cpu" and config.devices > (most := max(8, os.cpu_count() or 1)):
+        raise UsageError(f"devices must be at most {most} on this CPU, each a process, got {config.devices:,}")
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise UsageError("precision 16-mixed needs a GPU: on the CPU choose 32 or bf16-mixed")
     most = max(examples, 65536)

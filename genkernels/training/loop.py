@@ -135,10 +135,10 @@ def _steps(s: Session) -> None:
             s.hear(due)
             if due.evaluate or due.draw or due.save:
                 watch.check_weights(due)
-                s.judge.evaluate(due)
+                s.pause("evaluate", s.judge.evaluate, due)
                 s.hear(due)
-                s.sheets.draw(due)
-                s.keeper.save(due)
+                s.pause("draw", s.sheets.draw, due)
+                s.pause("save", s.keeper.save, due)
                 watch.clock.restart()
             if due.stop:
                 s.interrupted = due.interrupted

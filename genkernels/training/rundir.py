@@ -82,6 +82,9 @@ class RunDirectory:
             raise UsageError("give --resume or --overwrite, not both")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"the run folder {self} must be a folder, it is a file")
+        for folder in (self.checkpoints, self.samples):
+            if folder.exists() and not folder.is_dir() and begun:
+                raise UsageError(f"{folder} must be a folder, it is a file")
         if resume and not begun:
             raise UsageError(f"there is no run to resume in {self}: it has no config.json")
         if begun and not resume and not overwrite:
@@ -199,7 +202,11 @@ def read_config(path: Path, whole: bool = True) -> dict:
         raise UsageError(f"{path} is damaged: it must have the parts model, data and train")
     if "levels" in found["data"]:  # of format 1
         found["data"]["grey_levels"] = found["data"].pop("levels")
-    model = found["model"]
+    model, data = found["model"], found["data"]
+    kinds = (("hparams", model.get("hparams", {}), dict), ("parameters", model.get("parameters", 0), int))
+    for key, value, kind in (*kinds, ("spec", data.get("spec", ""), str), ("classes", data.get("classes") or [], list)):
+        if not isinstance(value, kind):
+            raise UsageError(f"{path} is damaged: {key} must be of type {kind.__name__}, got {value!r}")
     model["hparams"] = hparams_of_format_1(model.get("name"), model.get("hparams", {}))
     return config | found
 

@@ -113,12 +113,12 @@ class Sheets:
             s.report.picture(step, name, pixels)
 
 
-def shown(drawn: Tensor, facts: dict, bundle: DataBundle | None, real: tuple[Tensor, Tensor] | None, rows=()):
+def shown(drawn, facts: dict, bundle: DataBundle | None, real: tuple[Tensor, Tensor] | None, rows=(), classes=None):
     """The sheet of samples under a title that tells its facts; `rows` as `class_rows` gave them, `real` examples as
-    ``bundle.take`` gives them."""
+    ``bundle.take`` gives them, `classes` by name."""
     x, y = real or (None, None)
     if real and bundle.form.is_image:
         x = x / (bundle.form.grey_levels - 1)
     title = f"{facts['model']} on {facts['data']}, step {facts['step']:,}"
-    words = {"labels": rows, "classes": bundle.classes if bundle else None, "real_labels": y}
+    words = {"labels": rows, "classes": classes or (bundle and bundle.classes), "real_labels": y}
     return samples(drawn, x, title=title, note=f"temperature {facts['temperature']:g}", **words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,8 @@ class Session:
             f"{bundle.description}; {fabric.device}, step {self.start:,} of {self.total:,}"
         )
         self.sheets = Sheets(self)
+        # a step is shown before what is due after it
+        self.report.bar.ahead = lambda done: config.pauses(done - 1, self.total, len(bundle.test))
 
     @property
     def averages(self) -> list[tuple[nn.Module, Average | None]]:
@@ -108,6 +111,13 @@ class Session:
         due.save = due.save or (c.checkpoint_every is None and due.evaluate)
         alone = self.fabric.world_size == 1  # else all of them must agree, which they do where all of them look
         return due if any(every) or self.watch.record.full or (alone and self.interrupt) else None
+
+    def pause(self, kind: str, act: Callable[[Due], None], due: Due) -> None:
+        """Does what is due beside the steps, and lets the bar know how long it took."""
+        began = time.monotonic()
+        act(due)
+        if getattr(due, kind):
+            self.report.bar.pause(kind, time.monotonic() - began)
 
     def hear(self, due: Due) -> None:
         """Whether a signal came in one of the processes: all stop and save at the same step. And the five minutes."""

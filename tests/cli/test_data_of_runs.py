@@ -126,6 +126,20 @@ def test_labels_are_called_as_the_data_call_them(here, refused, capsys):
     assert "got 'fax'; did you mean fox?" in refused("sample run --label fax")
 
 
+def test_several_labels_by_name(here, refused, capsys):
+    argv = ["sample", "run", "--label", "cat,fox", "--n", "5", "--accelerator", "cpu"]
+    assert main([*argv, "--out", "a.png", "--no-real"]) == 0
+    assert Image.open("a.png").text["label"] == "cat, fox"
+    assert main([*argv, "--out", "a.npz"]) == 0
+    arrays = np.load("a.npz")
+    assert arrays["classes"].tolist() == ["cat", "dog", "fox"] and arrays["y"].tolist() == [0, 0, 0, 2, 2]
+    assert data.load("npz:a.npz?layout=nchw").form.num_classes == 2
+    assert main([*argv, "--out", "drawn/"]) == 0
+    assert data.load("folder:drawn").classes == ("cat", "fox")
+    capsys.readouterr()
+    assert "--label must be one of cat, dog, fox, got 'fix'; did you mean fox?" in refused("sample run --label cat,fix")
+
+
 def test_other_data_are_counted_by_the_classes_of_the_run(here):
     from genkernels.training import evaluate, load_model
 

@@ -2,16 +2,23 @@
 
 import inspect
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from genkernels import data, models
+from genkernels._files import lock, locked
 from genkernels.cli import main
 from genkernels.cli.completion import words
+from genkernels.cli.runs import ago
+from tests.processes import Command
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +92,45 @@ def test_runs_stand_beside_each_other(capsys):
     assert second.split()[:6] == ["runs/nice-digits", "nice", "digits", second.split()[3], "2", f"{held:.4f}"]
     assert "damaged" in third and head.split()[0] == "run"
     assert main(["runs", "nowhere"]) == 2 and "there is no folder nowhere" in capsys.readouterr().err
+
+
+def test_a_run_that_trains_is_told_from_one_that_was_killed(capsys):
+    pytest.importorskip("lightning")
+    argv = ["train", "nice", "--data", "moons", "--set", "hidden=8", "--max-steps", "1000000", "--out", "runs/a"]
+    process = Command(*argv, "--quiet", "--accelerator", "cpu", "--eval-every", "0", "--warmup", "1")
+    while not (Path("runs/a/losses.csv").exists() and len(Path("runs/a/losses.csv").read_text().split("\n")) > 9):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.01)
+    head, row = told(capsys, "runs").splitlines()
+    step, total = re.search(r"  ([\d,]+) of ([\d,]+)  ", row).groups()
+    assert int(step.replace(",", "")) >= 8 and total == "1,000,000"
+    assert row.endswith("trains now") and re.search(r"  [\d,]+ +[01] s ago", row), row
+    assert head.split()[-2:] == ["images/s", "written"]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    os.utime("runs/a/losses.csv", (0, time.time() - 7300))
+    os.utime("runs/a/config.json", (0, time.time() - 7500))
+    row = told(capsys, "runs").splitlines()[1]
+    assert re.search(r"  2 h ago +not finished$", row) and "  0 of 1,000,000  " in row, "what was not saved is lost"
+    again = "train", "--out", "runs/a", "--resume", "--max-steps", "3", "--quiet"
+    assert main(list(again)) == 0, "nobody has it any more"
+    handle = lock(Path("runs/a"))
+    assert locked(Path("runs/a")) and "trains now" in told(capsys, "runs")
+    os.close(handle)
+    assert not locked(Path("runs/a"))
+
+
+def test_ages():
+    assert [ago(s) for s in (-3, 59, 119, 120, 7199, 7200, 86400, 200000)] == [
+        "0 s ago",
+        "59 s ago",
+        "119 s ago",
+        "2 min ago",
+        "119 min ago",
+        "2 h ago",
+        "24 h ago",
+        "2 days ago",
+    ]
 
 
 def test_a_shell_completes_commands_options_and_names(capsys):

@@ -2,6 +2,7 @@
 only by name."""
 
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from genkernels import models
+from genkernels._config import TrainConfig
 from genkernels._words import UsageError
-from genkernels.cli import main
+from genkernels.cli import forecast, main
 from genkernels.cli.build import candidates, fitted
 from genkernels.data import Form
 
@@ -76,6 +78,38 @@ def test_a_folder_of_small_pictures_improves_by_the_defaults(tmp_path, monkeypat
         if "): held out" in line or ": held out " in line
     ]
     assert held[-1] < held[0] - 0.2, held
+
+
+def test_what_is_told_first_includes_evaluations_and_sheets(monkeypatch):
+    bundle = SimpleNamespace(train=range(1000), test=list(zip(torch.zeros(80, 1, 4, 4), range(80), strict=True)))
+    config = TrainConfig(max_steps=200, eval_every=20, sample_every=50, eval_examples=40, batch_size=16, samples=9)
+    for name, seconds in (("step", 0.01), ("evaluation", 0.5), ("sheet", 3.0)):
+        monkeypatch.setattr(forecast, f"{name}_seconds", lambda *_, seconds=seconds: seconds)
+    model = torch.nn.Identity()
+    assert forecast.run_seconds(model, bundle, config) == pytest.approx(200 * 0.01 + (10 + 2) * 0.5 + 4 * 3)
+    monkeypatch.undo()
+
+    class Slow(torch.nn.Module):
+        has_prior, num_classes, samples_by_class, shape = True, None, False, (1, 4, 4)
+
+        def evaluate(self, batches):
+            time.sleep(0.05)
+            return {"x": sum(len(x) for x, _ in batches)}
+
+    class ByRow(Slow):
+        def sample(self, n, temperature=1.0, generator=None, progress=None):
+            for row in range(50):
+                time.sleep(0.1)
+                progress(row + 1, 50)
+
+    class AtOnce(Slow):
+        def sample(self, n, temperature, generator):
+            time.sleep(0.01 * n)
+            return torch.zeros(n, 1)
+
+    assert forecast.evaluation_seconds(Slow(), bundle, config) == pytest.approx(3 * 0.05, rel=0.4), "40 by 16"
+    assert forecast.sheet_seconds(ByRow(), config) == pytest.approx(50 * 0.1, rel=0.4)
+    assert forecast.sheet_seconds(AtOnce(), config.changed(samples=40)) == pytest.approx(40 * 0.01, rel=0.4)
 
 
 def test_another_run_with_single_flags_changed(tmp_path, monkeypatch, capsys):

@@ -187,6 +187,36 @@ def test_unusable_sets(hub, refusal):
     refusal("hf:x", "the split 'test' must hold images, and is empty")
 
 
+def test_a_revision(hub, refusal, tmp_path, monkeypatch):
+    part = table(arrays(4))
+    asked = hub(train=part, test=part)
+    for spec, args, revision in (
+        ("hf:owner/name@v1.2", ("owner/name", None), "v1.2"),
+        ("hf:owner/name@refs/pr/3:plain?size=8", ("owner/name", "plain"), "refs/pr/3"),
+    ):
+        bundle = load(spec)
+        assert asked.pop() == (args, {"cache_dir": None, "revision": revision}) and bundle.name == spec
+        assert bundle.description.startswith(f"owner/name of the Hugging Face Hub at {revision}, 3x")
+    refusal("hf:owner/name@", "a branch, a tag or a commit must stand after @, got nothing")
+    refusal("hf:@main", "must name a data set")
+    refusal("hf:owner/name:plain@main", "the revision must stand before the configuration, NAME@REVISION:CONFIG")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a@b").mkdir()
+    (tmp_path / "a").mkdir()
+    bundle = load("hf:a@b")
+    assert asked.pop() == (("a@b", None), {"cache_dir": None}) and "the local folder 'a@b'" in bundle.description
+    refusal("hf:a@v1", "a local folder has no revisions, got 'v1' of 'a'")
+    assert asked == []
+
+
+def test_what_takes_long_is_told(hub):
+    hub(train=table(arrays(70)))
+    told = []
+    load("hf:x", progress=lambda *args: told.append(args))
+    expected = [(what, done, 70) for what in ("looking at", "dividing", "decoding") for done in (0, 32, 64)]
+    assert told == expected
+
+
 def test_no_network_is_one_sentence(refusal, tmp_path):
     said = "the Hugging Face Hub cannot be reached, and the cache does not hold 'no-such-owner/no-such-set'"
     refusal("hf:no-such-owner/no-such-set", said, root=tmp_path)

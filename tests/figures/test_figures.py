@@ -140,11 +140,11 @@ def test_a_run_that_was_killed_is_drawn_without_its_half_row(drawn, runs, tmp_pa
             "NAME must be one of bounds, divergences, energies, jacobians, losses, posteriors, snr, temperature, "
             "vanishing, got 'temprature'; did you mean temperature?",
         ),
-        ("figure temperature", "the following arguments are required: --run"),
+        ("figure temperature", "--run must be given, got nothing"),
         ("figure temperature --rum x --run DIGITS", "figure temperature: unknown argument '--rum'; did you mean --run"),
         ("figure temperature --run DIGITSS", "there is no run in"),
         ("figure temperature --run DIGITS --temperatures -1", "--temperatures must be 0 or positive, got -1.0"),
-        ("figure temperature --run DIGITS --n 0", "--n must be at least 1, got 0"),
+        ("figure temperature --run DIGITS --n 0", "--n must be from 1 to 10,000, got 0"),
         ("figure temperature --run DIGITS --out a.jpg", "--out must end in .png, .pdf, .svg, got 'a.jpg'"),
         ("figure temperature --run DIGITS --out a.pdf", "a picture's name must end in .png, got 'a.pdf'"),
         ("figure losses --run DIGITS --column los", "must be one of loss, grad_norm, lr, seconds in"),

@@ -112,6 +112,24 @@ def test_labels_surround_the_same_tiles():
             sheet(images, 3, **wrong)
 
 
+def test_groups_of_columns_have_gaps_between():
+    images = torch.rand(8, 1, 8, 8)
+    whole, apart = sheet(images, 4), sheet(images, 4, group=2)
+    gap = apart.shape[1] - whole.shape[1]
+    width = (apart.shape[1] - gap + 1) // 2
+    white = apart == 255
+    edges = [x for x in range(apart.shape[1]) if white[:, x].all()]
+    assert len(edges) >= 12 and edges == list(range(edges[0], edges[0] + len(edges))), "one gap, in the middle"
+    assert edges[0] + edges[-1] == apart.shape[1] - 1 and width > len(edges)
+    assert (apart[:, : edges[0]] == whole[:, : edges[0]]).all()
+    assert (apart[:, edges[-1] + 1 :] == whole[:, -edges[0] :]).all()
+    page = sheet(images, 4, group=2, headings=("a", "b", "a", "b"))
+    assert page.shape[1] - sheet(images, 4, headings=("a", "b", "a", "b")).shape[1] == gap
+    for group in (0, 3):
+        with pytest.raises(ValueError, match=f"sheet: group must divide the 4 columns, got {group}"):
+            sheet(images, 4, group=group)
+
+
 def test_classes_are_rows_and_real_pictures_stand_beside():
     rows = pictures.class_rows(10, 64)
     assert rows == [row for row in range(10) for _ in range(6)] and pictures.class_rows(None, 64) == []

@@ -52,6 +52,18 @@ def test_epochs_become_steps():
         TrainConfig().total_steps(95)
 
 
+def test_pauses_that_are_to_come_are_counted():
+    for total, every, save in ((20, 6, None), (20, 5, 3), (7, 9, 0), (1, 1, 1)):
+        config = TrainConfig(max_steps=total, eval_every=every, sample_every=0, checkpoint_every=save, eval_examples=10)
+        for done in range(total + 1):
+            steps = range(done + 1, total + 1)
+            evaluations = sum(step == total or step % every == 0 for step in steps)
+            saves = evaluations if save is None else sum(step == total or save and step % save == 0 for step in steps)
+            expected = {"evaluate": evaluations + 4 * (done < total), "draw": int(done < total), "save": saves}
+            assert config.pauses(done, total, 40) == expected, (total, done)
+            assert config.pauses(done, total, 10)["evaluate"] == evaluations, "all of them each time"
+
+
 def test_the_step_size_is_a_function_of_the_step():
     config = TrainConfig(max_steps=100, lr=1.0, warmup=10, schedule="cosine")
     rates = [config.lr_at(step, 100) for step in range(101)]

@@ -1,4 +1,5 @@
 import io
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -6,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genkernels._bar import Bar, bar_on, duration, number, rate_text
+from genkernels._bar import Bar, Waiting, bar_on, duration, number, rate_text
+from genkernels._config import TrainConfig
 from genkernels._interrupt import Interrupt
 from genkernels._loss_file import LossFile
 from genkernels._words import UsageError
@@ -105,20 +107,50 @@ def test_on_a_terminal_nothing_is_cut(now, monkeypatch, width):
 
 
 def test_the_time_left_is_told_within_a_fifth_over_the_last_half(now):
-    """A slow beginning, and an evaluation in every tenth step."""
-    bar, seconds = Bar(1000, 0, io.StringIO(), quiet=True), [1.0 + 3.0 * (step % 100 == 99) for step in range(1000)]
+    """A slow beginning; an evaluation in every tenth step, the last five times as long as the others; sheets, few and
+    long; steps that take twice as long between those of 0.2 and 0.6."""
+    bar = Bar(1000, 0, io.StringIO(), quiet=True)
+    config = TrainConfig(max_steps=1000, eval_every=100, sample_every=300, eval_examples=10)
+    bar.ahead = lambda done: config.pauses(done - 1, 1000, 40)
+    pauses = {step: {"evaluate": 30.0} for step in range(100, 1000, 100)} | {1000: {"evaluate": 150.0, "draw": 80.0}}
+    for step in (300, 600, 900):
+        pauses[step]["draw"] = 80.0
+    seconds = [1.0 + (200 < step < 600) for step in range(1, 1001)]
     seconds[0] = 400.0
     for step, passed in enumerate(seconds, 1):
         now[0] += passed
         bar.update(step, list)
-        left = sum(seconds[step:])
-        if step >= 500 and left > 20:
-            assert bar._left(now[0]) == pytest.approx(left, rel=0.2), step
+        left = sum(seconds[step:]) + sum(sum(took.values()) for at, took in pauses.items() if at >= step)
+        if step >= 750 or 500 <= step < 550:
+            assert bar._left(now[0]) == pytest.approx(left, rel=0.2 if step >= 750 else 0.5), step
+        for kind, took in pauses.get(step, {}).items():
+            now[0] += took
+            bar.pause(kind, took)
     assert len(bar._marks) <= 257
     long = Bar(10**6, 5, io.StringIO())
     long.update(5, list)
     long.update(7, list)
     assert "left" in long.stream.getvalue()
+
+
+def test_waiting_for_data_is_told_from_the_second_second_on(now):
+    for terminal, every in ((True, 0.1), (False, 10.0)):
+        stream = io.StringIO()
+        waiting = Waiting(stream, "genkernels: folder:pics", terminal)
+        for done in range(0, 4000, 10):
+            now[0] += 0.05
+            waiting.update("decoding", done, 4000)
+        waiting.close()
+        drawn = re.split("\r\x1b\\[K" if terminal else "\n", stream.getvalue())
+        texts = [text for text in drawn if text]
+        assert texts[0] == "genkernels: folder:pics: decoding 190 of 4,000 images"
+        assert len(texts) == pytest.approx(19 / every, abs=19 if terminal else 1) and drawn[-1] == ""
+    quick = io.StringIO()
+    waiting = Waiting(quick, "a", True)
+    waiting.update("decoding", 1, 2)
+    waiting.close()
+    Waiting(None, "a", False).update("decoding", 1, 2)
+    assert quick.getvalue() == ""
 
 
 def test_where_rich_is_missing_a_terminal_gets_plain_lines(now, monkeypatch):

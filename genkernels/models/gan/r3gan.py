@@ -81,8 +81,9 @@ class R3GAN(AdversarialModel):
                 f"R3GAN: cardinality must divide the {EXPANSION * width} channels within a block of width {width}, got "
                 f"{cardinality}"
             )
-        if blocks < 1:
-            raise ValueError(f"R3GAN: blocks must be at least 1, got {blocks}")
+        for label, value in (("blocks", blocks), ("latent", latent)):
+            if value < 1:
+                raise ValueError(f"R3GAN: {label} must be at least 1, got {value}")
         data = {"shape": shape, "grey_levels": grey_levels, "num_classes": num_classes}
         sizes = {"latent": latent, "width": width, "depth": depth, "class_features": class_features}
         of_images = partial(_generator, cardinality, blocks), partial(_critic, cardinality, blocks)
