@@ -134,7 +134,9 @@ class AutoregressiveTransform(nn.Module):
 
     def _parallel(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The direction in which every feature's parameters are known at once."""
-        return self._mapped(x, self._params(x, context), inverse=False)
+        if self.transform == "spline" or torch.compiler.is_compiling():  # which makes one kernel of the operations
+            return self._mapped(x, self._params(x, context), inverse=False)
+        return ops.affine_coupling(x, self.made(x, context), split="none", **self._options)
 
     def _params(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         """What `_mapped` takes ``[N, D, ...]`` of: shifts and log-scales, fp32 or wider, or splines."""

@@ -775,8 +775,8 @@ def test_a_flow_takes_its_shape_and_no_other(name, shape):
 def test_gradients_of_each_sample(name, num_classes):
     """``torch.func``: what is checked for free elsewhere is not looked at inside a transform."""
     options = {"grey_levels": None, "logit": 0.0} if name == "maf" else {"grey_levels": 17}
-    model = models.MODELS[name].from_preset("digits", num_classes=num_classes, **options)
-    x, y = smooth_images(4, (1, 8, 8), 17).float() / 16, torch.tensor([0, 2, 1, 1])
+    model = models.MODELS[name].from_preset("digits", num_classes=num_classes, **options).double()
+    x, y = smooth_images(4, (1, 8, 8), 17).double() / 16, torch.tensor([0, 2, 1, 1])
     model.loss(x, y)
     model.eval()
     model = torch.nn.ModuleDict({"model": model})
@@ -791,7 +791,7 @@ def test_gradients_of_each_sample(name, num_classes):
     for i in range(4):
         one = torch.autograd.grad(loss(parameters, x[i], y[i]), list(parameters.values()), allow_unused=True)
         zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(one, parameters.values(), strict=True)]
-        torch.testing.assert_close(found[i], torch.cat([g.flatten() for g in zeros]), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[i], torch.cat([g.flatten() for g in zeros]), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
