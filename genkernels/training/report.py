@@ -60,7 +60,7 @@ class Report:
             shown = {name: value for name, value in row.items() if term_of(name) not in RESERVED}
             if self.main:
                 remember(self.history, shown)
-            for name, value in shown.items():
+            for name, value in row.items():
                 self._recent.setdefault(name, []).append(value)
         if self.file:
             self.file.flush()
@@ -83,7 +83,7 @@ class Report:
         total, evaluations = self.session.total, self.session.judge.evaluations
         means = {name: sum(values) / len(values) for name, values in self._recent.items()}
         parts = {**means, **({"held out": evaluations[-1][1]} if evaluations else {})}
-        texts = [f"{name} {number(value)}" for name, value in parts.items()]
+        texts = [f"{name} {number(value)}" for name, value in parts.items() if term_of(name) not in RESERVED]
         self.bar.update(step, lambda: [text for text in (rate_text(rate(), self.noun), *texts) if text])
         if step - self._logged >= total / LOGGED or step == total:
             self._logged = step
