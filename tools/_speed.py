@@ -209,6 +209,7 @@ def swaps(base: str = "") -> str:
         f"{conditions(data['machine'])}; "
         f"{libraries} ([{file.name}]({base}benchmarks/results/{file.name}))."
     )
+    text += "".join(f" {note[0].upper()}{note[1:]}." for note in data["machine"].get("notes", ()))
     return f"{text}\n\n{table(lines, ['ms', 'before', 'after', '×'])}"
 
 
