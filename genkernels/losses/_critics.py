@@ -42,6 +42,8 @@ def checked_pair(who: str, real: Tensor, fake: Tensor, y: Tensor | None) -> tupl
         )
     if isinstance(y, Tensor) and (y.dim() == 0 or len(y) != len(real)):
         raise ValueError(f"{who}: y must hold a label for each of the {len(real)} samples, got {list(y.shape)}")
+    if torch.compiler.is_compiling():
+        return real, fake
     return tuple(x.clone() if x.is_inference() else x for x in (real, fake))  # such tensors take no gradient
 
 
@@ -114,7 +116,7 @@ def network_of(
     if not isinstance(critic, nn.Module):
         return None, "the critic is no nn.Module"
     critic = critic.module if isinstance(critic, DistributedDataParallel) else critic
-    _refuse_sigmoid(who, _last_layer(critic))
+    refuse_sigmoid(who, last_layer(critic))
     try:
         steps = traced(critic, x, labelled=y is not None)
     except Untraceable as refusal:
@@ -125,7 +127,7 @@ def network_of(
         if coupled and penalised:
             _warn_coupled(who, reason)
         return None, reason
-    _refuse_sigmoid(who, next(step for step in reversed(steps) if not isinstance(step, Reshape)))
+    refuse_sigmoid(who, next(step for step in reversed(steps) if not isinstance(step, Reshape)))
     check_score_shape(who, OUTPUT, (len(x), *steps[-1].shape))
     if current_backend() == "reference":
         return None, "the backend is 'reference'"
@@ -145,13 +147,13 @@ def _are_indices(y) -> bool:
     return isinstance(y, Tensor) and y.dim() == 1 and y.dtype in (torch.int64, torch.int32)
 
 
-def _last_layer(critic: nn.Module) -> nn.Module:
+def last_layer(critic: nn.Module) -> nn.Module:
     while isinstance(critic, nn.Sequential) and len(critic):
         critic = critic[-1]
     return critic
 
 
-def _refuse_sigmoid(who: str, last: nn.Module | Step) -> None:
+def refuse_sigmoid(who: str, last: nn.Module | Step) -> None:
     if isinstance(last, nn.Sigmoid) or getattr(last, "name", None) == "sigmoid":
         raise ValueError(
             f"{who}: the critic must give a score without bounds, got one that ends in a sigmoid: leave it out, as the "

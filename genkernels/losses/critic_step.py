@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkernels import ops
 from genkernels.losses import _critics
@@ -71,7 +73,8 @@ def critic_step(
     """
     arguments = (critic, real, fake, loss, r1, r2, y, terms, explain)
     if torch.compiler.is_compiling():
-        return outside(_critic_step, *arguments)
+        plain = not (r1 or r2 or explain) and isinstance(critic, nn.Module)
+        return _compiled(critic, real, fake, loss, y, terms) if plain else outside(_critic_step, *arguments)
     with _critics.beyond_inference():
         return _critic_step(*arguments)
 
@@ -89,6 +92,15 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
         parts, sentence = _without_penalty(critic, real, fake, loss, y), "one backward: there is no penalty"
     result = parts if terms else parts["loss"]
     return (result, sentence) if explain else result
+
+
+def _compiled(critic: nn.Module, real: Tensor, fake: Tensor, loss: str, y, terms: bool):
+    """The step without a penalty as a compiled pass takes it, in its graph: one call of the critic a batch."""
+    real, fake = _critics.checked_pair(WHO, real, fake, y)
+    _critics.refuse_sigmoid(WHO, _critics.last_layer(critic))
+    scores = [_critics.scores_of(WHO, critic, x if x.is_leaf else x.detach(), y) for x in (real, fake)]
+    parts = _of_scores(scores, loss)
+    return parts if terms else parts["loss"]
 
 
 def _penalised(critic, real, fake, loss, r1, r2, y) -> tuple[dict[str, Tensor], str]:
@@ -141,6 +153,10 @@ def _without_penalty(critic, real: Tensor, fake: Tensor, loss: str, y) -> dict[s
         scores = both.chunk(2)
     else:
         scores = [_critics.scores_of(WHO, critic, x, y) for x in (real, fake)]
+    return _of_scores(scores, loss)
+
+
+def _of_scores(scores: Sequence[Tensor], loss: str) -> dict[str, Tensor]:
     value = critic_loss(*(s.flatten() for s in scores), loss)
     nothing = value.new_zeros(())
     return _parts(value, value, nothing, nothing, *scores)

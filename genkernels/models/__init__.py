@@ -3,6 +3,11 @@
 Every model takes the same words for its data: ``shape``, ``(C, H, W)`` or ``(D,)``; ``grey_levels``, how many values a
 pixel can take, None for points and for images of real numbers; ``num_classes``, None where labels play no part.
 
+``torch.compile`` takes each player's loss as one graph (``fullgraph=True``), values and gradients those of eager mode.
+The graph breaks, and the values stay, where a loss differentiates inside of itself or counts what was called before:
+the series of a `ResidualFlow`, an importance-weighted bound of several draws, a critic's gradient penalty (`WGANGP`,
+`R3GAN`, `AVADE`) and spectral norm (`SNGAN`).
+
 A class is imported when it is first named, so that the names alone cost nothing.
 """
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -38,3 +40,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
+
+
+def call_frozen(module: nn.Module, *inputs) -> Any:
+    """``module(*inputs)`` within `frozen`."""
+    if torch.compiler.is_compiling():  # which follows no change of what asks for gradients
+        constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        return torch.func.functional_call(module, constants, inputs)
+    with frozen(module):
+        return module(*inputs)

@@ -1,6 +1,7 @@
-"""``torch.compile`` takes the loss of every likelihood, and that of a VAE, as one graph, values and gradients those of
-eager mode."""
+"""``torch.compile`` takes the loss of every likelihood, of VAEs and of both players of an adversary without a penalty
+as one graph, values and gradients those of eager mode."""
 
+import copy
 import os
 import shutil
 
@@ -23,12 +24,14 @@ SMALL = {
     "pixelcnn": {"layers": 1, "dropout": 0.0},
     "gatedpixelcnn": {"layers": 1, "dropout": 0.0},
     "vae": {"width": 16},
+    "pixelvae": {"width": 8, "pixel_width": 8},
 }
 #: residualflow differentiates inside its loss, where torch.compile breaks the graph; so do critics with a penalty.
 LIKELIHOODS = [name for name, kind in MODELS.items() if issubclass(kind, LikelihoodModel)]
 IMAGES = [(name, "digits", "auto") for name in LIKELIHOODS if name != "residualflow"]
 POINTS = [(name, "points", "auto") for name in ("glow", "maf")]
-BOUNDS = [("vae", "digits", "auto"), ("vae", "points", "auto")]  # of one draw; that of many finds its gradient itself
+#: Of one draw; that of many finds its gradient itself.
+BOUNDS = [("vae", "digits", "auto"), ("vae", "points", "auto"), ("pixelvae", "digits", "auto")]
 REFERENCE = [("nice", "digits", "reference"), ("maf", "points", "reference"), ("pixelcnn", "digits", "reference")]
 
 
@@ -51,6 +54,46 @@ def test_loss_is_one_graph(name, preset, backend):
         assert (eager is None) == (traced is None)
         if eager is not None:
             torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-6)
+
+
+ADVERSARIES = {
+    ("gan", "points"): {"width": 8},
+    ("bigan", "points"): {"width": 8},
+    ("cyclegan", "two_photos32"): {"width": 2, "blocks": 0},
+    ("avade", "digits"): {"width": 4, "steps": 1, "hidden": 8, "r1": 0.0},
+}
+
+
+@pytest.mark.parametrize(("name", "preset"), ADVERSARIES)
+def test_both_players_losses_are_one_graph_each(name, preset):
+    """And each makes gradients for its own player alone."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MODELS[name].from_preset(preset, **ADVERSARIES[name, preset]).train()
+    points = len(model.shape) == 1
+    x = torch.randn(4, *model.shape) if points else torch.randint(17, (4, *model.shape)).to(torch.uint8)
+    y, state = torch.zeros(4, dtype=torch.long), copy.deepcopy(model.state_dict())
+    parameters = dict(model.named_parameters())
+    for player, part in model.players().items():
+
+        def loss(player=player):
+            return model.losses(player, x, y, 0)["loss"]
+
+        results = []
+        for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            model.load_state_dict(state)  # a pool of images
+            torch.manual_seed(1)
+            value = run()
+            found = torch.autograd.grad(value, parameters.values(), allow_unused=True)
+            results.append({"loss": value, **dict(zip(parameters, found, strict=True))})
+        eager, traced = results
+        own = {id(p) for p in part.module.parameters()}
+        for key, expected in eager.items():
+            got = traced[key]
+            if expected is None or key != "loss" and id(parameters[key]) not in own:
+                assert got is None or not got.any(), key
+            else:
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_values_are_still_checked_outside_a_graph():

@@ -13,7 +13,7 @@ from genkernels import losses, metrics
 from genkernels._config import TrainConfig
 from genkernels.models._model import Estimate, Model, Player, Preset
 from genkernels.nn import AdaptiveAugment, Augment
-from genkernels.nn._modes import frozen, in_mode
+from genkernels.nn._modes import call_frozen, in_mode
 from genkernels.nn._values import level_indices
 from genkernels.nn.dequantize import normal
 
@@ -105,9 +105,8 @@ class AdversarialModel(Model):
 
     def generator_terms(self, real: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         """The generator's loss on as many samples as there are examples; no gradient reaches the critic."""
-        with frozen(self.critic):
-            fake = self.critic(self._augmented(self.generator(self._latents(len(real)), y)), y)
-            paired = self.critic(self._augmented(real), y) if self.loss_kind == "relativistic" else None
+        fake = call_frozen(self.critic, self._augmented(self.generator(self._latents(len(real)), y)), y)
+        paired = call_frozen(self.critic, self._augmented(real), y) if self.loss_kind == "relativistic" else None
         return {"loss": losses.generator_loss(fake, kind=self.loss_kind, real_scores=paired)}
 
     # --- samples and judgement ------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from genkernels import losses
 from genkernels.models._model import Estimate
 from genkernels.models.gan.backbones import Critic, conv_critic, conv_generator, networks, point_critic
-from genkernels.models.gan.base import PROJECTIONS, AdversarialModel, frozen, presets
-from genkernels.nn._modes import in_mode
+from genkernels.models.gan.base import PROJECTIONS, AdversarialModel, presets
+from genkernels.nn._modes import call_frozen, in_mode
 
 _SIZES = {
     "ring2d": {"shape": (2,), "latent": 2, "width": 128},
@@ -77,19 +77,13 @@ class BiGAN(AdversarialModel):
         if player == "critic":
             with torch.no_grad():
                 code, fake = self.generator.encoder(real), self.generator(z, labels)
-            real_scores, fake_scores = self._scores(real, code, fake, z, labels)
+            real_scores, fake_scores = self.critic(*_paired(real, code, fake, z, labels)).chunk(2)
             means = {"real_score": real_scores.detach().mean(), "fake_score": fake_scores.detach().mean()}
             return {"loss": losses.critic_loss(real_scores, fake_scores, kind=self.loss_kind), **means}
         code, fake = self.generator.encoder(real), self.generator(z, labels)
-        with frozen(self.critic):
-            real_scores, fake_scores = self._scores(real, code, fake, z, labels)
+        real_scores, fake_scores = call_frozen(self.critic, *_paired(real, code, fake, z, labels)).chunk(2)
         # each pair is to be taken for one of the other kind
         return {"loss": losses.critic_loss(fake_scores, real_scores, kind=self.loss_kind)}
-
-    def _scores(self, real: Tensor, code: Tensor, fake: Tensor, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of the pairs of examples and of those of samples, all of them one batch of the critic's."""
-        labels = None if y is None else torch.cat([y, y])
-        return self.critic(torch.cat([real, fake]), torch.cat([code, z]), labels).chunk(2)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -119,6 +113,11 @@ class BiGAN(AdversarialModel):
         if len(self.shape) == 1:
             return {}
         return {"reconstructions": torch.cat([self._shown(self._scaled(x)), self.reconstruct(x, y)], 3)}
+
+
+def _paired(real: Tensor, code: Tensor, fake: Tensor, z: Tensor, y: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The pairs of examples and those of samples as one batch of the critic's."""
+    return torch.cat([real, fake]), torch.cat([code, z]), None if y is None else torch.cat([y, y])
 
 
 class TwoWay(nn.Module):

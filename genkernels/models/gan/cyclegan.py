@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from genkernels import losses, metrics
 from genkernels.models._model import Estimate, Model, Player
-from genkernels.models.gan.base import PROJECTIONS, frozen, presets, scaled, shown
+from genkernels.models.gan.base import PROJECTIONS, presets, scaled, shown
 from genkernels.models.gan.image_pool import ImagePool
 from genkernels.models.gan.translators import patch_critic, translator
-from genkernels.nn._modes import in_mode
+from genkernels.nn._modes import call_frozen, in_mode
 
 _SIZES = {
     "two_photos32": {"shape": (6, 32, 32), "width": 32, "blocks": 3},
@@ -99,8 +99,7 @@ class CycleGAN(Model):
     def _generator_terms(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         to_a, to_b = self.generators["A"], self.generators["B"]
         fake_a, fake_b = to_a(b), to_b(a)
-        with frozen(self.critics):
-            scores = {of: self.critics[of](fake) for of, fake in (("A", fake_a), ("B", fake_b))}
+        scores = {of: call_frozen(self.critics[of], fake) for of, fake in (("A", fake_a), ("B", fake_b))}
         # the kind's loss is half the square, the paper's generators minimise the whole
         fooling = sum(2 * losses.generator_loss(score, kind="least_squares") for score in scores.values())
         cycle = distance(to_a(fake_b), a) + distance(to_b(fake_a), b)

@@ -31,19 +31,21 @@ class ImagePool(nn.Module):
         """``[N, C, H, W]`` in, as many out."""
         if not self.size:
             return images.detach()
-        images, held = images.detach().clone(), int(self.held)
-        draws = torch.rand(len(images), 2).tolist()
-        for i, (chance, place) in enumerate(draws):
-            if held < self.size:
-                self.images[held] = images[i]
-                held += 1
-            elif chance < 0.5:
-                k = int(place * self.size)
-                kept = self.images[k].clone()
-                self.images[k] = images[i]
-                images[i] = kept
-        self.held.fill_(held)
-        return images
+        draws = torch.rand(len(images), 2, dtype=torch.float32)
+        exchanged = draws[:, 0].lt(0.5).to(images.device)
+        places = draws[:, 1].double().mul(self.size).long().to(images.device)
+        given = [self._passed(*one) for one in zip(images.detach(), exchanged, places, strict=True)]
+        return torch.stack(given) if given else images.detach()
+
+    def _passed(self, image: Tensor, exchanged: Tensor, place: Tensor) -> Tensor:
+        """What goes out for one image. The host waits for nothing, and a compiled pass holds it."""
+        full = self.held >= self.size
+        exchanged = exchanged & full
+        place = torch.where(full, place, self.held).view(1)
+        kept = self.images.index_select(0, place)
+        self.images.index_copy_(0, place, torch.where(full & ~exchanged, kept, image.to(kept.dtype)))
+        self.held.add_(~full)
+        return torch.where(exchanged, kept[0].to(image.dtype), image)
 
     def extra_repr(self) -> str:
         return f"size={self.size}"

@@ -21,7 +21,7 @@ from genkernels.models.vae.likelihoods import Gaussian
 from genkernels.models.vae.networks import networks
 from genkernels.models.vae.posteriors import GaussianPosterior
 from genkernels.nn import AffineCoupling, FlowSequential, InvertibleConv1x1, Squeeze
-from genkernels.nn._modes import frozen
+from genkernels.nn._modes import call_frozen
 from genkernels.nn.dequantize import normal
 
 #: What each variant has: a likelihood, a critic, a flow.
@@ -139,9 +139,8 @@ class AVADE(VariationalModel):
             loss = loss + self.cost(terms.bound).mean()
             found = {"bound": terms.bound, "kl": terms.kl, "reconstruction": -terms.log_likelihood}
         if self.critic is not None:
-            with frozen(self.critic):
-                scores = self.critic(self._fakes(len(target), labels), labels)
-                quality = losses.generator_loss(scores, kind="logistic")
+            scores = call_frozen(self.critic, self._fakes(len(target), labels), labels)
+            quality = losses.generator_loss(scores, kind="logistic")
             loss = loss + (self.quality if self.by_likelihood else 1.0) * quality
             found["quality"] = quality
         return {"loss": loss, **{name: term.detach().mean() for name, term in found.items()}}
