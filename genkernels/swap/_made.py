@@ -38,6 +38,7 @@ class Sorted:
     def __reduce__(self):
         return Sorted, ()
 
+    @torch.inference_mode(False)  # what is kept, a later pass may save for its backward
     def look(
         self, masks: Sequence[Tensor], places: Tensor, numbers: Sequence[int], seen_first: int | None = None
     ) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as by_hook
+from torch.utils.checkpoint import checkpoint
 
 import genkernels as gk
 from genkernels.swap import _rules, _walk, swap_
@@ -189,3 +190,36 @@ def test_spectral_norm_by_the_reference_and_in_inference():
     (theirs(x).sum() + theirs(x).sum()).backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, by_hook], ids=["parametrization", "hook"])
+def test_spectral_norm_under_gradient_checkpointing(norm, reentrant):
+    """The pass that is run again takes another power iteration, by which torch differentiates; all of it is the new."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    theirs = critic(norm)().double()
+    ours = copy.deepcopy(theirs)
+    swap_(ours)
+    for model in (ours, theirs):
+        checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, by_hook], ids=["parametrization", "hook"])
+def test_spectral_norm_of_large_layers_and_its_second_gradient(norm, monkeypatch):
+    """A gradient penalty, whose graph goes through the gradients of the weights' norms."""
+    monkeypatch.setattr(sys.modules["genkernels.swap.torch"], "LARGE", 50)
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def run(model):
+        given = x.clone().requires_grad_()
+        value = model(given)
+        (slope,) = torch.autograd.grad(value.sum(), given, create_graph=True)
+        weights = [p for p in model.parameters() if p.dim() > 1]
+        slopes = torch.autograd.grad(value.square().sum(), weights, create_graph=True)
+        return {"value": value, "slope": slope} | {f"slope {i}": s for i, s in enumerate(slopes)}
+
+    check_swap(critic(norm), run, torch.float64, swapped=3, copies=False)
