@@ -44,11 +44,12 @@ The inverse of an autoregressive transform, affine or by splines, is a triangula
 else it keeps its passes, one a feature, each of them by the operator, and the report says why.
 
 What is common to all. A module's class alone changes: parameters, buffers, the keys of the state dict, hooks and
-references to it are what they were. Models are swapped before they are compiled or wrapped; within ``torch.compile``,
-and in replicas of ``nn.DataParallel``, modules take their library's own way. Copies (``copy.deepcopy``, ``pickle``,
-averages of weights) are swapped like the model they were made of. Under autocast, and in a half dtype that a model was
-given after the swap, kernels compute in fp32 and round once, so that results differ by the library's own roundings. A
-part whose place a hook, a parametrization or another class has taken is called as it ever was.
+references to it are what they were. Models are swapped before they are compiled; within ``torch.compile`` and
+``torch.jit.trace``, and in replicas of ``nn.DataParallel``, modules take their library's own way. Copies
+(``copy.deepcopy``, ``pickle``, averages of weights) are swapped like the model they were made of. Under autocast, and
+in a half dtype that a model was given after the swap, kernels compute in fp32 and round once, so that results differ by
+the library's own roundings. A part whose place a hook, a parametrization or another class has taken is called as it
+ever was.
 
 ``genkernels swap MODULE:FUNCTION`` prints the report for a model of your own, and how much faster a training step and a
 call that draws samples become.

@@ -229,8 +229,8 @@ class MaskedAffineFlow(flows.MaskedAffineFlow):
         if not hasattr(self, "_gk_seen"):
             self._gk_seen = Seen()
         if not self._gk_seen.holds(self.b):
-            self._gk_seen.note(self.b)
             self._gk_binary = _is_binary(self.b)
+            self._gk_seen.note(self.b)
         return self._gk_binary
 
 

@@ -39,12 +39,9 @@ class _Slot:
     def __init__(self, owner, part):
         self.owner, self.part = owner, part
 
-    def alone(self) -> bool:
-        """Whether its weight is known before it is asked for."""
-        return self.owner is not None
-
-    def leader(self) -> Tensor:
-        return self.owner.original
+    def leader(self) -> Tensor | None:
+        """Its weight, None where that is not known before it is asked for."""
+        return None if self.owner is None else self.owner.original
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         buffers = self.part._buffers
@@ -68,8 +65,8 @@ class _Slot:
 class _HookSlot(_Slot):
     """`torch.nn.utils.spectral_norm`: its iteration goes v first, then u, which is that of the transposed matrix."""
 
-    def leader(self) -> Tensor:
-        return getattr(self.owner, f"{self.part.name}_orig")
+    def leader(self) -> Tensor | None:
+        return getattr(self.owner, f"{self.part.name}_orig", None)  # none: its norm was taken off
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         buffers, name = self.owner._buffers, self.part.name
@@ -126,22 +123,23 @@ class _Group:
         found = self.found.pop(slot, None)
         u, v = slot.vectors()
         if found is None or not found.fits(weight, u, v, iterations):
-            self._prepare(slot, weight, iterations)
-            found = self.found.pop(slot)
+            found = self._prepare(slot, weight, iterations)
         if iterations:
             torch._foreach_copy_([u, v], [found.u, found.v])
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return found.normal
         return _Normalised.apply(weight, found.normal, found.u, found.v, found.sigma, slot)
 
-    def _prepare(self, asking: _Slot, its_weight: Tensor, iterations: int) -> None:
-        """The next step of a layer and of all others that will take as many iterations and have none yet."""
+    def _prepare(self, asking: _Slot, its_weight: Tensor, iterations: int) -> _Found:
+        """The next step of a layer; those of all others that will take as many iterations and have none yet are kept.
+        A thread gives what it has found for its layer to no other."""
         jobs = [(asking, its_weight, *asking.vectors())]
         dtype, device = its_weight.dtype, its_weight.device
         for slot in () if _is_large(its_weight) else self.slots:
-            if slot is asking or not slot.alone() or _iterations(slot) != iterations:
+            weight = slot.leader()
+            if slot is asking or weight is None or _iterations(slot) != iterations:
                 continue
-            weight, (u, v) = slot.leader(), slot.vectors()
+            u, v = slot.vectors()
             if weight.dtype != dtype or weight.device != device or weight.is_inference() or _is_large(weight):
                 continue
             held = self.found.get(slot)
@@ -152,10 +150,13 @@ class _Group:
             matrices = [slot.as_matrix(weight) for slot, weight in zip(slots, weights, strict=True)]
             normals, news, norms = _step(matrices, us, vs, [slot.geometry for slot in slots], iterations)
         inference = torch.is_inference_mode_enabled()
-        for slot, weight, u, v, normal, new, sigma in zip(slots, weights, us, vs, normals, news, norms, strict=True):
+        steps = []
+        for weight, u, v, normal, new, sigma in zip(weights, us, vs, normals, news, norms, strict=True):
             normal = normal if normal.shape == weight.shape else normal.view_as(weight)
             versions = _version(weight), _version(u), _version(v)
-            self.found[slot] = _Found(normal, *new, sigma, iterations, inference, (weight, u, v), versions)
+            steps.append(_Found(normal, *new, sigma, iterations, inference, (weight, u, v), versions))
+        self.found.update(zip(slots[1:], steps[1:], strict=True))
+        return steps[0]
 
 
 def _step(matrices: list[Tensor], us: list[Tensor], vs: list[Tensor], geometries: list[Geometry], iterations: int):
@@ -222,7 +223,8 @@ def _version(t: Tensor) -> int:
 
 def _outside(weight: Tensor) -> bool:
     """Whether torch's own way is taken: what it does can be seen through by transforms and by the compiler."""
-    return torch.compiler.is_compiling() or ops.transforms_active() or wrapped(weight) or weight.is_meta
+    seen_through = torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.transforms_active()
+    return seen_through or wrapped(weight) or weight.is_meta
 
 
 class SpectralNorm(parametrizations._SpectralNorm):
