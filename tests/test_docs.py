@@ -1,10 +1,12 @@
 """The pages say what the code says and render on a code host; every example runs; the README's names, commands and
 numbers are true."""
 
+import contextlib
 import doctest
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import re
 import shlex
@@ -188,22 +190,39 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
     assert space["estimates"] == space["result"].held_out and (tmp_path / "sheet.png").stat().st_size > 500
 
 
-def test_the_python_on_the_page_of_other_libraries_runs():
-    for library in ("nflows", "zuko", "normflows", "FrEIA"):
+SWAPS = {
+    "swap": ("nflows",),
+    "swap-nflows": ("nflows",),
+    "swap-normflows": ("normflows",),
+    "swap-zuko": ("zuko",),
+    "swap-freia": ("FrEIA",),
+    "swap-pixelcnns": ("pytorch_generative", "pythae"),
+    "swap-torch": (),
+}
+
+
+@pytest.mark.parametrize("page", SWAPS)
+def test_the_python_on_the_pages_of_other_libraries_runs_and_prints_what_they_say(page):
+    for library in SWAPS[page]:
         pytest.importorskip(library)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "swap.md").read_text(), flags=re.S)
-    space: dict = {}
-    for block in blocks[:5]:
-        exec(block, space)
-    assert space["score"].shape == (16, 1) and space["z"].shape == (16, 8)
-    assert type(space["maf"]).__module__.startswith("nflows")  # after undo
-    assert type(space["critic"][0].parametrizations.weight[0]).__module__ == "genkernels.swap.torch"
-    exec(blocks[5], space)
-    assert space["loss"].isfinite() and space["log_det"].requires_grad
-    for library, block in zip(("pytorch_generative", "pythae"), blocks[6:8], strict=True):
-        if importlib.util.find_spec(library) is not None:
-            exec(block, space)
-            assert space["loss"].isfinite() and space.get("images", space["x"]).shape[0] == 16
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    blocks = re.findall(r"^```(python|text)\n(.*?)^```$", text.split("\n## `")[0], flags=re.S | re.M)
+    space, printed, told = {}, io.StringIO(), ""
+    with contextlib.redirect_stdout(printed):
+        for language, block in blocks:
+            if language == "python":
+                exec(block, space)
+            told += block if language == "text" else ""
+    assert printed.getvalue() == told and len(blocks) > (0 if page == "swap" else 4)
+
+
+@pytest.mark.parametrize("page", SWAPS)
+def test_the_pages_of_other_libraries_name_every_class(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    for library in SWAPS[page] if page != "swap" else ():
+        pytest.importorskip(library)
+        rules = importlib.import_module(f"genkernels.swap.{library.lower()}").LIBRARY.rules
+        assert [kind.__name__ for kind in rules if f"`{kind.__name__}`" not in text] == []
 
 
 # --- the README ---------------------------------------------------------------------------------------------------

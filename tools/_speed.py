@@ -189,25 +189,27 @@ def _training_steps() -> list[str]:
     return parts
 
 
-def swaps(base: str = "") -> str:
-    """Models of other libraries before and after `swap_`, those rows too in which nothing was won."""
+def swaps(base: str = "", libraries: tuple[str, ...] = ()) -> str:
+    """Models of other libraries before and after `swap_`, those rows too in which nothing was won; of all libraries or
+    of some, by the words with which their cases begin."""
     file = RESULTS / SWAPS
     data = json.loads(file.read_text())
     lines = []
     for row in data["rows"]:
+        if libraries and row["case"].split()[0] not in libraries:
+            continue
         times = (f"{1e3 * row[name]:,.{2 if row[name] < 0.1 else 0}f}" for name in ("before_s", "after_s"))
         told = row["gate"] == "pass"
         ratio = _ratio(row["speedup"]) if told else "wrong"
         lines.append([f"{row['case']}, {row['call']}", *(times if told else ("", "")), f"**{ratio}**"])
-    libraries = ", ".join(
-        f"{name} {version}" for name, version in data["machine"]["versions"].items() if name in SWAPPED
-    )
+    versions = data["machine"]["versions"].items()
+    told_of = [f"{name} {version}" for name, version in versions if name in (libraries or SWAPPED) and name != "torch"]
     text = (
         "`genkernels bench swap`: the same model before and after `gk.swap_`, in one process, in turns; a training "
         "step (loss, backward, Adam), the loss without a graph, and a call that draws samples; the fastest of each, "
         "and the median speed-up of pairs in a row. "
-        f"{conditions(data['machine'])}; "
-        f"{libraries} ([{file.name}]({base}benchmarks/results/{file.name}))."
+        f"{'; '.join([conditions(data['machine']), ', '.join(told_of)]) if told_of else conditions(data['machine'])} "
+        f"([{file.name}]({base}benchmarks/results/{file.name}))."
     )
     text += "".join(f" {note[0].upper()}{note[1:]}." for note in data["machine"].get("notes", ()))
     return f"{text}\n\n{table(lines, ['ms', 'before', 'after', '×'])}"

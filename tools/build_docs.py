@@ -4,17 +4,19 @@ python tools/build_docs.py          writes the pages
 python tools/build_docs.py --check  fails where a page is not what the docstrings and the results files say now
 
 A page that begins with `MARK` is written here, and removed when nothing asks for it any more. The others in docs/ are
-written by hand: they are left alone, and the index links them.
+written by hand: they are left alone but for blocks that say what was measured, and the index links them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import _speed
@@ -66,6 +68,18 @@ ROOMS = {
         ("fit", "TrainConfig", "Result", "load_model"),
     ),
     "pictures": ("Pictures, figures and tables", "genkernels.pictures", "genkernels.pictures", None),
+}
+
+#: Where the page of other libraries lists those of each.
+SWAP_PAGES_AFTER = "What is swapped:"
+#: Pages by hand, one a library: the words with which the cases of ``genkernels bench swap`` begin that it shows.
+SWAP_PAGES = {
+    "swap-nflows": ("nflows",),
+    "swap-normflows": ("normflows",),
+    "swap-zuko": ("zuko",),
+    "swap-freia": ("FrEIA",),
+    "swap-pixelcnns": ("pytorch-generative", "pythae"),
+    "swap-torch": ("torch",),
 }
 
 #: Pages that tell of a base class say what its models have in common.
@@ -190,7 +204,9 @@ def pictures_page() -> str:
 
 
 def swap_page() -> str:
-    return room_page(*ROOMS["swap"]).rstrip() + "\n\n## What was measured\n\n" + _speed.swaps("../") + "\n"
+    opening, rest = room_page(*ROOMS["swap"]).split(f"\n\n{SWAP_PAGES_AFTER}", 1)
+    lines = [line(name, (ROOT / "docs" / f"{name}.md").read_text()) for name in SWAP_PAGES]
+    return f"{opening}\n\n" + "\n".join(lines) + f"\n\n{SWAP_PAGES_AFTER}{rest}"
 
 
 def networks_page() -> str:
@@ -207,15 +223,17 @@ def networks_page() -> str:
     return room_page(*ROOMS["networks"]).rstrip() + "\n\n" + "\n\n".join(listed) + "\n"
 
 
+def line(name: str, text: str) -> str:
+    """A page in a list of pages: its title and its first paragraph."""
+    body = [part for part in text.replace(MARK, "").strip().split("\n\n") if not part.startswith(("#", "<!--"))]
+    title = re.search(r"^# (.*)$", text, flags=re.M).group(1)
+    about = body[0] if len(body[0]) < 200 else re.split(r"(?<=\.) ", body[0])[0]
+    return f"- [{title}]({name}.md): {about}"
+
+
 def index(built: dict[str, str]) -> str:
     """docs/README.md: every page by what it is about, in the order in which one would read them."""
     from genkernels.ops import OPERATORS
-
-    def line(name: str, text: str) -> str:
-        body = [part for part in text.replace(MARK, "").strip().split("\n\n") if not part.startswith(("#", "<!--"))]
-        title = re.search(r"^# (.*)$", text, flags=re.M).group(1)
-        about = body[0] if len(body[0]) < 200 else re.split(r"(?<=\.) ", body[0])[0]
-        return f"- [{title}]({name}.md): {about}"
 
     def group(names) -> str:
         return "\n".join(line(name, built[name]) for name in names)
@@ -227,6 +245,8 @@ def index(built: dict[str, str]) -> str:
         "From the docstrings, so that they say what the code says; what was measured comes from the results files.",
         "## Using it",
         group([*ROOMS, "speed"]),
+        "## Models of other libraries",
+        "\n".join(line(name, by_hand.pop(name)) for name in SWAP_PAGES),
         "## Families of models",
         group(families()),
         "## Hot paths",
@@ -252,7 +272,7 @@ def pages() -> dict[str, str]:
     return {**built, "README": index(built)}
 
 
-# --- the README ---------------------------------------------------------------------------------------------------
+# --- pages by hand with derived blocks, the README among them -----------------------------------------------------
 
 
 def names_text() -> str:
@@ -274,23 +294,32 @@ def names_text() -> str:
 BLOCKS = {"names": names_text, "rows": _speed.chosen_rows, "likelihoods": _speed.likelihoods, "demo": _speed.demo}
 
 
-def readme() -> str:
-    """The README with its derived blocks as they are now."""
-    text = (ROOT / "README.md").read_text()
-    for name, build in BLOCKS.items():
+def filled(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
+    """A page written by hand with its derived blocks as they are now."""
+    text = path.read_text()
+    for name, build in blocks.items():
         begin, end = f"<!-- {name}: by tools/build_docs.py -->", f"<!-- end of {name} -->"
         if begin not in text or end not in text:
-            raise SystemExit(f"README.md must hold the lines {begin} and {end}")
+            raise SystemExit(f"{path.name} must hold the lines {begin} and {end}")
         before, rest = text.split(begin, 1)
         text = f"{before}{begin}\n{build()}\n{end}{rest.split(end, 1)[1]}"
     return text
+
+
+def derived_blocks() -> dict[Path, str]:
+    """The README and the pages of other libraries."""
+    found = {ROOT / "README.md": filled(ROOT / "README.md", BLOCKS)}
+    for name, libraries in SWAP_PAGES.items():
+        path = ROOT / "docs" / f"{name}.md"
+        found[path] = filled(path, {"measured": functools.partial(_speed.swaps, "../", libraries)})
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is out of date")
     check = parser.parse_args().check
-    wanted = {ROOT / "docs" / f"{name}.md": text for name, text in pages().items()} | {ROOT / "README.md": readme()}
+    wanted = {ROOT / "docs" / f"{name}.md": text for name, text in pages().items()} | derived_blocks()
     left_over = [path for path in (ROOT / "docs").glob("*.md") if path not in wanted and not is_by_hand(path)]
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text] + left_over
     if check and stale:

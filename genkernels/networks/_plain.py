@@ -20,17 +20,19 @@ def plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     return not hooked(module)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling or inverting a module runs anything but its class's ``forward`` and ``inverse``."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or modules._has_any_global_hook()
-        or "forward" in module.__dict__
-        or "inverse" in module.__dict__
-    )
+def hooked(*given: nn.Module) -> bool:
+    """Whether calling or inverting one of these runs anything but its class's ``forward`` and ``inverse``."""
+    for module in given:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+            or "inverse" in module.__dict__
+        ):
+            return True
+    return bool(modules._has_any_global_hook())
 
 
 def defined_together(cls: type, name: str, *others: str) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from genkernels import backends
 from genkernels.ops._gradients import Gradient, transforms_active, with_gradient
@@ -108,6 +109,7 @@ class Operator:
         op = TorchOp(self, name, reference, gradient, self.kernels | (kernels or {}), prefers or self.prefers)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         op.run = getattr(torch.ops.genkernels, name).default
+        op.first_on_cpu = op.has("cpu") and op.prefers in ("", "cpu") and not backends.why_missing("cpu")
         types = [str(argument.type) for argument in op.run._schema.arguments]
         op.tensors = [i for i, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]")]
         op.lists = [i for i, kind in enumerate(types) if kind == "List[Tensor]"]
@@ -162,6 +164,7 @@ class TorchOp:
     run: Any = None  #: the torch operator itself
     tensors: list[int] = field(default_factory=list)  #: the places of its tensors among its arguments
     lists: list[int] = field(default_factory=list)  #: and of its lists of tensors
+    first_on_cpu: bool = False  #: whether ``auto`` takes the kernel on a CPU, whatever the arguments are
 
     def has(self, backend: str) -> bool:
         return self.kernels.get(backend) == ""
@@ -175,6 +178,8 @@ class TorchOp:
         return self._backend_for(arguments)
 
     def _backend_for(self, arguments: tuple) -> str:
+        if self.first_on_cpu and backends.current_backend() == "auto" and _device_of(arguments) == "cpu":
+            return "cpu"  # what is asked in every call of a layer, answered in few steps
         preferred = self.prefers if isinstance(self.prefers, str) else self.prefers(*arguments)
         return _choose(self.operator, _device_of(arguments), self.kernels, preferred)
 
@@ -187,18 +192,25 @@ class TorchOp:
         """The reference or the kernel."""
         if self._backend_for(arguments) == "reference" or transforms_active():
             return self.reference(*arguments)
-        return self.dense(*arguments)
+        return self._run(arguments, torch.is_grad_enabled())
 
     def dense(self, *arguments):
         """The torch operator with its tensors made dense, as kernels want them. What a gradient calls: neither what
         arrives there nor a saved tensor that a hook gives back need be."""
+        return self._run(arguments, torch.is_grad_enabled() or transforms_active())
+
+    def _run(self, arguments: tuple, autograd: bool):
+        """autograd: whether its kernel is called; where it would record nothing, 8 µs are saved without."""
         dense = list(arguments)
         for i in self.tensors:
             if (tensor := dense[i]) is not None:
                 dense[i] = tensor.contiguous()
         for i in self.lists:
             dense[i] = [t.contiguous() for t in dense[i]]
-        return self.run(*dense)
+        if autograd or is_compiling():
+            return self.run(*dense)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.run(*dense)
 
     def launch(self, *arguments):
         """What torch calls for tensors on a GPU, from a public function or from the backward pass."""

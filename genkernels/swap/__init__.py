@@ -15,68 +15,8 @@ You have this, write that. nflows::
     loss = -flow.log_prob(x).mean()
     report.undo()                     # the same weights, by nflows again
 
-zuko, without a change of the code around it::
-
-    import zuko
-
-    flow = zuko.flows.MAF(features=8, transforms=2)
-    gk.swap_(flow)
-    x = flow().sample((16,))
-
-normflows::
-
-    import normflows as nf
-
-    blocks = [nf.flows.AffineCouplingBlock(nf.nets.MLP([4, 32, 8])) for _ in range(4)]
-    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(8), blocks)
-    gk.swap_(flow)
-    loss = flow.forward_kld(x)
-
-FrEIA::
-
-    from FrEIA import framework, modules
-
-    flow = framework.SequenceINN(8)
-    flow.append(modules.GLOWCouplingBlock, subnet_constructor=lambda i, o: torch.nn.Linear(i, o))
-    gk.swap_(flow)
-    z, log_det = flow(x)
-
-torch's spectral norm, by either of its functions::
-
-    from torch.nn.utils.parametrizations import spectral_norm
-
-    critic = torch.nn.Sequential(spectral_norm(torch.nn.Linear(8, 32)), torch.nn.ReLU(), torch.nn.Linear(32, 1))
-    gk.swap_(critic)
-    score = critic(x)
-
-Residual flows of normflows and FrEIA, whose series become one call, with the draws that they had::
-
-    net = nf.nets.LipschitzMLP([8, 32, 32, 8], 0.9)
-    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(8), [nf.flows.Residual(net)])
-    gk.swap_(flow)
-    loss = flow.forward_kld(x)
-
-    block = modules.IResNetLayer([(8,)], internal_size=32)
-    gk.swap_(block)
-    (z,), log_det = block([x])
-
-pytorch-generative, where a sample of black and white pixels is one call and no pass a pixel, with the draws that it
-had::
-
-    from pytorch_generative import models
-
-    model = models.GatedPixelCNN(n_gated=2, gated_channels=8)
-    gk.swap_(model)
-    score = model(torch.zeros(1, 1, 8, 8))
-    images = model.sample(16)
-
-pythae::
-
-    from pythae.models.normalizing_flows import PixelCNN, PixelCNNConfig
-
-    model = PixelCNN(PixelCNNConfig(input_dim=(1, 8, 8), n_embeddings=16, n_layers=2))
-    gk.swap_(model)
-    loss = model({"data": torch.zeros(4, 1, 8, 8)}).loss
+It is the same line for each library. Each has a page of its own in docs/, with what its models become, what stays and
+why, the state dict, the way back, and what was measured.
 
 What is swapped:
 
@@ -102,6 +42,14 @@ your own            a subclass of ``torch.nn.Conv2d`` with a buffer ``mask``, wh
 
 The inverse of an autoregressive transform, affine or by splines, is a triangular solve where its network is one for it;
 else it keeps its passes, one a feature, each of them by the operator, and the report says why.
+
+What is common to all. A module's class alone changes: parameters, buffers, the keys of the state dict, hooks and
+references to it are what they were. Models are swapped before they are compiled; within ``torch.compile`` and
+``torch.jit.trace``, and in replicas of ``nn.DataParallel``, modules take their library's own way. Copies
+(``copy.deepcopy``, ``pickle``, averages of weights) are swapped like the model they were made of. Under autocast, and
+in a half dtype that a model was given after the swap, kernels compute in fp32 and round once, so that results differ by
+the library's own roundings. A part whose place a hook, a parametrization or another class has taken is called as it
+ever was.
 
 ``genkernels swap MODULE:FUNCTION`` prints the report for a model of your own, and how much faster a training step and a
 call that draws samples become.

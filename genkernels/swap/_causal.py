@@ -41,8 +41,8 @@ class Masked:
         if not hasattr(self, "_gk_seen"):
             self._gk_seen = Seen()
         if not self._gk_seen.holds(self.mask):
-            self._gk_seen.note(self.mask)
             self._gk_type = mask_type(self, self.mask)
+            self._gk_seen.note(self.mask)
         return self._gk_type
 
     def _gk_convolved(self, x: Tensor) -> Tensor | None:

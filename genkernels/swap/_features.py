@@ -48,9 +48,10 @@ class Features:
             self.kind = TURNS
         else:
             self.kind = ANYHOW
-            order = torch.tensor(one + two)
-            self.order = order.to(passing.device)
-            self.back = torch.argsort(order).to(passing.device)
+            with torch.inference_mode(False):  # a later pass may save them for its backward
+                order = torch.tensor(one + two)
+                self.order = order.to(passing.device)
+                self.back = torch.argsort(order).to(passing.device)
         self._seen[0].note(passing), self._seen[1].note(moving)
 
     def pays(self, x: Tensor) -> bool:

@@ -52,15 +52,19 @@ class Sorted:
         watched = [*masks, places]
         if len(self._seen) == len(watched) and all(s.holds(m) for s, m in zip(self._seen, watched, strict=True)):
             return self.fits
+        self.fits = self._sort(masks, places, numbers, seen_first)
         self._seen = [Seen() for _ in watched]
         for seen, tensor in zip(self._seen, watched, strict=True):
             seen.note(tensor)
+        return self.fits
+
+    @torch.inference_mode(False)  # what is kept, a later pass may save for its backward
+    def _sort(self, masks: Sequence[Tensor], places: Tensor, numbers: Sequence[int], seen_first: int | None) -> bool:
         live = [m.detach().cpu() != 0 for m in masks]
         live[0] = live[0][:, :seen_first]
         features, count = live[0].shape[1], len(numbers)
         places = places.detach().cpu()[:: max(1, places.numel() // features)]
         degrees = _degrees(live, torch.argsort(torch.argsort(places)) + 1, count)
-        self.fits = degrees is not None
         if degrees is None:
             return False
         device = masks[0].device

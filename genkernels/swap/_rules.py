@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
+from torch.jit import is_tracing
 
 
 class Becomes(NamedTuple):
@@ -64,9 +66,10 @@ def becomes(to: type, note: str = "") -> Callable[[Any], Becomes]:
 
 
 def left_alone(module: nn.Module) -> bool:
-    """Whether a call takes the other library's way: within ``torch.compile``, which sees through it, and in a replica
-    of `nn.DataParallel`, which shares what a swapped class keeps with the replicas on other devices."""
-    return torch.compiler.is_compiling() or "_is_replica" in vars(module)
+    """Whether a call takes the other library's way: within ``torch.compile`` and ``torch.jit.trace``, which see through
+    it, and in a replica of `nn.DataParallel`, which shares what a swapped class keeps with the replicas on other
+    devices."""
+    return is_compiling() or is_tracing() or "_is_replica" in module.__dict__
 
 
 #: Activations that are the ReLU, however they are given.

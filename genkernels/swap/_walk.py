@@ -21,6 +21,8 @@ FILES = {
     "torch": "torch", "nflows": "nflows", "normflows": "normflows", "zuko": "zuko", "FrEIA": "freia",
     "pytorch_generative": "pytorch_generative", "pythae": "pythae",
 }  # fmt: skip
+#: Why a module of a compiled part of a model stays.
+COMPILED = "within a compiled module, which would not notice: swap first, compile then"
 #: The dtypes in which a swapped module gives what the other gave, up to the last digits.
 EXACT = (torch.float32, torch.float64)
 
@@ -53,14 +55,14 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     A model with nothing to swap is told in a warning. No library is imported that the model does not use.
     """
     _check(model, dtype)
-    places = _places(model)
+    places, compiled = _places(model), _compiled(model)
     entries, changes, notes, unknown = [], [], [], set()
     swapped: dict[str, list] = {}
     for name, thing in places:
         library, kind = _library_of(thing)
         if library is None:
             continue
-        choice = _choice(library, kind, thing, dtype)
+        choice = COMPILED if id(thing) in compiled else _choice(library, kind, thing, dtype)
         if library.versions and (version := metadata.version(library.name)) not in library.versions:
             unknown.add(f"{library.name} {version} is installed; its swaps were held against {library.versions[-1]}.")
             choice = f"{library.name} {version} is not known here, {library.versions[-1]} is"
@@ -89,15 +91,27 @@ def _check(model, dtype) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{WHO}: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"{WHO}: model must be eager, got a scripted one: swap first, script then")
-    compiled = type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None
-    if compiled:
+        raise TypeError(f"{WHO}: model must be eager, got a scripted one: swap the model that it was made of")
+    if _is_compiled(model):
         raise TypeError(f"{WHO}: model must be eager, got a compiled one: swap first, compile then")
     if dtype is not None:
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{WHO}: dtype must be a torch.dtype, got {dtype!r}")
         if dtype not in checks.FLOATS:
             raise TypeError(f"{WHO}: dtype must be one that kernels compute in, got {dtype}")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _compiled(model: nn.Module) -> set[int]:
+    """What stands within a compiled part of a model, and what hangs on it."""
+    found = set()
+    for part in model.modules():
+        if _is_compiled(part):
+            found |= {id(thing) for module in part.modules() for thing in (module, *_parts(module).values())}
+    return found
 
 
 def _places(model: nn.Module) -> list[tuple[str, Any]]:

@@ -25,8 +25,13 @@ from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._residual_made import inverse_refused, solve_made
 from genkernels.swap._rules import ACTNORM, Becomes, Library, left_alone, stays
 
-#: normflows's scale map: the operator's.
-MAPS = {"exp": ScaleMap.EXP, "sigmoid": ScaleMap.SIGMOID_INVERSE, "sigmoid_inv": ScaleMap.SIGMOID}
+#: The operator by normflows's scale map.
+COUPLINGS = {
+    name: Coupling(scale_map, 1.0, Layout.SHIFT_INTERLEAVED)
+    for name, scale_map in (
+        ("exp", ScaleMap.EXP), ("sigmoid", ScaleMap.SIGMOID_INVERSE), ("sigmoid_inv", ScaleMap.SIGMOID),
+    )
+}  # fmt: skip
 FLOOR = 1e-3
 #: How a coupling splits.
 CHECKERED = "checkerboard"
@@ -48,23 +53,26 @@ class AffineCouplingBlock(flows.AffineCouplingBlock):
         return self._gk_couple(z, inverse=True)
 
     def _gk_couple(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        mode, coupling = self.flows[0].mode, self.flows[1]
-        checkered = CHECKERED in mode
-        if left_alone(self) or z.dim() < 2 or z.shape[-1 if checkered else 1] % 2 or _why_not(self):
-            return super().inverse(z) if inverse else super().forward(z)
-        split = _colours if checkered else _halves
-        seen, moving = split(z, "inv" in mode)
+        split, coupling, merge = self._modules["flows"]._modules.values()
+        if left_alone(self) or _why_not(split, coupling, merge) or z.dim() < 2:
+            return self._gk_by_normflows(z, inverse)
+        mode, fused, large = split.mode, COUPLINGS[coupling.scale_map], pays(z)
+        checkered, flip = CHECKERED in mode, "inv" in mode
+        half, odd = divmod(z.shape[-1 if checkered else 1], 2)
+        if odd:
+            return self._gk_by_normflows(z, inverse)
+        if large and not checkered:
+            params = coupling.param_map(z.narrow(1, half if flip else 0, half))
+            return fused(z, params, Split.CHANNEL, flip, inverse)
+        seen, moving = (_colours if checkered else _halves)(z, flip)
         params = coupling.param_map(seen)
-        fused = Coupling(MAPS[coupling.scale_map], 1.0, Layout.SHIFT_INTERLEAVED)
-        if not pays(z):
-            moved, log_det = fused.plainly(moving, params, inverse)
-        elif checkered:
-            moved, log_det = fused(moving, params, inverse=inverse)
-        else:
-            return fused(z, params, Split.CHANNEL, "inv" in mode, inverse)
+        moved, log_det = (fused if large else fused.plainly)(moving, params, inverse=inverse)
         if checkered:
-            return _checkerboard(seen, moved, "inv" in mode), log_det
-        return torch.cat((moved, seen) if "inv" in mode else (seen, moved), 1), log_det
+            return _checkerboard(seen, moved, flip), log_det
+        return torch.cat((moved, seen) if flip else (seen, moved), 1), log_det
+
+    def _gk_by_normflows(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return super().inverse(z) if inverse else super().forward(z)
 
 
 def _halves(z: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
@@ -95,21 +103,20 @@ def _checkerboard(one: Tensor, two: Tensor, flip: bool) -> Tensor:
     return torch.stack([torch.where(even, evens, odds), torch.where(even, odds, evens)], -1).flatten(-2)
 
 
-def _why_not(block) -> str:
-    split, coupling, merge = block.flows
-    if [type(part) for part in (split, coupling, merge)] != [reshape.Split, AffineCoupling, reshape.Merge]:
+def _why_not(split, coupling, merge) -> str:
+    if type(split) is not reshape.Split or type(coupling) is not AffineCoupling or type(merge) is not reshape.Merge:
         return "a part of it is of another class"
-    if any(hooked(part) for part in (split, coupling, merge)):
+    if hooked(split, coupling, merge):
         return "there are hooks on its parts"
     if split.mode not in MODES or merge.mode != split.mode:
         return "its split and its merge are of different modes"
     if not coupling.scale:
         return "one addition: there is nothing to gain"
-    return "" if coupling.scale_map in MAPS else f"its scale map is {coupling.scale_map}"
+    return "" if coupling.scale_map in COUPLINGS else f"its scale map is {coupling.scale_map}"
 
 
 def _coupling(thing) -> Becomes | str:
-    return _why_not(thing) or Becomes(AffineCouplingBlock)
+    return _why_not(*thing.flows) or Becomes(AffineCouplingBlock)
 
 
 class MaskedAffineAutoregressive(Autoregressive):
@@ -158,7 +165,7 @@ class Planar(flows.Planar):
 
     def forward(self, z):
         large = z.device.type == "cpu" and z.numel() > LARGE
-        if left_alone(self) or z.dim() != 2 or large:
+        if left_alone(self) or z.dim() != 2 or z.dtype != self.w.dtype or large:
             return super().forward(z)
         return ops.planar_flow(z, self.w, self.u, self.b.reshape(1))
 
@@ -222,8 +229,8 @@ class MaskedAffineFlow(flows.MaskedAffineFlow):
         if not hasattr(self, "_gk_seen"):
             self._gk_seen = Seen()
         if not self._gk_seen.holds(self.b):
-            self._gk_seen.note(self.b)
             self._gk_binary = _is_binary(self.b)
+            self._gk_seen.note(self.b)
         return self._gk_binary
 
 

@@ -214,7 +214,8 @@ class GeneralCouplingTransform(flows.coupling.GeneralCouplingTransform):
     def _gk_indices(self) -> tuple[Tensor, Tensor]:
         held = getattr(self, "_gk_held", None)
         if held is None or held[0] is not self.mask or held[1] != self.mask._version:
-            passing, moving = self.mask.nonzero().squeeze(-1), (~self.mask).nonzero().squeeze(-1)
+            with torch.inference_mode(False):  # a later pass may save them for its backward
+                passing, moving = self.mask.nonzero().squeeze(-1), (~self.mask).nonzero().squeeze(-1)
             held = self._gk_held = (self.mask, self.mask._version, passing, moving)
         return held[2:]
 

@@ -285,3 +285,20 @@ def test_a_flow():
     found = theirs.sample(3, context)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert expected.requires_grad and not found.requires_grad
+
+
+def test_a_training_step_after_inference_mode():
+    """What a pass in inference mode works out and keeps, such as the order of units, a later graph may save."""
+    model = nn.ModuleList(
+        [
+            transforms.AffineCouplingTransform(MASKS["anyhow"], Linear),
+            transforms.MaskedAffineAutoregressiveTransform(7, 9, use_residual_blocks=False),
+        ]
+    ).double()
+    theirs, x = copy.deepcopy(model), draw(3, 7, dtype=torch.float64)
+    swap_(model)
+    for ours, their in zip(model, theirs, strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(ours.inverse(x), their.inverse(x))
+        a, b = (outcome(m, both_ways(x), torch.float64) for m in (ours, their))
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -128,6 +128,11 @@ def test_planar(dtype):
         return {"z": z, "log-det": log_det}
 
     check_swap(lambda: nf.flows.Planar((3,)), run, dtype, swapped=1)
+    model = nf.flows.Planar((3,))
+    x = draw(6, 3, dtype=torch.float64)
+    expected = model(x)  # of two dtypes, which PyTorch takes together
+    swap_(nn.ModuleList([model]))
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,12 +6,14 @@ import copy
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as by_hook
+from torch.utils.checkpoint import checkpoint
 
 import genkernels as gk
 from genkernels.swap import _rules, _walk, swap_
@@ -101,7 +103,7 @@ def test_what_is_refused(toys):
         assert not swap_(nn.Linear(2, 2)).entries
     for wrong, sentence in (
         (3, "model must be a torch.nn.Module, got int"),
-        (torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), "got a scripted one: swap first"),
+        (torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), "got a scripted one: swap the model that"),
         (torch.compile(nn.Linear(2, 2)), "got a compiled one: swap first, compile then"),
     ):
         with pytest.raises(TypeError, match=sentence):
@@ -114,6 +116,13 @@ def test_what_is_refused(toys):
     with pytest.raises(RuntimeError, match="must still be the Faster that it became, got Triple"):
         report.undo()
     assert type(model[1]) is Faster
+
+
+def test_what_is_compiled_in_a_model_stays(toys):
+    whole, in_place = torch.compile(Double(), backend="eager"), Double()
+    in_place.compile(backend="eager")
+    report = swap_(nn.ModuleList([whole, in_place, Double()]))
+    assert [entry.reason for entry in report.entries] == [_walk.COMPILED, _walk.COMPILED, "a note"]
 
 
 def test_nothing_is_imported_that_the_model_does_not_use():
@@ -189,3 +198,86 @@ def test_spectral_norm_by_the_reference_and_in_inference():
     (theirs(x).sum() + theirs(x).sum()).backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, by_hook], ids=["parametrization", "hook"])
+def test_spectral_norm_under_gradient_checkpointing(norm, reentrant):
+    """The pass that is run again takes another power iteration, by which torch differentiates; all of it is the new."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    theirs = critic(norm)().double()
+    ours = copy.deepcopy(theirs)
+    swap_(ours)
+    for model in (ours, theirs):
+        checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, by_hook], ids=["parametrization", "hook"])
+def test_spectral_norm_of_large_layers_and_its_second_gradient(norm, monkeypatch):
+    """A gradient penalty, whose graph goes through the gradients of the weights' norms."""
+    monkeypatch.setattr(sys.modules["genkernels.swap.torch"], "LARGE", 50)
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def run(model):
+        given = x.clone().requires_grad_()
+        value = model(given)
+        (slope,) = torch.autograd.grad(value.sum(), given, create_graph=True)
+        weights = [p for p in model.parameters() if p.dim() > 1]
+        slopes = torch.autograd.grad(value.square().sum(), weights, create_graph=True)
+        return {"value": value, "slope": slope} | {f"slope {i}": s for i, s in enumerate(slopes)}
+
+    check_swap(critic(norm), run, torch.float64, swapped=3, copies=False)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, by_hook], ids=["parametrization", "hook"])
+def test_a_norm_that_is_taken_off_and_layers_that_share_a_weight(norm):
+    def make():  # torch takes a parametrization off all copies of a module at once
+        torch.manual_seed(0)
+        layers = [norm(nn.Linear(4, 4)) for _ in range(3)]
+        if norm is by_hook:
+            layers[2].weight_orig = layers[0].weight_orig
+        else:
+            layers[2].parametrizations.weight.original = layers[0].parametrizations.weight.original
+        return nn.Sequential(*layers, layers[1], nn.Linear(4, 4)).double()
+
+    ours, theirs, x = make(), make(), torch.randn(5, 4).double()
+    swap_(ours)
+    for taken in (False, True):
+        for model in (ours, theirs):
+            if taken and norm is by_hook:
+                nn.utils.remove_spectral_norm(model[1])
+            elif taken:
+                nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+            model.zero_grad()
+            model(x).square().sum().backward()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
+
+
+def test_a_swapped_critic_in_many_threads():
+    torch.manual_seed(0)
+    theirs, x = critic(parametrizations.spectral_norm)().eval(), torch.randn(3, 2, 8, 8)
+    ours = copy.deepcopy(theirs)
+    swap_(ours)
+    expected = theirs(x)
+
+    def run(_):
+        with torch.no_grad():
+            return [ours(x) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(run, range(4)):
+            torch.testing.assert_close(found, [expected] * 20)
+
+
+def test_a_swapped_model_is_traced_as_it_was():
+    from tests.swap.test_copies import Multiplies, masked
+
+    conv, x = masked(Multiplies), torch.randn(2, 2, 5, 4)
+    expected = conv(x)
+    swap_(conv)
+    torch.testing.assert_close(torch.jit.trace(conv, (x,))(x), expected)
