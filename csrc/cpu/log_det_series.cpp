@@ -5,14 +5,16 @@
 // samples of a fully connected block, pixels of an image with zeros around. Matrices, 1×1 and 3×3 convolutions and
 // their transposes are one product over columns (residual_block/network.h), packed once a call.
 //
-// Flops, in passes g of the block: forward 1 + P·terms; backward 1 (the pass anew) + 2 P (tangents and cotangents) + 1
-// + 1 + P (the weights' gradients), and with the exact first term a product by M forward and three backward. Bytes: the
-// arguments and results; what lies between never leaves the caches (a tile of 48 columns and 128 channels: 24 kB a
-// plane of channels). The floor is the flops.
+// Flops, in passes g of the block: forward 1 + P·terms, or 1 + D where a fully connected block has so few features that
+// its Jacobian is cheaper whole (residual_block/jacobian.h: each power is then D² numbers a sample); backward 1 (the
+// pass anew) + 2 P (tangents and cotangents) + 1 + 1 + P (the weights' gradients), and with the exact first term a
+// product by M forward and three backward. Bytes: the arguments and results; what lies between never leaves the caches
+// (a tile of 48 columns and 128 channels: 24 kB a plane of channels). The floor is the flops.
 //
 // A sample's numbers depend on no other sample; sums over samples are made in parts that follow from the batch's size,
 // so that neither the number of threads nor anything else changes a bit. Half numbers are computed in fp32.
 #include "residual_block/gradient.h"
+#include "residual_block/jacobian.h"
 
 #include <cmath>
 
@@ -170,8 +172,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
   const int64_t batch = x.size(0), channels = net.features(), size = channels * net.grid.pixels();
   const int64_t count = probes.has_value() ? probes->size(0) : size, n = int64_t(terms.size());
   require(!probes.has_value() || probes->numel() == count * x.numel(), "log_det_series: probes must be P times like x");
+  const bool small = probes.has_value() && Jacobian<T>::pays(net, count * n);
   given.cut(batch);
-  net.pack(true, true);
+  net.pack(true, !small);
   const Numbers<T> points(x), noise = probes.has_value() ? Numbers<T>(*probes) : Numbers<T>();
   std::vector<int64_t> shape = shape_of(x);
   Result<T> value(x, shape);
@@ -191,6 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
     Planes<T> v(net.grid, channels), w(net.grid, channels), s(net.grid, channels);
     std::optional<TraceRoom<T>> room;
     if (exact) room.emplace(*trace);
+    std::optional<Jacobian<T>> jacobian;
+    if (small) jacobian.emplace(net);
     std::vector<T> dots(tile.columns);
     std::vector<double> total(net.grid.samples);
     for (int64_t t = begin; t < end; ++t) {
@@ -202,6 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
         whole(tile, from, some, batch, w.at(), to_log_det, to_sums);
         continue;
       }
+      if (small) jacobian->find(tile);
       std::fill(total.begin(), total.end(), 0.0);
       if (exact) {
         std::fill(dots.begin(), dots.end(), T(0));
@@ -223,7 +229,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
               for (int64_t q = 0; q < tile.columns; ++q) to[q] += factor * add[q];
             }
           }
-          tile.pull(w.at(), w.at());
+          if (small)
+            jacobian->pull(w.at());
+          else
+            tile.pull(w.at(), w.at());
           if (!counts) continue;
           tile.dots(w.at(), v.at(), channels, dots.data());
           for (int64_t g = 0; g < some; ++g)
@@ -280,12 +289,7 @@ void add_product(Tile<T>& tile, Sums<T>& sums, Tangents<T>& t) {
   for (int64_t i = 0; i < tile.last(); ++i) {
     T *z = t.of_arguments[i]->at(), *a = t.of_inputs[i]->at();
     net.maps[i].forward.run(from, nullptr, z, tile.plane, tile.columns);
-    const int64_t h = net.arguments(i);
-    for (int64_t c = 0; c < net.values(i); ++c) {
-      const T *d = tile.slope(i) + c * tile.plane, *row = z + c % h * tile.plane;
-      T* to = a + c * tile.plane;
-      for (int64_t q = 0; q < tile.columns; ++q) to[q] = k == nullptr || k[q] != T(0) ? d[q] * row[q] : T(0);
-    }
+    tile.along(i, z, a);
     from = a;
   }
   const T* w = t.sum.at();

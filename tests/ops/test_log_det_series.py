@@ -1,5 +1,6 @@
 """log_det_series on every implementation that runs here, against its definition in fp64 and against autograd."""
 
+import functools
 import itertools
 import math
 
@@ -150,6 +151,47 @@ def test_over_all_signs_values_and_gradients_are_those_of_the_traces(implementat
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
+
+
+@quick
+@pytest.mark.every_build
+@pytest.mark.parametrize("first_term", ["probe", "exact"])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize(("features", "probes"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2), (16, 2), (17, 2)])
+def test_of_few_features_is_right_for_any_number_of_terms(implementation, device, features, probes, terms, first_term):
+    """On both sides of where the whole Jacobian costs less than the chain of every term; a sample of NaN keeps to
+    itself."""
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(features), dtype=F64)
+    x, weights = draw(5, features), [0.5 * draw(8, features), 0.2 * draw(6, 16), 0.3 * draw(features, 12)]
+    biases, parameters, each = [draw(8), draw(6), draw(features)], torch.tensor([0.7, 1.1], dtype=F64), draw(5)
+    x, parameters, each, *both = (t.to(device) for t in (x, parameters, each, *weights, *biases))
+    coefficients, v = [1 / (k + 1) for k in range(terms)], draws(x, probes)
+    leaves = [t.requires_grad_() for t in (x, *both)]
+    options = {"probes": v, "terms": coefficients, "first_term": first_term}
+    out = ops.log_det_series(x, both[:3], both[3:], "clipswish", parameters, **options)
+    grads = torch.autograd.grad((each * out.log_det).sum(), leaves[:4])
+
+    j = jacobians(network(both[:3], both[3:], "clipswish", parameters), x)
+    before, power = torch.eye(features).to(j).expand_as(j), j
+    expected, known, s = 0, [], torch.zeros_like(v)
+    for k, c in enumerate(coefficients, start=1):
+        known.append(torch.einsum("pni,nij,pnj->n", v, power, v) / probes)
+        if first_term == "exact" and k == 1:
+            known[0] = j.diagonal(dim1=1, dim2=2).sum(1)
+        else:
+            s = s - (-1) ** k * c / probes * torch.einsum("pni,nij->pnj", v, before)
+        expected = expected - (-1) ** k * c / k * known[-1]
+        before, power = power, power @ j
+    torch.testing.assert_close(out.log_det, expected)
+    through = torch.einsum("pni,nij,pnj->n", s.detach(), j, v)
+    through = through + coefficients[0] * known[0] if first_term == "exact" else through
+    torch.testing.assert_close(grads, torch.autograd.grad((each * through).sum(), leaves[:4]))
+
+    broken = x.detach().clone()
+    broken[2] = math.nan
+    again = ops.log_det_series(broken, both[:3], both[3:], "clipswish", parameters, **options).log_det
+    assert again.isnan().tolist() == [False, False, True, False, False]
+    torch.testing.assert_close(again[[0, 1, 3, 4]], out.log_det[[0, 1, 3, 4]])
 
 
 @pytest.mark.implementations(reference=False, when=thin)

@@ -15,6 +15,7 @@ class Planes {
     std::fill_n(static_cast<T*>(memory_), channels * grid.plane() + 64, T(0));
   }
   T* at() { return at_; }
+  const T* at() const { return at_; }
 
  private:
   Scratch<T> memory_;
@@ -110,6 +111,21 @@ class Tile {
         for (int64_t q = 0; q < columns; ++q) row[q] = k[q] != T(0) ? row[q] * slopes[q] : T(0);
       else
         for (int64_t q = 0; q < columns; ++q) row[q] *= slopes[q];
+    }
+  }
+
+  // z (tangents of the arguments of activation i) times the slopes: in place, those of −z behind them.
+  void along(int64_t i, T* z) const { along(i, z, z); }
+  void along(int64_t i, const T* z, T* to) const {
+    const T *d = slopes_[i]->at(), *k = keep();
+    const int64_t h = net.arguments(i);
+    for (int64_t c = net.values(i) - 1; c >= 0; --c) {  // downwards: `to` may be z
+      const T *slopes = d + c * plane, *row = z + c % h * plane;
+      T* out = to + c * plane;
+      if (k)
+        for (int64_t q = 0; q < columns; ++q) out[q] = k[q] != T(0) ? slopes[q] * row[q] : T(0);
+      else
+        for (int64_t q = 0; q < columns; ++q) out[q] = slopes[q] * row[q];
     }
   }
 
