@@ -9,6 +9,7 @@ import torch
 
 import genkernels as gk
 from genkernels import ops
+from genkernels._options import Nonlinearity
 from tests.checks import assert_as_accurate, bits, pairwise
 from tests.ops.blocks import ACTIVATIONS, SHAPES, block, jacobians, network
 
@@ -249,6 +250,48 @@ def test_samples_are_their_own(implementation, device, name):
         alone = ops.log_det_series(x[at], weights, biases, "lipswish", parameters, probes=v[:, at], **options)
         assert torch.equal(bits(alone.value[0]), bits(together.value[i]))
         assert torch.equal(bits(alone.log_det[0]), bits(together.log_det[i]))
+
+
+@pytest.mark.implementations(torch_op="log_det_series_keeping")
+@pytest.mark.every_build
+@pytest.mark.parametrize("samples", [0, 1, 16, 37, 100])
+@pytest.mark.parametrize("activation", ["lipswish", "clipswish"])
+def test_keeps_arguments_and_their_tangents(functions, activation, samples):
+    x, weights, biases, parameters = block("deep", activation, samples=samples)
+    v, code = draws(x, 2), Nonlinearity[activation.upper()]
+    given = x, weights, biases, parameters, None, v, [1.0, 1.0]
+    kept = functions.log_det_series_keeping(*given, code)[4]
+
+    def arguments(x):
+        zs = [network(weights[:n], biases[:n], activation, parameters)(x) for n in range(1, len(weights))]
+        return torch.cat(zs, 1)
+
+    expected = [arguments(x), *(torch.func.jvp(arguments, (x,), (p,))[1] for p in v)]
+    blocks = -(-samples // 16)
+    assert kept.shape == (blocks, 3, sum(len(w) for w in weights[:-1]), 16)
+    found = kept.permute(1, 0, 3, 2).flatten(1, 2)
+    torch.testing.assert_close(found[:, :samples], torch.stack(expected))
+    assert not found[:, samples:].any()
+
+
+@quick
+@pytest.mark.every_build
+@pytest.mark.parametrize("samples", [17, 20, 33, 47])
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_an_exact_first_term_of_any_number_of_samples(implementation, device, dtype, samples):
+    """Of columns that are an odd number of vectors, too."""
+    x, weights, biases, parameters = block("mlp", samples=samples, device=device)
+    given = [t.to(dtype) for t in (x, *weights, *biases, parameters)]
+    options = {"probes": draws(given[0], 1), "terms": [1.0], "first_term": "exact"}
+    found = run(given[0], given[1:4], given[4:7], "lipswish", given[7], ("log_det",), **options)
+    leaves = [t.requires_grad_() for t in (x, *weights)]
+    expected = jacobians(network(weights, biases, "lipswish", parameters), x).diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(found["log_det"], expected.to(dtype))
+    generator = torch.Generator().manual_seed(2)  # as `run` draws
+    torch.randn(x.shape, generator=generator, dtype=F64)
+    each = torch.randn(len(x), generator=generator, dtype=F64).to(x)
+    for i, grad in enumerate(torch.autograd.grad((expected * each).sum(), leaves)):
+        torch.testing.assert_close(found[f"gradient {i}"], grad.to(dtype))
 
 
 @quick

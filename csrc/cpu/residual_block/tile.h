@@ -73,15 +73,20 @@ class Tile {
         m.forward.run(input(i), m.bias, value, plane, columns);
         return mask(value, net.features());
       }
-      T *z = argument(i), *a = input(i + 1), *d = slope(i);
-      m.forward.run(input(i), m.bias, z, plane, columns);
-      const int64_t h = net.arguments(i);
-      for (int64_t c = 0; c < h; ++c) {
-        activate(net.activation, z + c * plane, T(1), net.parameters[i], keep(), a + c * plane, d + c * plane, columns);
-        if (net.mirrored())
-          activate(net.activation, z + c * plane, T(-1), net.parameters[i], keep(), a + (h + c) * plane,
-                   d + (h + c) * plane, columns);
-      }
+      m.forward.run(input(i), m.bias, argument(i), plane, columns);
+      activate_all(i);
+    }
+  }
+
+  // The slopes of activation i and the inputs of the next map, from the arguments.
+  void activate_all(int64_t i) {
+    T *z = argument(i), *a = input(i + 1), *d = slope(i);
+    const int64_t h = net.arguments(i);
+    for (int64_t c = 0; c < h; ++c) {
+      activate(net.activation, z + c * plane, T(1), net.parameters[i], keep(), a + c * plane, d + c * plane, columns);
+      if (net.mirrored())
+        activate(net.activation, z + c * plane, T(-1), net.parameters[i], keep(), a + (h + c) * plane,
+                 d + (h + c) * plane, columns);
     }
   }
 
