@@ -115,14 +115,15 @@ FoundAndKept series(const Tensor& x, const std::vector<Tensor>& weights, const s
   const bool exact = trace_map.has_value() && n > 0;
   std::optional<Trace<T>> trace;
   if (exact) trace.emplace(*trace_map, net, false);
+  std::vector<double> totals(batch), traces(exact ? trace->count * batch : 0);
   const int64_t tiles = batch ? (batch + net.grid.samples - 1) / net.grid.samples : 0;
   if (!probes.has_value()) std::fill_n(to_shrink, count * batch, T(0));
   T *to_value = value, *to_sums = sums;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     Tile<T> tile(net);
     Planes<T> v(net.grid, channels), w(net.grid, channels), s(net.grid, channels);
-    std::optional<TraceRoom<T>> room;
-    if (exact) room.emplace(*trace);
+    std::optional<Traces<T>> first;
+    if (exact) first.emplace(*trace, net.grid.samples, batch, traces.data());
     std::optional<Jacobian<T>> jacobian;
     if (small) jacobian.emplace(net);
     std::vector<T> dots(tile.columns);
@@ -143,11 +144,7 @@ FoundAndKept series(const Tensor& x, const std::vector<Tensor>& weights, const s
         });
       for (int64_t i = 0; keep && i < tile.last(); ++i) kept.store(tile, tile.argument(i), from, some, 0, i);
       std::fill(total.begin(), total.end(), 0.0);
-      if (exact) {
-        std::fill(dots.begin(), dots.end(), T(0));
-        add_trace(tile, *trace, *room, dots.data());
-        for (int64_t g = 0; g < some; ++g) total[g] += terms[0] * net.grid.sum(dots.data(), g);
-      }
+      if (exact) first->add(tile, from);
       for (int64_t p = 0; p < count; ++p) {
         net.grid.stage(noise + p * batch * size, channels, from, some, v.at());
         net.grid.stage(noise + p * batch * size, channels, from, some, w.at());
@@ -181,9 +178,14 @@ FoundAndKept series(const Tensor& x, const std::vector<Tensor>& weights, const s
           to_shrink[p * batch + from + g] = T(std::pow(net.grid.sum(dots.data(), g) / (before[g] > 0 ? before[g] : 1.0),
                                                        0.5 / double(std::max<int64_t>(n, 1))));
       }
-      for (int64_t g = 0; g < some; ++g) to_log_det[from + g] = T(total[g]);
+      for (int64_t g = 0; g < some; ++g) totals[from + g] = total[g];
     }
+    if (exact) first->give();
   });
+  for (int64_t s = 0; probes.has_value() && s < batch; ++s) {
+    for (int64_t k = 0; exact && k < trace->count; ++k) totals[s] += terms[0] * traces[k * batch + s];
+    to_log_det[s] = T(totals[s]);
+  }
   return {value.done(), log_det, sums.done(), shrink, memory};
 }
 
@@ -307,7 +309,7 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
     for (int64_t part = begin; part < end; ++part) {
       sums[part].shape(net);
       for (int64_t k = 0; exact && k < trace->count; ++k)
-        by_map[part].emplace_back().shape(trace->rows, trace->columns, 1, trace->stride,
+        by_map[part].emplace_back().shape(trace->rows, trace->columns, 1, trace->strides[k],
                                           [](int64_t) { return int64_t(0); });
       for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
         const int64_t from = t * net.grid.samples, some = std::min(net.grid.samples, batch - from);
@@ -417,6 +419,12 @@ std::vector<Tensor> log_det_series_kept_backward(std::optional<Tensor> grad_valu
                                 first, activation);
 }
 
+Tensor log_det_series_trace_map(std::vector<Tensor> weights, int64_t activation) {
+  const bool mirrored = Nonlinearity(activation) == Nonlinearity::kClipswish;
+  if (arithmetic_dtype(weights[0]) == ScalarType::Double) return trace_map<double>(weights, mirrored);
+  return trace_map<float>(weights, mirrored);
+}
+
 }  // namespace
 }  // namespace block
 }  // namespace genkernels
@@ -425,6 +433,7 @@ STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   using namespace genkernels::block;
   m.impl("log_det_series", TORCH_BOX(&log_det_series));
   m.impl("log_det_series_backward", TORCH_BOX(&log_det_series_backward));
+  m.impl("log_det_series_trace_map", TORCH_BOX(&log_det_series_trace_map));
   m.impl("log_det_series_keeping", TORCH_BOX(&log_det_series_keeping));
   m.impl("log_det_series_kept_backward", TORCH_BOX(&log_det_series_kept_backward));
 }

@@ -297,7 +297,7 @@ TRACE_MAP = OPERATOR.define(
     reference.log_det_series_trace_map,
     _fake_trace_map,
     gradient=Formula(_setup_trace_map, _backward_trace_map),
-    kernels=dict.fromkeys(("cpu", "triton", "cuda"), "a product of weights, once a call, which torch has"),
+    kernels=dict.fromkeys(("triton", "cuda"), "a product of weights, once a call, which torch has"),
 )
 TRACE_MAP_BACKWARD = OPERATOR.define(
     "log_det_series_trace_map_backward(Tensor grad, Tensor[] weights, int activation) -> Tensor[]",

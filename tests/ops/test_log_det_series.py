@@ -274,6 +274,31 @@ def test_keeps_arguments_and_their_tangents(functions, activation, samples):
     assert not found[:, samples:].any()
 
 
+@pytest.mark.implementations(torch_op="log_det_series_trace_map")
+@pytest.mark.every_build
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["lipswish", "clipswish"])
+@pytest.mark.parametrize("name", ["mlp", "3-1-3", "1-1-1", "large"])
+def test_the_map_of_the_trace_is_what_comes_back_to_a_pixel(functions, name, activation, dtype):
+    """An impulse of one channel through W3 and W1, at each pixel of an image of 3x3, which has one of each class."""
+    _, weights, *_ = block(name, activation, dtype=dtype)
+    found = functions.log_det_series_trace_map(weights, Nonlinearity[activation.upper()])
+    assert found.dtype == dtype
+    twice = 2 if activation == "clipswish" else 1
+    first, middle, last = (w.double().reshape(*w.shape[:2], *(w.shape[2:] or (1, 1))) for w in weights)
+    first, middle, padding = (
+        first.repeat(twice, 1, 1, 1),
+        middle.repeat(twice, 1, 1, 1)[..., 0, 0],
+        first.shape[-1] // 2,
+    )
+    for k in range(len(found)):
+        impulse = torch.zeros(len(middle), len(middle), 9, dtype=F64)
+        impulse[:, :, k] = torch.eye(len(middle))
+        passed = torch.nn.functional.conv2d(impulse.unflatten(2, (3, 3)), last, padding=padding)
+        back = torch.nn.functional.conv2d(passed, first, padding=padding).flatten(2)[:, :, k]
+        torch.testing.assert_close(found[k], (middle * back).to(dtype))
+
+
 @quick
 @pytest.mark.every_build
 @pytest.mark.parametrize("samples", [17, 20, 33, 47])
