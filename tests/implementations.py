@@ -168,12 +168,16 @@ def in_force(implementation: Implementation) -> Iterator[None]:
     """Makes its operator run by `implementation`, through its public functions and as ``torch.ops.genkernels``."""
     operator = implementation.operator
     with ExitStack() as stack:
+        kernels = {}
         if implementation.name == "triton interpreted":
-            stack.enter_context(_stand_ins(_launchers(operator)))
+            kernels = _launchers(operator)
         if implementation.name == "cuda emulated":
             emulated = emulation.load(operator)
             names = [n for n in ops.OPERATORS[operator].torch_ops if emulation.registers(operator, n)]
-            stack.enter_context(_stand_ins({name: getattr(emulated, name) for name in names}))
+            kernels = {name: getattr(emulated, name) for name in names}
+        if kernels:
+            stack.enter_context(_stand_ins(kernels))
+            stack.enter_context(_without_others(operator, kernels))
         stack.enter_context(backends.use_backend(implementation.backend))
         yield
 
@@ -187,6 +191,22 @@ def _stand_ins(kernels: dict) -> Iterator[None]:
         for name, kernel in kernels.items():
             library.impl(name, kernel, "CPU", allow_override=True)
         yield
+
+
+@contextmanager
+def _without_others(operator: str, kernels: dict) -> Iterator[None]:
+    """Torch operators of which the C++ library alone has a kernel have none, as on a GPU: public functions then take
+    what is stood in for."""
+    own = [op for name, op in ops.OPERATORS[operator].torch_ops.items() if name not in kernels]
+    others = [op for op in own if op.has("cpu") and not op.has("triton") and not op.has("cuda")]
+    before = [op.kernels for op in others]
+    for op in others:
+        op.kernels = op.kernels | {"cpu": "nothing stands in for it"}
+    try:
+        yield
+    finally:
+        for op, own in zip(others, before, strict=True):
+            op.kernels = own
 
 
 def summary() -> list[str]:

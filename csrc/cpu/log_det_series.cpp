@@ -5,100 +5,23 @@
 // samples of a fully connected block, pixels of an image with zeros around. Matrices, 1×1 and 3×3 convolutions and
 // their transposes are one product over columns (residual_block/network.h), packed once a call.
 //
-// Flops, in passes g of the block: forward 1 + P·terms; backward 1 (the pass anew) + 2 P (tangents and cotangents) + 1
-// + 1 + P (the weights' gradients), and with the exact first term a product by M forward and three backward. Bytes: the
-// arguments and results; what lies between never leaves the caches (a tile of 48 columns and 128 channels: 24 kB a
-// plane of channels). The floor is the flops.
+// Flops, in passes g of the block: forward 1 + P·terms, or 1 + D where a fully connected block has so few features that
+// its Jacobian is cheaper whole (residual_block/jacobian.h: each power is then D² numbers a sample); backward 1 (the
+// pass anew) + 2 P (tangents and cotangents) + 1 + 1 + P (the weights' gradients), and with the exact first term a
+// product by M forward and three backward. Bytes: the arguments and results; what lies between never leaves the caches
+// (a tile of 48 columns and 128 channels: 24 kB a plane of channels). The floor is the flops.
 //
 // A sample's numbers depend on no other sample; sums over samples are made in parts that follow from the batch's size,
 // so that neither the number of threads nor anything else changes a bit. Half numbers are computed in fp32.
 #include "residual_block/gradient.h"
+#include "residual_block/jacobian.h"
+#include "residual_block/trace.h"
 
 #include <cmath>
 
 namespace genkernels {
 namespace block {
 namespace {
-
-// M of the trace, packed: one matrix for each class of pixels, over columns gathered by class.
-template <typename T>
-struct Trace {
-  Numbers<T> map;
-  int64_t rows, columns, count;
-  std::vector<std::vector<Run>> runs;
-  std::vector<int64_t> lengths;  // columns of each class in a tile, in whole vectors
-  int64_t stride = 0;
-  std::vector<Product<T>> forward, transposed;
-
-  Trace(const Tensor& m, const Network<T>& net, bool backwards)
-      : map(m), rows(m.size(1)), columns(m.size(2)), count(m.size(0)) {
-    require(net.count() == 3 && rows == net.values(1) && columns == net.values(0) && (count == 1 || count == 9) &&
-                (count == 1 || std::min(net.grid.height, net.grid.width) >= 2),
-            "log_det_series: the trace's map must fit to the block");
-    runs = net.grid.classes(count);
-    for (const auto& some : runs) {
-      int64_t n = 0;
-      for (const Run& run : some) n += run.length;
-      lengths.push_back(round_up(n, Vector<T>::kLanes));
-      stride = std::max(stride, lengths.back());
-    }
-    stride = (stride / 16 | 1) * 16;
-    for (int64_t k = 0; k < count; ++k) {
-      const T* at = map + k * rows * columns;
-      const auto none = [](int64_t) { return int64_t(0); };
-      forward.emplace_back().pack(
-          rows, columns, 1, stride, [&](int64_t o, int64_t i, int64_t) { return at[o * columns + i]; }, none);
-      if (backwards)
-        transposed.emplace_back().pack(
-            columns, rows, 1, stride, [&](int64_t i, int64_t o, int64_t) { return at[o * columns + i]; }, none);
-    }
-  }
-
-  // The columns of class k of `channels` planes, side by side.
-  void gather(int64_t k, const T* from, int64_t plane, int64_t channels, T* to) const {
-    for (int64_t c = 0; c < channels; ++c, from += plane) {
-      T* at = to + c * stride;
-      for (const Run& run : runs[k]) at = std::copy_n(from + run.at, run.length, at);
-      std::fill(at, to + c * stride + lengths[k], T(0));
-    }
-  }
-  void scatter_add(int64_t k, const T* from, int64_t channels, T* to, int64_t plane) const {
-    for (int64_t c = 0; c < channels; ++c, to += plane) {
-      const T* at = from + c * stride;
-      for (const Run& run : runs[k])
-        for (int64_t i = 0; i < run.length; ++i) to[run.at + i] += *at++;
-    }
-  }
-};
-
-template <typename T>
-struct TraceRoom {
-  Scratch<T> d1, d2, product;
-  explicit TraceRoom(const Trace<T>& t)
-      : d1(t.columns * t.stride + 64),
-        d2(t.rows * t.stride + 64),
-        product(std::max(t.rows, t.columns) * t.stride + 64) {}
-};
-
-// sums[q] += Σ_i d2_i (M d1)_i
-template <typename T>
-void add_trace(Tile<T>& tile, const Trace<T>& trace, TraceRoom<T>& room, T* sums) {
-  std::vector<T> found(trace.stride);
-  for (int64_t k = 0; k < trace.count; ++k) {
-    if (trace.runs[k].empty()) continue;
-    trace.gather(k, tile.slope(0), tile.plane, trace.columns, room.d1);
-    trace.gather(k, tile.slope(1), tile.plane, trace.rows, room.d2);
-    trace.forward[k].run(room.d1, nullptr, room.product, trace.stride, trace.lengths[k]);
-    std::fill(found.begin(), found.end(), T(0));
-    for (int64_t i = 0; i < trace.rows; ++i) {
-      const T *a = room.d2 + i * trace.stride, *b = room.product + i * trace.stride;
-      for (int64_t q = 0; q < trace.lengths[k]; ++q) found[q] += a[q] * b[q];
-    }
-    const T* at = found.data();
-    for (const Run& run : trace.runs[k])
-      for (int64_t i = 0; i < run.length; ++i) sums[run.at + i] += *at++;
-  }
-}
 
 // log|det A| of a matrix [n, n], which becomes its inverse: elimination with row exchanges.
 double invert(std::vector<double>& a, std::vector<double>& inverse, int64_t n) {
@@ -159,19 +82,25 @@ void whole(Tile<T>& tile, int64_t from, int64_t count, int64_t batch, T* w, T* l
   }
 }
 
+using Found = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FoundAndKept = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Nothing is kept without `keep`.
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::vector<Tensor>& weights,
-                                                  const std::vector<Tensor>& biases, const Tensor& parameters,
-                                                  const std::optional<Tensor>& trace_map,
-                                                  const std::optional<Tensor>& probes, const std::vector<double>& terms,
-                                                  int64_t activation) {
+FoundAndKept series(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                    const Tensor& parameters, const std::optional<Tensor>& trace_map,
+                    const std::optional<Tensor>& probes, const std::vector<double>& terms, int64_t activation,
+                    bool keep) {
   Given<T> given("log_det_series", x, weights, biases, parameters, activation);
   Network<T>& net = given.net;
   const int64_t batch = x.size(0), channels = net.features(), size = channels * net.grid.pixels();
   const int64_t count = probes.has_value() ? probes->size(0) : size, n = int64_t(terms.size());
   require(!probes.has_value() || probes->numel() == count * x.numel(), "log_det_series: probes must be P times like x");
+  require(!keep || (net.grid.flat && net.features() <= kMostWhole && probes.has_value()),
+          "log_det_series: only a fully connected block of few features keeps what its gradient needs");
+  const bool small = keep || (probes.has_value() && Jacobian<T>::pays(net, count * n));
   given.cut(batch);
-  net.pack(true, true);
+  net.pack(true, !small);
   const Numbers<T> points(x), noise = probes.has_value() ? Numbers<T>(*probes) : Numbers<T>();
   std::vector<int64_t> shape = shape_of(x);
   Result<T> value(x, shape);
@@ -180,17 +109,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
   const ScalarType work = Dtype<T>::kType;
   Tensor log_det = empty(x, {batch}, work), shrink = empty(x, {count, batch}, work);
   T *to_log_det = mutable_data<T>(log_det), *to_shrink = mutable_data<T>(shrink);
+  Kept<T> kept(net, count);
+  Tensor memory = empty(x, keep ? kept.shape(batch) : std::vector<int64_t>{0}, work);
+  kept.at = mutable_data<T>(memory);
   const bool exact = trace_map.has_value() && n > 0;
   std::optional<Trace<T>> trace;
   if (exact) trace.emplace(*trace_map, net, false);
+  std::vector<double> totals(batch), traces(exact ? trace->count * batch : 0);
   const int64_t tiles = batch ? (batch + net.grid.samples - 1) / net.grid.samples : 0;
   if (!probes.has_value()) std::fill_n(to_shrink, count * batch, T(0));
   T *to_value = value, *to_sums = sums;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     Tile<T> tile(net);
     Planes<T> v(net.grid, channels), w(net.grid, channels), s(net.grid, channels);
-    std::optional<TraceRoom<T>> room;
-    if (exact) room.emplace(*trace);
+    std::optional<Traces<T>> first;
+    if (exact) first.emplace(*trace, net.grid.samples, batch, traces.data());
+    std::optional<Jacobian<T>> jacobian;
+    if (small) jacobian.emplace(net);
     std::vector<T> dots(tile.columns);
     std::vector<double> total(net.grid.samples);
     for (int64_t t = begin; t < end; ++t) {
@@ -202,12 +137,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
         whole(tile, from, some, batch, w.at(), to_log_det, to_sums);
         continue;
       }
+      if (small)
+        jacobian->find(tile, [&](int64_t j, int64_t i, T* tangents) {
+          for (int64_t p = 0; keep && p < count; ++p)
+            kept.add(tile, tangents, from, some, p, i, noise + p * batch * size, j);
+        });
+      for (int64_t i = 0; keep && i < tile.last(); ++i) kept.store(tile, tile.argument(i), from, some, 0, i);
       std::fill(total.begin(), total.end(), 0.0);
-      if (exact) {
-        std::fill(dots.begin(), dots.end(), T(0));
-        add_trace(tile, *trace, *room, dots.data());
-        for (int64_t g = 0; g < some; ++g) total[g] += terms[0] * net.grid.sum(dots.data(), g);
-      }
+      if (exact) first->add(tile, from);
       for (int64_t p = 0; p < count; ++p) {
         net.grid.stage(noise + p * batch * size, channels, from, some, v.at());
         net.grid.stage(noise + p * batch * size, channels, from, some, w.at());
@@ -223,7 +160,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
               for (int64_t q = 0; q < tile.columns; ++q) to[q] += factor * add[q];
             }
           }
-          tile.pull(w.at(), w.at());
+          if (small)
+            jacobian->pull(w.at());
+          else
+            tile.pull(w.at(), w.at());
           if (!counts) continue;
           tile.dots(w.at(), v.at(), channels, dots.data());
           for (int64_t g = 0; g < some; ++g)
@@ -238,19 +178,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> series(const Tensor& x, const std::ve
           to_shrink[p * batch + from + g] = T(std::pow(net.grid.sum(dots.data(), g) / (before[g] > 0 ? before[g] : 1.0),
                                                        0.5 / double(std::max<int64_t>(n, 1))));
       }
-      for (int64_t g = 0; g < some; ++g) to_log_det[from + g] = T(total[g]);
+      for (int64_t g = 0; g < some; ++g) totals[from + g] = total[g];
     }
+    if (exact) first->give();
   });
-  return {value.done(), log_det, sums.done(), shrink};
+  for (int64_t s = 0; probes.has_value() && s < batch; ++s) {
+    for (int64_t k = 0; exact && k < trace->count; ++k) totals[s] += terms[0] * traces[k * batch + s];
+    to_log_det[s] = T(totals[s]);
+  }
+  return {value.done(), log_det, sums.done(), shrink, memory};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> log_det_series(Tensor x, std::vector<Tensor> weights,
-                                                          std::vector<Tensor> biases, Tensor parameters,
-                                                          std::optional<Tensor> trace_map, std::optional<Tensor> probes,
-                                                          std::vector<double> terms, int64_t activation) {
+FoundAndKept log_det_series_keeping(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                    Tensor parameters, std::optional<Tensor> trace_map, Tensor probes,
+                                    std::vector<double> terms, int64_t activation) {
   if (arithmetic_dtype(x) == ScalarType::Double)
-    return series<double>(x, weights, biases, parameters, trace_map, probes, terms, activation);
-  return series<float>(x, weights, biases, parameters, trace_map, probes, terms, activation);
+    return series<double>(x, weights, biases, parameters, trace_map, probes, terms, activation, true);
+  return series<float>(x, weights, biases, parameters, trace_map, probes, terms, activation, true);
+}
+
+Found log_det_series(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor parameters,
+                     std::optional<Tensor> trace_map, std::optional<Tensor> probes, std::vector<double> terms,
+                     int64_t activation) {
+  const auto [value, log_det, sums, shrink, _] =
+      arithmetic_dtype(x) == ScalarType::Double
+          ? series<double>(x, weights, biases, parameters, trace_map, probes, terms, activation, false)
+          : series<float>(x, weights, biases, parameters, trace_map, probes, terms, activation, false);
+  return {value, log_det, sums, shrink};
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
@@ -270,24 +224,24 @@ struct Tangents {
   }
 };
 
+// The tangents of the arguments and of the inputs along `vector`.
+template <typename T>
+void push(Tile<T>& tile, Tangents<T>& t) {
+  const T* from = t.vector.at();
+  for (int64_t i = 0; i < tile.last(); ++i) {
+    T *z = t.of_arguments[i]->at(), *a = t.of_inputs[i]->at();
+    tile.net.maps[i].forward.run(from, nullptr, z, tile.plane, tile.columns);
+    tile.along(i, z, a);
+    from = a;
+  }
+}
+
 // Adds the gradient of sᵀ J v by the weights, and that by the slopes to t.by_slope; `sum` holds s times what the
-// sample's log-determinant weighs.
+// sample's log-determinant weighs, the tangents are those along v.
 template <typename T>
 void add_product(Tile<T>& tile, Sums<T>& sums, Tangents<T>& t) {
   const Network<T>& net = tile.net;
   const T* k = tile.keep();
-  const T* from = t.vector.at();
-  for (int64_t i = 0; i < tile.last(); ++i) {
-    T *z = t.of_arguments[i]->at(), *a = t.of_inputs[i]->at();
-    net.maps[i].forward.run(from, nullptr, z, tile.plane, tile.columns);
-    const int64_t h = net.arguments(i);
-    for (int64_t c = 0; c < net.values(i); ++c) {
-      const T *d = tile.slope(i) + c * tile.plane, *row = z + c % h * tile.plane;
-      T* to = a + c * tile.plane;
-      for (int64_t q = 0; q < tile.columns; ++q) to[q] = k == nullptr || k[q] != T(0) ? d[q] * row[q] : T(0);
-    }
-    from = a;
-  }
   const T* w = t.sum.at();
   for (int64_t i = tile.last(); i > 0; --i) {
     sums.outer(i, tile, w, t.of_inputs[i - 1]->at());
@@ -305,35 +259,13 @@ void add_product(Tile<T>& tile, Sums<T>& sums, Tangents<T>& t) {
   sums.outer(0, tile, w, t.vector.at());
 }
 
-// The trace's part: to the slopes' gradients, and to that of M.
-template <typename T>
-void add_trace_gradient(Tile<T>& tile, const Trace<T>& trace, TraceRoom<T>& room, Tangents<T>& t, const T* weight,
-                        std::vector<Outer<T>>& by_map, T* turned) {
-  for (int64_t k = 0; k < trace.count; ++k) {
-    if (trace.runs[k].empty()) continue;
-    trace.gather(k, tile.slope(0), tile.plane, trace.columns, room.d1);
-    trace.gather(k, tile.slope(1), tile.plane, trace.rows, room.d2);
-    std::vector<T> each(trace.stride, T(0));
-    T* at = each.data();
-    for (const Run& run : trace.runs[k]) at = std::copy_n(weight + run.at, run.length, at);
-    for (int64_t i = 0; i < trace.rows; ++i)
-      for (int64_t q = 0; q < trace.lengths[k]; ++q) room.d2[i * trace.stride + q] *= each[q];
-    trace.transposed[k].run(room.d2, nullptr, room.product, trace.stride, trace.lengths[k]);
-    trace.scatter_add(k, room.product, trace.columns, t.by_slope[0]->at(), tile.plane);
-    by_map[k].add(room.d2, trace.stride, room.d1, trace.lengths[k], turned);
-    trace.forward[k].run(room.d1, nullptr, room.product, trace.stride, trace.lengths[k]);
-    for (int64_t i = 0; i < trace.rows; ++i)
-      for (int64_t q = 0; q < trace.lengths[k]; ++q) room.product[i * trace.stride + q] *= each[q];
-    trace.scatter_add(k, room.product, trace.rows, t.by_slope[1]->at(), tile.plane);
-  }
-}
-
 template <typename T>
 std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, const std::optional<Tensor>& grad_log_det,
                                     const Tensor& x, const std::vector<Tensor>& weights,
                                     const std::vector<Tensor>& biases, const Tensor& parameters,
                                     const std::optional<Tensor>& trace_map, const std::optional<Tensor>& probes,
-                                    const Tensor& sums_of, double first, int64_t activation) {
+                                    const Tensor& sums_of, const std::optional<Tensor>& kept_of, double first,
+                                    int64_t activation) {
   Given<T> given("log_det_series", x, weights, biases, parameters, activation);
   Network<T>& net = given.net;
   const int64_t batch = x.size(0), channels = net.features(), size = channels * net.grid.pixels();
@@ -342,7 +274,14 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
               (!grad_value.has_value() || grad_value->numel() == x.numel()),
           "log_det_series: gradients and sums must fit to x");
   given.cut(batch);
-  net.pack(true, true);
+  net.pack(!kept_of.has_value(), true);
+  const Numbers<T> pass = kept_of.has_value() ? Numbers<T>(*kept_of) : Numbers<T>();
+  Kept<T> kept(net, count);
+  if (kept_of.has_value()) {
+    require(kept_of->numel() == (batch + 15) / 16 * kept.vectors * kept.rows * kept.kBeside,
+            "log_det_series: what was kept must fit to x and the probes");
+    kept.at = const_cast<T*>(static_cast<const T*>(pass));
+  }
   const auto numbers = [](const std::optional<Tensor>& t) { return t.has_value() ? Numbers<T>(*t) : Numbers<T>(); };
   const Numbers<T> points(x), noise = numbers(probes), known(sums_of), by_value = numbers(grad_value),
                               by_log_det = numbers(grad_log_det);
@@ -370,12 +309,16 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
     for (int64_t part = begin; part < end; ++part) {
       sums[part].shape(net);
       for (int64_t k = 0; exact && k < trace->count; ++k)
-        by_map[part].emplace_back().shape(trace->rows, trace->columns, 1, trace->stride,
+        by_map[part].emplace_back().shape(trace->rows, trace->columns, 1, trace->strides[k],
                                           [](int64_t) { return int64_t(0); });
       for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
         const int64_t from = t * net.grid.samples, some = std::min(net.grid.samples, batch - from);
         net.grid.stage(static_cast<const T*>(points), channels, from, some, tile.input(0));
-        tile.linearize(nullptr);
+        if (kept.at == nullptr) tile.linearize(nullptr);
+        for (int64_t i = 0; kept.at && i < tile.last(); ++i) {
+          kept.load(tile, tile.argument(i), from, some, 0, i);
+          tile.activate_all(i);
+        }
         if (counts) {
           std::fill(weight.begin(), weight.end(), T(0));
           for (int64_t g = 0; g < some; ++g)
@@ -394,13 +337,20 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
             net.grid.stage(known + p * batch * size, channels, from, some, s);
             for (int64_t c = 0; c < channels; ++c)
               for (int64_t q = 0; q < tile.columns; ++q) s[c * tile.plane + q] *= weight[q];
+            if (kept.at == nullptr) push(tile, *tangents);
+            for (int64_t i = 0; kept.at && i < tile.last(); ++i) {
+              T* z = tangents->of_arguments[i]->at();
+              kept.load(tile, z, from, some, 1 + p, i);
+              tile.along(i, z, tangents->of_inputs[i]->at());
+            }
             add_product(tile, sums[part], *tangents);
             if (!probes.has_value())
               for (int64_t g = 0; g < some; ++g) v[net.grid.first(g) + at[p]] = T(0);
           }
           if (exact) {
             for (T& w : weight) w *= T(first);
-            add_trace_gradient(tile, *trace, *room, *tangents, weight.data(), by_map[part], turned.data());
+            add_trace_gradient(tile, *trace, *room, by_slope[0], by_slope[1], weight.data(), by_map[part],
+                               turned.data());
           }
         }
         if (grad_value.has_value())
@@ -434,8 +384,12 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
     Result<T> by_trace(*trace_map, shape_of(*trace_map));
     T* to = by_trace;
     std::fill_n(to, trace_map->numel(), T(0));
-    for (auto& part : by_map)
-      for (size_t k = 0; k < part.size(); ++k) part[k].give(to + k * trace->rows * trace->columns);
+    torch::stable::parallel_for(0, exact ? trace->count : 0, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        for (int64_t p = 1; p < parts; ++p) by_map[0][k].join(by_map[p][k]);
+        if (parts) by_map[0][k].give(to + k * trace->rows * trace->columns);
+      }
+    });
     out.push_back(by_trace.done());
   }
   return out;
@@ -448,10 +402,27 @@ std::vector<Tensor> log_det_series_backward(std::optional<Tensor> grad_value, st
                                             int64_t activation) {
   if (arithmetic_dtype(x) == ScalarType::Double)
     return series_backward<double>(grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums,
-                                   first, activation);
+                                   std::nullopt, first, activation);
   // the log-determinant's gradient is in fp32 whatever x is stored in: Numbers takes either
   return series_backward<float>(grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums,
+                                std::nullopt, first, activation);
+}
+
+std::vector<Tensor> log_det_series_kept_backward(std::optional<Tensor> grad_value, std::optional<Tensor> grad_log_det,
+                                                 Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                                 Tensor parameters, std::optional<Tensor> trace_map, Tensor probes,
+                                                 Tensor sums, Tensor kept, double first, int64_t activation) {
+  if (arithmetic_dtype(x) == ScalarType::Double)
+    return series_backward<double>(grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums,
+                                   kept, first, activation);
+  return series_backward<float>(grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, kept,
                                 first, activation);
+}
+
+Tensor log_det_series_trace_map(std::vector<Tensor> weights, int64_t activation) {
+  const bool mirrored = Nonlinearity(activation) == Nonlinearity::kClipswish;
+  if (arithmetic_dtype(weights[0]) == ScalarType::Double) return trace_map<double>(weights, mirrored);
+  return trace_map<float>(weights, mirrored);
 }
 
 }  // namespace
@@ -462,4 +433,7 @@ STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   using namespace genkernels::block;
   m.impl("log_det_series", TORCH_BOX(&log_det_series));
   m.impl("log_det_series_backward", TORCH_BOX(&log_det_series_backward));
+  m.impl("log_det_series_trace_map", TORCH_BOX(&log_det_series_trace_map));
+  m.impl("log_det_series_keeping", TORCH_BOX(&log_det_series_keeping));
+  m.impl("log_det_series_kept_backward", TORCH_BOX(&log_det_series_kept_backward));
 }

@@ -21,6 +21,8 @@ from genkernels.reference import log_det_series as reference
 NAME = "log_det_series"
 #: Features of the largest Jacobian that is taken whole: it costs as many passes.
 MOST_FEATURES = 256
+#: Features of the largest that is taken whole instead of a chain of products for each term (CPU).
+MOST_WHOLE = 16
 FIRST_TERMS = ("probe", "exact")
 
 
@@ -122,7 +124,8 @@ def log_det_series(
         # as an operator, so that autocast reaches no gradient of it either
         map_of = reference.log_det_series_trace_map if transforms_active() else TRACE_MAP.dense
         trace_map = map_of(weights, number) if exact else None
-        value, log_det, _, shrink = SERIES(x, weights, biases, parameters, trace_map, probes, terms, number)
+        given = x, weights, biases, parameters, trace_map, probes, terms, number
+        value, log_det, _, shrink, *_ = (KEEPING if _keeps(*given) else SERIES)(*given)
     return LogDetSeries(value, log_det, shrink)
 
 
@@ -142,24 +145,39 @@ def trace(x: Tensor, weights, biases, activation: str, parameters) -> Tensor:
         return reference.exact_trace(block, _block.linearize(block, x), x, _block.trace_map(block))
 
 
+def _keeps(x, weights, biases, parameters, trace_map, probes, terms, number) -> bool:
+    """Whether the forward pass keeps what the backward one would compute anew: where it takes the Jacobians whole, and
+    so has the tangents along the probes for nothing (csrc/cpu/residual_block/jacobian.h). Of more probes than features
+    that would be more than the Jacobians themselves."""
+    if not torch.is_grad_enabled() or probes is None or x.dim() != 2 or transforms_active():
+        return False
+    few = len(probes) <= x.shape[1] <= MOST_WHOLE and x.shape[1] < len(probes) * len(terms)
+    differentiates = few and any(t.requires_grad for t in (x, *weights, *biases, parameters))
+    return differentiates and KEEPING.backend_for(x) == "cpu"
+
+
 # --------------------------------------------------------------------------------------------------- gradient and fakes
 
 
 def _setup(ctx, inputs, output):
     x, weights, biases, parameters, trace_map, probes, ctx.terms, ctx.activation = inputs
     ctx.count = len(weights)
-    ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(x, parameters, trace_map, probes, output[2], *weights, *biases)
+    ctx.mark_non_differentiable(*output[2:])
+    kept = output[4] if len(output) > 4 else None
+    ctx.save_for_backward(x, parameters, trace_map, probes, output[2], kept, *weights, *biases)
 
 
 def _backward(ctx, grad_value, grad_log_det, *_):
     if grad_value is None and grad_log_det is None:
         return (None,) * 8
-    x, parameters, trace_map, probes, sums, *both = ctx.saved_tensors
+    x, parameters, trace_map, probes, sums, kept, *both = ctx.saved_tensors
     weights, biases = both[: ctx.count], both[ctx.count :]
     first = ctx.terms[0] if ctx.terms else 0.0
     as_reference = transforms_active()
     with autocast.kept_out(x):
+        if kept is not None and not as_reference and not torch.is_grad_enabled():
+            given = grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, kept
+            return _by_argument(KEPT_BACKWARD.dense(*given, first, ctx.activation), ctx.count, trace_map)
         if torch.is_grad_enabled() and grad_log_det is not None:
             # as functions of the rest, which a gradient of the gradient goes through
             again = reference.log_det_series_sums if as_reference else SUMS.dense
@@ -168,8 +186,12 @@ def _backward(ctx, grad_value, grad_log_det, *_):
         found = run(
             *(grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, first, ctx.activation)
         )
-    by_x, by_weights, by_biases = found[0], found[1 : 1 + ctx.count], found[1 + ctx.count : 1 + 2 * ctx.count]
-    by_parameters, by_map = found[1 + 2 * ctx.count], found[-1] if trace_map is not None else None
+    return _by_argument(found, ctx.count, trace_map)
+
+
+def _by_argument(found, count, trace_map):
+    by_x, by_weights, by_biases = found[0], found[1 : 1 + count], found[1 + count : 1 + 2 * count]
+    by_parameters, by_map = found[1 + 2 * count], found[-1] if trace_map is not None else None
     return by_x, by_weights, by_biases, by_parameters, by_map, None, None, None
 
 
@@ -192,6 +214,13 @@ def _fake(x, weights, biases, parameters, trace_map, probes, terms, activation):
     return x.new_empty(x.shape), log_det, x.new_empty((lead, *x.shape)), shrink
 
 
+def _fake_keeping(x, weights, biases, parameters, trace_map, probes, terms, activation):
+    found = _fake(x, weights, biases, parameters, trace_map, probes, terms, activation)
+    rows = sum(w.shape[0] for w in weights[:-1])
+    shape = ((x.shape[0] + 15) // 16, 1 + probes.shape[0], rows, 16)
+    return *found, x.new_empty(shape, dtype=block_checks.work(x))
+
+
 def _fake_trace_map(weights, activation):
     twice = 2 if activation == Nonlinearity.CLIPSWISH else 1
     classes = 9 if weights[0].dim() == 4 and weights[0].shape[-1] == 3 else 1
@@ -200,6 +229,13 @@ def _fake_trace_map(weights, activation):
 
 def _fake_sums(x, weights, biases, parameters, trace_map, probes, terms, activation):
     return x.new_empty((x.shape[1:].numel() if probes is None else probes.shape[0], *x.shape))
+
+
+def _fake_kept_backward(
+    grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, kept, first, activation
+):
+    found = block_checks.fakes(x, weights, biases, parameters)
+    return found if trace_map is None else [*found, trace_map.new_empty(trace_map.shape)]
 
 
 def _fake_backward(
@@ -230,6 +266,24 @@ BACKWARD = OPERATOR.define(
     _fake_backward,
     gradient=THROUGH_REFERENCE,
 )
+ANEW = dict.fromkeys(("triton", "cuda"), "a GPU computes anew what it would keep")
+KEEPING = OPERATOR.define(
+    "log_det_series_keeping(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, "
+    "Tensor probes, float[] terms, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.log_det_series_keeping,
+    _fake_keeping,
+    gradient=Formula(_setup, _backward),
+    kernels=ANEW,
+)
+KEPT_BACKWARD = OPERATOR.define(
+    "log_det_series_kept_backward(Tensor? grad_value, Tensor? grad_log_det, Tensor x, Tensor[] weights, "
+    "Tensor[] biases, Tensor parameters, Tensor? trace_map, Tensor probes, Tensor sums, Tensor kept, float first, "
+    "int activation) -> Tensor[]",
+    reference.log_det_series_kept_backward,
+    _fake_kept_backward,
+    gradient=THROUGH_REFERENCE,
+    kernels=ANEW,
+)
 SUMS = OPERATOR.define(
     "log_det_series_sums(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, "
     "Tensor? probes, float[] terms, int activation) -> Tensor",
@@ -243,7 +297,7 @@ TRACE_MAP = OPERATOR.define(
     reference.log_det_series_trace_map,
     _fake_trace_map,
     gradient=Formula(_setup_trace_map, _backward_trace_map),
-    kernels=dict.fromkeys(("cpu", "triton", "cuda"), "a product of weights, once a call, which torch has"),
+    kernels=dict.fromkeys(("triton", "cuda"), "a product of weights, once a call, which torch has"),
 )
 TRACE_MAP_BACKWARD = OPERATOR.define(
     "log_det_series_trace_map_backward(Tensor grad, Tensor[] weights, int activation) -> Tensor[]",

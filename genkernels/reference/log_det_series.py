@@ -24,7 +24,8 @@ goes through s, too.
 
 Shapes: x ``[N, D]`` or ``[N, C, H, W]``, probes ``[P, N, ...]``; value like x, log_det ``[N]``, sums like the probes
 (over P, so that they need no mean), shrink ``[P, N]``: the norm of the last w over that of v, to the power 1/n. Half
-numbers are computed in fp32. Saved for backward: the arguments and the sums; the pass is computed anew.
+numbers are computed in fp32. Saved for backward: the arguments and the sums; the pass is computed anew, or kept
+(`log_det_series_keeping`) where that is little.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genkernels.reference import _block
@@ -92,6 +94,25 @@ def log_det_series(
         log_det = log_det + terms[0] * exact_trace(block, at, at_x, trace_map)
     dtype = x.dtype
     return at.value.to(dtype), log_det, sums.to(dtype), shrink.detach()
+
+
+def log_det_series_keeping(
+    x, weights, biases, parameters, trace_map, probes, terms, activation
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same of a fully connected block, and what its gradient would compute anew: the arguments of all activations
+    and their tangents along the probes, of sixteen samples side by side: ``[N / 16, 1 + P, arguments, 16]``, zeros
+    beyond the last one."""
+    found = log_det_series(x, weights, biases, parameters, trace_map, probes, terms, activation)
+    work = _block.work_dtype(x)
+    block = Block(weights, biases, parameters, activation).to(work)
+    at = linearize(block, x.to(work))
+    tangents = _block.pushed(block, at, probes.to(work))[0]
+    own = [len(w) for w in weights[:-1]]  # an activation of [z, −z] has twice as many outputs
+    rows = [torch.cat([z[None, :, :n], t[..., :n]]) for z, t, n in zip(at.points, tangents, own, strict=True)]
+    together = F.pad(torch.cat(rows, -1), (0, 0, 0, -len(x) % 16)).unflatten(
+        1, (-1, 16)
+    )  # [1 + P, N / 16, 16, arguments]
+    return *found, together.permute(1, 0, 3, 2).contiguous()
 
 
 def log_det_series_sums(x, weights, biases, parameters, trace_map, probes, terms, activation) -> Tensor:
@@ -219,3 +240,12 @@ def log_det_series_backward(
     by_parameters = torch.stack(by_parameter) if by_parameter else torch.zeros_like(block.parameters)
     found = [delta, *by_weight, *by_bias, by_parameters, *([] if by_map is None else [by_map])]
     return [t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)]
+
+
+def log_det_series_kept_backward(
+    grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, kept, first, activation
+) -> list[Tensor]:
+    """The same, of what `log_det_series_keeping` gives: computed anew here."""
+    return log_det_series_backward(
+        grad_value, grad_log_det, x, weights, biases, parameters, trace_map, probes, sums, first, activation
+    )

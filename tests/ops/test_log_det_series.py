@@ -1,5 +1,6 @@
 """log_det_series on every implementation that runs here, against its definition in fp64 and against autograd."""
 
+import functools
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import torch
 
 import genkernels as gk
 from genkernels import ops
+from genkernels._options import Nonlinearity
 from tests.checks import assert_as_accurate, bits, pairwise
 from tests.ops.blocks import ACTIVATIONS, SHAPES, block, jacobians, network
 
@@ -152,6 +154,47 @@ def test_over_all_signs_values_and_gradients_are_those_of_the_traces(implementat
 # --- kernels ------------------------------------------------------------------------------------------------------
 
 
+@quick
+@pytest.mark.every_build
+@pytest.mark.parametrize("first_term", ["probe", "exact"])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize(("features", "probes"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2), (16, 2), (17, 2)])
+def test_of_few_features_is_right_for_any_number_of_terms(implementation, device, features, probes, terms, first_term):
+    """On both sides of where the whole Jacobian costs less than the chain of every term; a sample of NaN keeps to
+    itself."""
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(features), dtype=F64)
+    x, weights = draw(5, features), [0.5 * draw(8, features), 0.2 * draw(6, 16), 0.3 * draw(features, 12)]
+    biases, parameters, each = [draw(8), draw(6), draw(features)], torch.tensor([0.7, 1.1], dtype=F64), draw(5)
+    x, parameters, each, *both = (t.to(device) for t in (x, parameters, each, *weights, *biases))
+    coefficients, v = [1 / (k + 1) for k in range(terms)], draws(x, probes)
+    leaves = [t.requires_grad_() for t in (x, *both)]
+    options = {"probes": v, "terms": coefficients, "first_term": first_term}
+    out = ops.log_det_series(x, both[:3], both[3:], "clipswish", parameters, **options)
+    grads = torch.autograd.grad((each * out.log_det).sum(), leaves[:4])
+
+    j = jacobians(network(both[:3], both[3:], "clipswish", parameters), x)
+    before, power = torch.eye(features).to(j).expand_as(j), j
+    expected, known, s = 0, [], torch.zeros_like(v)
+    for k, c in enumerate(coefficients, start=1):
+        known.append(torch.einsum("pni,nij,pnj->n", v, power, v) / probes)
+        if first_term == "exact" and k == 1:
+            known[0] = j.diagonal(dim1=1, dim2=2).sum(1)
+        else:
+            s = s - (-1) ** k * c / probes * torch.einsum("pni,nij->pnj", v, before)
+        expected = expected - (-1) ** k * c / k * known[-1]
+        before, power = power, power @ j
+    torch.testing.assert_close(out.log_det, expected)
+    through = torch.einsum("pni,nij,pnj->n", s.detach(), j, v)
+    through = through + coefficients[0] * known[0] if first_term == "exact" else through
+    torch.testing.assert_close(grads, torch.autograd.grad((each * through).sum(), leaves[:4]))
+
+    broken = x.detach().clone()
+    broken[2] = math.nan
+    again = ops.log_det_series(broken, both[:3], both[3:], "clipswish", parameters, **options).log_det
+    assert again.isnan().tolist() == [False, False, True, False, False]
+    torch.testing.assert_close(again[[0, 1, 3, 4]], out.log_det[[0, 1, 3, 4]])
+
+
 @pytest.mark.implementations(reference=False, when=thin)
 @pytest.mark.every_build
 @pytest.mark.parametrize(("name", "activation"), pairwise(list(SHAPES), ACTIVATIONS))
@@ -207,6 +250,73 @@ def test_samples_are_their_own(implementation, device, name):
         alone = ops.log_det_series(x[at], weights, biases, "lipswish", parameters, probes=v[:, at], **options)
         assert torch.equal(bits(alone.value[0]), bits(together.value[i]))
         assert torch.equal(bits(alone.log_det[0]), bits(together.log_det[i]))
+
+
+@pytest.mark.implementations(torch_op="log_det_series_keeping")
+@pytest.mark.every_build
+@pytest.mark.parametrize("samples", [0, 1, 16, 37, 100])
+@pytest.mark.parametrize("activation", ["lipswish", "clipswish"])
+def test_keeps_arguments_and_their_tangents(functions, activation, samples):
+    x, weights, biases, parameters = block("deep", activation, samples=samples)
+    v, code = draws(x, 2), Nonlinearity[activation.upper()]
+    given = x, weights, biases, parameters, None, v, [1.0, 1.0]
+    kept = functions.log_det_series_keeping(*given, code)[4]
+
+    def arguments(x):
+        zs = [network(weights[:n], biases[:n], activation, parameters)(x) for n in range(1, len(weights))]
+        return torch.cat(zs, 1)
+
+    expected = [arguments(x), *(torch.func.jvp(arguments, (x,), (p,))[1] for p in v)]
+    blocks = -(-samples // 16)
+    assert kept.shape == (blocks, 3, sum(len(w) for w in weights[:-1]), 16)
+    found = kept.permute(1, 0, 3, 2).flatten(1, 2)
+    torch.testing.assert_close(found[:, :samples], torch.stack(expected))
+    assert not found[:, samples:].any()
+
+
+@pytest.mark.implementations(torch_op="log_det_series_trace_map")
+@pytest.mark.every_build
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["lipswish", "clipswish"])
+@pytest.mark.parametrize("name", ["mlp", "3-1-3", "1-1-1", "large"])
+def test_the_map_of_the_trace_is_what_comes_back_to_a_pixel(functions, name, activation, dtype):
+    """An impulse of one channel through W3 and W1, at each pixel of an image of 3x3, which has one of each class."""
+    _, weights, *_ = block(name, activation, dtype=dtype)
+    found = functions.log_det_series_trace_map(weights, Nonlinearity[activation.upper()])
+    assert found.dtype == dtype
+    twice = 2 if activation == "clipswish" else 1
+    first, middle, last = (w.double().reshape(*w.shape[:2], *(w.shape[2:] or (1, 1))) for w in weights)
+    first, middle, padding = (
+        first.repeat(twice, 1, 1, 1),
+        middle.repeat(twice, 1, 1, 1)[..., 0, 0],
+        first.shape[-1] // 2,
+    )
+    for k in range(len(found)):
+        impulse = torch.zeros(len(middle), len(middle), 9, dtype=F64)
+        impulse[:, :, k] = torch.eye(len(middle))
+        passed = torch.nn.functional.conv2d(impulse.unflatten(2, (3, 3)), last, padding=padding)
+        back = torch.nn.functional.conv2d(passed, first, padding=padding).flatten(2)[:, :, k]
+        torch.testing.assert_close(found[k], (middle * back).to(dtype))
+
+
+@quick
+@pytest.mark.every_build
+@pytest.mark.parametrize("samples", [17, 20, 33, 47])
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_an_exact_first_term_of_any_number_of_samples(implementation, device, dtype, samples):
+    """Of columns that are an odd number of vectors, too."""
+    x, weights, biases, parameters = block("mlp", samples=samples, device=device)
+    given = [t.to(dtype) for t in (x, *weights, *biases, parameters)]
+    options = {"probes": draws(given[0], 1), "terms": [1.0], "first_term": "exact"}
+    found = run(given[0], given[1:4], given[4:7], "lipswish", given[7], ("log_det",), **options)
+    leaves = [t.requires_grad_() for t in (x, *weights)]
+    expected = jacobians(network(weights, biases, "lipswish", parameters), x).diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(found["log_det"], expected.to(dtype))
+    generator = torch.Generator().manual_seed(2)  # as `run` draws
+    torch.randn(x.shape, generator=generator, dtype=F64)
+    each = torch.randn(len(x), generator=generator, dtype=F64).to(x)
+    for i, grad in enumerate(torch.autograd.grad((expected * each).sum(), leaves)):
+        torch.testing.assert_close(found[f"gradient {i}"], grad.to(dtype))
 
 
 @quick

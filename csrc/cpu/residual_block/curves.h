@@ -5,6 +5,7 @@
 #include "../../common/math.h"
 #include "../../common/options.h"
 #include "../common.h"
+#include "../vector.h"
 
 namespace genkernels {
 namespace block {
@@ -110,14 +111,18 @@ void activate(Nonlinearity which, const T* z, T sign, T a, const T* keep, T* val
 // Σ row[i], in lanes of their own first.
 template <typename T>
 inline double sum_of(const T* row, int64_t n) {
-  constexpr int64_t L = 4 * Vector<T>::kLanes;
-  T lanes[L] = {};
+  using Vec = typename Vector<T>::type;
+  constexpr int64_t L = Vector<T>::kLanes;
+  Vec sums[4] = {};
   int64_t i = 0;
-  for (; i + L <= n; i += L)
-    for (int64_t j = 0; j < L; ++j) lanes[j] += row[i + j];
-  for (; i < n; ++i) lanes[i % L] += row[i];
+  for (; i + 4 * L <= n; i += 4 * L)
+    for (int64_t j = 0; j < 4; ++j) sums[j] += load_vector(row + i + j * L);
+  for (; i + L <= n; i += L) sums[0] += load_vector(row + i);
+  T lanes[L];
+  store_vector<T>((sums[0] + sums[1]) + (sums[2] + sums[3]), lanes);
   double total = 0;
   for (T lane : lanes) total += double(lane);
+  for (; i < n; ++i) total += double(row[i]);
   return total;
 }
 

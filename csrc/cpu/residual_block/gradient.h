@@ -45,6 +45,10 @@ struct Outer {
       }
   }
 
+  void join(const Outer& other) {
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += other.sums[i];
+  }
+
   // to [outputs, inputs, taps] += the sums
   void give(T* to) const {
     const int64_t entries = inputs * taps;
@@ -138,11 +142,13 @@ void give(std::vector<Sums<T>>& parts, const std::vector<T*>& by_weight, const s
           T* by_parameters) {
   const int64_t count = int64_t(by_weight.size());
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (const Sums<T>& part : parts) {
-        part.maps[i].give(by_weight[i]);
-        for (size_t c = 0; c < part.biases[i].size(); ++c) by_bias[i][c] += part.biases[i][c];
+    for (int64_t i = begin; i < end; ++i) {
+      for (size_t p = 0; p < parts.size(); ++p) {
+        if (p) parts[0].maps[i].join(parts[p].maps[i]);
+        for (size_t c = 0; c < parts[p].biases[i].size(); ++c) by_bias[i][c] += parts[p].biases[i][c];
       }
+      if (!parts.empty()) parts[0].maps[i].give(by_weight[i]);
+    }
   });
   for (int64_t i = 0; i + 1 < count; ++i) {
     double total = 0;

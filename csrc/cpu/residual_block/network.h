@@ -115,20 +115,22 @@ struct Network {
   int64_t values(int64_t i) const { return maps[i].outputs * (mirrored() ? 2 : 1); }
 
   void pack(bool forwards, bool backwards) {
-    const int64_t plane = grid.plane(), pitch = grid.pitch();
-    for (Map<T>& m : maps) {
-      const int64_t taps = m.taps();
-      if (forwards)
-        m.forward.pack(
-            m.outputs, m.inputs, taps, plane,
-            [&](int64_t o, int64_t i, int64_t t) { return m.weight[(o * m.inputs + i) * taps + t]; },
-            [&](int64_t t) { return m.away(t, pitch); });
-      if (backwards)
-        m.transposed.pack(
-            m.inputs, m.outputs, taps, plane,
-            [&](int64_t i, int64_t o, int64_t t) { return m.weight[(o * m.inputs + i) * taps + t]; },
-            [&](int64_t t) { return -m.away(t, pitch); });
-    }
+    const int64_t plane = grid.plane(), pitch = grid.pitch(), ways = int64_t(forwards) + int64_t(backwards);
+    torch::stable::parallel_for(0, ways * count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t job = begin; job < end; ++job) {
+        Map<T>& m = maps[job / ways];
+        if (forwards && job % ways == 0)
+          m.forward.pack(
+              m.outputs, m.inputs, m.taps(), plane,
+              [&](int64_t o, int64_t i, int64_t t) { return m.weight[(o * m.inputs + i) * m.taps() + t]; },
+              [&](int64_t t) { return m.away(t, pitch); });
+        else
+          m.transposed.pack(
+              m.inputs, m.outputs, m.taps(), plane,
+              [&](int64_t i, int64_t o, int64_t t) { return m.weight[(o * m.inputs + i) * m.taps() + t]; },
+              [&](int64_t t) { return -m.away(t, pitch); });
+      }
+    });
   }
 };
 
@@ -223,13 +225,16 @@ struct Given {
     require(net.maps.back().outputs == x.size(1), who, ": the last map must have as many outputs as x has channels");
   }
 
-  // Samples a tile: as many columns as keep a tile's planes in the second-level cache and fill its vectors.
+  // Samples a tile: as many columns as keep a tile's planes in the second-level cache and fill its vectors. A fully
+  // connected block's are samples: two or three vectors of the product, whichever fills more of the tiles that four
+  // threads take at a time.
   void cut(int64_t batch) {
     Grid& grid = net.grid;
     const int64_t wanted = 3 * 16;  // columns: whole steps of the product
     const int64_t each = grid.rows() * grid.pitch();
-    grid.samples = std::max<int64_t>(1, grid.flat ? wanted : 4 * wanted / each);
-    grid.samples = std::max<int64_t>(1, std::min(grid.samples, batch));
+    const auto spent = [&](int64_t samples) { return round_up(batch, 4 * samples); };
+    grid.samples = !grid.flat ? 4 * wanted / each : spent(32) < spent(wanted) ? 32 : wanted;
+    grid.samples = std::max<int64_t>(1, std::min(grid.samples, std::max<int64_t>(batch, 1)));
     for (const Map<T>& m : net.maps)
       require(std::max(m.inputs, m.outputs) * grid.plane() < (int64_t(1) << 31),
               "genkernels: a residual block's channels times the pixels of an image must stay below 2^31");

@@ -15,6 +15,7 @@ class Planes {
     std::fill_n(static_cast<T*>(memory_), channels * grid.plane() + 64, T(0));
   }
   T* at() { return at_; }
+  const T* at() const { return at_; }
 
  private:
   Scratch<T> memory_;
@@ -72,15 +73,20 @@ class Tile {
         m.forward.run(input(i), m.bias, value, plane, columns);
         return mask(value, net.features());
       }
-      T *z = argument(i), *a = input(i + 1), *d = slope(i);
-      m.forward.run(input(i), m.bias, z, plane, columns);
-      const int64_t h = net.arguments(i);
-      for (int64_t c = 0; c < h; ++c) {
-        activate(net.activation, z + c * plane, T(1), net.parameters[i], keep(), a + c * plane, d + c * plane, columns);
-        if (net.mirrored())
-          activate(net.activation, z + c * plane, T(-1), net.parameters[i], keep(), a + (h + c) * plane,
-                   d + (h + c) * plane, columns);
-      }
+      m.forward.run(input(i), m.bias, argument(i), plane, columns);
+      activate_all(i);
+    }
+  }
+
+  // The slopes of activation i and the inputs of the next map, from the arguments.
+  void activate_all(int64_t i) {
+    T *z = argument(i), *a = input(i + 1), *d = slope(i);
+    const int64_t h = net.arguments(i);
+    for (int64_t c = 0; c < h; ++c) {
+      activate(net.activation, z + c * plane, T(1), net.parameters[i], keep(), a + c * plane, d + c * plane, columns);
+      if (net.mirrored())
+        activate(net.activation, z + c * plane, T(-1), net.parameters[i], keep(), a + (h + c) * plane,
+                 d + (h + c) * plane, columns);
     }
   }
 
@@ -110,6 +116,21 @@ class Tile {
         for (int64_t q = 0; q < columns; ++q) row[q] = k[q] != T(0) ? row[q] * slopes[q] : T(0);
       else
         for (int64_t q = 0; q < columns; ++q) row[q] *= slopes[q];
+    }
+  }
+
+  // z (tangents of the arguments of activation i) times the slopes: in place, those of −z behind them.
+  void along(int64_t i, T* z) const { along(i, z, z); }
+  void along(int64_t i, const T* z, T* to) const {
+    const T *d = slopes_[i]->at(), *k = keep();
+    const int64_t h = net.arguments(i);
+    for (int64_t c = net.values(i) - 1; c >= 0; --c) {  // downwards: `to` may be z
+      const T *slopes = d + c * plane, *row = z + c % h * plane;
+      T* out = to + c * plane;
+      if (k)
+        for (int64_t q = 0; q < columns; ++q) out[q] = k[q] != T(0) ? slopes[q] * row[q] : T(0);
+      else
+        for (int64_t q = 0; q < columns; ++q) out[q] = slopes[q] * row[q];
     }
   }
 

@@ -3,9 +3,10 @@ each: a fully connected one on points, and one of 3-1-3 convolutions.
 
 Bytes: x, the probes, the weights and the gradients once each; the sums are written and read.
 
-Flops: a pass of g is two a weight and column (a sample, a pixel). Forward takes 1 + n passes for n terms, backward 1
-(the slopes anew), 2 (tangents and cotangents), 1 (the gradient of x) and 2 (those of the weights); an exact first term
-one product of the middle map's size forward and three backward, for one pass of the probe less in the sums.
+Flops: a pass of g is two a weight and column (a sample, a pixel). Forward takes 1 + n passes for n terms (for points of
+D features, whose Jacobians can be taken whole, 1 + D where that is less), backward 1 (the slopes anew), 2 (tangents and
+cotangents), 1 (the gradient of x) and 2 (those of the weights); an exact first term one product of the middle
+map's size forward and three backward, for one pass of the probe less in the sums.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def case(variant, block, terms, direction, first_term=FIRST_TERMS[0]) -> Case:
     numbers = sum(math.prod(shape) for shape in _shapes(size, widths, kernels))
     columns = batch * math.prod(size[1:])
     name = f"log_det_series/{variant}" + ("/exact first term" if first_term == "exact" else "")
+    products = terms if kernels else min(terms, size[0])
     middle = 2 * columns * widths[0] * widths[-1] * 4 if first_term == "exact" else 0
     return Case(
         name=name,
@@ -84,7 +86,7 @@ def case(variant, block, terms, direction, first_term=FIRST_TERMS[0]) -> Case:
         reference=plain,
         outputs=("value", "log_det"),
         bytes=4 * (6 * batch * math.prod(size) + 3 * numbers),
-        flops=2 * columns * numbers * (7 + terms) + middle,
+        flops=2 * columns * numbers * (7 + products) + middle,
         settings={"terms": terms, "first_term": first_term, "kernels": kernels},
         compiled="the series' derivative is a function of its own, which torch.compile takes by parts alone",
     )
