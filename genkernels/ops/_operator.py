@@ -117,7 +117,8 @@ class Operator:
             CUDA_LIBRARY.define(schema)
         if op.has("cuda") or op.has("triton"):
             LIBRARY.impl(name, op.launch, "CUDA")
-        LIBRARY.impl(name, with_gradient(name, op.run, reference, gradient), "Autograd")
+        op.record = with_gradient(name, op.run, reference, gradient)
+        LIBRARY.impl(name, op.record, "Autograd")
         self.torch_ops[name] = op
         return op
 
@@ -160,6 +161,7 @@ class TorchOp:
     kernels: dict[str, str]
     prefers: str | Callable[..., str]
     run: Any = None  #: the torch operator itself
+    record: Any = None  #: what it calls where autograd may be recording
     tensors: list[int] = field(default_factory=list)  #: the places of its tensors among its arguments
     lists: list[int] = field(default_factory=list)  #: and of its lists of tensors
 
@@ -198,7 +200,14 @@ class TorchOp:
                 dense[i] = tensor.contiguous()
         for i in self.lists:
             dense[i] = [t.contiguous() for t in dense[i]]
-        return self.run(*dense)
+        return self.now(*dense)
+
+    def now(self, *arguments):
+        """The torch operator on dense tensors. Where nothing but autograd would look on, it is what autograd calls at
+        once: the way there through the dispatcher turns every argument into C++ and back."""
+        if torch.compiler.is_compiling() or transforms_active() or torch._C._len_torch_dispatch_stack():
+            return self.run(*arguments)
+        return self.record(*arguments)
 
     def launch(self, *arguments):
         """What torch calls for tensors on a GPU, from a public function or from the backward pass."""
