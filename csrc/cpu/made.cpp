@@ -2,7 +2,7 @@
 // al. 2017; Durkan et al. 2019).
 //
 //   y = (W ⊙ M) x + b         M by degrees; its two gradients
-//   z_i = f(x_i; p_i)         p_i made of x_{<i}; x from z, and the gradient of that
+//   z_i = f(x_i; p_i)         p_i made of x_{<i}; x from z, and the gradient of that; of affine maps also z from x
 //
 // f is an affine map of 2 parameters, σ and a shift, or a rational-quadratic spline of 3K − 1 or 3K (made/maps.h): the
 // solve asks of it the inverse of one feature, the samples side by side, and the gradient of that.
@@ -21,12 +21,15 @@
 // solution x (nothing else is saved: the units cost less to compute than to keep). The weights' gradients are then one
 // masked product a layer, −δᵀu.
 //
+// The direction of one pass (made/pass.h) is all layers, the map and the log-determinant in one call, of several
+// transforms and the ActNorms between them: in a small network the layers take less time than torch takes to get from
+// one to the next, there and back.
+//
 // Parallel over chunks of samples, for layers also over groups of rows: a sum is always added up in the same order, so
 // neither the batch nor the threads change its bits. A thread is started for no less than kWork multiply-adds: below, a
 // call is a few microseconds of its own beside those of torch's dispatch. Bytes: the live weights once a chunk, from
 // the outer caches; the floor is the flops.
-#include "made/linear.h"
-#include "made/solve.h"
+#include "made/pass.h"
 
 namespace genkernels {
 namespace made {
@@ -74,56 +77,6 @@ Tensor masked_linear_grad_weight(Tensor grad_output, Tensor input, Tensor in_deg
 }
 
 // ---- the inverse ------------------------------------------------------------------------------------------------
-
-// The network of a call; every count and index that memory is addressed by is checked here, for nothing above reads
-// their values.
-template <typename T>
-struct Call {
-  Network<T> net;
-  Scratch<T> first;  // the first layer's weight with columns in the order of the steps, where that is not the data's
-
-  Call(const Layers& layers, int64_t features, int64_t params)
-      : first(is_natural(layers.order) ? 0 : layers.weights[0].size(0) * features) {
-    net.features = features;
-    net.params = params;
-    net.residual = layers.residual;
-    const int64_t hidden = layers.hidden();
-    net.order.assign(data<int64_t>(layers.order), data<int64_t>(layers.order) + features);
-    std::vector<bool> seen(features, false);
-    for (int64_t i : net.order) {
-      require(i >= 0 && i < features && !seen[i], "made: order must be a permutation of 0 to ", features - 1);
-      seen[i] = true;
-    }
-    for (int64_t l = 0; l <= hidden; ++l) {
-      net.weights.push_back(data<T>(layers.weights[l]));
-      net.biases.push_back(data<T>(layers.biases[l]));
-      if (l == hidden) break;
-      net.sizes.push_back(layers.weights[l].size(0));
-      const int64_t* c = data<int64_t>(layers.counts) + l * (features + 1);
-      net.counts.push_back(c);
-      bool fine = c[0] >= 0 && c[features] == net.sizes[l];
-      for (int64_t k = 0; k < features; ++k) fine = fine && c[k] <= c[k + 1];
-      require(
-          fine,
-          "made: counts must ascend from 0 or more to the number of units in each hidden layer, they do not in layer ",
-          l);
-      for (int64_t k = 0; net.joins(l) && k <= features; ++k)
-        require(c[k] <= net.counts[l - 2][k],
-                "made: a residual block must not add a unit to one of a lower degree, it does in layer ", l);
-    }
-    if (!is_natural(layers.order)) {
-      gather_columns<T>(net.weights[0], net.sizes[0], features, net.order, first, features);
-      net.weights[0] = first;
-    }
-  }
-
-  static bool is_natural(const Tensor& order) {
-    const int64_t* o = data<int64_t>(order);
-    for (int64_t i = 0; i < order.size(0); ++i)
-      if (o[i] != i) return false;
-    return true;
-  }
-};
 
 // Samples of a chunk of the solves: as few chunks as there are threads, but no more than what keeps a chunk's units in
 // cache.
@@ -231,6 +184,209 @@ void Cpu::inverse_backward(const Layers& layers, const Maps& maps, const std::op
   }
 }
 
+// ---- the direction of one pass --------------------------------------------------------------------------------------
+
+// Transforms one after the other; lists hold what each has, transform by transform.
+struct Chain {
+  const std::vector<Tensor>&contexts, &weights, &biases, &norms, &orders, &counts;
+  bool residual;
+
+  int64_t size() const { return int64_t(orders.size()); }
+  int64_t layers() const { return size() ? int64_t(weights.size()) / size() : 0; }
+
+  void check() const {
+    const size_t K = orders.size();
+    require(K >= 1 && counts.size() == K && weights.size() % K == 0 && layers() >= 2 &&
+                biases.size() == weights.size() && (contexts.empty() || contexts.size() == K) &&
+                (norms.empty() || norms.size() == 2 * K || norms.size() == 2 * K + 2),
+            "made: a list must hold as many tensors for each transform, got ", K, " orders, ", counts.size(),
+            " counts, ", weights.size(), " weights, ", biases.size(), " biases, ", norms.size(), " of ActNorms and ",
+            contexts.size(), " contexts");
+  }
+
+  // Rows of the buffer.
+  int64_t rows(int64_t features) const {
+    int64_t count = size() * features;
+    for (const Tensor& bias : biases) count += bias.size(0);
+    return count;
+  }
+};
+
+template <typename T>
+struct Steps {
+  const Chain& chain;
+  std::vector<std::unique_ptr<Call<T>>> calls;
+  std::vector<std::unique_ptr<Pass<T>>> passes;
+  std::vector<int64_t> first;  // where the rows of each begin
+
+  Steps(const Chain& c, const Tensor& x, const AffineMaps& maps, Columns columns) : chain(c) {
+    const int64_t L = c.layers();
+    int64_t next = 0;
+    for (int64_t k = 0; k < c.size(); ++k) {
+      const std::vector<Tensor> weights(c.weights.begin() + k * L, c.weights.begin() + (k + 1) * L);
+      const std::vector<Tensor> biases(c.biases.begin() + k * L, c.biases.begin() + (k + 1) * L);
+      calls.push_back(std::make_unique<Call<T>>(Layers{weights, biases, c.orders[k], c.counts[k], c.residual},
+                                                x.size(1), maps.params, columns));
+      passes.push_back(std::make_unique<Pass<T>>(calls.back()->net, x.size(0)));
+      first.push_back(next);
+      next += passes.back()->first.back();
+    }
+  }
+
+  int64_t size() const { return chain.size(); }
+  Norm<T> norm(int64_t k) const {
+    if (int64_t(chain.norms.size()) <= 2 * k) return {};
+    return {data<T>(chain.norms[2 * k]), data<T>(chain.norms[2 * k + 1])};
+  }
+  // The step of each feature in transform k.
+  std::vector<int64_t> places(int64_t k) const {
+    const std::vector<int64_t>& order = passes[k]->net.order;
+    std::vector<int64_t> at(order.size());
+    for (size_t i = 0; i < order.size(); ++i) at[order[i]] = int64_t(i);
+    return at;
+  }
+};
+
+template <typename T>
+void run_chain(const Steps<T>& steps, const AffineMaps& maps, const T* x, T* kept, T* z, T* log_det) {
+  const Pass<T>& any = *steps.passes[0];
+  const int64_t D = any.net.features, K = steps.size(), stride = any.stride, N = any.samples;
+  std::vector<double> total(N, 0.0);
+  Scratch<T> out(D * stride);
+  any.turn_in(x, kept);
+  for (int64_t i = 0; i < D; ++i) steps.norm(0).apply(any.net.order[i], kept + i * stride, N);
+  for (int64_t k = 0; k < K; ++k) {
+    const Pass<T>& p = *steps.passes[k];
+    T* next = k + 1 < K ? kept + steps.first[k + 1] * stride : static_cast<T*>(out);
+    // what is behind the last transform keeps its order
+    const std::vector<int64_t> at = steps.places(std::min(k + 1, K - 1));
+    const auto row_of = [&](int64_t i) { return next + at[p.net.order[i]] * stride; };
+    transform<T>(p, maps, steps.chain.contexts.empty() ? nullptr : data<T>(steps.chain.contexts[k]),
+                 kept + steps.first[k] * stride, row_of, total.data());
+    for (int64_t i = 0; i < D; ++i) {
+      steps.norm(k + 1).apply(p.net.order[i], row_of(i), N);
+      if (k + 1 < K) std::fill(row_of(i) + N, row_of(i) + stride, T(0));
+    }
+  }
+  steps.passes[K - 1]->turn_out(out, z);
+  double same = 0;
+  for (int64_t k = 0; k <= K; ++k)
+    for (int64_t i = 0; i < D && steps.norm(k).log_scale; ++i) same += double(steps.norm(k).log_scale[i]);
+  for (int64_t n = 0; n < N; ++n) log_det[n] = T(total[n] + same);
+}
+
+// grads: of x, of the contexts, of the ActNorms' tensors and, if any, of the layers' weights and biases in turn.
+template <typename T>
+void run_chain_back(const Steps<T>& steps, const AffineMaps& maps, const T* by_z, const T* by_log_det, const T* kept,
+                    const std::vector<Tensor>& grads) {
+  const Pass<T>& any = *steps.passes[0];
+  const int64_t D = any.net.features, K = steps.size(), L = steps.chain.layers(), stride = any.stride, N = any.samples;
+  const int64_t contexts = steps.chain.contexts.size(), norms = steps.chain.norms.size();
+  std::vector<T> by_log(stride, T(0));
+  double of_all = 0;
+  if (by_log_det) std::copy_n(by_log_det, N, by_log.begin());
+  for (int64_t n = 0; n < N; ++n) of_all += double(by_log[n]);
+  Scratch<T> given(D * stride);
+  bool moved = by_z != nullptr;
+  if (moved) steps.passes[K - 1]->turn_in(by_z, given);
+  int64_t widest = 0;
+  for (const auto& p : steps.passes) widest = std::max(widest, p->first.back());
+  Scratch<T> signals(widest * stride);
+  // From the gradients by the values that an ActNorm gives to those by what it takes, a feature's in a row.
+  const auto norm_back = [&](int64_t k, int64_t feature, T* g, const T* value) {
+    const Norm<T> norm = steps.norm(k);
+    if (!norm.bias) return;
+    const T scale = math::exp(norm.log_scale[feature]);
+    mutable_data<T>(grads[2 + contexts + 2 * k])[feature] =
+        T(sum_lanes<T>(N, [&](int64_t n) { return g[n] * value[n]; }) + of_all);
+    for (int64_t n = 0; n < N; ++n) g[n] *= scale;
+    mutable_data<T>(grads[1 + contexts + 2 * k])[feature] = T(sum_lanes<T>(N, [&](int64_t n) { return g[n]; }));
+  };
+  if (steps.norm(K).bias) {
+    if (!moved) std::fill_n(static_cast<T*>(given), D * stride, T(0));
+    moved = true;
+    Scratch<T> row(stride);
+    const T* units = kept + steps.first[K - 1] * stride;
+    for (int64_t i = 0; i < D; ++i) {
+      const int64_t feature = steps.passes[K - 1]->net.order[i];
+      value_of<T>(*steps.passes[K - 1], maps, units, i, row);
+      steps.norm(K).apply(feature, row, N);
+      norm_back(K, feature, given + i * stride, row);
+    }
+  }
+  for (int64_t k = K - 1; k >= 0; --k) {
+    const Pass<T>& p = *steps.passes[k];
+    const T* units = kept + steps.first[k] * stride;
+    const int64_t* column = Call<T>::is_natural(steps.chain.orders[k]) ? nullptr : p.net.order.data();
+    transform_backward<T>(p, maps, moved ? static_cast<T*>(given) : nullptr, by_log.data(), units, column, signals);
+    moved = true;
+    if (contexts)
+      p.for_samples(4 * p.rows[0], [&](int64_t n0, int64_t count) {
+        turn_back<T>(
+            signals + p.at(0) + n0, stride, count, p.rows[0], [](int64_t r) { return r; },
+            mutable_data<T>(grads[1 + k]) + n0 * p.rows[0], p.rows[0]);
+      });
+    std::vector<std::pair<T*, T*>> layers;
+    for (size_t l = 1 + contexts + norms + 2 * k * L; l < grads.size() && int64_t(layers.size()) < L; l += 2)
+      layers.emplace_back(mutable_data<T>(grads[l]), mutable_data<T>(grads[l + 1]));
+    if (!layers.empty()) layers_backward<T>(p, units, signals, column, layers.data());
+    const std::vector<int64_t> at = steps.places(std::max<int64_t>(k - 1, 0));
+    for (int64_t i = 0; i < D; ++i) {
+      T* g = signals + i * stride;
+      norm_back(k, p.net.order[i], g, units + i * stride);
+      std::copy_n(g, stride, given + at[p.net.order[i]] * stride);
+    }
+  }
+  any.turn_out(given, mutable_data<T>(grads[0]));
+}
+
+// kept: what the backward pass reads; without `keep` it is nothing, [0, 0].
+std::tuple<Tensor, Tensor, Tensor> made_forward(Tensor x, std::vector<Tensor> contexts, std::vector<Tensor> weights,
+                                                std::vector<Tensor> biases, std::vector<Tensor> norms,
+                                                std::vector<Tensor> orders, std::vector<Tensor> counts, bool residual,
+                                                int64_t scale_map, double constant, bool keep) {
+  const AffineMaps maps(scale_map, constant);
+  const Chain chain{contexts, weights, biases, norms, orders, counts, residual};
+  chain.check();
+  const int64_t samples = x.size(0), rows = chain.rows(x.size(1)), stride = stride_of_samples(samples);
+  Tensor z = empty(x), log_det = empty(x, {samples}), kept = empty(x, {keep ? rows : 0, keep ? stride : 0});
+  if (samples == 0) return {z, log_det, kept};
+  with_dtype<float, double>("made: x", x, [&]<typename T>() {
+    Scratch<T> dropped(keep ? 0 : rows * stride);
+    run_chain<T>(Steps<T>(chain, x, maps, Columns::kEitherWay), maps, data<T>(x),
+                 keep ? mutable_data<T>(kept) : static_cast<T*>(dropped), mutable_data<T>(z), mutable_data<T>(log_det));
+  });
+  return {z, log_det, kept};
+}
+
+// Gradients of x, of the contexts, of the ActNorms' tensors and, with `by_layers`, of each layer's weight and bias.
+std::vector<Tensor> made_forward_backward(std::optional<Tensor> grad_z, std::optional<Tensor> grad_ldj, Tensor x,
+                                          Tensor kept, std::vector<Tensor> contexts, std::vector<Tensor> weights,
+                                          std::vector<Tensor> biases, std::vector<Tensor> norms,
+                                          std::vector<Tensor> orders, std::vector<Tensor> counts, bool residual,
+                                          int64_t scale_map, double constant, bool by_layers) {
+  const AffineMaps maps(scale_map, constant);
+  const Chain chain{contexts, weights, biases, norms, orders, counts, residual};
+  chain.check();
+  const int64_t samples = x.size(0);
+  const auto fresh = [&](const Tensor& like) { return samples ? empty(like) : zeros(like, shape_of(like)); };
+  std::vector<Tensor> grads = {fresh(x)};
+  for (const Tensor& context : contexts) grads.push_back(fresh(context));
+  for (const Tensor& norm : norms) grads.push_back(fresh(norm));
+  for (size_t l = 0; by_layers && l < weights.size(); ++l) {
+    grads.push_back(fresh(weights[l]));
+    grads.push_back(fresh(biases[l]));
+  }
+  if (samples == 0) return grads;
+  require(kept.dim() == 2 && kept.size(0) == chain.rows(x.size(1)) && kept.size(1) == stride_of_samples(samples),
+          "made: kept must be what made_forward gave for these arguments");
+  with_dtype<float, double>("made: x", x, [&]<typename T>() {
+    run_chain_back<T>(Steps<T>(chain, x, maps, Columns::kAsTheyLie), maps, data<T>(grad_z), data<T>(grad_ldj),
+                      data<T>(kept), grads);
+  });
+  return grads;
+}
+
 }  // namespace
 }  // namespace made
 }  // namespace genkernels
@@ -240,6 +396,8 @@ STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   m.impl("masked_linear", TORCH_BOX(&masked_linear));
   m.impl("masked_linear_grad_input", TORCH_BOX(&masked_linear_grad_input));
   m.impl("masked_linear_grad_weight", TORCH_BOX(&masked_linear_grad_weight));
+  m.impl("made_forward", TORCH_BOX(&made_forward));
+  m.impl("made_forward_backward", TORCH_BOX(&made_forward_backward));
   m.impl("made_inverse", TORCH_BOX(&made_inverse<Cpu>));
   m.impl("made_inverse_backward", TORCH_BOX(&made_inverse_backward<Cpu>));
   m.impl("made_spline_inverse", TORCH_BOX(&made_spline_inverse<Cpu>));

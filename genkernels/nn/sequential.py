@@ -10,6 +10,7 @@ from genkernels.nn._context import check_context
 from genkernels.nn._log_det import check_log_det, work_dtype, zero_log_det
 from genkernels.nn.actnorm import ActNorm
 from genkernels.nn.additive_run import AdditiveRun
+from genkernels.nn.autoregressive_run import AutoregressiveRun
 from genkernels.nn.folding import Folded, FoldedPair
 from genkernels.nn.joined_actnorms import JoinedActNorms
 from genkernels.nn.reversible import run_reversible
@@ -20,7 +21,8 @@ class FlowSequential(nn.Sequential):
 
     On every backend but ``reference`` layers are joined where that gives the same numbers with less work: an `ActNorm`
     directly before an `InvertibleConv1x1` is folded with it into one product, the other ActNorms share their
-    exponentials and sums, and neighbouring additive couplings run on the two halves of x. Parameters and state dict are
+    exponentials and sums, neighbouring additive couplings run on the two halves of x, and neighbouring autoregressive
+    affine transforms with their ActNorms are one call of a kernel. Parameters and state dict are
     those of the layers; a layer with hooks, or an ActNorm yet to be initialised, runs by itself.
 
     Args:
@@ -55,7 +57,8 @@ class FlowSequential(nn.Sequential):
             self._begin(x, context)
         if self.reversible and torch.is_grad_enabled() and not x.is_meta:
             return run_reversible(self, lambda: self._steps(runs=False), x, context)
-        return _chain(self._steps(), x, context)
+        steps = self._steps()
+        return _chain(AutoregressiveRun.joined(steps, x) if current_backend() == "auto" else steps, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _chain(self._steps(), z, context, inverse=True)

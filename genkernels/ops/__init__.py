@@ -14,7 +14,7 @@ from genkernels.ops.importance_bound import gaussian_reparameterize, importance_
 from genkernels.ops.invertible_residual import Solution, invertible_residual
 from genkernels.ops.log_det_series import LogDetSeries, log_det_series
 from genkernels.ops.logistic_mixture import logistic_mixture_nll, logistic_mixture_sample
-from genkernels.ops.made import made_inverse, made_spline_inverse, masked_linear
+from genkernels.ops.made import made_forward, made_inverse, made_spline_inverse, masked_linear
 from genkernels.ops.masked_conv import masked_conv
 from genkernels.ops.rational_quadratic_spline import rational_quadratic_spline, rational_quadratic_spline_inverse
 from genkernels.ops.spectral_norm import CIRCULAR, CONVOLUTION, MATRIX, Geometry, SpectralNorm, spectral_norm

@@ -66,16 +66,51 @@ def splines(z, weights, parametrization, bound, logit_scale, floor) -> tuple[int
     return outputs, codes
 
 
-def inverse(z, weights, biases, order, counts, context, residual, params, method) -> None:
-    """All conditions of `made_inverse` and `made_spline_inverse` but for the maps' own; params: those of a feature."""
-    checks.option(NAME, "method", method, METHODS)
+def _fits(z, weights, biases, order, counts, context, residual, params) -> bool:
+    """Whether all holds and nothing is to be converted, without a word: the sentences of a small network's checks would
+    take longer than its kernel."""
+    if not isinstance(z, Tensor) or z.dim() != 2 or not len(weights) == len(biases) >= 2:
+        return False
+    dtype, device, (batch, features) = z.dtype, z.device, z.shape
+    inputs, first, last = features, None, len(weights) - 1
+    if dtype not in checks.FLOATS or features < 1 or (residual and (last < 3 or last % 2 == 0)):
+        return False
+    for i in range(last + 1):
+        w, b = weights[i], biases[i]
+        if not (isinstance(w, Tensor) and isinstance(b, Tensor) and w.dim() == 2):
+            return False
+        outputs = w.shape[0]
+        if w.shape[1] != inputs or b.dim() != 1 or b.shape[0] != outputs:
+            return False
+        if w.dtype != dtype or b.dtype != dtype or w.device != device or b.device != device:
+            return False
+        first = outputs if first is None else first
+        if i == last and outputs != params * features or residual and i < last and outputs != first:
+            return False
+        inputs = outputs
+    for plan, shape in ((order, (features,)), (counts, (last, features + 1))):
+        if not isinstance(plan, Tensor) or plan.dtype != torch.int64 or plan.device != device or plan.shape != shape:
+            return False
+    return context is None or (
+        isinstance(context, Tensor)
+        and context.dtype == dtype
+        and context.device == device
+        and context.shape == (batch, first)
+    )
+
+
+def network(label, z, weights, biases, order, counts, context, residual, params) -> None:
+    """All conditions of an autoregressive transform but for the maps' own; label: of its input z; params: those of a
+    feature."""
+    if _fits(z, weights, biases, order, counts, context, residual, params):
+        return
     layers = {f"weights[{i}]": w for i, w in enumerate(weights)} | {f"biases[{i}]": b for i, b in enumerate(biases)}
-    tensors = {"z": z, "context": context, **layers}
+    tensors = {label: z, "context": context, **layers}
     checks.tensors(NAME, tensors, optional=("context",))
     if not autocast.active(z):
         checks.same_dtype(NAME, tensors)
     if z.dim() != 2 or z.shape[1] < 1:
-        raise ValueError(f"{NAME}: z must be [N, D] with D at least 1, got {list(z.shape)}")
+        raise ValueError(f"{NAME}: {label} must be [N, D] with D at least 1, got {list(z.shape)}")
     if len(weights) < 2 or len(weights) != len(biases):
         raise ValueError(
             f"{NAME}: weights and biases must be two lists of one length, at least 2, got {len(weights)} and "
@@ -93,10 +128,16 @@ def inverse(z, weights, biases, order, counts, context, residual, params, method
         checks.shape(NAME, f"weights[{i}]", w, [outputs, inputs], "[out, in]")
         checks.shape(NAME, f"biases[{i}]", b, [outputs], "[out]")
         inputs = outputs
-    _integers("order", order, [features], "[D]", "z", z)
-    _integers("counts", counts, [len(weights) - 1, features + 1], "[layers - 1, D + 1]", "z", z)
+    _integers("order", order, [features], "[D]", label, z)
+    _integers("counts", counts, [len(weights) - 1, features + 1], "[layers - 1, D + 1]", label, z)
     if context is not None:
         checks.shape(NAME, "context", context, [z.shape[0], weights[0].shape[0]], "[N, H]")
+
+
+def inverse(z, weights, biases, order, counts, context, residual, params, method) -> None:
+    """All conditions of `made_inverse` and `made_spline_inverse` but for the maps' own."""
+    checks.option(NAME, "method", method, METHODS)
+    network("z", z, weights, biases, order, counts, context, residual, params)
 
 
 def plan_values(order: Tensor, counts: Tensor, sizes: list[int], residual: bool) -> None:

@@ -119,7 +119,8 @@ class Operator:
             CUDA_LIBRARY.define(schema)
         if op.has("cuda") or op.has("triton"):
             LIBRARY.impl(name, op.launch, "CUDA")
-        LIBRARY.impl(name, with_gradient(name, op.run, reference, gradient), "Autograd")
+        op.record = with_gradient(name, op.run, reference, gradient)
+        LIBRARY.impl(name, op.record, "Autograd")
         self.torch_ops[name] = op
         return op
 
@@ -162,6 +163,7 @@ class TorchOp:
     kernels: dict[str, str]
     prefers: str | Callable[..., str]
     run: Any = None  #: the torch operator itself
+    record: Any = None  #: what it calls where autograd may be recording
     tensors: list[int] = field(default_factory=list)  #: the places of its tensors among its arguments
     lists: list[int] = field(default_factory=list)  #: and of its lists of tensors
     first_on_cpu: bool = False  #: whether ``auto`` takes the kernel on a CPU, whatever the arguments are
@@ -192,25 +194,25 @@ class TorchOp:
         """The reference or the kernel."""
         if self._backend_for(arguments) == "reference" or transforms_active():
             return self.reference(*arguments)
-        return self._run(arguments, torch.is_grad_enabled())
+        return self.dense(*arguments)
 
     def dense(self, *arguments):
         """The torch operator with its tensors made dense, as kernels want them. What a gradient calls: neither what
         arrives there nor a saved tensor that a hook gives back need be."""
-        return self._run(arguments, torch.is_grad_enabled() or transforms_active())
-
-    def _run(self, arguments: tuple, autograd: bool):
-        """autograd: whether its kernel is called; where it would record nothing, 8 µs are saved without."""
         dense = list(arguments)
         for i in self.tensors:
             if (tensor := dense[i]) is not None:
                 dense[i] = tensor.contiguous()
         for i in self.lists:
             dense[i] = [t.contiguous() for t in dense[i]]
-        if autograd or is_compiling():
-            return self.run(*dense)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.run(*dense)
+        return self.now(*dense)
+
+    def now(self, *arguments):
+        """The torch operator on dense tensors. Where nothing but autograd would look on, it is what autograd calls at
+        once: the way there through the dispatcher turns every argument into C++ and back, which takes 8 µs."""
+        if is_compiling() or transforms_active() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+            return self.run(*arguments)
+        return self.record(*arguments)
 
     def launch(self, *arguments):
         """What torch calls for tensors on a GPU, from a public function or from the backward pass."""

@@ -75,6 +75,68 @@ def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
     return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
+def made_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    order: Tensor,
+    counts: Tensor,
+    *,
+    context: Tensor | None = None,
+    residual: bool = False,
+    scale_map: str = "exp",
+    scale_constant: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""An autoregressive affine transform, all masked layers of its network, the map and the log-determinant in one
+    call.
+
+    .. math:: z_i = x_i\,\sigma(s_i) + t_i,\qquad (s, t)_i = \mathrm{MADE}(x_{<i}),\qquad \mathrm{ldj} =
+        \sum\log\sigma(s)
+
+    Equivalent to (natural order)::
+
+        s, t = made(x).chunk(2, 1)
+        z = x * torch.exp(log_scale(s)) + t
+        ldj = log_scale(s).sum(1)
+
+    Args:
+        x: ``[N, D]``, fp64, fp32, bf16 or fp16 (halves are computed in fp32).
+        weights, biases, order, counts, context, residual: as for `made_inverse`.
+        scale_map, scale_constant: as for `made_inverse`.
+
+    Returns:
+        ``(z, ldj)``: z like x (contiguous); ldj ``[N]``, nats, fp32 (fp64 for fp64).
+
+    Raises: as for `made_inverse`. Source: the same.
+    """
+    codes = checks.affine(scale_map, scale_constant)
+    weights, biases = list(weights), list(biases)
+    checks.network("x", x, weights, biases, order, counts, context, residual, 2)
+    dtype = x.dtype
+    x, context, weights, biases, order, counts, residual = _arguments(
+        x, weights, biases, order, counts, context, residual
+    )
+    contexts = [] if context is None else [context]
+    z, ldj = made_chain(x, contexts, weights, biases, [], [order], [counts], residual, *codes)
+    return z.to(dtype), ldj
+
+
+def made_chain(x, contexts, weights, biases, norms, orders, counts, residual, scale_map, constant):
+    """`made_forward` of several transforms one after the other, ActNorms between them, their tensors in lists as
+    `genkernels.reference.made.made_forward` has them; for layers, which have checked what they give."""
+    every = (x, *contexts, *weights, *biases, *norms)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in every)
+    arguments = (x, contexts, weights, biases, norms, orders, counts, residual, scale_map, constant, keep)
+    with autocast.kept_out(x):
+        if FORWARD.runs_reference(*arguments):
+            for k, (order, count) in enumerate(zip(orders, counts, strict=True)):
+                layers = len(weights) // len(orders)
+                sizes = [w.shape[0] for w in weights[k * layers : (k + 1) * layers - 1]]
+                checks.plan_values(order, count, sizes, residual)
+            return FORWARD.reference(*arguments[:-1])[:2]
+        return FORWARD.now(*arguments)[:2]
+
+
 def made_inverse(
     z: Tensor,
     weights: Sequence[Tensor],
@@ -188,11 +250,7 @@ def _solve(kind: _Kind, outputs: int, z, weights, biases, order, counts, context
     """The inverse by maps of some kind, `outputs` parameters a feature; codes: what else its torch operator takes."""
     weights, biases = list(weights), list(biases)
     checks.inverse(z, weights, biases, order, counts, context, residual, outputs, method)
-    dtype, work = z.dtype, work_dtype(z, context, *weights, *biases)
-    # one dtype, dense: what every kernel asks for
-    z, weights, biases = _dense(z, work), [_dense(w, work) for w in weights], [_dense(b, work) for b in biases]
-    context = None if context is None else _dense(context, work)
-    arguments = (z, context, weights, biases, order.contiguous(), counts.contiguous(), bool(residual), *codes)
+    dtype, arguments = z.dtype, (*_arguments(z, weights, biases, order, counts, context, residual), *codes)
     with autocast.kept_out(z):
         if transforms_active():
             x, ldj = kind.solve.reference(*arguments)
@@ -202,6 +260,14 @@ def _solve(kind: _Kind, outputs: int, z, weights, biases, order, counts, context
         else:
             x, ldj = kind.solve.run(*arguments)
     return x.to(dtype), ldj
+
+
+def _arguments(z, weights, biases, order, counts, context, residual) -> tuple:
+    """What every torch operator of a transform takes first, in one dtype and dense, as kernels ask for it."""
+    work = work_dtype(z, context, *weights, *biases)
+    weights, biases = [_dense(w, work) for w in weights], [_dense(b, work) for b in biases]
+    context = None if context is None else _dense(context, work)
+    return _dense(z, work), context, weights, biases, order.contiguous(), counts.contiguous(), bool(residual)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
@@ -269,6 +335,29 @@ def _backward_inverse(backward: TorchOp, ctx, grad_x, grad_ldj):
     return *(grads or (None,) * 4), None, None, *(None,) * len(ctx.codes)
 
 
+def _setup_forward(ctx, inputs, output):
+    x, contexts, weights, biases, norms, orders, counts, *codes, _ = inputs
+    ctx.codes, ctx.chain = codes, tuple(map(len, (contexts, weights, biases, norms, orders, counts)))
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(x, output[2], *contexts, *weights, *biases, *norms, *orders, *counts)
+
+
+def _backward_forward(ctx, grad_z, grad_ldj, _):
+    x, kept, *rest = ctx.saved_tensors
+    lists, at = [], 0
+    for count in ctx.chain:
+        lists.append(rest[at : at + count])
+        at += count
+    by_layers = any(ctx.needs_input_grad[2]) or any(ctx.needs_input_grad[3])
+    run = FORWARD_BACKWARD.reference if transforms_active() else FORWARD_BACKWARD.dense
+    with autocast.kept_out(x):
+        by_x, *grads = run(grad_z, grad_ldj, x, kept, *lists, *ctx.codes, by_layers)
+    contexts, norms = ctx.chain[0], ctx.chain[3]
+    by_contexts, by_norms, grads = grads[:contexts], grads[contexts : contexts + norms], grads[contexts + norms :]
+    by_weights, by_biases = (grads[0::2], grads[1::2]) if by_layers else (None, None)
+    return by_x, by_contexts, by_weights, by_biases, by_norms, None, None, *(None,) * (len(ctx.codes) + 1)
+
+
 def _setup_linear(ctx, inputs, output):
     input, weight, bias, in_degrees, out_degrees, ctx.strict = inputs
     ctx.has_bias = bias is not None
@@ -299,6 +388,17 @@ def _fake_grad_weight(grad_output, input, in_degrees, out_degrees, strict):
     return input.new_empty((grad_output.shape[1], input.shape[1]))
 
 
+def _fake_forward(x, contexts, weights, biases, norms, orders, counts, residual, scale_map, constant, keep):
+    rows = len(orders) * x.shape[1] + sum(b.shape[0] for b in biases)
+    kept = (rows, reference.stride_of_samples(x.shape[0])) if keep else (0, 0)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0],)), x.new_empty(kept)
+
+
+def _fake_forward_backward(grad_z, grad_ldj, x, kept, contexts, weights, biases, norms, *rest):
+    layers = [t for pair in zip(weights, biases, strict=True) for t in pair] if rest[-1] else []
+    return [t.new_empty(t.shape) for t in (x, *contexts, *norms, *layers)]
+
+
 def _fake_inverse(z, *network):
     return z.new_empty(z.shape), z.new_empty((z.shape[0],))
 
@@ -313,7 +413,9 @@ def _fake_inverse_backward(grad_x, grad_ldj, x, context, weights, biases, *rest)
 # -------------------------------------------------------------------------------------------------------- registration
 
 OPERATOR = Operator(
-    NAME, functions=(masked_linear, made_inverse, made_spline_inverse), kernels={"cpu": "", "triton": "", "cuda": ""}
+    NAME,
+    functions=(masked_linear, made_forward, made_inverse, made_spline_inverse),
+    kernels={"cpu": "", "triton": "", "cuda": ""},
 )
 
 _BY_CUBLAS = (
@@ -345,6 +447,31 @@ LINEAR_GRAD_WEIGHT = OPERATOR.define(
 )
 
 _NETWORK = "Tensor? context, Tensor[] weights, Tensor[] biases, Tensor order, Tensor counts, bool residual"
+
+_CHAIN = (
+    "Tensor[] contexts, Tensor[] weights, Tensor[] biases, Tensor[] norms, Tensor[] orders, Tensor[] counts, "
+    "bool residual, int scale_map, float constant"
+)
+_BY_LAYERS = (
+    "would win nothing: on a GPU the products are cuBLAS's on masked weights, and layers call it and the coupling's "
+    "kernel one by one"
+)
+_FORWARD_KERNELS = {"triton": _BY_LAYERS, "cuda": _BY_LAYERS}
+FORWARD = OPERATOR.define(
+    f"made_forward(Tensor x, {_CHAIN}, bool keep) -> (Tensor, Tensor, Tensor)",
+    reference.made_forward,
+    _fake_forward,
+    gradient=Formula(_setup_forward, _backward_forward),
+    kernels=_FORWARD_KERNELS,
+)
+FORWARD_BACKWARD = OPERATOR.define(
+    f"made_forward_backward(Tensor? grad_z, Tensor? grad_ldj, Tensor x, Tensor kept, {_CHAIN}, bool by_layers) "
+    "-> Tensor[]",
+    reference.made_forward_backward,
+    _fake_forward_backward,
+    gradient=THROUGH_REFERENCE,
+    kernels=_FORWARD_KERNELS,
+)
 
 
 def _define_inverse(name: str, codes: str, maps: Callable[..., Elementwise]) -> _Kind:

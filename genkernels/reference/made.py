@@ -37,6 +37,7 @@ from torch import Tensor
 
 from genkernels._options import ScaleMap
 from genkernels.reference._made_maps import Affine, Elementwise, Splines
+from genkernels.reference.affine_coupling import log_scale, log_scale_slope
 
 # ------------------------------------------------------------------------------------------------------ masked linear
 
@@ -255,9 +256,129 @@ def inverse_by_sweeps(
 # ------------------------------------------------------------------------------------- the torch operators' arguments
 
 
-def made_forward(x, context, weights, biases, order, counts, residual=False, scale_map=ScaleMap.EXP, constant=1.0):
-    """`forward` of affine maps."""
-    return forward(Affine(scale_map, constant), x, context, weights, biases, order, counts, residual)
+def made_forward(
+    x,
+    contexts,
+    weights,
+    biases,
+    norms,
+    orders,
+    counts,
+    residual=False,
+    scale_map=ScaleMap.EXP,
+    constant=1.0,
+    keep=False,
+):
+    """``(z, ldj, kept)`` of affine maps one after the other, ActNorms between them.
+
+    contexts, weights, biases, orders, counts: each transform's, one after the other. norms: bias and log-scale of the
+    ActNorm in front of each, and of one behind all if there is one more; or none. With `keep`, kept ``[rows, stride]``
+    is what the gradient reads (`kept_by`), else ``[0, 0]``.
+    """
+    affine, kept = Affine(scale_map, constant), []
+    ldj = x.new_zeros(x.shape[0])
+    for k, network in enumerate(_networks(contexts, weights, biases, orders, counts, residual)):
+        x, ldj = _normed(norms, k, x, ldj)
+        values, inputs = network.units(x)
+        if keep:
+            kept.append(kept_by(x, values, inputs, orders[k], residual))
+        x, ell = affine.forward(x, values[-1].unflatten(1, (-1, x.shape[1])))
+        ldj = ldj + ell.sum(1)
+    return *_normed(norms, len(orders), x, ldj), torch.cat(kept) if keep else x.new_empty((0, 0))
+
+
+def _networks(contexts, weights, biases, orders, counts, residual) -> list[_Network]:
+    layers = len(weights) // len(orders)
+    return [
+        _Network(
+            weights[k * layers : (k + 1) * layers],
+            biases[k * layers : (k + 1) * layers],
+            contexts[k] if contexts else None,
+            orders[k],
+            counts[k],
+            residual,
+        )
+        for k in range(len(orders))
+    ]
+
+
+def _normed(norms, k: int, x: Tensor, ldj: Tensor) -> tuple[Tensor, Tensor]:
+    if len(norms) <= 2 * k:
+        return x, ldj
+    bias, log_scale = norms[2 * k : 2 * k + 2]
+    return (x + bias) * torch.exp(log_scale), ldj + log_scale.sum()
+
+
+def kept_by(x: Tensor, values: list[Tensor], inputs: list[Tensor], order: Tensor, residual: bool) -> Tensor:
+    """``[rows, stride]``, the samples side by side, zeros beyond them: x in the order of the steps, the hidden units
+    after their ReLU, or before it where a residual block adds to them, then the P parameters of the feature of each
+    step."""
+    raw = [residual and layer % 2 == 0 for layer in range(len(values) - 1)]
+    units = [v if before else u for v, u, before in zip(values, inputs[1:], raw, strict=False)]
+    params = values[-1].unflatten(1, (-1, order.numel())).index_select(2, order).movedim(1, 2).flatten(1)
+    samples = params.shape[0]
+    return F.pad(torch.cat([x.index_select(1, order), *units, params], 1).mT, (0, stride_of_samples(samples) - samples))
+
+
+def stride_of_samples(samples: int) -> int:
+    """Whole vectors, and no multiple of 128, which would put all rows into the same few cache sets."""
+    stride = -(-samples // 16) * 16
+    return stride + 16 if stride % 128 == 0 else stride
+
+
+def made_forward_backward(
+    grad_z,
+    grad_ldj,
+    x,
+    kept,
+    contexts,
+    weights,
+    biases,
+    norms,
+    orders,
+    counts,
+    residual,
+    scale_map,
+    constant,
+    by_layers,
+):
+    """Gradients ``[x, contexts, norms]`` and, with `by_layers`, those of each layer's weight and bias, from x alone:
+    kept is what a kernel need not compute again."""
+    affine, networks = Affine(scale_map, constant), _networks(contexts, weights, biases, orders, counts, residual)
+    ldj = x.new_zeros(x.shape[0])
+    by_ldj = ldj if grad_ldj is None else grad_ldj
+    seen = []
+    for k, network in enumerate(networks):
+        x, _ = _normed(norms, k, x, ldj)
+        values, inputs = network.units(x)
+        seen.append((x, values, inputs))
+        x, _ = affine.forward(x, values[-1].unflatten(1, (-1, x.shape[1])))
+    by_norms, by_contexts, by_each = [], [], []
+    given = grad_z
+    for k in range(len(networks), -1, -1):
+        if k < len(networks):
+            network, (x, values, inputs) = networks[k], seen[k]
+            s, _ = values[-1].unflatten(1, (-1, x.shape[1])).unbind(1)
+            by_log, by_x, by_t = by_ldj.unsqueeze(1).expand_as(s), torch.zeros_like(x), torch.zeros_like(x)
+            if given is not None:  # x may be infinite, and multiplies nothing otherwise
+                by_x, by_t = given * torch.exp(log_scale(s, *affine)), given
+                by_log = by_x * x + by_log
+            by_layer, more = network.signals(torch.cat([by_log * log_scale_slope(s, *affine), by_t], 1), values)
+            given = by_x + more
+            by_contexts = [by_layer[0], *by_contexts] if contexts else []
+            mine = []
+            for g, u, mask in zip(by_layer, inputs, network.masks, strict=True):
+                product = g.mT @ u
+                mine += [torch.where(mask, product, torch.zeros_like(product)), g.sum(0)]
+            by_each = mine + by_each
+        if len(norms) > 2 * k:
+            bias, log_factor = norms[2 * k : 2 * k + 2]
+            given = torch.zeros_like(x) if given is None else given
+            after = (x + bias) * torch.exp(log_factor) if k == len(networks) else x
+            by_factor = (given * after).sum(0) + by_ldj.sum()
+            given = given * torch.exp(log_factor)
+            by_norms = [given.sum(0), by_factor, *by_norms]
+    return [given, *by_contexts, *by_norms, *(by_each if by_layers else [])]
 
 
 def made_inverse(z, context, weights, biases, order, counts, residual, scale_map, constant):

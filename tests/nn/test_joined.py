@@ -1,13 +1,15 @@
-"""Layers that a flow runs together: additive couplings on halves, ActNorms with shared sums; the same numbers as one by
-one."""
+"""Layers that a flow runs together: additive couplings on halves, ActNorms with shared sums, autoregressive transforms
+in one call; the same numbers as one by one."""
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import genkernels as gk
 from genkernels import nn as gnn
 from genkernels.models.flows.nets import MLP
 from genkernels.nn.additive_run import AdditiveRun
+from genkernels.nn.autoregressive_run import AutoregressiveRun
 from genkernels.nn.joined_actnorms import JoinedActNorms
 from tests.nn.flow_checks import Net, Watch, perturb
 
@@ -195,3 +197,102 @@ def test_actnorms_together_mapped_over_their_weights():
     each = [run(*values) for values in zip(*weights, strict=True)]
     for mapped, ones in zip(torch.func.vmap(run)(*weights), zip(*each, strict=True), strict=True):
         torch.testing.assert_close(mapped, torch.stack(ones))
+
+
+needs_kernels = pytest.mark.skipif(gk.backends.why_missing("cpu") is not None, reason="the CPU library is not built")
+
+
+def autoregressive(normed=True, tail=True, context=0, dtype=torch.float64, residual=False, features=5):
+    """Three transforms in three orders, an ActNorm before each and one behind, or some of them; started."""
+    layers = []
+    for order in ("random", "natural", "reversed"):
+        made = gnn.MADE(features, (9, 9, 9), residual=residual, order=order, context_features=context)
+        layers += [gnn.ActNorm(features)] if normed else []
+        layers.append(gnn.AutoregressiveTransform(made, scale_map="tanh"))
+    flow = gnn.FlowSequential(*layers, *([gnn.ActNorm(features)] if tail else []))
+    flow(torch.randn(20, features), torch.randn(20, context) if context else None)
+    return perturb(flow, 0.2).to(dtype)
+
+
+def steps(flow, x):
+    return [type(step).__name__ for step in AutoregressiveRun.joined(flow._steps(), x)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("normed,tail", [(True, True), (True, False), (False, True), (False, False)])
+def test_autoregressive_transforms_in_one_call(normed, tail, residual, context):
+    flow = autoregressive(normed, tail, context, residual=residual)
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    given = torch.randn(6, context, dtype=torch.float64, requires_grad=True) if context else None
+    assert steps(flow, x) == ["AutoregressiveRun"] + ["ActNorm"] * (tail and not normed)
+    leaves = [t for t in (x, given, *flow.parameters()) if t is not None]
+    results = []
+    for run in (lambda: flow(x, given), lambda: one_by_one(flow, x, given)):
+        z, ldj = run()
+        loss = (z.sin() * torch.arange(5)).sum() + (ldj * torch.arange(6)).sum()
+        results.append([z, ldj, *torch.autograd.grad(loss, leaves)])
+    with torch.no_grad():
+        results.append([*flow(x, given), *results[0][2:]])
+    for mine, theirs, quietly in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+        assert torch.equal(mine, quietly)
+    z, ldj = flow(x, given)
+    back, inverse_ldj = flow.inverse(z, given)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_ldj, -ldj)
+
+
+@needs_kernels
+def test_which_autoregressive_transforms_run_by_themselves():
+    flow, x = autoregressive(), torch.randn(4, 5, dtype=torch.float64)
+    whole = ["AutoregressiveRun"]
+    assert steps(flow, x) == whole and steps(flow, x.bfloat16()) == [type(layer).__name__ for layer in flow]
+    for backend in ("reference", "cpu"):
+        with gk.use_backend(backend):
+            expected = one_by_one(flow, x)
+            for mine, theirs in zip(flow(x), expected, strict=True):
+                torch.testing.assert_close(mine, theirs)
+    seen = []
+    hook = flow[3].made.layers[1].register_forward_hook(lambda *arguments: seen.append(1))
+    assert steps(flow, x) == ["AutoregressiveRun", "AutoregressiveTransform", "AutoregressiveRun"]
+    expected = flow(x)
+    assert len(seen) == 1
+    hook.remove()
+    for mine, theirs in zip(flow(x), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    flow[2].register_forward_hook(lambda *arguments: None)  # an ActNorm in between
+    assert steps(flow, x) == ["AutoregressiveRun", "ActNorm", "AutoregressiveTransform", "AutoregressiveRun"]
+    prune.l1_unstructured(flow[1].made.layers[0], "weight", 0.5)
+    assert steps(flow, x)[:2] == ["ActNorm", "AutoregressiveTransform"]
+    iaf = gnn.FlowSequential(*(gnn.InverseAutoregressiveTransform(gnn.MADE(5, 9)) for _ in range(2)))
+    assert "AutoregressiveRun" not in steps(iaf, x.float())
+
+
+@needs_kernels
+def test_an_autoregressive_run_of_a_wrong_input_says_what_is_wrong():
+    flow = autoregressive(context=3)
+    x, context = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"MADE: a context \[N, 3\] is needed, got None"):
+        flow(x)
+    with pytest.raises(ValueError, match="ActNorm"):
+        flow(x[:, :4], context)
+    flow[1].made.layers[1].weight = torch.nn.Parameter(torch.zeros(8, 9, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"made: biases\[1\] must be \[out\] = \[8\], got \[9\]"):
+        flow(x, context)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [8, 400])
+def test_autoregressive_transforms_under_autocast(rows):
+    flow, x = autoregressive(dtype=torch.float32), torch.randn(rows, 5)
+    exact = one_by_one(flow, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (steps(flow, x) == ["AutoregressiveRun"]) == (rows == 8)
+        mine = flow(x)
+    for got, wanted in zip(mine, exact, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(
+            got, wanted, **({"rtol": 1e-4, "atol": 1e-4} if rows == 8 else {"rtol": 0.1, "atol": 0.3})
+        )

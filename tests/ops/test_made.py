@@ -66,7 +66,24 @@ def sample_splines(device="cpu", dtype=F64):
     return function, tuple(tensors)
 
 
-SAMPLES = {"made": sample, "masked_linear": sample_linear, "made_spline_inverse": sample_splines}
+def sample_forward(device="cpu", dtype=F64):
+    """As `sample`, the other way."""
+    _, tensors = sample(device, dtype)
+    order, counts = plan([torch.tensor(d, device=device) for d in ([2, 1, 3], [0, 1, 1, 2], [0, 1, 2, 2])])
+
+    def forward(x, context, w0, b0, w1, b1, w2, b2):
+        layers = (w0, w1, w2), (b0, b1, b2)
+        return ops.made_forward(x, *layers, order, counts, context=context, scale_map="sigmoid")
+
+    return forward, tensors
+
+
+SAMPLES = {
+    "made": sample,
+    "made_forward": sample_forward,
+    "masked_linear": sample_linear,
+    "made_spline_inverse": sample_splines,
+}
 LOWER_UNDER_AUTOCAST = {"masked_linear"}
 
 
@@ -372,8 +389,8 @@ def test_it_is_the_inverse(implementation, device, scale_map):
     z, weights, biases, order, counts, options = network(*sizes, context=True, order="random", device=device)
     for method in METHODS:
         x, ldj = ops.made_inverse(z, weights, biases, order, counts, scale_map=scale_map, method=method, **options)
-        back, forward_ldj = made_forward(
-            x, options["context"], weights, biases, order, counts, False, code, SCALE_CONSTANTS.get(code, 1.0)
+        back, forward_ldj, _ = made_forward(
+            x, [options["context"]], weights, biases, [], [order], [counts], False, code, SCALE_CONSTANTS.get(code, 1.0)
         )
         torch.testing.assert_close(back, z)
         torch.testing.assert_close(forward_ldj, -ldj)

@@ -21,6 +21,7 @@ struct Network {
   std::vector<int64_t> order;             // [D] the feature of each step
   std::vector<const int64_t*> counts;     // of each hidden layer [D + 1]: units known once k features are
   bool residual = false;
+  int64_t step = 1;  // −1: the columns of the first weight lie from the last to the first; not for the solves
 
   int64_t hidden() const { return int64_t(sizes.size()); }
   bool joins(int64_t layer) const { return residual && layer >= 2 && layer % 2 == 0; }
