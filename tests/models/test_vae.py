@@ -516,3 +516,32 @@ def test_binary_data_begin_at_their_mean(network):
     mean = mean if network == "mlp" else mean.mean((1, 2))
     torch.testing.assert_close(bias.sigmoid().double().flatten(), mean.flatten(), rtol=0, atol=3e-3)
     assert bias.isfinite().all()  # where a pixel is always black
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+@pytest.mark.parametrize("name, channels", [("logistic", 3), ("logistic", 1), ("gaussian", 2)])
+def test_images_begin_at_the_mean_and_the_spread_of_each_channel(name, channels, network):
+    """So that the latents need not stand in for them: with the weights at 0 the bias alone says how the data lie."""
+    sizes = {"shape": (channels, 8, 8), "grey_levels": 256, "width": 4, "latent": 2}
+    model = gk.models.VAE(**sizes, likelihood=name, network=network)
+    rng = torch.Generator().manual_seed(0)
+    centre = torch.tensor([80.0, 130.0, 200.0])[:channels].view(-1, 1, 1)
+    x = (centre + 20 * torch.randn(400, channels, 8, 8, generator=rng)).round().clamp(0, 255).to(torch.uint8)
+    x[:, 0] = 80  # a channel that never changes
+    model.begin(x, torch.zeros(400))
+    with torch.no_grad():
+        last = [m for m in model.decoder.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][-1]
+        last.weight.zero_()
+        outputs = model.decoder(torch.zeros(1, 2), None)
+    torch.testing.assert_close(model.likelihood.mean(outputs).mean((0, 2, 3)), x.double().mean((0, 2, 3)).float() / 255)
+    drawn = model.likelihood.draw(outputs.expand(400, *outputs.shape[1:]).contiguous(), rng)
+    deviation = drawn.std((0, 2, 3)) * 255
+    torch.testing.assert_close(deviation[1:], torch.full((channels - 1,), 20.0), rtol=0.06, atol=0)
+    assert deviation[0] < 3 and last.bias.isfinite().all()
+
+
+def test_points_begin_as_they_are():
+    model = gk.models.VAE.from_preset("points")
+    before = [p.clone() for p in model.parameters()]
+    model.begin(torch.randn(9, 2), torch.zeros(9))
+    assert all(map(torch.equal, before, model.parameters()))
