@@ -78,9 +78,12 @@ class GaussianPosterior(nn.Module):
             z ``[N, K, L]`` and ``log p(z) - log q(z|x)``, ``[N, K]`` in nats, fp32 or wider.
         """
         mean, log_scale = parameters
-        same = noise.dtype == mean.dtype == log_scale.dtype
-        if noise.device.type == "cpu" and noise.numel() < FEW and same and current_backend() == "auto":
-            return plainly(noise, mean, log_scale, prior, stopped)
+        if noise.device.type == "cpu" and noise.numel() < FEW and current_backend() == "auto":
+            if torch.is_autocast_enabled("cpu"):
+                dtype = torch.promote_types(torch.promote_types(noise.dtype, mean.dtype), log_scale.dtype)
+                noise, mean, log_scale = noise.to(dtype), mean.to(dtype), log_scale.to(dtype)
+            if noise.dtype == mean.dtype == log_scale.dtype:
+                return plainly(noise, mean, log_scale, prior, stopped)
         return ops.gaussian_reparameterize(noise, mean, log_scale, prior=prior, stopped=stopped)
 
     def kl(self, parameters: Parameters) -> Tensor:
