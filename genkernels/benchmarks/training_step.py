@@ -305,6 +305,8 @@ def draw(case: StepCase, device: torch.device) -> StepProblem:
         with use_backend("reference"):
             if hasattr(model, "initialize"):
                 model.initialize(batches[0])
+            if hasattr(model, "begin"):
+                model.begin(torch.cat(batches), None)
             truth, *rest = (
                 Trainer(moves_of(twin), dtype, device).run(batches)
                 for dtype in dict.fromkeys((torch.float32, case.dtype))

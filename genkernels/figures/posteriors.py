@@ -114,16 +114,15 @@ def fitted(name: str, steps: int) -> Fit:
         z, ratio = q.draw(parameters, torch.randn(rows, size, 2, generator=generator), stopped)
         return log_likelihood(z) + ratio, q.ways(z, ratio)
 
-    # without the score term, whose noise outlasts a fit, where the posterior can leave it out
-    stopped = q.has_density
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - step / steps)
         if k == 1:
-            loss = -log_weight(q(h), DRAWS, None, stopped)[0].mean()
+            # without the score term, whose noise outlasts a fit
+            loss = -log_weight(q(h), DRAWS, None, True)[0].mean()
         else:
             parameters = q(h.expand(DRAWS // k, 1))
-            loss = losses.importance_loss(parameters, log_weight, k=k, estimator="dreg" if stopped else "iwae").loss
+            loss = losses.importance_loss(parameters, log_weight, k=k, estimator="dreg").loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -59,6 +59,14 @@ def importance_loss(
     its weights, which by then are fixed: the same gradient, and the same noise, from as many seeds as chunks. The
     encoder, whose outputs are `parameters`, runs once. The last chunk keeps its graph from the first pass.
 
+    What a chunk costs, with k = 50, beside one graph of all samples: memory that k does not change, that of as many
+    samples and, while chunks come and go, of one more gradient by what log_weight uses; and time, in which a pass
+    forward more is a third at best. Chunks of one sample have 1.03 to 1.18 times the memory of k = 1 where the
+    activations of the batch are more than the weights (a convolutional decoder at 32×32, batches of 8 and 16), and take
+    1.0 to 1.5 times as long; of a network of 0.2 million weights and small rows (that of Burda et al., batches of 100)
+    1.3 times the memory, and twice as long, for a call takes what it computes: there 5 samples a chunk are 3.8 times
+    the memory of k = 1, an eighth of one graph's, and 1.3 times its time (one core).
+
     Estimators, of which each has the gradient of its bound by p as its mean; φ are the parameters of q:
 
     - ``iwae``: as above. Its noise by φ outgrows it with k.

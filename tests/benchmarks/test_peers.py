@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from genkernels.benchmarks.cases import affine_coupling, made, rational_quadratic_spline
+from genkernels.benchmarks.cases import affine_coupling, elementary_flows, made, rational_quadratic_spline
 from genkernels.benchmarks.peers import PACKAGES, Peer
 from genkernels.benchmarks.providers import Unavailable
 from genkernels.benchmarks.runner import draw, run_case
@@ -102,5 +102,20 @@ def test_a_peers_spline_is_ours(name, kind, effort):
             assert not skipped and [row.fault for row in rows] == [""] and rows[0].median_s
         other = rational_quadratic_spline.case((60, 3), 4, "nflows" if name == "zuko" else "zuko", "forward")
         assert run_case(other, [peer], CPU, effort)[0] == []
+    finally:
+        peer.close()
+
+
+def test_the_peers_elementary_flows_are_ours(effort):
+    """Values and gradients pass the gate. Skipped where it is not installed."""
+    if importlib.util.find_spec("normflows") is None:
+        pytest.skip("normflows is not installed")
+    peer = Peer("normflows")
+    try:
+        for kind in ("planar", "radial"):
+            rows, skipped = run_case(elementary_flows.case(kind, (9, 5), 3, False, torch.float32), [peer], CPU, effort)
+            assert [row.fault for row in rows] == [""] and not skipped
+        rows, skipped = run_case(elementary_flows.case(kind, (9, 5), 3, True, torch.float32), [peer], CPU, effort)
+        assert not rows and skipped == [("normflows", "has no layers of each example's own")]
     finally:
         peer.close()

@@ -194,6 +194,35 @@ def test_samples_of_the_cached_sampler_are_those_of_the_definition():
     assert model.likelihood.network._as_written()
 
 
+@pytest.mark.parametrize("grid", [(4, 6), (1, 5), (5, 1), (3, 2)])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_a_prior_drawn_in_waves_is_the_one_drawn_pass_by_pass(grid, layers, monkeypatch):
+    prior = restless(grids.GridPrior(3, 6, layers))
+    rng = torch.Generator().manual_seed(0)
+    noise, d = (torch.randn(2, c, *grid, generator=rng, dtype=torch.float64) for c in (3, 6))
+    with gk.use_backend("reference"), torch.no_grad():
+        wanted = prior.draw(noise, d)
+    monkeypatch.setattr(grids.GridPrior, "given", None)  # no pass over the grid
+    with torch.no_grad():
+        torch.testing.assert_close(prior.draw(noise, d), wanted, rtol=1e-10, atol=1e-10)
+        assert prior.draw(noise[:0], d[:0]).shape == (0, 3, *grid)
+
+
+def test_a_prior_whose_layers_are_watched_is_drawn_by_their_calls():
+    prior = restless(grids.GridPrior(2, 4, 1))
+    calls = []
+    prior.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        prior.draw(torch.randn(1, 2, 2, 3).double(), torch.randn(1, 4, 2, 3).double())
+    assert len(calls) == 6
+
+
+def test_decoders_of_grey_levels_begin_as_they_are(model):
+    before = [p.clone() for p in model.parameters()]
+    model.begin(images(), torch.zeros(3))
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_classes_reach_every_level():
     model = restless(gk.models.HierarchicalVAE(**SIZES, num_classes=3))
     x, rng = images(), torch.Generator()

@@ -1,4 +1,5 @@
-"""Benchmark cases of `genkernels.ops.autoregressive_sampling`: whole images from noise, against the naive definition.
+"""Benchmark cases of `genkernels.ops.autoregressive_sampling`: whole images from noise, against the naive definition;
+of networks alone, and of a `PixelVAE` with its latents (`genkernels.benchmarks.pixelvaes`).
 
 Bytes: weights, noise and image, each once. Flops: one pass of all stages over their live taps, two a multiplication.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from genkernels import ops
 from genkernels.benchmarks.cases import Case
+from genkernels.benchmarks.pixelvaes import sampling_case
 from genkernels.ops import Stage
 from genkernels.ops.autoregressive_sampling import HEADS
 from genkernels.reference.autoregressive_sampling import draw_rows, network_output
@@ -27,6 +29,7 @@ def cases(device: str, quick: bool) -> list[Case]:
             plain((2, 1, 6, 6), width=16, layers=2),
             gated((2, 1, 5, 6), width=8, layers=2),
             mixture((1, 3, 5, 5), width=16, layers=2),
+            sampling_case("digits", 2, _NOT_COMPILED, width=8, pixel_width=8),
         ]
     image = (28, 28)
     return [
@@ -34,6 +37,9 @@ def cases(device: str, quick: bool) -> list[Case]:
         plain((16, 1, *image), width=64, layers=8),
         gated((16, 1, 16, 16), width=32, layers=5),
         mixture((4, 3, 16, 16), width=64, layers=5),
+        sampling_case("digits", 16, _NOT_COMPILED),
+        sampling_case("photos32", 1, _NOT_COMPILED),
+        sampling_case("photos64", 1, _NOT_COMPILED),
     ]
 
 

@@ -49,6 +49,7 @@ def case(kind: str, shape: tuple[int, ...], layers: int, own: bool, dtype: torch
         outputs=("z_K", "ldj"),
         bytes=(5 * rows * features + 3 * parameters) * dtype.itemsize + 2 * rows * 4,
         flops=rows * layers * (per_feature * features + beside),
+        settings={"kind": kind, "own": own},
     )
 
 

@@ -219,6 +219,9 @@ class FeatureGaussian(Gaussian):
         super().__init__(model, shape, grey_levels)
         self.flow = flow
 
+    def start(self, x: Tensor, each_pixel: bool) -> None:
+        return None  # features, which the flow has yet to learn
+
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         if self.flow is None:
             return super().log_prob(outputs, target)

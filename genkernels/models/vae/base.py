@@ -205,17 +205,20 @@ class VariationalModel(Model):
     @torch.no_grad()
     def begin(self, x: Tensor, y: Tensor) -> None:
         """Sets the decoder's last bias so that it begins at the mean of binary data (as Burda et al. 2016): from 0 the
-        first thousand steps go into little else. Other decoders begin as they are."""
+        first thousand steps go into little else. At other images' mean and spread, a channel's: a decoder that knows
+        of neither learns them through z, which the posterior makes ever larger, until the loss, the divergence among
+        it, jumps up. Points, whose spread a few steps learn, begin as they are."""
         self._check_shape(x)
-        start = self.likelihood.start(x.to(self._like.device))
         layers = [m for m in self.decoder.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.bias is not None]
-        if start is None or not layers:
+        if not layers:
             return
-        bias = layers[-1].bias
-        if bias.numel() == start.numel():
-            bias.copy_(start.flatten())
-        elif bias.numel() == len(start):  # one a channel
-            bias.copy_(torch.logit(start.sigmoid().flatten(1).mean(1)))
+        bias, outputs = layers[-1].bias, self.likelihood.outputs
+        pixels = self.dim // self.shape[0]
+        if bias.numel() not in (outputs, outputs * pixels):
+            return
+        start = self.likelihood.start(x.to(self._like.device), each_pixel=bias.numel() != outputs)
+        if start is not None:
+            bias.copy_(start.expand(-1, *self.shape[1:]).flatten() if bias.numel() != outputs else start.flatten())
 
     # --- judgement, samples, pictures -----------------------------------------------------------------------------
 

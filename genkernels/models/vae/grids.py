@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkernels.models.vae import grid_draws
 from genkernels.nn import MaskedConv2d
 
 #: Log-scales of the prior stay within this of 0, softly.
@@ -68,12 +69,15 @@ class GridPrior(nn.Module):
         return self._bounded(self.last(h))
 
     def draw(self, noise: Tensor, d: Tensor) -> Tensor:
-        """z ``= mean + exp(log_scale) * noise``, cell by cell in raster order: one pass a cell where cells see others;
-        those of a row above are all seen, whatever the sizes."""
+        """z ``= mean + exp(log_scale) * noise``, cell by cell in raster order where cells see others: by the columns
+        that each one needs (`genkernels.models.vae.grid_draws`), or one pass a cell where a layer is not as written
+        here, or ``use_backend("reference")`` asks for it."""
         if not self.autoregressive:
             mean, log_scale = self._bounded(self.last(d))
             return mean + log_scale.exp() * noise
         conditions = self.conditions(d)
+        if grid_draws.in_waves([self.first, *self.layers, self.last]):
+            return grid_draws.draw(noise, conditions, self.first, self.layers, self.last, self._bounded)
         z = torch.zeros_like(noise)
         height, width = noise.shape[2:]
         for row in range(height):

@@ -18,8 +18,8 @@ class IWAE(VariationalModel):
     Args:
         importance: k. chunk: draws that pass through the decoder at once, at most k; None: all of them. The gradient is
             the same, the memory that of so many.
-        estimator: of the gradient, a kind of `genkernels.losses.importance_loss`. ``dreg`` and ``stl`` need the
-            posterior's density at given latents, which planar and radial flows have not in closed form.
+        estimator: of the gradient, a kind of `genkernels.losses.importance_loss`; ``dreg`` and ``stl`` take planar and
+            radial flows too, whose draws know the slope of their density though no other latents do.
         shape, likelihood, posterior, flows, latent, network, width, depth, grey_levels, num_classes, class_features: as
             for `VAE`.
 
@@ -64,11 +64,6 @@ class IWAE(VariationalModel):
         chosen.check_k("IWAE", importance)
         if chosen.name == "vimco":
             raise ValueError("IWAE: estimator must be one of continuous latents, which these are, got vimco")
-        if chosen.stopped and flows and not q.has_density:
-            raise ValueError(
-                f"IWAE: estimator {estimator} needs a posterior whose density is known at given latents, gaussian or "
-                f"iaf, got {posterior}"
-            )
         if chosen.name == "piwae" and flows and posterior == "iaf":
             raise ValueError(
                 f"IWAE: estimator {estimator} needs a posterior whose parameters all come from the encoder, gaussian, "

@@ -22,6 +22,8 @@ from genkernels.nn.dequantize import normal, uniform
 #: Log-scales below count as this, with a gradient of 0: without it a density of points, or of pixels that never change,
 #: grows without bound. That of `genkernels.ops.logistic_mixture_nll`.
 LEAST_LOG_SCALE = -7.0
+#: Of a channel, with which a decoder begins, in units of half the range of grey levels.
+LEAST_DEVIATION = 0.01
 
 
 class Likelihood(nn.Module):
@@ -55,8 +57,10 @@ class Likelihood(nn.Module):
         """A target as a picture: images with grey levels as floats in [0, 1]."""
         return target
 
-    def start(self, x: Tensor) -> Tensor | None:
-        """Outputs, ``[outputs, *spatial]``, whose mean is that of data x; None where it does not matter."""
+    def start(self, x: Tensor, each_pixel: bool) -> Tensor | None:
+        """Outputs that tell how data x lie, without regard to a latent: ``[outputs, *spatial]``, of each pixel where
+        that is asked for, and ``[outputs, 1, 1]`` where it is not or one will do for all; None where it does not
+        matter."""
         return None
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
@@ -74,6 +78,11 @@ class Likelihood(nn.Module):
 
     def extra_repr(self) -> str:
         return f"outputs={self.outputs}"
+
+    def _marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of images as they are rated, ``[C]``; no channel is certain."""
+        channels = self.target(x, torch.Generator().manual_seed(0)).transpose(0, 1).flatten(1)
+        return channels.mean(1), channels.std(1, unbiased=False).clamp(min=LEAST_DEVIATION)
 
     def _refuse(self, condition: str, got) -> None:
         raise ValueError(f"{self.model}: likelihood {self.kind} needs {condition}, got {got}")
@@ -105,10 +114,11 @@ class Bernoulli(Likelihood):
         drawn = (uniform(p.shape, p.dtype, p.device, generator) < p).to(p.dtype)
         return torch.where(p.isnan(), p, drawn)  # what is no number is neither 0 nor 1
 
-    def start(self, x: Tensor) -> Tensor:
+    def start(self, x: Tensor, each_pixel: bool) -> Tensor:
+        mean = self._probabilities(x).double().mean(0)
+        mean = mean if each_pixel else mean.mean((1, 2), keepdim=True)
         # half an example of either kind more: no pixel is certain from the start
-        count = len(x)
-        return torch.logit((self._probabilities(x).double().mean(0) * count + 0.5) / (count + 1)).float()
+        return torch.logit((mean * len(x) + 0.5) / (len(x) + 1)).float()
 
     def _probabilities(self, x: Tensor) -> Tensor:
         if self.grey_levels is None:
@@ -156,6 +166,12 @@ class Gaussian(Likelihood):
         if not x.is_floating_point():
             raise TypeError(f"{self.model}: x must be floating point, the data being continuous, got {x.dtype}")
         return x
+
+    def start(self, x: Tensor, each_pixel: bool) -> Tensor | None:
+        if len(self.shape) == 1:
+            return None
+        mean, deviation = self._marginals(x)
+        return torch.cat([mean, deviation.log()]).view(-1, 1, 1)
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         mean, log_scale = self._split(outputs, 2)
@@ -211,6 +227,12 @@ class DiscretizedLogistic(Likelihood):
 
     def shown(self, target: Tensor) -> Tensor:
         return (target + 1) / 2
+
+    def start(self, x: Tensor, each_pixel: bool) -> Tensor:
+        mean, deviation = self._marginals(x)
+        start = mean.new_zeros(self.outputs)  # the last of each channel: it hangs on no other
+        start[1::3], start[2::3] = mean, (deviation * math.sqrt(3) / math.pi).log()
+        return start.view(-1, 1, 1)
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
         count, samples = outputs.shape[:2]

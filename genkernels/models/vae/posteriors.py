@@ -17,12 +17,14 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from genkernels import losses, ops
 from genkernels._words import nearest
 from genkernels.backends import current_backend
 from genkernels.nn import MADE, AutoregressiveTransform
 from genkernels.nn._modes import frozen
+from genkernels.reference.elementary_scores import planar_score, radial_score
 from genkernels.reference.importance_bound import gaussian_reparameterize as plainly
 
 Parameters = tuple[Tensor, ...]
@@ -45,12 +47,9 @@ class GaussianPosterior(nn.Module):
 
     Attributes:
         has_kl: whether the divergence from the prior is known without drawing, `kl`.
-        has_density: whether `draw` can leave the parameters' own part out of a gradient, ``stopped=True``: the density
-            must be known at a given z.
     """
 
     kind: ClassVar[str] = "gaussian"
-    has_density: ClassVar[bool] = True
 
     def __init__(self, features: int, latent: int):
         super().__init__()
@@ -79,9 +78,12 @@ class GaussianPosterior(nn.Module):
             z ``[N, K, L]`` and ``log p(z) - log q(z|x)``, ``[N, K]`` in nats, fp32 or wider.
         """
         mean, log_scale = parameters
-        same = noise.dtype == mean.dtype == log_scale.dtype
-        if noise.device.type == "cpu" and noise.numel() < FEW and same and current_backend() == "auto":
-            return plainly(noise, mean, log_scale, prior, stopped)
+        if noise.device.type == "cpu" and noise.numel() < FEW and current_backend() == "auto":
+            if torch.is_autocast_enabled("cpu"):
+                dtype = torch.promote_types(torch.promote_types(noise.dtype, mean.dtype), log_scale.dtype)
+                noise, mean, log_scale = noise.to(dtype), mean.to(dtype), log_scale.to(dtype)
+            if noise.dtype == mean.dtype == log_scale.dtype:
+                return plainly(noise, mean, log_scale, prior, stopped)
         return ops.gaussian_reparameterize(noise, mean, log_scale, prior=prior, stopped=stopped)
 
     def kl(self, parameters: Parameters) -> Tensor:
@@ -117,10 +119,9 @@ class FlowPosterior(GaussianPosterior):
             return super().draw((mean, log_scale), noise, stopped, prior)
         first, surprise = super().draw((mean, log_scale), noise, prior=False)  # -log q of the first latents
         z, log_det = self.flow(first, rest)
-        if stopped:
-            surprise = self.surprise(z, parameters)
-        else:
-            surprise = surprise + log_det
+        surprise = surprise + log_det
+        if stopped and z.requires_grad:
+            surprise = self.stopped_surprise(z, surprise, first, parameters)
         return z, surprise + log_normal(z) if prior else surprise
 
     def ways(self, z: Tensor, log_ratio: Tensor) -> tuple[Tensor, ...]:
@@ -130,8 +131,15 @@ class FlowPosterior(GaussianPosterior):
         """``[N, K, L]`` to ``(z, log-determinant [N, K])``."""
         raise NotImplementedError
 
-    def surprise(self, z: Tensor, parameters: Parameters) -> Tensor:
-        """−log q(z|x), ``[N, K]``, with a gradient by z alone."""
+    def stopped_surprise(self, z: Tensor, surprise: Tensor, first: Tensor, parameters: Parameters) -> Tensor:
+        """`surprise`, −log q(z|x) ``[N, K]`` of the z that the flow makes of `first`, with a gradient by z alone: its
+        score, for which no z has to be turned back."""
+        mean, log_scale, *rest = (p.detach() for p in parameters)
+        score = (mean.unsqueeze(1) - first.detach()) * torch.exp(-2 * log_scale).unsqueeze(1)
+        return _BySlope.apply(z, surprise.detach(), -self.score(score, first.detach(), rest))
+
+    def score(self, score: Tensor, z: Tensor, parameters: list[Tensor]) -> Tensor:
+        """∇ log q after the flow, fp32 or wider, of what has `score` before it, at z; without a graph."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -146,7 +154,6 @@ class PlanarPosterior(FlowPosterior):
     """
 
     kind = "planar"
-    has_density = False
 
     def __init__(self, features: int, latent: int, flows: int, width: int):
         super().__init__(features, latent, flows)
@@ -162,6 +169,9 @@ class PlanarPosterior(FlowPosterior):
     def flow(self, z: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         return ops.planar_flow(z, *parameters)
 
+    def score(self, score: Tensor, z: Tensor, parameters: list[Tensor]) -> Tensor:
+        return planar_score(score, z, *parameters)
+
 
 class RadialPosterior(FlowPosterior):
     r"""Radial flows, :math:`z + \beta (z - c) / (\alpha + |z - c|)`, each with c, α, β of the example; near the
@@ -171,7 +181,6 @@ class RadialPosterior(FlowPosterior):
     """
 
     kind = "radial"
-    has_density = False
 
     def __init__(self, features: int, latent: int, flows: int, width: int):
         super().__init__(features, latent, flows)
@@ -185,6 +194,9 @@ class RadialPosterior(FlowPosterior):
 
     def flow(self, z: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         return ops.radial_flow(z, *parameters)
+
+    def score(self, score: Tensor, z: Tensor, parameters: list[Tensor]) -> Tensor:
+        return radial_score(score, z, *parameters)
 
 
 class IAFPosterior(FlowPosterior):
@@ -227,7 +239,7 @@ class IAFPosterior(FlowPosterior):
             total = total + log_det
         return z.unflatten(0, (count, draws)), total.view(count, draws)
 
-    def surprise(self, z: Tensor, parameters: Parameters) -> Tensor:
+    def stopped_surprise(self, z: Tensor, surprise: Tensor, first: Tensor, parameters: Parameters) -> Tensor:
         count, draws, _ = z.shape
         mean, log_scale, h = (p.detach() for p in parameters)
         h, z = h.repeat_interleave(draws, 0), z.flatten(0, 1)
@@ -257,6 +269,22 @@ def posterior(model: str, name: str, features: int, latent: int, flows: int, wid
         raise ValueError(f"{model}: posterior must be one of {', '.join(POSTERIORS)}, got {name!r}{hint}")
     kind = POSTERIORS[name]
     return kind(features, latent, flows, width) if issubclass(kind, FlowPosterior) else kind(features, latent)
+
+
+class _BySlope(torch.autograd.Function):
+    """Values ``[N, K]`` whose gradient by z ``[N, K, L]`` is given."""
+
+    @staticmethod
+    def forward(ctx, z, values, slope):
+        ctx.save_for_backward(slope)
+        ctx.dtype = z.dtype
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return (grad.unsqueeze(2) * slope).to(ctx.dtype), None, None
 
 
 def log_normal(z: Tensor) -> Tensor:
