@@ -22,6 +22,8 @@ export EXTRA_BENCH
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*)
 RUN := $(VENV)/bin/python
+# bytecode is made of what is imported, when it is: of all that torch brings it takes most of a minute
+INSTALL := $(RUN) -m pip install -q --no-compile
 # the processes of a test suite read files that are compiled already, whatever the shell says
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -53,16 +55,16 @@ gpu-check:
 
 $(VENV)/base: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q "setuptools>=77" wheel numpy "$(TORCH)"
+	$(INSTALL) "setuptools>=77" wheel numpy "$(TORCH)"
 	@touch $@
 
 $(VENV)/train: $(VENV)/base
-	GENKERNELS_BUILD=$(BUILD) $(RUN) -m pip install -q --no-build-isolation -e ".[train]"
+	GENKERNELS_BUILD=$(BUILD) $(INSTALL) --no-build-isolation -e ".[train]"
 	@touch $@
 
 $(VENV)/test: $(VENV)/base
-	GENKERNELS_BUILD=$(BUILD) $(RUN) -m pip install -q --no-build-isolation -e ".[train,test]"
-	-$(RUN) -m pip install -q $$($(RUN) -c "$$EXTRA_BENCH")  # what swap_ swaps; tests without it say that they are skipped
+	GENKERNELS_BUILD=$(BUILD) $(INSTALL) --no-build-isolation -e ".[train,test]"
+	-$(INSTALL) $$($(RUN) -c "$$EXTRA_BENCH")  # what swap_ swaps; tests without it say that they are skipped
 	@touch $@ $(VENV)/train
 
 clean:
