@@ -31,6 +31,7 @@ PARTS = ("build", "test", "sanitize", "bench")
 BUDGET_S = 530  # all parts together
 SHARE_S = {"build": 150, "test": 190, "sanitize": 75, "bench": 450}  # each
 START_S = 20  # of a benchmark's process, start and end
+LEAST_S = 3  # of measuring, whatever an operator has of cases
 #: What a test costs beside one that compiles for Triton: seconds on one core, or next to nothing.
 COMPILES, RUNS = 1.0, 0.1
 #: Between the signal that lets a process report what it has and the one that ends it.
@@ -173,15 +174,16 @@ def test_jobs(python: str, tests: list[str]) -> list[Job]:
 
 
 def bench_limits(python: str, device: bool) -> dict[str, int]:
-    """Seconds for each operator's benchmark, start and end of its process included: the same for each case."""
+    """Seconds for each operator's benchmark, start and end of its process included: some, and the same for each case."""
     code = (
         "import json; from genkernels.benchmarks import cases; "
         f"print(json.dumps({{n: len(cases.find([n], device='cuda', quick={not device})) for n in cases.operators()}}))"
     )
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     counts = json.loads(done.stdout.splitlines()[-1])
-    measuring = SHARE_S["bench"] - START_S * len(counts)
-    return {name: START_S + round(measuring * count / sum(counts.values())) for name, count in counts.items()}
+    least = START_S + LEAST_S
+    measuring = SHARE_S["bench"] - least * len(counts)
+    return {name: least + round(measuring * count / sum(counts.values())) for name, count in counts.items()}
 
 
 def sanitize_jobs(python: str) -> list[Job]:

@@ -39,7 +39,6 @@ def cases(device: str, quick: bool) -> list[Case]:
         mixture((4, 3, 16, 16), width=64, layers=5),
         sampling_case("digits", 16, _NOT_COMPILED),
         sampling_case("photos32", 1, _NOT_COMPILED),
-        sampling_case("photos64", 1, _NOT_COMPILED),
     ]
 
 

@@ -24,7 +24,7 @@ from genkernels._words import nearest
 from genkernels.backends import current_backend
 from genkernels.nn import MADE, AutoregressiveTransform
 from genkernels.nn._modes import frozen
-from genkernels.reference.elementary_scores import planar_score, radial_score
+from genkernels.reference._elementary_scores import planar_score, radial_score
 from genkernels.reference.importance_bound import gaussian_reparameterize as plainly
 
 Parameters = tuple[Tensor, ...]
