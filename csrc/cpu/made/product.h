@@ -4,7 +4,8 @@
 // Weights are broadcast from where they lie (a row of W, step 1; a column of a packed panel, step = its width), so
 // nothing is packed for the layers' forward products; activations are vectors over the batch. A register tile takes
 // kRows rows by kVectors vectors; the depth is cut so that the activations of a piece stay in the first-level cache
-// while all rows pass over them.
+// while all rows pass over them, and each piece is summed up by itself: of n numbers the sum is off by some
+// (kPiece + n / kPiece) roundings at most, where one after the other it were n.
 #pragma once
 
 #include "../common.h"
@@ -19,8 +20,8 @@ namespace genkernels {
 namespace product {
 
 constexpr int kVectors = kRegisters == 32 ? 4 : 2;
-constexpr int kRows = 6;               // kRows·kVectors sums, kVectors activations and a weight fit the registers
-constexpr int64_t kPiece = 24 * 1024;  // bytes of activations in a piece of the depth
+constexpr int kRows = 6;        // kRows·kVectors sums, kVectors activations and a weight fit the registers
+constexpr int64_t kPiece = 48;  // of the depth: 24 KiB of activations of the widest chunk, 8 vectors
 
 template <typename T>
 constexpr int64_t kLanes = Vector<T>::kLanes;
@@ -40,7 +41,7 @@ void tile(const T* const* w, int64_t step, const T* __restrict act, int64_t ld, 
   for (int r = 0; r < R; ++r) {
     row[r] = w[r];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[r][v] = *reinterpret_cast<const Vec*>(out + r * ldo + v * L);
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec a[V];
@@ -56,7 +57,7 @@ void tile(const T* const* w, int64_t step, const T* __restrict act, int64_t ld, 
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(out + r * ldo + v * L) = sum[r][v];
+    for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(out + r * ldo + v * L) += sum[r][v];
   }
 }
 
@@ -69,16 +70,15 @@ constexpr std::array<Tile<T>, sizeof...(I)> tiles(std::index_sequence<I...>) {
 }
 
 // The product over `rows` rows and `width` samples, a multiple of kLanes; `out` and `act` have width ≤ ldo, ld. Each
-// sum is added up in the order of k, whatever the tile, so its bits depend neither on the batch nor on the threads.
+// sum is added up in one order, whatever the tile, so its bits depend neither on the batch nor on the threads.
 template <typename T>
 void multiply(const T* const* w, int64_t rows, int64_t step, const T* act, int64_t ld, int64_t depth, T* out,
               int64_t ldo, int64_t width) {
   using Every = std::make_index_sequence<kRows * kVectors>;
   static constexpr auto unit = tiles<T, true>(Every{}), strided = tiles<T, false>(Every{});
   const auto& table = step == 1 ? unit : strided;
-  const int64_t piece = std::max<int64_t>(32, kPiece / (int64_t(sizeof(T)) * width));
-  for (int64_t k = 0; k < depth; k += piece) {
-    const int64_t deep = std::min(piece, depth - k);
+  for (int64_t k = 0; k < depth; k += kPiece) {
+    const int64_t deep = std::min(kPiece, depth - k);
     for (int64_t r = 0; r < rows; r += kRows) {
       const int64_t high = std::min<int64_t>(kRows, rows - r);
       const T* shifted[kRows];
