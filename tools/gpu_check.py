@@ -174,7 +174,7 @@ def test_jobs(python: str, tests: list[str]) -> list[Job]:
 
 
 def bench_limits(python: str, device: bool) -> dict[str, int]:
-    """Seconds for each operator's benchmark, start and end of its process included: some, and the same for each case."""
+    """Seconds for each benchmark, start and end of its process included: some, and then the same for each case."""
     code = (
         "import json; from genkernels.benchmarks import cases; "
         f"print(json.dumps({{n: len(cases.find([n], device='cuda', quick={not device})) for n in cases.operators()}}))"
