@@ -71,6 +71,8 @@ def critic_step(
     Source: Mescheder et al., "Which training methods for GANs do actually converge?", 2018 (R1, R2); Huang et al.,
     "The GAN is dead; long live the GAN! A modern GAN baseline", 2024.
     """
+    _critics.check_weight(WHO, "r1", r1)
+    _critics.check_weight(WHO, "r2", r2)
     arguments = (critic, real, fake, loss, r1, r2, y, terms, explain)
     if torch.compiler.is_compiling():
         plain = not (r1 or r2 or explain) and isinstance(critic, nn.Module)
@@ -82,8 +84,6 @@ def critic_step(
 def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
     real, fake = _critics.checked_pair(WHO, real, fake, y)
     checks.option(WHO, "loss", loss, CRITIC_LOSSES)
-    _critics.check_weight(WHO, "r1", r1)
-    _critics.check_weight(WHO, "r2", r2)
     real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
     if r1 or r2:
         with _critics.bare(critic) as bare:
@@ -97,6 +97,7 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
 def _compiled(critic: nn.Module, real: Tensor, fake: Tensor, loss: str, y, terms: bool):
     """The step without a penalty as a compiled pass takes it, in its graph: one call of the critic a batch."""
     real, fake = _critics.checked_pair(WHO, real, fake, y)
+    checks.option(WHO, "loss", loss, CRITIC_LOSSES)
     _critics.refuse_sigmoid(WHO, _critics.last_layer(critic))
     scores = [_critics.scores_of(WHO, critic, x if x.is_leaf else x.detach(), y) for x in (real, fake)]
     parts = _of_scores(scores, loss)

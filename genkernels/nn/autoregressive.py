@@ -180,29 +180,21 @@ class AutoregressiveTransform(nn.Module):
     def network_of(self, x: Tensor, context: Tensor | None) -> tuple:
         """``(weights, biases, order, counts, what the context adds)`` as the operators of `genkernels.ops.made` take
         them, checked against x."""
+        network = self._network(x, context)
+        check_network("x", x, *network, self.made.residual, self.made.params_per_feature)
+        return network
+
+    def _network(self, x: Tensor, context: Tensor | None) -> tuple:
         made = self.made
         made.follow()
         layers = list(made.layers)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        added = made.context_values(context, x.shape[0])
-        check_network("x", x, weights, biases, made.order, made.counts, added, made.residual, made.params_per_feature)
-        return weights, biases, made.order, made.counts, added
+        return weights, biases, made.order, made.counts, made.context_values(context, x.shape[0])
 
     def _call(self, function: Callable, x: Tensor, context: Tensor | None, **options) -> tuple[Tensor, Tensor]:
         """An operator of `genkernels.ops.made` on x and the network's weights."""
-        made = self.made
-        made.follow()
-        layers = list(made.layers)
-        return function(
-            x,
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers],
-            made.order,
-            made.counts,
-            context=made.context_values(context, x.shape[0]),
-            residual=made.residual,
-            **options,
-        )
+        *network, added = self._network(x, context)
+        return function(x, *network, context=added, residual=self.made.residual, **options)
 
     def _params(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         """What `_mapped` takes ``[N, D, ...]`` of: shifts and log-scales, fp32 or wider, or splines."""

@@ -359,10 +359,10 @@ class PixelVAE(HierarchicalVAE):
 
     Samples take none of the naive loop's passes, one of a prior for each cell and one of the PixelCNN for each pixel:
     the cells are drawn in waves, the pixels by `genkernels.ops.autoregressive_sampling`. Beside that loop (``genkernels
-    bench autoregressive_sampling``, the same images) one photograph of 32×32 comes 370 times as fast and one of 64×64
-    1,900 times, on one core that had others' work too. Sixteen digits come 19 times as fast: of their 64 pixels it
-    could be no more than 64 times, were a single pass all that there is to do, and one pass of levels, decoder and
-    PixelCNN takes half of what they take.
+    bench autoregressive_sampling``, the same images) one photograph of 32×32 comes 370 times as fast, on one core that
+    had others' work too; one of 64×64, by the same case at that preset, whose loop takes more than a minute, 1,900.
+    Sixteen digits come 19 times as fast: of their 64 pixels it could be no more than 64 times, were a single pass all
+    that there is to do, and one pass of levels, decoder and PixelCNN takes half of what they take.
 
     Example:
         >>> import torch, genkernels as gk
