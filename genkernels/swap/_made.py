@@ -1,4 +1,4 @@
-"""The masked networks of other libraries, read as `genkernels.ops.made_inverse` takes a network: units by degree.
+"""The masked networks of other libraries, read as the operators of `genkernels.ops.made` take one: units by degree.
 
 A network is a list of weights and biases with the degrees of what each layer makes. Whether its masks are those of its
 degrees is looked at where they have changed, and so is what follows from them: the orders in which units are sorted.
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from genkernels import ops
 from genkernels.nn._seen import Seen
+from genkernels.nn.autoregressive import one_call_pays
 from genkernels.reference.made import degree_mask, plan
+
+#: Below so many products of a weight and a value on a CPU a call costs what it saves. Measured on one core, a training
+#: step and an evaluation, times as fast: 6 features, 32 units, 256 rows of nflows (1.2 million) 0.91 and 0.87, 64 units
+#: (4.5 million) 1.05 and 1.10; 64 features, 512 units, 100 rows 1.34 and 1.64, of zuko 1.42 and 1.87.
+SMALL_PRODUCTS = 1 << 22
 
 
 class Layer(NamedTuple):
@@ -85,12 +91,27 @@ class Sorted:
             weights.append(weight if columns is None else weight.index_select(1, columns))
         return weights, [layer.bias.index_select(0, rows) for layer, rows in zip(layers, self.rows, strict=True)]
 
-    def solve(self, z: Tensor, layers: Sequence[Layer], context: Tensor | None, **options: Any):
+    def run(
+        self, x: Tensor, layers: Sequence[Layer], context: Tensor | None, inverse: bool, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The transform of x, or its inverse, and the log-determinants."""
         weights, biases = self.weights(layers)
         if context is not None:
             context = context.index_select(1, self.rows[0])
-        function = ops.made_spline_inverse if "parametrization" in options else ops.made_inverse
-        return function(z, weights, biases, self.order, self.counts, context=context, **options)
+        if inverse:
+            function = ops.made_spline_inverse if "parametrization" in options else ops.made_inverse
+        else:
+            function = ops.made_forward
+        return function(x, weights, biases, self.order, self.counts, context=context, **options)
+
+
+def one_call(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether an affine transform of x ``[N, D]`` is faster as one call, units sorted, than layer by layer."""
+    if torch.compiler.is_compiling() or x.dim() != 2 or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if x.is_cpu and x.shape[0] * sum(layer.weight.numel() for layer in layers) < SMALL_PRODUCTS:
+        return False
+    return all(layer.weight.dtype == x.dtype for layer in layers) and one_call_pays(x)
 
 
 def _degrees(masks: list[Tensor], first: Tensor, count: int) -> list[Tensor] | None:

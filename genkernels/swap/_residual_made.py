@@ -14,32 +14,40 @@ import torch
 from torch import Tensor
 
 from genkernels.networks._plain import hooked
-from genkernels.swap._made import Layer, Sorted
+from genkernels.swap._made import Layer, Sorted, one_call
 from genkernels.swap._rules import is_relu
 
 
-def solve_made(
-    transform, made: ModuleType, z: Tensor, context: Tensor | None, options: dict[str, Any], numbers: int = 2
+def run_made(
+    transform,
+    made: ModuleType,
+    x: Tensor,
+    context: Tensor | None,
+    options: dict[str, Any],
+    *,
+    inverse: bool,
+    numbers: int = 2,
 ) -> tuple[Tensor, Tensor] | None:
-    """The inverse of an autoregressive transform by the blocked solve, None where its network is not one for it.
+    """An autoregressive transform as one call, or its inverse as the blocked solve; None where the network is not one
+    for it, or the call does not pay.
 
     Args:
         transform: has ``autoregressive_net``.
         made: the library's module with the classes of the network.
-        options: of `made_inverse` or `made_spline_inverse`. numbers: how many parameters a feature has.
+        options: of `made_forward`, `made_inverse` or `made_spline_inverse`. numbers: how many parameters a feature has.
     """
     network = transform.autoregressive_net
-    if z.dim() != 2 or _why_not(network, made, context is not None):
+    if x.dim() != 2 or _why_not(network, made, context is not None):
         return None
     layers = _layers(network)
-    if z.shape[1] != layers[0].weight.shape[1]:
+    if x.shape[1] != layers[0].weight.shape[1] or not (inverse or one_call(x, layers)):
         return None
     if not hasattr(transform, "_gk_sorted"):
         transform._gk_sorted = Sorted()
     if not _look(transform._gk_sorted, network, layers, numbers):
         return None
     added = None if context is None else network.activation(network.context_layer(context))
-    return transform._gk_sorted.solve(z, layers, added, residual=_residual(network), **options)
+    return transform._gk_sorted.run(x, layers, added, inverse, residual=_residual(network), **options)
 
 
 def inverse_refused(network, made: ModuleType, numbers: int = 2) -> str:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genkernels import ops
-from genkernels.swap._residual_made import inverse_refused, solve_made
+from genkernels.swap._residual_made import inverse_refused, run_made
 from genkernels.swap._rules import Becomes, left_alone
 
 
@@ -181,7 +181,8 @@ class Autoregressive:
     def inverse(self, inputs, context=None):
         splines = self._gk_splines(inputs)
         if isinstance(splines, Splines) and splines.options is not None:
-            solved = solve_made(self, self._gk_made, inputs, context, splines.options, splines.numbers)
+            made, options, numbers = self._gk_made, splines.options, splines.numbers
+            solved = run_made(self, made, inputs, context, options, inverse=True, numbers=numbers)
             if solved is not None:
                 return solved
         return super().inverse(inputs, context)

@@ -15,7 +15,7 @@ from genkernels.nn._pixelwise import pixelwise_linear
 from genkernels.swap import _spline
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
-from genkernels.swap._residual_made import inverse_refused, solve_made
+from genkernels.swap._residual_made import inverse_refused, run_made
 from genkernels.swap._rules import ACTNORM, Becomes, Library, becomes, left_alone, stays
 
 #: What nflows adds to each of its scales.
@@ -69,15 +69,22 @@ class MaskedAffineAutoregressive(transforms.MaskedAffineAutoregressiveTransform)
     """`nflows.transforms.MaskedAffineAutoregressiveTransform`: the affine map in one pass, its inverse as a solve."""
 
     def forward(self, inputs, context=None):
-        if left_alone(self) or not pays(inputs):
+        if left_alone(self):
+            return super().forward(inputs, context)
+        if (found := self._gk_run(inputs, context, inverse=False)) is not None:
+            return found
+        if not pays(inputs):
             return super().forward(inputs, context)
         params = self.autoregressive_net(inputs, context)
         coupling = Coupling(ScaleMap.SOFTPLUS_FLOOR, self._epsilon, Layout.INTERLEAVED)
         return coupling(inputs, params, Split.NONE)
 
     def inverse(self, inputs, context=None):
-        solved = None if left_alone(self) else solve_made(self, nflows_made, inputs, context, self._gk_options)
+        solved = None if left_alone(self) else self._gk_run(inputs, context, inverse=True)
         return super().inverse(inputs, context) if solved is None else solved
+
+    def _gk_run(self, inputs, context, inverse):
+        return run_made(self, nflows_made, inputs, context, self._gk_options, inverse=inverse)
 
     @property
     def _gk_options(self) -> dict:

@@ -22,7 +22,7 @@ from genkernels.networks._plain import hooked
 from genkernels.nn._seen import Seen
 from genkernels.swap import _spline, normflows_residual
 from genkernels.swap._coupling import Coupling, pays
-from genkernels.swap._residual_made import inverse_refused, solve_made
+from genkernels.swap._residual_made import inverse_refused, run_made
 from genkernels.swap._rules import ACTNORM, Becomes, Library, left_alone, stays
 
 #: The operator by normflows's scale map.
@@ -125,14 +125,21 @@ class MaskedAffineAutoregressive(Autoregressive):
     _gk_options = {"scale_map": "sigmoid_floor", "scale_constant": FLOOR}
 
     def forward(self, inputs, context=None):
-        if left_alone(self) or not pays(inputs):
+        if left_alone(self):
+            return super().forward(inputs, context)
+        if (found := self._gk_run(inputs, context, inverse=False)) is not None:
+            return found
+        if not pays(inputs):
             return super().forward(inputs, context)
         params = self.autoregressive_net(inputs, context)
         return Coupling(ScaleMap.SIGMOID_FLOOR, FLOOR, Layout.INTERLEAVED)(inputs, params, Split.NONE)
 
     def inverse(self, inputs, context=None):
-        solved = None if left_alone(self) else solve_made(self, normflows_made, inputs, context, self._gk_options)
+        solved = None if left_alone(self) else self._gk_run(inputs, context, inverse=True)
         return super().inverse(inputs, context) if solved is None else solved
+
+    def _gk_run(self, inputs, context, inverse):
+        return run_made(self, normflows_made, inputs, context, self._gk_options, inverse=inverse)
 
 
 def _autoregressive(thing) -> Becomes | str:

@@ -22,7 +22,7 @@ from genkernels._options import Layout, ScaleMap
 from genkernels.networks._plain import hooked
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
-from genkernels.swap._made import Layer, Sorted
+from genkernels.swap._made import Layer, Sorted, one_call
 from genkernels.swap._rules import Becomes, Library, left_alone
 from genkernels.swap._spline import PASSES, Splines
 
@@ -79,12 +79,15 @@ class _Autoregressive(_Together, transforms.AutoregressiveTransform):
         self._module, self._context = module, context
 
     def _inverse(self, y: Tensor) -> Tensor:
-        x = self._module._gk_solve(y, self._context)
-        return transforms.AutoregressiveTransform._inverse(self, y) if x is None else x
+        solved = self._module._gk_made(y, self._context, inverse=True)
+        return transforms.AutoregressiveTransform._inverse(self, y) if solved is None else solved[0]
 
     def _gk_run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         module, maps = self._module, _map_of(self._module)
-        if isinstance(maps, Coupling) and not pays(x):
+        affine = isinstance(maps, Coupling)
+        if affine and (found := module._gk_made(x, self._context, inverse=False)) is not None:
+            return found
+        if affine and not pays(x):
             return transforms.AutoregressiveTransform.call_and_ladj(self, x)
         flat, context, batch = _rows(x, self._context)
         params = module.hyper(flat if context is None else torch.cat([flat, context], -1))
@@ -96,9 +99,9 @@ class _OfSplines(_Autoregressive):
     """The same of splines: where the inverse is no solve, each of its passes goes through the operator."""
 
     def _inverse(self, y: Tensor) -> Tensor:
-        solved = self._module._gk_solve(y, self._context)
+        solved = self._module._gk_made(y, self._context, inverse=True)
         if solved is not None:
-            return solved
+            return solved[0]
         module, maps = self._module, _map_of(self._module)
         flat, context, batch = _rows(y, self._context)
         x = torch.zeros_like(flat)
@@ -108,7 +111,7 @@ class _OfSplines(_Autoregressive):
 
 
 class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTransform):
-    """`zuko.flows.MaskedAutoregressiveTransform`; its inverse is a solve."""
+    """`zuko.flows.MaskedAutoregressiveTransform`: affine maps in one call, the inverse of all as a solve."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
         maps = None if left_alone(self) else _map_of(self)
@@ -116,13 +119,16 @@ class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTra
             return super().forward(c)
         return (_OfSplines if isinstance(maps, Splines) else _Autoregressive)(self, c)
 
-    def _gk_solve(self, z: Tensor, c: Tensor | None) -> Tensor | None:
-        """None where the network is not one for the blocked solve."""
+    def _gk_made(self, x: Tensor, c: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        """The transform or its inverse and the log-determinants; None where the network is not one for the operator,
+        or the call does not pay."""
         if _why_not(self):
             return None
         features, maps = len(self.order), _map_of(self)
-        flat, context, batch = _rows(z, c)
+        flat, context, batch = _rows(x, c)
         layers = [layer for layer in self.hyper if type(layer) is MaskedLinear]
+        if not (inverse or one_call(flat, layers)):
+            return None
         first = layers[0]
         if not hasattr(self, "_gk_sorted"):
             self._gk_sorted = Sorted()
@@ -136,8 +142,8 @@ class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTra
         given = [Layer(weight, first.bias, first.mask)]
         given += [Layer(layer.weight, layer.bias, layer.mask) for layer in layers[1:]]
         options = {"scale_map": "soft_clip", **maps.options} if affine else maps.options
-        x, _ = self._gk_sorted.solve(flat, given, added, **options)
-        return x.reshape(*batch, features)
+        moved, log_det = self._gk_sorted.run(flat, given, added, inverse, **options)
+        return moved.reshape(*batch, features), log_det.reshape(batch)
 
 
 def _why_not(module) -> str:

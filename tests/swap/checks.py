@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from genkernels import ops
 from genkernels.swap import swap_
 
 #: What "the same" means, by dtype, relative to the largest number of a tensor: rounding in another order.
@@ -16,6 +17,15 @@ DTYPES = list(CLOSE)
 
 def draw(*shape, dtype, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def calls_of(monkeypatch, *names: str) -> list[str]:
+    """A list that grows by an operator's name with each call of it."""
+    calls = []
+    for name in names:
+        real = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, n=name, r=real, **k: calls.append(n) or r(*a, **k))
+    return calls
 
 
 def errors(found: dict, exact: dict) -> torch.Tensor:

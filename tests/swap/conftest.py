@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from genkernels.swap import _coupling
+from genkernels.swap import _coupling, _made
 
 
 @pytest.fixture(autouse=True)
 def everything_pays(monkeypatch):
     monkeypatch.setattr(_coupling, "SMALL", -1)
+    monkeypatch.setattr(_made, "SMALL_PRODUCTS", 0)

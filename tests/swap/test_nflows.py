@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from genkernels.swap import _coupling, swap_
-from tests.swap.checks import CLOSE, DTYPES, check_swap, draw, outcome
+from genkernels.swap import _coupling, _made, swap_
+from tests.swap.checks import CLOSE, DTYPES, calls_of, check_swap, draw, outcome
 
 pytest.importorskip("nflows", reason="needs the extra bench")
 
@@ -100,22 +100,32 @@ def test_masked_autoregressive(options, dtype):
     assert ("keeps its D passes" in report.entries[0].reason) == (keeps or options == MADES[3])
 
 
-def test_the_inverse_is_the_solve_and_notices_new_masks_and_hooks(monkeypatch):
-    from genkernels import ops
-
-    calls = []
-    monkeypatch.setattr(ops, "made_inverse", lambda *a, real=ops.made_inverse, **k: calls.append(1) or real(*a, **k))
+def test_both_ways_are_one_call_and_new_masks_and_hooks_are_noticed(monkeypatch):
+    calls = calls_of(monkeypatch, "made_forward", "made_inverse")
     model = transforms.MaskedAffineAutoregressiveTransform(4, 9).double()
     swap_(model)
     z = draw(3, 4, dtype=torch.float64)
     x = model.inverse(z)[0]
     torch.testing.assert_close(model(x)[0], z)
-    assert calls == [1]
+    both = ["made_inverse", "made_forward"]
+    assert calls == both
     hook = model.autoregressive_net.blocks[0].linear_layers[0].register_forward_hook(lambda m, i, out: 2 * out)
-    assert torch.allclose(model(model.inverse(z)[0])[0], z) and calls == [1]
+    assert torch.allclose(model(model.inverse(z)[0])[0], z) and calls == both
     hook.remove()
     model.autoregressive_net.final_layer.mask[:, 0] = 0
-    assert torch.allclose(model(model.inverse(z)[0])[0], z) and calls == [1]
+    assert torch.allclose(model(model.inverse(z)[0])[0], z) and calls == both
+
+
+def test_small_networks_are_left_to_pytorch(monkeypatch):
+    calls = calls_of(monkeypatch, "made_forward")
+    monkeypatch.setattr(_made, "SMALL_PRODUCTS", 1000)
+    model = transforms.MaskedAffineAutoregressiveTransform(2, 8, num_blocks=1, use_residual_blocks=False)
+    swap_(model)
+    weights = 2 * 8 + 8 * 8 + 8 * 4
+    model(torch.randn(999 // weights, 2))
+    assert not calls
+    model(torch.randn(1000 // weights + 1, 2))
+    assert calls == ["made_forward"]
 
 
 def splines(x, context=None):
