@@ -27,6 +27,12 @@ digits, those of ``r3gan`` are rougher, some of them on a grey ground):
 - ``r3gan``, 900 steps: 0.090 ± 0.008, and still falling;
 - as many other images: 0.044 ± 0.007; uniform noise: 0.35.
 
+``cyclegan`` on crops of two photographs (``--data two_photos32 --set width=16 --max-steps 5000``, batches of 1 as its
+paper's): the cycle's mean error, of pixels in [0, 1], falls on held-out images from 0.248 ± 0.001 after 500 steps to
+0.180 ± 0.018, the distance from 0.262 ± 0.011 to 0.207 ± 0.032. What it translates takes on the other photograph's
+ground and its colours; the rarer things there, petals and leaves, it does not draw, and transposed convolutions leave
+their checkerboard.
+
 **How much faster a step can be.** A pass is one batch through the critic, forward, back by its inputs or back by its
 weights. A critic's loss takes three passes for each of its two batches. Beside it WGAN-GP's penalty takes six by double
 backward and four here, so that the critic's step falls from 12 to 10; R1 and R2 take it from 12 to 8, as four passes
