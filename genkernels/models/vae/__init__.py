@@ -34,6 +34,6 @@ bound, Fréchet distance on a digit classifier's features), beside Lucas et al.'
 - ``av-gde``, likelihood and critic: 2.97 and 20.1; there 4.4 and 58.6;
 - ``av-ade``, all three: 2.72 and 5.9; there 3.9 and 28.0.
 
-Both orders are the paper's, but that ``gan`` and ``av-gde``, one seed each, change places in the second: the flow lowers
-the bound, and a critic beside it costs some of that and more than makes up for it in the samples.
+Both orders are the paper's, but that ``gan`` and ``av-gde``, one seed each, change places in the second: the flow
+lowers the bound, and a critic beside it costs some of that and more than makes up for it in the samples.
 """
