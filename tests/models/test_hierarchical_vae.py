@@ -186,6 +186,23 @@ def test_the_pixels_see_what_they_may_and_no_more():
     assert by_features[0, :, 3, 4].abs().min() > 0
 
 
+def test_what_the_pixels_see_of_the_latents_stays_in_scale():
+    """A PixelCNN's gates drove the decoder's features to a hundred times their scale within 120 steps, and stayed shut:
+    2.47 bits/dim in place of 1.87."""
+    torch.manual_seed(0)
+    model = gk.models.PixelVAE.from_preset("digits", width=8, pixel_width=8)
+    x, _ = gk.data.load("digits").take("train", 64)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(140):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100)
+        loss = model.losses("model", x, None, step)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = model.posterior(64, model._noises(64, None), None, model._encoded(model.likelihood.target(x)))
+    assert model.decoder(drawn.features).abs().max() < 12 and loss < 2.9
+
+
 def test_samples_of_the_cached_sampler_are_those_of_the_definition():
     model = restless(gk.models.PixelVAE(**SIZES, pixel_width=4, pixel_layers=1)).float()
     ours = model.sample(3, generator=torch.Generator().manual_seed(0))

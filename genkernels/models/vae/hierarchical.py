@@ -450,7 +450,11 @@ def _parts(
         raise ValueError(f"{name}: width and latent must be at least 1, got {width} and {latent}")
     encoder = BottomUp(shape[0], width, shape[1:], grids)
     top_down = TopDown(grids, latent, width, prior_layers, autoregressive, num_classes)
-    last = [nn.SiLU(), nn.Conv2d(width, rated.outputs, 3, padding=1)]
+    last: list[nn.Module] = [nn.SiLU(), nn.Conv2d(width, rated.outputs, 3, padding=1)]
+    if isinstance(rated, PixelCNNLikelihood):
+        # its gates, of which each wants to know first where in the image it is, drive the features so far up within
+        # fifty steps that all of them are shut or open for good
+        last.append(nn.GroupNorm(1, rated.outputs))
     return encoder, top_down, nn.Sequential(rising(width, width, strides[-1]), Residual(width), *last)
 
 
