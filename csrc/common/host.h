@@ -14,6 +14,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__) && !defined(USE_CUDA)
+#  include <sys/mman.h>
+#endif
+
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -21,6 +26,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace genkernels {
@@ -115,15 +121,48 @@ inline Rows rows_of(const Tensor& t) {
   return rows;
 }
 
+// Asks for large pages where tensors that nobody has written to yet hold whole ones, across the border of two that lie
+// side by side too. Memory that malloc has just got from the system costs a fault for every page that is touched: of
+// 4 KiB each, that took ten times as long as the writing in a virtual machine (12 MB: 4.1 ms, of 2 MiB 0.23 ms). What
+// malloc hands out twice is not asked for again. Advice alone: a system without such pages gives others.
+inline void in_large_pages(const std::vector<Tensor>& fresh) {
+#if defined(__linux__) && !defined(USE_CUDA)
+  constexpr uintptr_t kLarge = 2 << 20, kBetween = 64 * 1024;  // what may lie between two
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  uintptr_t total = 0;
+  for (const Tensor& t : fresh) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), bytes = t.numel() * t.element_size();
+    ranges.emplace_back(begin, begin + bytes);
+    total += bytes;
+  }
+  if (total < kLarge) return;
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 0; i < ranges.size();) {
+    auto [begin, end] = ranges[i];
+    while (++i < ranges.size() && ranges[i].first <= end + kBetween) end = std::max(end, ranges[i].second);
+    begin = (begin + kLarge - 1) / kLarge * kLarge, end = end / kLarge * kLarge;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+}
+
 // Contiguous tensors on like's device: with memory as it comes, or zeros.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  const Tensor fresh = torch::stable::new_empty(like, shape, dtype);
+  in_large_pages({fresh});
+  return fresh;
 }
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, shape);
+  return empty(like, shape, like.scalar_type());
 }
 inline Tensor empty(const Tensor& like) {
-  return torch::stable::new_empty(like, shape_of(like));
+  return empty(like, shape_of(like));
+}
+inline std::vector<Tensor> empty(const std::vector<Tensor>& likes) {
+  std::vector<Tensor> fresh;
+  for (const Tensor& like : likes) fresh.push_back(torch::stable::new_empty(like, shape_of(like)));
+  in_large_pages(fresh);
+  return fresh;
 }
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape) {
   return torch::stable::new_zeros(like, shape);

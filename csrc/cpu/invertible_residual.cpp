@@ -20,8 +20,10 @@ namespace {
 template <typename T>
 void put(const Grid& grid, const T* from, int64_t channels, int64_t slot, T* to, int64_t plane) {
   for (int64_t c = 0; c < channels; ++c)
-    grid.rows_of(slot,
-                 [&](int64_t row) { from = (std::copy_n(from, grid.width, to + c * plane + row), from + grid.width); });
+    grid.rows_of(slot, [&](int64_t row) {
+      grid.copy_row(from, to + c * plane + row);
+      from += grid.width;
+    });
 }
 
 template <typename T>
@@ -70,7 +72,7 @@ void solve(Tile<T>& tile, const T* y, const T* start, const Limits& limits, int6
   tile.narrow(active);
   for (int64_t s = 0; s < active; ++s) put(grid, slots[s].x.data(), channels, s, tile.input(0), tile.plane);
   while (active) {
-    tile.linearize(value.at());
+    tile.evaluate(value.at());
     for (int64_t s = 0; s < active; ++s)
       leave(grid, y + sample[s] * size, value.at(), tile.plane, channels, s, slots[s]);
     const int64_t before = active;

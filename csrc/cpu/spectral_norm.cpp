@@ -161,9 +161,10 @@ void normalise(Call& call, int64_t iterations) {
 std::vector<Tensor> spectral_norm(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> v,
                                   std::vector<int64_t> plan, int64_t iterations, double coefficient, bool at_most) {
   Call call{weights, u, v, records_of(weights, u, v, plan), {coefficient, at_most}, {}, {}, {}, {}};
+  call.out_weights = empty(weights), call.out_u = empty(u), call.out_v = empty(v);
   std::vector<Tensor> out;
-  for (auto [from, to] : {std::pair{&weights, &call.out_weights}, {&u, &call.out_u}, {&v, &call.out_v}})
-    for (const Tensor& t : *from) out.push_back(to->emplace_back(empty(t)));
+  for (const auto* some : {&call.out_weights, &call.out_u, &call.out_v})
+    out.insert(out.end(), some->begin(), some->end());
   call.sigma = empty(weights[0], {int64_t(weights.size())}, arithmetic_dtype(weights[0]));
   out.push_back(call.sigma);
   with_dtype<float, double, BFloat16, Half>("spectral_norm: weights", weights[0],
@@ -233,7 +234,7 @@ std::vector<Tensor> spectral_norm_backward(std::vector<Tensor> grads, std::optio
   require(int64_t(grads.size()) == count && sigma.numel() == count &&
               (!grad_sigma.has_value() || grad_sigma->numel() == count),
           "spectral_norm: gradients and norms must be of one number of layers");
-  for (const Tensor& w : weights) call.out_weights.push_back(empty(w));
+  call.out_weights = empty(weights);
   with_dtype<float, double, BFloat16, Half>("spectral_norm: weights", weights[0], [&]<typename S>() {
     using T = arithmetic_t<S>;
     std::vector<Gradient<S>> gradients(count);

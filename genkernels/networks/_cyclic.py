@@ -18,10 +18,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-#: Frequencies a degree, at most. x*·S*S·x is a trigonometric polynomial of the degree E = max e - min e in ω; on N > 2E
-#: points its maximum is missed by no more than the factor cos(πE / N) (M. Riesz: around a maximum it lies above the
-#: cosine), however long the axis. At 24 points a degree that is 0.43 % of the norm, an axis.
-POINTS_PER_DEGREE = 24
+#: Frequencies a degree, at most. f = x*·S*·S·x is a trigonometric polynomial of the degree E = max e - min e in ω, and
+#: 0 ≤ f ≤ M, its maximum. Around it f - M/2 lies above its cosine, M/2 · cos(E(ω - ω₀)) (M. Riesz), f hence above
+#: M · cos²(E(ω - ω₀) / 2): on N > 2E points the norm is missed by no more than the factor cos(πE / 2N), however long
+#: the axis. At 17 points a degree that is 0.43 % of it, an axis.
+POINTS_PER_DEGREE = 17
 
 
 class Axis(NamedTuple):
@@ -39,8 +40,9 @@ class Axis(NamedTuple):
         return max(self.offsets) - min(self.offsets)
 
 
-def padded_axis(kernel: int, size: int, out: int, stride: int, padding: int, dilation: int) -> list[Axis]:
-    """An axis padded by zeros: the cyclic ones that it fits into. None if no tap touches an input: A is 0."""
+def padded_axis(kernel: int, size: int, out: int, stride: int, padding: int, dilation: int, most: int) -> list[Axis]:
+    """An axis padded by zeros: the cyclic ones that it fits into, of `most` points a degree at most. None if no tap
+    touches an input: A is 0."""
     spans = []  # tap, phase, offset, and the first and the last output for which the tap touches an input
     for tap in range(kernel):
         offset, phase = divmod(dilation * tap - padding, stride)
@@ -57,10 +59,10 @@ def padded_axis(kernel: int, size: int, out: int, stride: int, padding: int, dil
     # a tap reads begin + offset … end + offset: one turn on (or back) these must lie behind (before) what is touched
     points = 1 + max(max(high[b] - begin - e, end + e - low[b], end - begin) for _, b, e, *_ in spans)
     taps, phases, offsets = zip(*((tap, phase, offset) for tap, phase, offset, *_ in spans), strict=True)
-    return [_capped(Axis(taps, phases, offsets, points, twist)) for twist in (0.5, 0.0)]
+    return [_capped(Axis(taps, phases, offsets, points, twist), most) for twist in (0.5, 0.0)]
 
 
-def circular_axis(kernel: int, size: int, out: int, stride: int, padding: int, dilation: int) -> list[Axis]:
+def circular_axis(kernel: int, size: int, out: int, stride: int, padding: int, dilation: int, most: int) -> list[Axis]:
     """An axis padded by itself. Exact where the stride divides the size and no output comes twice.
 
     Elsewhere the outputs o·s mod n are some of those of stride gcd(s, n), each as often as it comes; or the axis, with
@@ -68,26 +70,26 @@ def circular_axis(kernel: int, size: int, out: int, stride: int, padding: int, d
     """
     behind = (out - 1) * stride + dilation * (kernel - 1) + 1 - size - padding
     if padding == 0 and behind <= 0:  # nothing is padded
-        return padded_axis(kernel, size, out, stride, padding, dilation)
+        return padded_axis(kernel, size, out, stride, padding, dilation, most)
     step = math.gcd(stride, size)
     cycle = size // step
     places = [divmod(dilation * tap - padding, step) for tap in range(kernel)]
     offsets, phases = zip(*places, strict=True)
     repeats = -(-out // cycle)
-    axes = [_capped(Axis(tuple(range(kernel)), phases, offsets, cycle, factor=math.sqrt(repeats)))]
+    axes = [_capped(Axis(tuple(range(kernel)), phases, offsets, cycle, factor=math.sqrt(repeats)), most)]
     if step != stride or repeats > 1:
         whole = size + padding + max(behind, 0)
         factor = math.sqrt(-(-whole // size))
-        unrolled = padded_axis(kernel, whole, out, stride, 0, dilation)
+        unrolled = padded_axis(kernel, whole, out, stride, 0, dilation, most)
         axes += [axis._replace(factor=axis.factor * factor) for axis in unrolled]
     return axes
 
 
-def _capped(axis: Axis) -> Axis:
-    """The axis with no more points than `POINTS_PER_DEGREE` asks for; one is enough for symbols that are constant."""
+def _capped(axis: Axis, most: int) -> Axis:
+    """The axis with no more than `most` points a degree; one is enough for symbols that are constant."""
     if axis.degree == 0:
         return axis._replace(points=1, twist=0.0)
-    points = POINTS_PER_DEGREE * axis.degree
+    points = most * axis.degree
     if axis.points <= points:
         return axis
-    return axis._replace(points=points, factor=axis.factor / math.sqrt(math.cos(math.pi * axis.degree / points)))
+    return axis._replace(points=points, factor=axis.factor / math.cos(math.pi * axis.degree / (2 * points)))

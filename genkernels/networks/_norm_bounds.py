@@ -31,6 +31,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from genkernels.networks import _cyclic
 from genkernels.networks._cyclic import Axis, circular_axis, padded_axis
 from genkernels.reference.spectral_norm import CIRCULAR, Geometry, apply, apply_transpose, as_matrix
 
@@ -40,6 +41,8 @@ TOLERANCE = 1e-3
 EXACT = 1024
 #: Multiplications, c²·K, for the Gram matrix of a convolution written as a matrix, and numbers, c·K, in it.
 DENSE_WORK, DENSE_NUMBERS = 2**31, 2**24
+#: Operations from which fewer frequencies do, `COARSE` a degree: about two seconds of one core.
+MUCH_WORK, COARSE = 4e10, 12
 #: Operations that a second cyclic convolution, which may give a lower bound, is worth: about a second of one core.
 FURTHER_WORK = 2e10
 #: Numbers that a batch of Gram matrices has. Small batches: those with λ too low are factorised again and again.
@@ -108,8 +111,11 @@ def _schur_bound(weight: Tensor, g: Geometry, size: Sequence[int], out: Sequence
 def _cyclic_bound(weight: Tensor, g: Geometry, size: Sequence[int], out: Sequence[int]) -> float:
     first = 3 - len(size)
     set_into = circular_axis if g.kind == CIRCULAR else padded_axis
-    sizes = zip(weight.shape[2:], size, out, g.stride[first:], g.padding[first:], g.dilation[first:], strict=True)
-    choices = list(dict.fromkeys(itertools.product(*(set_into(*axis) for axis in sizes))))
+    sizes = [*zip(weight.shape[2:], size, out, g.stride[first:], g.padding[first:], g.dilation[first:], strict=True)]
+    for most in (_cyclic.POINTS_PER_DEGREE, COARSE):
+        choices = list(dict.fromkeys(itertools.product(*(set_into(*axis, most) for axis in sizes))))
+        if not choices or _Grams(weight, g.groups, choices[0]).work <= MUCH_WORK:
+            break
     best, work = (math.inf if choices else 0.0), 0.0
     for axes in choices:
         grams = _Grams(weight, g.groups, axes)
@@ -140,12 +146,14 @@ class _Grams:
         self.work = 4 / 3 * self.frequencies * groups * self.side**3
 
     def __iter__(self) -> Iterator[Tensor]:
+        """Each batch lies where the one before it lay: fresh memory would cost more than what is computed into it."""
         nodes, interpolation = self._nodes()
         known = torch.view_as_real(self._multiplied_out(nodes)).flatten(1)  # [nodes, groups·side·side·2]
         each = max(16, BATCH // (self.groups * self.side**2))  # each batch reads all that is known
+        room = known.new_empty(min(each, len(interpolation)), known.shape[1])
         for rows in interpolation.split(each):
-            grams = (rows @ known).view(-1, self.side, self.side, 2)
-            yield torch.view_as_complex(grams)
+            grams = torch.matmul(rows, known, out=room[: len(rows)])
+            yield torch.view_as_complex(grams.view(-1, self.side, self.side, 2))
 
     def _nodes(self) -> tuple[Tensor, Tensor]:
         """The frequencies at which to multiply out, ``[nodes, axes]``, and the weights ``[frequencies, nodes]`` of
@@ -178,11 +186,13 @@ class _Grams:
         offsets = offsets.view(-1, len(self.axes)).to(weight.device)
         phases = list(itertools.product(*(axis.phases for axis in self.axes)))
         members = [[t for t, other in enumerate(phases) if other == phase] for phase in self.phases]
+        parts = [weight[..., of].movedim(-1, 0).flatten(1).contiguous() for of in members]
         grams = weight.new_empty(len(nodes), self.groups, self.side, self.side)
         each = max(1, BATCH // (weight[..., 0].numel() * len(self.phases)))
         for some, target in zip(nodes.split(each), grams.split(each), strict=True):
             turns = torch.exp(1j * (some @ offsets.t()))  # [nodes, taps]
-            symbols = torch.cat([torch.einsum("ft,goit->fgoi", turns[:, of], weight[..., of]) for of in members], -1)
+            sums = [turns[:, of] @ part for of, part in zip(members, parts, strict=True)]
+            symbols = torch.cat([each_phase.view(-1, *weight.shape[:3]) for each_phase in sums], -1)
             adjoint = symbols.mH
             torch.matmul(*((symbols, adjoint) if self.by_output else (adjoint, symbols)), out=target)
         return grams
@@ -194,41 +204,47 @@ class _Grams:
 def _largest_eigenvalue(grams: Iterable[Tensor], enough: float = math.inf) -> float:
     """A bound of all eigenvalues of all `grams`, ``[f, c, c]`` each and positive, at most 1 + `TOLERANCE` times the
     largest; from `enough` on it may be one of some of them only."""
-    bound = 0.0
+    bound, room = 0.0, None
     for batch in grams:
         if bound == 0:
             bound = float(batch.diagonal(dim1=-2, dim2=-1).real.mean(-1).amax())  # at most their largest
             if bound <= 0:
                 continue  # all of them are 0
-        bound = _raised(batch, bound)
+        room = torch.empty_like(batch) if room is None else room
+        bound = _raised(batch, bound, room)
         if bound >= enough:
             break
     return bound
 
 
-def _raised(grams: Tensor, bound: float) -> float:
-    """`bound` where it exceeds all eigenvalues of `grams`, else the least one, up to `TOLERANCE`, that does."""
-    grams = _not_below(grams, bound)
+def _raised(grams: Tensor, bound: float, room: Tensor) -> float:
+    """`bound` where it exceeds all eigenvalues of `grams`, else the least one, up to `TOLERANCE`, that does; `room` is
+    like `grams`, or longer."""
+    grams = _not_below(grams, bound, room)
     if not len(grams):
         return bound
     low, step = max(bound, _estimate(grams)), TOLERANCE
-    while len(above := _not_below(grams, low * (1 + step))):
+    while len(above := _not_below(grams, low * (1 + step), room)):
         grams, low, step = above, low * (1 + step), 2 * step
     high = low * (1 + step)
     while high > low * (1 + TOLERANCE):
         middle = math.sqrt(low * high)
-        if len(above := _not_below(grams, middle)):
+        if len(above := _not_below(grams, middle, room)):
             grams, low = above, middle
         else:
             high = middle
     return high
 
 
-def _not_below(grams: Tensor, bound: float) -> Tensor:
+def _not_below(grams: Tensor, bound: float, room: Tensor) -> Tensor:
     """Those of the `grams` that have an eigenvalue of `bound` or more."""
-    shifted = -grams
+    shifted = torch.neg(grams, out=room[: len(grams)])
     shifted.diagonal(dim1=-2, dim2=-1).add_(bound)
-    return grams[torch.linalg.cholesky_ex(shifted).info != 0]
+    info = torch.empty(len(grams), dtype=torch.int32, device=grams.device)
+    # factorised where it lies: the transpose, which is the conjugate, has its columns one after the other, as LAPACK
+    # wants them
+    torch.linalg.cholesky_ex(shifted.mT, out=(shifted.mT, info))
+    return grams[info != 0]
 
 
 def _estimate(grams: Tensor, steps: int = 12) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from genkernels.networks import _cyclic, _norm_bounds
+from genkernels.networks import _cyclic, _norm_bounds, operator_norm
 from genkernels.networks._geometry import usual_output
 from genkernels.networks.operator_norm import bracket, geometry_of, sizes_of, upper_bound
 from genkernels.reference.spectral_norm import (
@@ -172,6 +172,35 @@ def test_long_axes_cost_no_more_and_lose_little():
     long, longer = (float(upper_bound(weight, g, (n,))) for n in (10_000, 1_000_000))
     low, high = bracket(weight, g, (10_000,))
     assert long == longer == float(high) and high <= 1.02 * low
+
+
+def test_what_would_take_much_work_takes_fewer_frequencies_in_one_place_and_fewer_products(monkeypatch):
+    weight = torch.randn(4, 4, 3, 3, dtype=torch.float64)
+    monkeypatch.setattr(_norm_bounds, "DENSE_WORK", 0)
+    monkeypatch.setattr(_norm_bounds, "BATCH", 1)  # of 16 Gram matrices each
+    largest, lanczos, places, products = _norm_bounds._largest_eigenvalue, operator_norm.lanczos, [], []
+
+    def look(grams, enough):
+        batches = [(batch.data_ptr(), len(batch)) for batch in grams]
+        places.append(({at for at, _ in batches}, sum(n for _, n in batches)))
+        return largest(grams, enough)
+
+    def search(*arguments, **options):
+        products.append(options["products"])
+        return lanczos(*arguments, **options)
+
+    monkeypatch.setattr(_norm_bounds, "_largest_eigenvalue", look)
+    monkeypatch.setattr(operator_norm, "lanczos", search)
+    monkeypatch.setattr(_norm_bounds, "FURTHER_WORK", 0)  # a single cyclic convolution
+    small = bracket(weight, SAME, (64, 64))
+    monkeypatch.setattr(_norm_bounds, "MUCH_WORK", 0)
+    monkeypatch.setattr(operator_norm, "PRODUCT_WORK", 0)
+    large = bracket(weight, SAME, (64, 64))
+    (at, many), (_, few) = places
+    assert len(at) == 1 and many == 34 * 17 and few == 24 * 12
+    assert products == [80, 40]
+    assert small.low <= small.high <= 1.01 * small.low
+    assert large.low <= small.high and small.low <= large.high <= 1.02 * small.high
 
 
 def test_groups_have_the_largest_of_their_norms(monkeypatch):

@@ -1,6 +1,7 @@
 """spectral_norm on every implementation that runs here, against its definition in fp64, dense matrices and autograd."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -423,6 +424,30 @@ def test_autocast_leaves_the_products_in_fp32(implementation, device):
     with torch.autocast(device, dtype=torch.bfloat16):
         inside = ops.spectral_norm(weights, u, v, g)
     assert torch.equal(bits(inside.sigma), bits(plain.sigma))
+
+
+def flags_at(address):
+    """What the system notes of the memory there."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            begin, end = (int(n, 16) for n in head.split("-"))
+            here = begin <= address < end
+        elif here and head == "VmFlags:":
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.implementations(only=("cpu",))
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="there are no large pages here")
+def test_large_results_are_asked_for_in_large_pages(implementation, device):
+    weights, page = [torch.randn(1024, 1025, requires_grad=True) for _ in range(2)], 2**21
+    u, v = [torch.randn(1024) for _ in range(2)], [torch.randn(1025) for _ in range(2)]
+    out = ops.spectral_norm(weights, u, v)
+    grads = torch.autograd.grad(out.weights, weights, [torch.ones_like(w) for w in weights])
+    for result in (*out.weights, *grads):
+        assert "hg" in flags_at(-(-result.data_ptr() // page) * page)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

@@ -86,25 +86,27 @@ inline void with_activation(Nonlinearity a, F&& f) {
 }
 
 // Loops over a row stand in functions of their own: inlined among others g++ does not vectorise all of them.
-template <Nonlinearity A, bool Keep, typename T>
+template <Nonlinearity A, bool Keep, bool Slope, typename T>
 __attribute__((noinline)) void activate_row(const T* z, T sign, T a, const T* keep, T* value, T* slope, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const Point<T> p = point<A>(sign * z[i], a);
     const T signed_slope = sign * p.slope;
     value[i] = Keep ? math::select(keep[i] != T(0), p.value, T(0)) : p.value;
-    slope[i] = Keep ? math::select(keep[i] != T(0), signed_slope, T(0)) : signed_slope;
+    if constexpr (Slope) slope[i] = Keep ? math::select(keep[i] != T(0), signed_slope, T(0)) : signed_slope;
   }
 }
 
-// value[i] and slope[i] at sign·z[i], the slope by z. keep: 1 where a column counts, else 0 is written; null: all do.
+// value[i] and slope[i] at sign·z[i], the slope by z; slope null: the value alone. keep: 1 where a column counts, else
+// 0 is written; null: all do.
 template <typename T>
 void activate(Nonlinearity which, const T* z, T sign, T a, const T* keep, T* value, T* slope, int64_t n) {
   with_activation(which, [&]<Nonlinearity A>() {
-    if (keep)
-      activate_row<A, true>(z, sign, a, keep, value, slope, n);
-    else
-      activate_row<A, false>(z, sign, a, keep, value, slope, n);
+    const auto run = [&]<bool Keep>() {
+      slope ? activate_row<A, Keep, true>(z, sign, a, keep, value, slope, n)
+            : activate_row<A, Keep, false>(z, sign, a, keep, value, slope, n);
+    };
+    keep ? run.template operator()<true>() : run.template operator()<false>();
   });
 }
 

@@ -67,7 +67,7 @@ struct Outer {
         T square[16][16];
         for (int64_t k = 0; k < 16; ++k) {
           if (first + c + k < outputs && c + k < across)
-            std::copy_n(g + (first + c + k) * plane + q, n, square[k]);
+            masked::load_row(g + (first + c + k) * plane + q, square[k], n);  // copy_n is a slow `rep movs` here
           else
             std::fill_n(square[k], 16, T(0));
         }

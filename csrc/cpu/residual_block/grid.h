@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../made/product.h"
+#include "../masked_conv/products.h"
 #include "../vector.h"
 
 #include <vector>
@@ -35,6 +36,12 @@ struct Grid {
     return (lines | 1) * 16;
   }
 
+  // A row of an image: std::copy_n is a slow `rep movs` for so few.
+  template <typename T>
+  void copy_row(const T* from, T* to) const {
+    masked::load_row(from, to, width);
+  }
+
   // [N, channels, H, W] or [N, channels] to planes from sample `from` on, and back. Samples beyond `count` are zeros.
   template <typename T>
   void stage(const T* x, int64_t channels, int64_t from, int64_t count, T* to) const {
@@ -49,7 +56,7 @@ struct Grid {
         const T* image = x + ((from + s) * channels + c) * pixels();
         for (int64_t y = 0; y < height; ++y) {
           if (s < count)
-            std::copy_n(image + y * width, width, at + y * pitch());
+            copy_row(image + y * width, at + y * pitch());
           else
             std::fill_n(at + y * pitch(), width, T(0));
         }
@@ -64,8 +71,7 @@ struct Grid {
     for (int64_t s = 0; s < count; ++s)
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t y = 0; y < height; ++y)
-          std::copy_n(from + c * plane() + first(s) + y * pitch(), width,
-                      x + (((to + s) * channels + c) * height + y) * width);
+          copy_row(from + c * plane() + first(s) + y * pitch(), x + (((to + s) * channels + c) * height + y) * width);
   }
 
   // 1 where a column is a pixel, 0 between; empty where all are.

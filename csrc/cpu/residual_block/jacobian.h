@@ -120,9 +120,11 @@ struct Kept {
       T v[kBeside] = {};
       for (int64_t k = 0; k < n; ++k) v[k] = probe[(from + q + k) * features + j];
       const auto add = [&](const T* row, T* kept) {
-        T sums[kBeside];
-        for (int64_t k = 0; k < kBeside; ++k) sums[k] = (j ? kept[k] : T(0)) + v[k] * row[k];
-        for (int64_t k = 0; k < kBeside; ++k) kept[k] = sums[k];
+        constexpr int64_t L = Vector<T>::kLanes;
+        for (int64_t k = 0; k < kBeside; k += L) {
+          const auto by = load_vector(v + k) * load_vector(row + k);
+          store_vector<T>(j ? load_vector(kept + k) + by : by, kept + k);
+        }
       };
       each(tile, tangents + q, from + q, n, 1 + p, i, [&](const T* row, T* kept, auto count) {
         if constexpr (std::is_same_v<decltype(count), int64_t>) {

@@ -65,28 +65,21 @@ class Tile {
   }
 
   // g at input(0) into `value` (null: not wanted), with what it takes to differentiate.
-  void linearize(T* value) {
-    for (int64_t i = 0; i < net.count(); ++i) {
-      const Map<T>& m = net.maps[i];
-      if (i == last()) {
-        if (value == nullptr) return;
-        m.forward.run(input(i), m.bias, value, plane, columns);
-        return mask(value, net.features());
-      }
-      m.forward.run(input(i), m.bias, argument(i), plane, columns);
-      activate_all(i);
-    }
-  }
+  void linearize(T* value) { run(value, true); }
+  // g at input(0) alone.
+  void evaluate(T* value) { run(value, false); }
 
-  // The slopes of activation i and the inputs of the next map, from the arguments.
-  void activate_all(int64_t i) {
-    T *z = argument(i), *a = input(i + 1), *d = slope(i);
+  // The slopes of activation i, where they are wanted, and the inputs of the next map, from the arguments.
+  void activate_all(int64_t i, bool slopes = true) {
+    T *z = argument(i), *a = input(i + 1), *d = slopes ? slope(i) : nullptr;
     const int64_t h = net.arguments(i);
+    const auto half = [&](int64_t c, T sign, int64_t to) {
+      activate(net.activation, z + c * plane, sign, net.parameters[i], keep(), a + to * plane,
+               slopes ? d + to * plane : nullptr, columns);
+    };
     for (int64_t c = 0; c < h; ++c) {
-      activate(net.activation, z + c * plane, T(1), net.parameters[i], keep(), a + c * plane, d + c * plane, columns);
-      if (net.mirrored())
-        activate(net.activation, z + c * plane, T(-1), net.parameters[i], keep(), a + (h + c) * plane,
-                 d + (h + c) * plane, columns);
+      half(c, T(1), c);
+      if (net.mirrored()) half(c, T(-1), h + c);
     }
   }
 
@@ -157,6 +150,19 @@ class Tile {
   }
 
  private:
+  void run(T* value, bool slopes) {
+    for (int64_t i = 0; i < net.count(); ++i) {
+      const Map<T>& m = net.maps[i];
+      if (i == last()) {
+        if (value == nullptr) return;
+        m.forward.run(input(i), m.bias, value, plane, columns);
+        return mask(value, net.features());
+      }
+      m.forward.run(input(i), m.bias, argument(i), plane, columns);
+      activate_all(i, slopes);
+    }
+  }
+
   std::vector<T> keep_;
   int64_t widest_ = 0;
   std::vector<std::unique_ptr<Planes<T>>> inputs_, arguments_, slopes_;
