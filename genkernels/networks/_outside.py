@@ -1,4 +1,4 @@
-"""What a compiled pass cannot hold is run outside of it."""
+"""What a compiled pass cannot hold is run outside of it, or while it is compiled."""
 
 from __future__ import annotations
 
@@ -14,3 +14,10 @@ def outside(run: Callable, *arguments) -> Any:
 
 
 outside._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo from the start
+
+
+def while_compiling(run: Callable) -> Callable:
+    """Marks a function of modules and constants, to constants, which a compiled pass holds the result of. What it read
+    of the modules the pass is not bound to: whoever asks binds it, by a call of the module whose result is left."""
+    run._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets, likewise
+    return run

@@ -24,6 +24,8 @@ MOST_FEATURES = 256
 #: Features of the largest that is taken whole instead of a chain of products for each term (CPU).
 MOST_WHOLE = 16
 FIRST_TERMS = ("probe", "exact")
+#: What a gradient needs of a roulette's weights: that of the first term, which is always there.
+FIRST = [1.0]
 
 
 class LogDetSeries(NamedTuple):
@@ -39,6 +41,19 @@ class LogDetSeries(NamedTuple):
     shrink: Tensor
 
 
+class Stopped(NamedTuple):
+    """Terms whose number a compiled pass knows as a tensor.
+
+    Args:
+        drawn: ``[2]``, fp64 on the CPU: p of the roulette, and how many terms it adds. known: terms before it. poisson:
+            whether it stops so, or else geometrically.
+    """
+
+    drawn: Tensor
+    known: int
+    poisson: bool
+
+
 def log_det_series(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -47,7 +62,7 @@ def log_det_series(
     parameters: Tensor | None = None,
     *,
     probes: Tensor | None,
-    terms: Sequence[float] = (),
+    terms: Sequence[float] | Stopped = (),
     first_term: str = "probe",
 ) -> LogDetSeries:
     r"""log\|det(I + J)\| of y = x + g(x), J the Jacobian of an alternation of linear maps and one activation.
@@ -96,7 +111,8 @@ def log_det_series(
     number, x, weights, biases, parameters, (probes,) = block_checks.settled(
         NAME, "x", x, weights, biases, parameters, activation, {"probes": probes}
     )
-    terms = [float(c) for c in terms]
+    stopped = isinstance(terms, Stopped)
+    terms = terms if stopped else [float(c) for c in terms]
     checks.option(NAME, "first_term", first_term, FIRST_TERMS)
     if probes is None:
         if terms or first_term == "exact":
@@ -124,8 +140,12 @@ def log_det_series(
         # as an operator, so that autocast reaches no gradient of it either
         map_of = reference.log_det_series_trace_map if transforms_active() else TRACE_MAP.dense
         trace_map = map_of(weights, number) if exact else None
-        given = x, weights, biases, parameters, trace_map, probes, terms, number
-        value, log_det, _, shrink, *_ = (KEEPING if _keeps(*given) else SERIES)(*given)
+        given = x, weights, biases, parameters, trace_map, probes
+        if stopped:
+            value, log_det, _, shrink = STOPPED.dense(*given, *terms, number)
+        else:
+            run = KEEPING if _keeps(*given, terms, number) else SERIES
+            value, log_det, _, shrink, *_ = run(*given, terms, number)
     return LogDetSeries(value, log_det, shrink)
 
 
@@ -195,6 +215,24 @@ def _by_argument(found, count, trace_map):
     return by_x, by_weights, by_biases, by_parameters, by_map, None, None, None
 
 
+def _stopped(x, weights, biases, parameters, trace_map, probes, drawn, known, poisson, activation):
+    p, further = drawn.tolist()
+    terms = reference.roulette_weights(known, poisson, p, int(further))
+    return SERIES(x, weights, biases, parameters, trace_map, probes, terms, activation)
+
+
+def _fake_stopped(x, weights, biases, parameters, trace_map, probes, drawn, known, poisson, activation):
+    return _fake(x, weights, biases, parameters, trace_map, probes, None, activation)
+
+
+def _setup_stopped(ctx, inputs, output):
+    _setup(ctx, (*inputs[:6], FIRST, inputs[-1]), output)
+
+
+def _backward_stopped(ctx, *grads):
+    return *_backward(ctx, *grads), None, None
+
+
 def _setup_trace_map(ctx, inputs, output):
     weights, ctx.activation = inputs
     ctx.save_for_backward(*weights)
@@ -258,6 +296,14 @@ SERIES = OPERATOR.define(
     reference.log_det_series,
     _fake,
     gradient=Formula(_setup, _backward),
+)
+STOPPED = OPERATOR.define(
+    "log_det_series_stopped(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, "
+    "Tensor probes, Tensor drawn, int known, bool poisson, int activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _stopped,
+    _fake_stopped,
+    gradient=Formula(_setup_stopped, _backward_stopped),
+    kernels=dict.fromkeys(("cpu", "triton", "cuda"), "it calls log_det_series with what was drawn"),
 )
 BACKWARD = OPERATOR.define(
     "log_det_series_backward(Tensor? grad_value, Tensor? grad_log_det, Tensor x, Tensor[] weights, Tensor[] biases, "
