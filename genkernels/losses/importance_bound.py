@@ -112,9 +112,15 @@ def importance_loss(
     gradient estimators", 2021 (what dreg needs for hierarchies).
     """
     arguments = (parameters, log_weight, k, chunk, estimator, generator, seed)
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        return _importance_loss(*arguments)
+    chosen = Estimator.parse(estimator)
+    one_graph = chunk is None and generator is None and not (chosen.weighs_apart or chosen.name == "dreg")
+    if not (one_graph and getattr(log_weight, "takes_stream", False)):
         return outside(_importance_loss, *arguments)
-    return _importance_loss(*arguments)
+    chunks = _chunks(WHO, parameters, log_weight, k, chunk, chosen, generator, seed)
+    weighed = chosen.weighed(chunks.one_graph()[0])
+    return _described(weighed.bound, weighed.shares)
 
 
 def _importance_loss(parameters, log_weight, k, chunk, estimator, generator, seed) -> Bound:
@@ -249,8 +255,11 @@ def _chunks(who: str, parameters, log_weight, k, chunk, estimator, generator, se
     return Chunks(who, log_weight, parameters, sizes, chosen, _drawn_seed(generator) if seed is None else seed)
 
 
-def _drawn_seed(generator: torch.Generator | None) -> int:
-    """A seed from a generator, which moves on. One on a GPU is not waited for: its state is known on the host."""
+def _drawn_seed(generator: torch.Generator | None) -> int | Tensor:
+    """A seed from a generator, which moves on; within a compiled pass a tensor. One on a GPU is not waited for: its
+    state is known on the host."""
+    if torch.compiler.is_compiling():
+        return torch.randint(2**62, ())
     if generator is None or generator.device.type == "cpu":
         return int(torch.randint(2**62, (), generator=generator))
     state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
