@@ -178,6 +178,7 @@ class Settings(NamedTuple):
 class SpectralNorm(nn.Module):
     """The parametrization of one weight: its u and v, and its place in a `Group`."""
 
+    genkernels_given = ("_number",)  #: what a compiled pass is given beside parameters and buffers
     _u: Tensor
     _v: Tensor
 

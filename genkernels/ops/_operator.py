@@ -137,6 +137,15 @@ class Operator:
         return "; ".join(f"{', '.join(names)} by the reference: {reason}" for reason, names in by_reason.items())
 
 
+def of_others(schema: str, run: Callable) -> Any:
+    """``torch.ops.genkernels.<name>``, which consists of other operators, those that `run` calls: a compiler and
+    autograd see these, while the trace of Python code holds it whole."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, run, "CompositeImplicitAutograd")
+    return getattr(torch.ops.genkernels, name).default
+
+
 OPERATORS: dict[str, Operator] = {}
 
 

@@ -1,0 +1,85 @@
+"""Losses that differentiate a critic by themselves, within a compiled pass.
+
+They are algorithms over the critic's steps (`genkernels.networks`), which the compiler cannot follow from its code. So
+the compiled pass first holds such a loss as one operator, of the critic's tensors, that consists of others: when they
+are asked for, the steps are taken with the stand-ins of the compiler, which so gets the products forward and back of
+four or six passes. The operator names the critic by a key, new in each compilation, so that nothing that was compiled
+for another critic counts as the same.
+"""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from genkernels.losses import _critics
+from genkernels.networks import Untraceable, traced
+from genkernels.networks._outside import while_compiling
+
+_CRITICS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+
+
+def held(who: str, critic: _critics.Critic, x: Tensor, y: Tensor | None) -> tuple[str, list[Tensor]]:
+    """A key of the critic and its tensors, if it is a network of steps; else "" and none.
+
+    Args:
+        x, y: what it is called with.
+    """
+    critic = getattr(critic, "_orig_mod", critic)  # as it was before ``torch.compile``
+    if not isinstance(critic, nn.Module) or isinstance(critic, DistributedDataParallel):
+        return "", []
+    key = _key(who, critic, tuple(x.shape[1:]), y is not None)
+    if not key:
+        return "", []
+    critic(x) if y is None else critic(x, y)  # binds the pass to all that the critic's forward reads
+    return key, [*critic.parameters(), *critic.buffers(), *(getattr(m, name) for m, name in _beside(critic))]
+
+
+def _beside(critic: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Modules and the names of what else of them a compiled pass has to be given."""
+    return [(m, name) for m in critic.modules() for name in getattr(type(m), "genkernels_given", ())]
+
+
+@while_compiling
+def _key(who: str, critic: nn.Module, sample: tuple[int, ...], labelled: bool) -> str:
+    try:
+        traced(critic, torch.empty((1, *sample), device="meta"), labelled)
+    except Untraceable:
+        return ""
+    key = uuid.uuid4().hex
+    _CRITICS[key] = critic
+    return key
+
+
+def run(key: str, tensors: Sequence[Tensor], function: Callable[[nn.Module], Any]) -> Any:
+    """A function of the critic, which has these tensors meanwhile."""
+    critic = _CRITICS[key]
+    names = [name for name, _ in (*critic.named_parameters(), *critic.named_buffers())]
+    given = {f"critic.{name}": tensor for name, tensor in zip(names, tensors, strict=False)}
+    beside = _beside(critic)
+    own = [getattr(module, name) for module, name in beside]
+    try:
+        _set(beside, tensors[len(names) :])
+        return torch.func.functional_call(_Applied(critic, function), given, ())
+    finally:
+        _set(beside, own)
+
+
+def _set(places: Sequence[tuple[nn.Module, str]], tensors: Sequence[Tensor]) -> None:
+    for (module, name), tensor in zip(places, tensors, strict=True):
+        setattr(module, name, tensor)
+
+
+class _Applied(nn.Module):
+    def __init__(self, critic: nn.Module, function: Callable[[nn.Module], Any]):
+        super().__init__()
+        self.critic, self.function = critic, function
+
+    def forward(self) -> Any:
+        return self.function(self.critic)
