@@ -18,26 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from genkernels.losses import _critics
+from genkernels.backends import current_backend
+from genkernels.losses._critics import Critic
 from genkernels.networks import Untraceable, traced
 from genkernels.networks._outside import while_compiling
 
 _CRITICS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
 
-def held(who: str, critic: _critics.Critic, x: Tensor, y: Tensor | None) -> tuple[str, list[Tensor]]:
-    """A key of the critic and its tensors, if it is a network of steps; else "" and none.
-
-    Args:
-        x, y: what it is called with.
-    """
+def held(critic: Critic, x: Tensor, y: Tensor | None) -> tuple[str, list[Tensor]]:
+    """A key of the critic, which is called with x (and labels y), and its tensors, if it is a network of steps; else ""
+    and none."""
     critic = getattr(critic, "_orig_mod", critic)  # as it was before ``torch.compile``
     if not isinstance(critic, nn.Module) or isinstance(critic, DistributedDataParallel):
         return "", []
-    key = _key(who, critic, tuple(x.shape[1:]), y is not None)
+    key = _key(critic, tuple(x.shape[1:]), y is not None)
     if not key:
         return "", []
-    critic(x) if y is None else critic(x, y)  # binds the pass to all that the critic's forward reads
+    # these bind the pass to what decides the way, and to all that the critic's forward reads
+    current_backend()
+    critic(x) if y is None else critic(x, y)
     return key, [*critic.parameters(), *critic.buffers(), *(getattr(m, name) for m, name in _beside(critic))]
 
 
@@ -47,7 +47,7 @@ def _beside(critic: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 @while_compiling
-def _key(who: str, critic: nn.Module, sample: tuple[int, ...], labelled: bool) -> str:
+def _key(critic: nn.Module, sample: tuple[int, ...], labelled: bool) -> str:
     try:
         traced(critic, torch.empty((1, *sample), device="meta"), labelled)
     except Untraceable:

@@ -54,6 +54,9 @@ def critic_step(
     one power iteration a step, not two, of the spectral norm of ``torch.nn.utils``. So does, without a penalty, one of
     such steps whose batches are small: it is called once, with both.
 
+    ``torch.compile`` holds all of it in one graph, but with `explain`, and but for penalties of critics that hold more
+    than `genkernels.networks.SUPPORTED` lists: there its graph breaks.
+
     Args:
         critic: as for `gradient_penalty`; of a patch map both penalties take the mean.
         real, fake: ``[N, ...]`` of one shape. What a generator's graph is attached to counts as data: no gradient
@@ -105,7 +108,7 @@ def _compiled(critic: nn.Module, real: Tensor, fake: Tensor, loss: str, r1: floa
     checks.option(WHO, "loss", loss, CRITIC_LOSSES)
     real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
     if r1 or r2:
-        key, tensors = _in_graph.held(WHO, critic, real, y)
+        key, tensors = _in_graph.held(critic, real, y)
         if not key:
             return None
         found = torch.ops.genkernels.critic_step(key, tensors, real, fake, y, loss, float(r1), float(r2))

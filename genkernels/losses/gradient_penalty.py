@@ -65,9 +65,10 @@ def gradient_penalty(
         ValueError: real and fake are of different shapes or empty, the critic gives something else than scores or ends
             in a sigmoid, an option is wrong. TypeError: a dtype is. RuntimeError: inside transforms of ``torch.func``.
 
-    A critic that couples the samples of a batch (BatchNorm in training) is warned of. ``torch.compile``, which cannot
-    differentiate twice as of torch 2.13, breaks its graph here. With ``use_backend("reference")`` every critic is
-    differentiated twice.
+    A critic that couples the samples of a batch (BatchNorm in training) is warned of. With
+    ``use_backend("reference")`` every critic is differentiated twice. ``torch.compile`` holds all of it in one graph
+    where the critic consists of what `genkernels.networks.SUPPORTED` lists, without `generator`, `explain` and in no
+    step that `every` leaves out; elsewhere its graph breaks here.
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", 2017; Petzka et al., "On the regularization of
     Wasserstein GANs", 2018 (one-sided); Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020
@@ -78,7 +79,7 @@ def gradient_penalty(
         if explain or generator is not None or step % every:
             return outside(_gradient_penalty, *arguments)
         real, fake = _check(real, fake, target, one_sided, every, step, generator, y)
-        key, tensors = _in_graph.held(WHO, critic, real, y)
+        key, tensors = _in_graph.held(critic, real, y)
         if not key:
             return outside(_gradient_penalty, *arguments)
         x = _between(real, fake, None)

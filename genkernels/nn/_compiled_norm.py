@@ -72,4 +72,6 @@ HELD = in_graph(
     _fake,
     *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []),
 )
-LIBRARY.impl("spectral_norm_held", with_gradient("spectral_norm_held", HELD, _run, Formula(_setup, _backward)), "Autograd")
+LIBRARY.impl(
+    "spectral_norm_held", with_gradient("spectral_norm_held", HELD, _run, Formula(_setup, _backward)), "Autograd"
+)

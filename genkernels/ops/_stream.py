@@ -10,8 +10,8 @@ from genkernels.ops._operator import in_graph
 
 
 class Stream:
-    """Draws what ``torch.Generator(device).manual_seed(derive_seed(seed, part))`` would. Its state is a tensor, as `seed`
-    may be, on the CPU."""
+    """Draws what ``torch.Generator(device).manual_seed(derive_seed(seed, part))`` would. Its state is a tensor on
+    the CPU, as `seed` may be."""
 
     def __init__(self, seed: Tensor | int, part: int, device: torch.device):
         self.device = device
