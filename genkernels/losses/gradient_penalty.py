@@ -67,8 +67,8 @@ def gradient_penalty(
 
     A critic that couples the samples of a batch (BatchNorm in training) is warned of. With
     ``use_backend("reference")`` every critic is differentiated twice. ``torch.compile`` holds all of it in one graph
-    where the critic consists of what `genkernels.networks.SUPPORTED` lists, without `generator`, `explain` and in no
-    step that `every` leaves out; elsewhere its graph breaks here.
+    where the critic consists of what `genkernels.networks.SUPPORTED` lists, without `generator` and `explain`;
+    elsewhere its graph breaks here.
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", 2017; Petzka et al., "On the regularization of
     Wasserstein GANs", 2018 (one-sided); Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020
@@ -76,16 +76,23 @@ def gradient_penalty(
     """
     arguments = (critic, real, fake, target, one_sided, every, step, generator, y, explain)
     if torch.compiler.is_compiling():
-        if explain or generator is not None or step % every:
-            return outside(_gradient_penalty, *arguments)
-        real, fake = _check(real, fake, target, one_sided, every, step, generator, y)
-        key, tensors = _in_graph.held(critic, real, y)
-        if not key:
-            return outside(_gradient_penalty, *arguments)
-        x = _between(real, fake, None)
-        return torch.ops.genkernels.gradient_penalty_at(key, tensors, x, y, float(target), one_sided, every)
+        value = None if explain or generator is not None else _in_graph_at(*arguments[:7], y)
+        return outside(_gradient_penalty, *arguments) if value is None else value
     with _critics.beyond_inference():
         return _gradient_penalty(*arguments)
+
+
+def _in_graph_at(critic, real, fake, target, one_sided, every, step, y) -> Tensor | None:
+    """The penalty as a compiled pass finds it, or None where it cannot."""
+    real, fake = _check(real, fake, target, one_sided, every, step, None, y)
+    key, tensors = _in_graph.held(critic, real, y)
+    if not key:
+        return None
+    if step % every:
+        asking = [t.flatten()[:0].sum() for t in tensors if t.requires_grad]  # as a leaf no pass can give one
+        return sum(asking[:1], start=_skipped(real))
+    x = _between(real, fake, None)
+    return torch.ops.genkernels.gradient_penalty_at(key, tensors, x, y, float(target), one_sided, every)
 
 
 def _check(real, fake, target, one_sided, every, step, generator, y) -> tuple[Tensor, Tensor]:
@@ -99,6 +106,10 @@ def _check(real, fake, target, one_sided, every, step, generator, y) -> tuple[Te
     return real, fake
 
 
+def _skipped(real: Tensor) -> Tensor:
+    return real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
+
+
 def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random points between the pairs."""
     device = real.device if generator is None else generator.device
@@ -110,8 +121,8 @@ def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> T
 def _gradient_penalty(critic, real, fake, target, one_sided, every, step, generator, y, explain):
     real, fake = _check(real, fake, target, one_sided, every, step, generator, y)
     if step % every:
-        skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
-        skipped.requires_grad_(torch.is_grad_enabled())  # so that a step without it may call backward all the same
+        # so that a step without it may call backward all the same
+        skipped = _skipped(real).requires_grad_(torch.is_grad_enabled())
         return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
     x = _between(real, fake, generator)
     with _critics.bare(critic) as bare:

@@ -10,8 +10,7 @@ What is decided by numbers or by what was called before is one operator in it: w
 - in the log-determinant of a `ResidualFlow` with classes, whose networks have no kernels: each product with the
   Jacobian, as many as the roulette says, is one of autograd's;
 - in an importance-weighted bound of several draws in chunks, which draws again going back, and by the estimators
-  ``dreg`` and ``piwae``, whose weights meet the gradient on its way;
-- in a step that a lazy gradient penalty (``every``) leaves out.
+  ``dreg`` and ``piwae``, whose weights meet the gradient on its way.
 
 A class is imported when it is first named, so that the names alone cost nothing.
 """

@@ -231,6 +231,27 @@ def test_inside_a_compiled_step_it_is_right():
     assert gradient_penalty(compiled, x, x, explain=True)[1] == FOUR
 
 
+def test_inside_a_compiled_step_it_may_be_left_out():
+    torch._dynamo.reset()
+    net, x = mlp(), draw(5, (4,))
+
+    def loss(x, step):
+        return gradient_penalty(net, x, 2 * x, every=2, step=step)
+
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        torch.manual_seed(step)
+        found = run(x, step)
+        torch.manual_seed(step)
+        expected = loss(x, step)
+        torch.testing.assert_close(found, expected)
+        if step % 2:
+            found.backward()
+            assert not any(p.grad.any() for p in net.parameters() if p.grad is not None)
+        else:
+            assert apart(gradients(found, net), gradients(expected, net)) < 1e-12
+
+
 def test_inside_transforms_it_is_refused():
     net, x = mlp(), draw(5, (4,))
     with pytest.raises(RuntimeError, match="gradient_penalty: differentiates by itself and cannot run inside torch.f"):
