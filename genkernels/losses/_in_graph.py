@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from genkernels.backends import current_backend
 from genkernels.losses._critics import Critic
 from genkernels.networks import Untraceable, traced
-from genkernels.networks._outside import while_compiling
+from genkernels.networks._outside import sample_of, while_compiling
+from genkernels.networks.gradient_penalty import most_as_one
 
 _CRITICS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
@@ -32,13 +33,26 @@ def held(critic: Critic, x: Tensor, y: Tensor | None) -> tuple[str, list[Tensor]
     critic = getattr(critic, "_orig_mod", critic)  # as it was before ``torch.compile``
     if not isinstance(critic, nn.Module) or isinstance(critic, DistributedDataParallel):
         return "", []
-    key = _key(critic, tuple(x.shape[1:]), y is not None)
+    key = _key(critic, sample_of(x), y is not None)
     if not key:
         return "", []
     # these bind the pass to what decides the way, and to all that the critic's forward reads
     current_backend()
     critic(x) if y is None else critic(x, y)
     return key, [*critic.parameters(), *critic.buffers(), *(getattr(m, name) for m, name in _beside(critic))]
+
+
+def together(critic: nn.Module, real: Tensor, fake: Tensor, y: Tensor | None) -> bool:
+    """Whether two batches had better go through a critic in one call."""
+    return len(real) + len(fake) <= _most_together(critic, sample_of(real), y is not None)
+
+
+@while_compiling
+def _most_together(critic: nn.Module, sample: tuple[int, ...], labelled: bool) -> int:
+    try:
+        return most_as_one(traced(critic, torch.empty((1, *sample), device="meta"), labelled))
+    except Untraceable:
+        return 0
 
 
 def _beside(critic: nn.Module) -> list[tuple[nn.Module, str]]:

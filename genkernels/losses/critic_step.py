@@ -113,8 +113,9 @@ def _compiled(critic: nn.Module, real: Tensor, fake: Tensor, loss: str, r1: floa
             return None
         found = torch.ops.genkernels.critic_step(key, tensors, real, fake, y, loss, float(r1), float(r2))
         return dict(zip(PARTS, found, strict=True))
-    _critics.refuse_sigmoid(WHO, _critics.last_layer(critic))
-    return _of_scores([_critics.scores_of(WHO, critic, x, y) for x in (real, fake)], loss)
+    bare = getattr(critic, "_orig_mod", critic)
+    _critics.refuse_sigmoid(WHO, _critics.last_layer(bare))
+    return _of_scores(_scores(critic, real, fake, y, _in_graph.together(bare, real, fake, y)), loss)
 
 
 def _held(key, tensors, real, fake, y, loss, r1, r2):
@@ -174,12 +175,15 @@ def _without_penalty(critic, real: Tensor, fake: Tensor, loss: str, y) -> dict[s
     """The step by calls of the critic, compiled or not: one a batch, or one of both where they are small."""
     with _critics.bare(critic) as bare:
         network, _ = _critics.network_of(WHO, bare, real, y, penalised=False)
-    if network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor)):
-        both = _critics.scores_of(WHO, critic, torch.cat([real, fake]), y if y is None else torch.cat([y, y]))
-        scores = both.chunk(2)
-    else:
-        scores = [_critics.scores_of(WHO, critic, x, y) for x in (real, fake)]
-    return _of_scores(scores, loss)
+    together = network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor))
+    return _of_scores(_scores(critic, real, fake, y, together), loss)
+
+
+def _scores(critic, real: Tensor, fake: Tensor, y, together: bool) -> Sequence[Tensor]:
+    """Those of both batches, by one call for each or for both."""
+    if not together:
+        return [_critics.scores_of(WHO, critic, x, y) for x in (real, fake)]
+    return _critics.scores_of(WHO, critic, torch.cat([real, fake]), y if y is None else torch.cat([y, y])).chunk(2)
 
 
 def _of_scores(scores: Sequence[Tensor], loss: str) -> dict[str, Tensor]:

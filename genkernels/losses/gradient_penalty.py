@@ -112,9 +112,10 @@ def _skipped(real: Tensor) -> Tensor:
 
 def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random points between the pairs."""
-    device = real.device if generator is None else generator.device
     work = torch.promote_types(real.dtype, torch.float32)
-    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
+    # a compiler of all shapes takes no None
+    given = {"device": real.device} if generator is None else {"device": generator.device, "generator": generator}
+    u = torch.rand(len(real), dtype=work, **given).to(real.device)
     return ops.interpolate_pairs(real, fake, u)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def outside(run: Callable, *arguments) -> Any:
@@ -21,3 +22,8 @@ def while_compiling(run: Callable) -> Callable:
     of the modules the pass is not bound to: whoever asks binds it, by a call of the module whose result is left."""
     run._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets, likewise
     return run
+
+
+def sample_of(x: Tensor) -> tuple[int, ...]:
+    """The shape of a sample of x ``[N, ...]``, which a compiled pass of any shape is bound to by the lists."""
+    return tuple(len(list(range(n))) for n in x.shape[1:])

@@ -203,5 +203,6 @@ def probe(x: Tensor, kind: str, generator: torch.Generator | None) -> Tensor:
     """One probe a sample, like x."""
     if kind == "gaussian":
         return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    drawn = torch.randint(0, 2, x.shape, dtype=torch.int8, device=x.device, generator=generator)
+    given = {} if generator is None else {"generator": generator}  # a compiler of all shapes takes no None
+    drawn = torch.randint(0, 2, x.shape, dtype=torch.int8, device=x.device, **given)
     return (2 * drawn - 1).to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genkernels._options import Nonlinearity
-from genkernels.networks._outside import while_compiling
+from genkernels.networks._outside import sample_of, while_compiling
 from genkernels.networks.passes import parameters
 from genkernels.networks.properties import Link, chain
 from genkernels.networks.steps import Step
@@ -72,7 +72,7 @@ def _links(module: nn.Module, x: Tensor) -> tuple[tuple[Step, ...], tuple[Link, 
 
 def _in_graph(module: nn.Module, x: Tensor) -> tuple[NativeBlock | None, str]:
     """The same within a compiled pass, which holds where the tensors are."""
-    maps, activation, given, reason = _places(module, tuple(x.shape[1:]))
+    maps, activation, given, reason = _places(module, sample_of(x))
     if reason:
         return None, reason
     module(x)  # binds the pass to all that a forward of the network reads

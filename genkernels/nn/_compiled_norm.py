@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkernels.ops._gradients import Formula, with_gradient
-from genkernels.ops._operator import LIBRARY, in_graph
+from genkernels.ops._gradients import Formula
+from genkernels.ops._operator import in_graph
 from genkernels.ops.spectral_norm import BACKWARD
 
 #: Members of groups by number, which a pass is given as a tensor: as a constant of its code it would outlive the
@@ -65,13 +65,11 @@ def _backward(ctx, grad, *_):
     return found, *[None] * 6
 
 
-HELD = in_graph(
+in_graph(
     "spectral_norm_held(Tensor weight, Tensor number, SymInt[] u_size, SymInt[] v_size, int[] plan, float coefficient, "
     "bool at_most) -> (Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
     *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []),
-)
-LIBRARY.impl(
-    "spectral_norm_held", with_gradient("spectral_norm_held", HELD, _run, Formula(_setup, _backward)), "Autograd"
+    gradient=Formula(_setup, _backward),
 )

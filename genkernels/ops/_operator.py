@@ -137,20 +137,11 @@ class Operator:
         return "; ".join(f"{', '.join(names)} by the reference: {reason}" for reason, names in by_reason.items())
 
 
-def of_others(schema: str, run: Callable) -> Any:
-    """``torch.ops.genkernels.<name>``, which consists of other operators, those that `run` calls: a compiler and
-    autograd see these, while the trace of Python code holds it whole."""
-    name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeImplicitAutograd")
-    return getattr(torch.ops.genkernels, name).default
-
-
 OPERATORS: dict[str, Operator] = {}
 
 
-def in_graph(schema: str, run: Callable, fake: Callable, *tags: torch.Tag) -> Any:
-    """``torch.ops.genkernels.<name>``, as yet without a gradient: `run` wherever no kernel is registered, and `fake`.
+def in_graph(schema: str, run: Callable, fake: Callable, *tags: torch.Tag, gradient: Gradient | None = None) -> Any:
+    """``torch.ops.genkernels.<name>``: `run` wherever no kernel is registered, `fake`, and the gradient, if any.
 
     By itself, beside the operators, what a compiled pass is to hold as one call that it does not look into.
     """
@@ -158,6 +149,18 @@ def in_graph(schema: str, run: Callable, fake: Callable, *tags: torch.Tag) -> An
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genkernels::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.genkernels, name).default
+    if gradient is not None:
+        LIBRARY.impl(name, with_gradient(name, op, run, gradient), "Autograd")
+    return op
+
+
+def of_others(schema: str, run: Callable) -> Any:
+    """``torch.ops.genkernels.<name>``, which consists of other operators, those that `run` calls: a compiler and
+    autograd see these, while the trace of Python code holds it whole."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, run, "CompositeImplicitAutograd")
     return getattr(torch.ops.genkernels, name).default
 
 

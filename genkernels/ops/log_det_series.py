@@ -14,7 +14,7 @@ from genkernels.ops import _autocast as autocast
 from genkernels.ops import _block_checks as block_checks
 from genkernels.ops import _checks as checks
 from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, transforms_active
-from genkernels.ops._operator import DIFFERENTIABLE, Operator
+from genkernels.ops._operator import DIFFERENTIABLE, Operator, in_graph
 from genkernels.reference import _block
 from genkernels.reference import log_det_series as reference
 
@@ -142,7 +142,7 @@ def log_det_series(
         trace_map = map_of(weights, number) if exact else None
         given = x, weights, biases, parameters, trace_map, probes
         if stopped:
-            value, log_det, _, shrink = STOPPED.dense(*given, *terms, number)
+            value, log_det, _, shrink = STOPPED(*given, *terms, number)
         else:
             run = KEEPING if _keeps(*given, terms, number) else SERIES
             value, log_det, _, shrink, *_ = run(*given, terms, number)
@@ -297,14 +297,6 @@ SERIES = OPERATOR.define(
     _fake,
     gradient=Formula(_setup, _backward),
 )
-STOPPED = OPERATOR.define(
-    "log_det_series_stopped(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, "
-    "Tensor probes, Tensor drawn, int known, bool poisson, int activation) -> (Tensor, Tensor, Tensor, Tensor)",
-    _stopped,
-    _fake_stopped,
-    gradient=Formula(_setup_stopped, _backward_stopped),
-    kernels=dict.fromkeys(("cpu", "triton", "cuda"), "it calls log_det_series with what was drawn"),
-)
 BACKWARD = OPERATOR.define(
     "log_det_series_backward(Tensor? grad_value, Tensor? grad_log_det, Tensor x, Tensor[] weights, Tensor[] biases, "
     "Tensor parameters, Tensor? trace_map, Tensor? probes, Tensor sums, float first, int activation) -> Tensor[]",
@@ -351,4 +343,11 @@ TRACE_MAP_BACKWARD = OPERATOR.define(
     lambda grad, weights, activation: [w.new_empty(w.shape) for w in weights],
     gradient=THROUGH_REFERENCE,
     kernels=dict.fromkeys(("cpu", "triton", "cuda"), "products of weights, once a call, which torch has"),
+)
+STOPPED = in_graph(
+    "log_det_series_stopped(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, "
+    "Tensor probes, Tensor drawn, int known, bool poisson, int activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _stopped,
+    _fake_stopped,
+    gradient=Formula(_setup_stopped, _backward_stopped),
 )
