@@ -62,7 +62,7 @@ def log_det_series(
     parameters: Tensor | None = None,
     *,
     probes: Tensor | None,
-    terms: Sequence[float] | Stopped = (),
+    terms: Sequence[float] = (),
     first_term: str = "probe",
 ) -> LogDetSeries:
     r"""log\|det(I + J)\| of y = x + g(x), J the Jacobian of an alternation of linear maps and one activation.
@@ -111,7 +111,7 @@ def log_det_series(
     number, x, weights, biases, parameters, (probes,) = block_checks.settled(
         NAME, "x", x, weights, biases, parameters, activation, {"probes": probes}
     )
-    stopped = isinstance(terms, Stopped)
+    stopped = isinstance(terms, Stopped)  # within a compiled pass
     terms = terms if stopped else [float(c) for c in terms]
     checks.option(NAME, "first_term", first_term, FIRST_TERMS)
     if probes is None:
