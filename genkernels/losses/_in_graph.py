@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genkernels.backends import current_backend
 from genkernels.losses._critics import Critic
-from genkernels.networks import Untraceable, traced
+from genkernels.networks import Untraceable, _outside, traced
 from genkernels.networks._outside import sample_of, while_compiling
 from genkernels.networks.gradient_penalty import most_as_one
 
@@ -31,7 +31,8 @@ def held(critic: Critic, x: Tensor, y: Tensor | None) -> tuple[str, list[Tensor]
     """A key of the critic, which is called with x (and labels y), and its tensors, if it is a network of steps; else ""
     and none."""
     critic = getattr(critic, "_orig_mod", critic)  # as it was before ``torch.compile``
-    if not isinstance(critic, nn.Module) or isinstance(critic, DistributedDataParallel):
+    plain = isinstance(critic, nn.Module) and not isinstance(critic, DistributedDataParallel)
+    if not (plain and _outside.ASKS_OF_MODULES):
         return "", []
     key = _key(critic, sample_of(x), y is not None)
     if not key:
@@ -44,6 +45,8 @@ def held(critic: Critic, x: Tensor, y: Tensor | None) -> tuple[str, list[Tensor]
 
 def together(critic: nn.Module, real: Tensor, fake: Tensor, y: Tensor | None) -> bool:
     """Whether two batches had better go through a critic in one call."""
+    if not _outside.ASKS_OF_MODULES:
+        return False
     return len(real) + len(fake) <= _most_together(critic, sample_of(real), y is not None)
 
 

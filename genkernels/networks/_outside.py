@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Whether a compiled pass may ask a function of modules for a constant (`while_compiling`): older compilers stop there.
+ASKS_OF_MODULES = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+
 
 def outside(run: Callable, *arguments) -> Any:
     """Calls what looks at modules or reads a buffer from within a compiled pass, whose graph breaks there."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genkernels._options import Nonlinearity
+from genkernels.networks import _outside
 from genkernels.networks._outside import sample_of, while_compiling
 from genkernels.networks.passes import parameters
 from genkernels.networks.properties import Link, chain
@@ -72,6 +73,8 @@ def _links(module: nn.Module, x: Tensor) -> tuple[tuple[Step, ...], tuple[Link, 
 
 def _in_graph(module: nn.Module, x: Tensor) -> tuple[NativeBlock | None, str]:
     """The same within a compiled pass, which holds where the tensors are."""
+    if not _outside.ASKS_OF_MODULES:
+        return None, "this version of torch.compile asks nothing of modules"
     maps, activation, given, reason = _places(module, sample_of(x))
     if reason:
         return None, reason

@@ -8,6 +8,7 @@ import genkernels as gk
 from genkernels.benchmarks import critics
 from genkernels.benchmarks.measure import Inputs, Work
 from genkernels.losses import critic_step
+from genkernels.networks import _outside
 from tests.losses import definitions
 from tests.losses.definitions import LOSSES, apart, critic, draw, gradients
 from tests.networks import nets
@@ -161,6 +162,20 @@ def test_inside_a_compiled_step_it_is_right_in_one_graph(name, normalised, backe
         expected = gradients(loss(real, fake), net)
         found = gradients(torch.compile(loss, backend="aot_eager", fullgraph=True)(real, fake), net)
     assert apart(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("r1", [0.0, 1.0])
+def test_compilers_that_ask_nothing_of_modules_break_the_graph(r1, monkeypatch):
+    monkeypatch.setattr(_outside, "ASKS_OF_MODULES", False)
+    torch._dynamo.reset()
+    net, sample = critic("mlp ReLU")
+    real, fake = draw(4, sample), draw(4, sample, seed=1)
+
+    def loss(real, fake):
+        return 2 * critic_step(net, real + 1, fake, r1=r1)
+
+    found = gradients(torch.compile(loss, backend="aot_eager", fullgraph=not r1)(real, fake), net)
+    assert apart(found, gradients(loss(real, fake), net)) < 1e-12
 
 
 def test_a_compiled_step_notices_a_changed_critic():
