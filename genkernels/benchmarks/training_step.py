@@ -333,6 +333,12 @@ class StepProvider:
         device = problem.batches[0].device
         if self.compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise Unavailable("needs a C++ compiler (g++) on the CPU, and none was found")
+        if self.compiled and not hasattr(problem.model, "loss"):
+            if len(problem.model.players()) > 1:
+                why = "a critic's step is not: torch.compile cannot differentiate twice"
+            else:
+                why = "the model's loss is not: it is called outside of what torch.compile records"
+            raise Unavailable(f"takes one graph, which {why}")
         if self.backend == "auto":
             kernels = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
             reasons = [why_missing(name) for name in kernels]
