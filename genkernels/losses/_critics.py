@@ -143,6 +143,10 @@ def network_of(
     return (None, reason) if reason else (Network(steps, weights), "")
 
 
+def gives_one_score(network: Network) -> bool:
+    return network.steps[-1].shape[1:] in ((), (1, 1))
+
+
 def _are_indices(y) -> bool:
     return isinstance(y, Tensor) and y.dim() == 1 and y.dtype in (torch.int64, torch.int32)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from genkernels._seeds import derive_seed
 from genkernels.losses import _graphs
 from genkernels.losses._estimators import Estimator, Weighed
+from genkernels.ops._stream import Stream
 
 LogWeight = Callable[[tuple[Tensor, ...], int, torch.Generator, bool], tuple[Tensor, object]]
 
@@ -31,16 +32,19 @@ class Chunks:
         parameters: Sequence[Tensor],
         sizes: Sequence[int],
         estimator: Estimator,
-        seed: int,
+        seed: int | Tensor,
     ):
         self.who, self.log_weight, self.estimator, self.seed = who, log_weight, estimator, seed
         self.parameters, self.sizes = tuple(parameters), list(sizes)
-        self.context = contextvars.copy_context()
-        self.autocast = _autocast_state(self.parameters[0].device.type)
+        if not torch.compiler.is_compiling():  # where there is one pass alone
+            self.context = contextvars.copy_context()
+            self.autocast = _autocast_state(self.parameters[0].device.type)
 
     # ----------------------------------------------------------------------------------------------------- one chunk
 
-    def generator(self, index: int) -> torch.Generator:
+    def generator(self, index: int) -> torch.Generator | Stream:
+        if torch.compiler.is_compiling():
+            return Stream(self.seed, index, self.parameters[0].device)
         return torch.Generator(self.parameters[0].device).manual_seed(derive_seed(self.seed, index))
 
     def one_graph(self) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from genkernels import ops
-from genkernels.losses import _critics
+from genkernels.losses import _critics, _in_graph
 from genkernels.losses._critics import Critic
 from genkernels.losses.adversarial import CRITIC_LOSSES, critic_loss
 from genkernels.networks._outside import outside
 from genkernels.networks.gradient_penalty import NormPenalty, as_one, explained, penalised
 from genkernels.ops import checks
+from genkernels.ops._operator import of_others
 
 WHO = "critic_step"
+PARTS = ("loss", "critic", "r1", "r2", "real_score", "fake_score")
 
 
 def critic_step(
@@ -52,6 +54,9 @@ def critic_step(
     one power iteration a step, not two, of the spectral norm of ``torch.nn.utils``. So does, without a penalty, one of
     such steps whose batches are small: it is called once, with both.
 
+    ``torch.compile`` holds all of it in one graph, but with `explain`, and but for penalties of critics that hold more
+    than `genkernels.networks.SUPPORTED` lists: there its graph breaks.
+
     Args:
         critic: as for `gradient_penalty`; of a patch map both penalties take the mean.
         real, fake: ``[N, ...]`` of one shape. What a generator's graph is attached to counts as data: no gradient
@@ -75,8 +80,11 @@ def critic_step(
     _critics.check_weight(WHO, "r2", r2)
     arguments = (critic, real, fake, loss, r1, r2, y, terms, explain)
     if torch.compiler.is_compiling():
-        plain = not (r1 or r2 or explain) and isinstance(critic, nn.Module)
-        return _compiled(critic, real, fake, loss, y, terms) if plain else outside(_critic_step, *arguments)
+        in_graph = not explain and isinstance(critic, nn.Module)
+        parts = _compiled(critic, real, fake, loss, r1, r2, y) if in_graph else None
+        if parts is None:
+            return outside(_critic_step, *arguments)
+        return parts if terms else parts["loss"]
     with _critics.beyond_inference():
         return _critic_step(*arguments)
 
@@ -94,20 +102,38 @@ def _critic_step(critic, real, fake, loss, r1, r2, y, terms, explain):
     return (result, sentence) if explain else result
 
 
-def _compiled(critic: nn.Module, real: Tensor, fake: Tensor, loss: str, y, terms: bool):
-    """The step without a penalty as a compiled pass takes it, in its graph: one call of the critic a batch."""
+def _compiled(critic: nn.Module, real: Tensor, fake: Tensor, loss: str, r1: float, r2: float, y):
+    """The parts as a compiled pass finds them, in its graph, or None where a penalty needs double backward."""
     real, fake = _critics.checked_pair(WHO, real, fake, y)
     checks.option(WHO, "loss", loss, CRITIC_LOSSES)
-    _critics.refuse_sigmoid(WHO, _critics.last_layer(critic))
-    scores = [_critics.scores_of(WHO, critic, x if x.is_leaf else x.detach(), y) for x in (real, fake)]
-    parts = _of_scores(scores, loss)
-    return parts if terms else parts["loss"]
+    real, fake = (x if x.is_leaf else x.detach() for x in (real, fake))
+    if r1 or r2:
+        key, tensors = _in_graph.held(critic, real, y)
+        if not key:
+            return None
+        found = torch.ops.genkernels.critic_step(key, tensors, real, fake, y, loss, float(r1), float(r2))
+        return dict(zip(PARTS, found, strict=True))
+    bare = getattr(critic, "_orig_mod", critic)
+    _critics.refuse_sigmoid(WHO, _critics.last_layer(bare))
+    return _of_scores(_scores(critic, real, fake, y, _in_graph.together(bare, real, fake, y)), loss)
+
+
+def _held(key, tensors, real, fake, y, loss, r1, r2):
+    parts, _ = _in_graph.run(key, tensors, lambda critic: _penalised(critic, real, fake, loss, r1, r2, y))
+    return [parts[name] for name in PARTS]
+
+
+of_others(
+    "critic_step(str critic, Tensor[] tensors, Tensor real, Tensor fake, Tensor? y, str loss, float r1, float r2) "
+    "-> Tensor[]",
+    _held,
+)
 
 
 def _penalised(critic, real, fake, loss, r1, r2, y) -> tuple[dict[str, Tensor], str]:
     """The parts, and how they were found."""
     network, reason = _critics.network_of(WHO, critic, real, y)
-    if network is not None and network.steps[-1].shape[1:] not in ((), (1, 1)):
+    if network is not None and not _critics.gives_one_score(network):
         network, reason = None, "the critic gives several scores a sample"
     if network is None:
         return _by_autograd(critic, real, fake, loss, r1, r2, y), f"double backward: {reason}"
@@ -149,12 +175,15 @@ def _without_penalty(critic, real: Tensor, fake: Tensor, loss: str, y) -> dict[s
     """The step by calls of the critic, compiled or not: one a batch, or one of both where they are small."""
     with _critics.bare(critic) as bare:
         network, _ = _critics.network_of(WHO, bare, real, y, penalised=False)
-    if network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor)):
-        both = _critics.scores_of(WHO, critic, torch.cat([real, fake]), y if y is None else torch.cat([y, y]))
-        scores = both.chunk(2)
-    else:
-        scores = [_critics.scores_of(WHO, critic, x, y) for x in (real, fake)]
-    return _of_scores(scores, loss)
+    together = network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor))
+    return _of_scores(_scores(critic, real, fake, y, together), loss)
+
+
+def _scores(critic, real: Tensor, fake: Tensor, y, together: bool) -> Sequence[Tensor]:
+    """Those of both batches, by one call for each or for both."""
+    if not together:
+        return [_critics.scores_of(WHO, critic, x, y) for x in (real, fake)]
+    return _critics.scores_of(WHO, critic, torch.cat([real, fake]), y if y is None else torch.cat([y, y])).chunk(2)
 
 
 def _of_scores(scores: Sequence[Tensor], loss: str) -> dict[str, Tensor]:
@@ -164,11 +193,5 @@ def _of_scores(scores: Sequence[Tensor], loss: str) -> dict[str, Tensor]:
 
 
 def _parts(total: Tensor, value: Tensor, of_real: Tensor, of_fake: Tensor, real_scores: Tensor, fake_scores: Tensor):
-    return {
-        "loss": total,
-        "critic": value.detach(),
-        "r1": of_real.detach(),
-        "r2": of_fake.detach(),
-        "real_score": real_scores.detach().mean(),
-        "fake_score": fake_scores.detach().mean(),
-    }
+    beside = (value, of_real, of_fake, real_scores.mean(), fake_scores.mean())
+    return dict(zip(PARTS, (total, *(t.detach() for t in beside)), strict=True))

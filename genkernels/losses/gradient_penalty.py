@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from genkernels import ops
-from genkernels.losses import _critics
+from genkernels.losses import _critics, _in_graph
 from genkernels.losses._critics import Critic
 from genkernels.networks._outside import outside
 from genkernels.networks.gradient_penalty import NormPenalty, explained, penalised
 from genkernels.ops import checks
+from genkernels.ops._operator import of_others
 
 WHO = "gradient_penalty"
 
@@ -64,9 +65,10 @@ def gradient_penalty(
         ValueError: real and fake are of different shapes or empty, the critic gives something else than scores or ends
             in a sigmoid, an option is wrong. TypeError: a dtype is. RuntimeError: inside transforms of ``torch.func``.
 
-    A critic that couples the samples of a batch (BatchNorm in training) is warned of. ``torch.compile``, which cannot
-    differentiate twice as of torch 2.13, breaks its graph here. With ``use_backend("reference")`` every critic is
-    differentiated twice.
+    A critic that couples the samples of a batch (BatchNorm in training) is warned of. With
+    ``use_backend("reference")`` every critic is differentiated twice. ``torch.compile`` holds all of it in one graph
+    where the critic consists of what `genkernels.networks.SUPPORTED` lists, without `generator` and `explain`;
+    elsewhere its graph breaks here.
 
     Source: Gulrajani et al., "Improved training of Wasserstein GANs", 2017; Petzka et al., "On the regularization of
     Wasserstein GANs", 2018 (one-sided); Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020
@@ -74,12 +76,26 @@ def gradient_penalty(
     """
     arguments = (critic, real, fake, target, one_sided, every, step, generator, y, explain)
     if torch.compiler.is_compiling():
-        return outside(_gradient_penalty, *arguments)
+        value = None if explain or generator is not None else _in_graph_at(*arguments[:7], y)
+        return outside(_gradient_penalty, *arguments) if value is None else value
     with _critics.beyond_inference():
         return _gradient_penalty(*arguments)
 
 
-def _gradient_penalty(critic, real, fake, target, one_sided, every, step, generator, y, explain):
+def _in_graph_at(critic, real, fake, target, one_sided, every, step, y) -> Tensor | None:
+    """The penalty as a compiled pass finds it, or None where it cannot."""
+    real, fake = _check(real, fake, target, one_sided, every, step, None, y)
+    key, tensors = _in_graph.held(critic, real, y)
+    if not key:
+        return None
+    if step % every:
+        asking = [t.flatten()[:0].sum() for t in tensors if t.requires_grad]  # as a leaf no pass can give one
+        return sum(asking[:1], start=_skipped(real))
+    x = _between(real, fake, None)
+    return torch.ops.genkernels.gradient_penalty_at(key, tensors, x, y, float(target), one_sided, every)
+
+
+def _check(real, fake, target, one_sided, every, step, generator, y) -> tuple[Tensor, Tensor]:
     real, fake = _critics.checked_pair(WHO, real, fake, y)
     _critics.check_weight(WHO, "target", target)
     checks.flag(WHO, "one_sided", one_sided)
@@ -87,17 +103,43 @@ def _gradient_penalty(critic, real, fake, target, one_sided, every, step, genera
     checks.integer(WHO, "step", step, 0)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{WHO}: generator must be a torch.Generator, got {type(generator).__name__}")
-    if step % every:
-        skipped = real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
-        skipped.requires_grad_(torch.is_grad_enabled())  # so that a step without it may call backward all the same
-        return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
-    device = real.device if generator is None else generator.device
+    return real, fake
+
+
+def _skipped(real: Tensor) -> Tensor:
+    return real.new_zeros((), dtype=torch.promote_types(real.dtype, torch.float32))
+
+
+def _between(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random points between the pairs."""
     work = torch.promote_types(real.dtype, torch.float32)
-    u = torch.rand(len(real), generator=generator, device=device, dtype=work).to(real.device)
-    x = ops.interpolate_pairs(real, fake, u)
+    # a compiler of all shapes takes no None
+    given = {"device": real.device} if generator is None else {"device": generator.device, "generator": generator}
+    u = torch.rand(len(real), dtype=work, **given).to(real.device)
+    return ops.interpolate_pairs(real, fake, u)
+
+
+def _gradient_penalty(critic, real, fake, target, one_sided, every, step, generator, y, explain):
+    real, fake = _check(real, fake, target, one_sided, every, step, generator, y)
+    if step % every:
+        # so that a step without it may call backward all the same
+        skipped = _skipped(real).requires_grad_(torch.is_grad_enabled())
+        return (skipped, f"none in step {step}: it is taken every {every} steps") if explain else skipped
+    x = _between(real, fake, generator)
     with _critics.bare(critic) as bare:
         value, sentence = _at(bare, x, target, one_sided, every, y)
     return (value, sentence) if explain else value
+
+
+def _held(key, tensors, x, y, target, one_sided, every):
+    return _in_graph.run(key, tensors, lambda critic: _at(critic, x, target, one_sided, every, y)[0])
+
+
+of_others(
+    "gradient_penalty_at(str critic, Tensor[] tensors, Tensor x, Tensor? y, float target, bool one_sided, int every) "
+    "-> Tensor",
+    _held,
+)
 
 
 def _at(critic: Critic, x: Tensor, target: float, one_sided: bool, every: int, y: Tensor | None) -> tuple[Tensor, str]:

@@ -99,6 +99,9 @@ def importance_loss(
         and every parameter that log_weight uses, in ``backward``, once: hooks and ``DistributedDataParallel`` around
         the whole model see it as ever.
 
+    The graph of ``torch.compile`` breaks here, but for the models of this library where one graph has all samples and
+    the estimator is another than dreg, piwae and vimco.
+
     Raises:
         ValueError: k, chunk, the estimator or what log_weight returns is wrong; dreg meets latents of which one is made
             from another, or parameters past its latents; vimco meets latents with a gradient. RuntimeError: in chunks,
@@ -112,9 +115,15 @@ def importance_loss(
     gradient estimators", 2021 (what dreg needs for hierarchies).
     """
     arguments = (parameters, log_weight, k, chunk, estimator, generator, seed)
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        return _importance_loss(*arguments)
+    chosen = Estimator.parse(estimator)
+    one_graph = chunk is None and generator is None and not (chosen.weighs_apart or chosen.name == "dreg")
+    if not (one_graph and getattr(log_weight, "takes_stream", False)):
         return outside(_importance_loss, *arguments)
-    return _importance_loss(*arguments)
+    chunks = _chunks(WHO, parameters, log_weight, k, chunk, chosen, generator, seed)
+    weighed = chosen.weighed(chunks.one_graph()[0])
+    return _described(weighed.bound, weighed.shares)
 
 
 def _importance_loss(parameters, log_weight, k, chunk, estimator, generator, seed) -> Bound:
@@ -249,8 +258,11 @@ def _chunks(who: str, parameters, log_weight, k, chunk, estimator, generator, se
     return Chunks(who, log_weight, parameters, sizes, chosen, _drawn_seed(generator) if seed is None else seed)
 
 
-def _drawn_seed(generator: torch.Generator | None) -> int:
-    """A seed from a generator, which moves on. One on a GPU is not waited for: its state is known on the host."""
+def _drawn_seed(generator: torch.Generator | None) -> int | Tensor:
+    """A seed from a generator, which moves on; within a compiled pass a tensor. One on a GPU is not waited for: its
+    state is known on the host."""
+    if torch.compiler.is_compiling():
+        return torch.randint(2**62, ())
     if generator is None or generator.device.type == "cpu":
         return int(torch.randint(2**62, (), generator=generator))
     state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()

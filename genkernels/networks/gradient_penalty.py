@@ -164,7 +164,12 @@ def penalised(
 
 def as_one(steps: Steps, batches: Sequence[Tensor]) -> bool:
     """Whether batches are so small that they had better go through the network together."""
-    return sum(prod(step.shape) for step in steps) * sum(len(x) for x in batches) <= TOGETHER
+    return sum(len(x) for x in batches) <= most_as_one(steps)
+
+
+def most_as_one(steps: Steps) -> int:
+    """How many samples had better go through the network together."""
+    return TOGETHER // sum(prod(step.shape) for step in steps)
 
 
 def _together(steps: Steps, batches, penalties, objective, weights) -> Penalised:

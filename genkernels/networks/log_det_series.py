@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from genkernels.ops import checks
+from genkernels.reference.log_det_series import roulette_weights
 
 ESTIMATORS = ("exact", "series", "unbiased")
 STOPS = ("geometric", "poisson")
@@ -71,17 +72,18 @@ class Series(NamedTuple):
 
     def draw(self, generator: torch.Generator | None = None) -> list[float]:
         """The weights 1 / P(N ≥ k) of the terms of one evaluation, the first one's first: drawn on the CPU."""
-        known = [1.0] * self.terms
-        if self.estimator != "unbiased":
-            return known
+        return self.weights(self.further(generator) if self.estimator == "unbiased" else 0)
+
+    def further(self, generator: torch.Generator | None = None) -> int:
+        """How many terms the roulette adds, at least 1."""
         device = "cpu" if generator is None else generator.device
         if self.stop == "geometric":
-            further = int(torch.empty((), device=device).geometric_(self.p, generator=generator))
-            return known + [(1 - self.p) ** -(k - 1) for k in range(1, further + 1)]
-        further = 1 + int(torch.poisson(torch.full((), float(self.p), device=device), generator=generator))
-        places = torch.arange(further, dtype=torch.float64)
-        reached = torch.special.gammainc(places, torch.full_like(places, self.p))  # P(Poisson >= k); 1 at k = 0
-        return known + [1 / r for r in reached.tolist()]
+            return int(torch.empty((), device=device).geometric_(self.p, generator=generator))
+        return 1 + int(torch.poisson(torch.full((), float(self.p), device=device), generator=generator))
+
+    def weights(self, further: int) -> list[float]:
+        """What `draw` gives with that many terms added."""
+        return roulette_weights(self.terms, self.stop == "poisson", self.p, further)
 
 
 class LogDet(NamedTuple):
@@ -201,5 +203,6 @@ def probe(x: Tensor, kind: str, generator: torch.Generator | None) -> Tensor:
     """One probe a sample, like x."""
     if kind == "gaussian":
         return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    drawn = torch.randint(0, 2, x.shape, dtype=torch.int8, device=x.device, generator=generator)
+    given = {} if generator is None else {"generator": generator}  # a compiler of all shapes takes no None
+    drawn = torch.randint(0, 2, x.shape, dtype=torch.int8, device=x.device, **given)
     return (2 * drawn - 1).to(x.dtype)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from genkernels._options import Nonlinearity
+from genkernels.networks import _outside
+from genkernels.networks._outside import sample_of, while_compiling
 from genkernels.networks.passes import parameters
 from genkernels.networks.properties import Link, chain
+from genkernels.networks.steps import Step
 from genkernels.networks.trace import Untraceable, traced
 
 WORDS = Nonlinearity.words()
@@ -40,14 +43,10 @@ def native_block(module: nn.Module, x: Tensor) -> tuple[NativeBlock | None, str]
     Returns:
         the block and "", or None and the reason why the network is none.
     """
-    try:
-        steps = traced(module, x)
-    except Untraceable as refusal:
-        return None, str(refusal)
-    links, reason = chain(steps)
-    if links is None:
-        return None, reason
-    if reason := _why_not(links, x.dim()):
+    if torch.compiler.is_compiling():
+        return _in_graph(module, x)
+    steps, links, reason = _links(module, x)
+    if reason:
         return None, reason
     try:
         read = dict(zip(map(id, steps), parameters(steps), strict=True))
@@ -60,6 +59,50 @@ def native_block(module: nn.Module, x: Tensor) -> tuple[NativeBlock | None, str]
     activations = [link.activation for link in links[:-1]]
     given = [list(read[id(step)].values()) for step in activations]
     return NativeBlock(weights, biases, activations[0].name, _together(given, x)), ""
+
+
+def _links(module: nn.Module, x: Tensor) -> tuple[tuple[Step, ...], tuple[Link, ...], str]:
+    """Steps and links of the network, or why it is none."""
+    try:
+        steps = traced(module, x)
+    except Untraceable as refusal:
+        return (), (), str(refusal)
+    links, reason = chain(steps)
+    return steps, links or (), reason or _why_not(links, x.dim())
+
+
+def _in_graph(module: nn.Module, x: Tensor) -> tuple[NativeBlock | None, str]:
+    """The same within a compiled pass, which holds where the tensors are."""
+    if not _outside.ASKS_OF_MODULES:
+        return None, "this version of torch.compile asks nothing of modules"
+    maps, activation, given, reason = _places(module, sample_of(x))
+    if reason:
+        return None, reason
+    module(x)  # binds the pass to all that a forward of the network reads
+
+    def read(place):
+        return getattr(module.get_submodule(place[0]), place[1]) if isinstance(place, tuple) else place
+
+    weights, biases = [read(weight) for weight, _ in maps], [read(bias) for _, bias in maps]
+    if any(t is not None and t.dtype != x.dtype for t in (*weights, *biases)):
+        return None, f"its tensors are not all {x.dtype}, as x is"
+    return NativeBlock(weights, biases, activation, _together([[read(p) for p in places] for places in given], x)), ""
+
+
+@while_compiling
+def _places(module: nn.Module, sample: tuple[int, ...]) -> tuple[tuple, str, tuple, str]:
+    """Of each map where its weight and its bias are, a module's path and an attribute's name; the activation; of each
+    what it is given; and the reason why the network is none, or ""."""
+    _, links, reason = _links(module, torch.empty((1, *sample), device="meta"))
+    if reason:
+        return (), "", (), reason
+
+    def places(step: Step) -> dict:
+        return {s.role: (s.path, s.name) if s.owner is not None else s.constant for s in step.sources}
+
+    maps = tuple((places(link.map)["weight"], places(link.map).get("bias")) for link in links)
+    given = tuple(tuple(places(link.activation).values()) for link in links[:-1])
+    return maps, links[0].activation.name, given, ""
 
 
 def _why_not(links: tuple[Link, ...], axes: int) -> str:

@@ -113,7 +113,7 @@ def trace(module: nn.Module, example: Tensor) -> tuple[Step, ...]:
         Traceback (most recent call last):
         genkernels.networks.Untraceable: trace: layer '1' (LayerNorm) is none of Linear, Conv1d, …: it has no rule
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return outside(trace, module, example)
     return _trace(module, _sample(module, example))[0]
 
@@ -131,7 +131,7 @@ def traced(module: nn.Module, example: Tensor, labelled: bool = False) -> tuple[
 
     Args: as for `trace`.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return outside(traced, module, example, labelled)
     sample = _sample(module, example)
     with _LOCK:

@@ -184,7 +184,8 @@ class AdaptiveAugment(Augment):
         step = (signs / seen - self.target).sign() * (seen / self.images)
         # scores of NaN are no reason to lose p
         moved = (self.p + step.nan_to_num(0.0)).clamp(0, self.most)
-        self.p.copy_(torch.where(due, moved, self.p))
+        # as a vector: what compiled passes write to a single float64, torch (2.13) drops
+        self.p.view(1).copy_(torch.where(due, moved, self.p))
         self.counted.masked_fill_(due, 0.0)
         return now[0] / now[1]
 

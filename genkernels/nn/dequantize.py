@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genkernels.nn._log_det import work_dtype, zero_log_det
 from genkernels.nn._values import check_batched, level_indices
+from genkernels.ops._stream import Stream
 
 #: what is cut off an fp32 to round it towards 0 in a half type
 _DROPPED_BITS = {torch.bfloat16: -(1 << 16), torch.float16: -(1 << 13)}
@@ -136,8 +137,10 @@ def uniform(shape, dtype: torch.dtype, device, generator: torch.Generator | None
     return torch.rand(shape, dtype=dtype, device=generator.device, generator=generator).to(device)
 
 
-def normal(shape, dtype: torch.dtype, device, generator: torch.Generator | None) -> Tensor:
+def normal(shape, dtype: torch.dtype, device, generator: torch.Generator | Stream | None) -> Tensor:
     """N(0, 1) noise on `device`, drawn where the generator lives."""
+    if isinstance(generator, Stream):
+        return generator.normal(shape, dtype).to(device)
     if generator is None:
         return torch.randn(shape, dtype=dtype, device=device)
     return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from genkernels.networks import NativeBlock, log_det_series, native_block
 from genkernels.networks._outside import outside
 from genkernels.networks.invertible_residual import Solution, attach, solve
 from genkernels.networks.log_det_series import Series
+from genkernels.nn import _roulette
 from genkernels.nn._draws import given_generator
 from genkernels.nn._log_det import wanted, zero_log_det
 from genkernels.nn.spectral_norm import join, parts_below
@@ -20,8 +22,6 @@ from genkernels.ops import OPERATORS, checks, transforms_active
 from genkernels.ops.log_det_series import takes_exact_first, trace
 
 WHO = "InvertibleResidual"
-#: Of `adaptive`: the survival of the roulette over the ratio of two terms, and its bounds.
-MARGIN, LEAST, MOST = 1.1, 0.3, 0.98
 #: The weight of the newest step in the running ratio.
 NEWEST = 0.1
 FIRST_TERMS = ("auto", "exact", "probe")
@@ -135,12 +135,16 @@ class InvertibleResidual(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not wanted():
             return x + self._g(x, context), zero_log_det(x)
-        # torch.compile differentiates but once, and the series differentiates inside of what is differentiated
-        value, log_det = (outside if torch.compiler.is_compiling() else _call)(self._log_det, x, context)
+        if torch.compiler.is_compiling():
+            block = self._block(x, context)[0]
+            # of another network the series differentiates inside of what is differentiated, as compilers cannot
+            value, log_det = outside(self._log_det, x, context) if block is None else self._in_graph(x, block)
+        else:
+            value, log_det = self._log_det(x, context)
         return x + value, log_det
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (outside if torch.compiler.is_compiling() else _call)(self._inverse, y, context)
+        return outside(self._inverse, y, context) if torch.compiler.is_compiling() else self._inverse(y, context)
 
     def _inverse(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         block = self._block(y, context)[0]
@@ -193,7 +197,7 @@ class InvertibleResidual(nn.Module):
         if series.estimator == "unbiased" and series.stop == "geometric":
             ratio = float(self.decay)
             if self.adaptive:
-                series = series._replace(p=1 - min(max(MARGIN * ratio, LEAST), MOST))
+                series = _roulette.adapted(series, ratio)
             elif ratio * ratio >= 1 - series.p:
                 warnings.warn(
                     f"{WHO}: the survival 1 - p of the roulette must exceed the square of the ratio of two terms for "
@@ -201,16 +205,9 @@ class InvertibleResidual(nn.Module):
                     stacklevel=3,
                 )
         block, why = self._block(x, context)
-        exact_first = False
-        if series.estimator != "exact" and self.first_term != "probe":
-            exact_first = block is not None and takes_exact_first(block.weights, x.shape[2:])
-            if self.first_term == "exact" and not exact_first:
-                raise ValueError(
-                    f"{WHO}: first_term 'exact' needs a network of three maps, the middle one a matrix or a 1x1 "
-                    f"convolution: {why or 'this one is of another form'}"
-                )
+        exact_first = self._exact_first(x, block, why)
         if block is not None and _has_kernels("log_det_series", x):
-            value, log_det, decay = _by_kernels(x, block, series, exact_first)
+            value, log_det, decay = _by_kernels(x, block, series, exact_first, series.draw)
         else:
             first = trace(x, *block) if exact_first else None
             value, log_det, decay = log_det_series.log_det_series(
@@ -218,9 +215,41 @@ class InvertibleResidual(nn.Module):
             )
         if self.training and decay and decay < float("inf"):
             with torch.no_grad():
-                seen = self.decay * (1 - NEWEST) + NEWEST * decay
-                self.decay.copy_(torch.where(self.decay == 0, decay, torch.maximum(seen, self.decay * 0.99)))
+                self.decay.copy_(self._with_newest(decay))
         return value, log_det
+
+    def _in_graph(self, x: Tensor, block: NativeBlock) -> tuple[Tensor, Tensor]:
+        """The same within a compiled pass, with the same draws: nothing is read on the host."""
+        series = self.series
+
+        def draw(generator):
+            if series.estimator != "unbiased":
+                return series.draw()
+            return _roulette.drawn(series, self.decay if self.adaptive else None)
+
+        value, log_det, decay = _by_kernels(x, block, series, self._exact_first(x, block, ""), draw)
+        if self.training and isinstance(decay, Tensor):
+            with torch.no_grad():
+                seen = (decay > 0) & (decay < float("inf"))
+                # as a vector: what compiled passes write to a single float64, torch (2.13) drops
+                self.decay.view(1).copy_(torch.where(seen, self._with_newest(decay), self.decay))
+        return value, log_det
+
+    def _with_newest(self, decay: Tensor | float) -> Tensor:
+        """`decay` with that of the newest step."""
+        seen = self.decay * (1 - NEWEST) + NEWEST * decay
+        return torch.where(self.decay == 0, decay, torch.maximum(seen, self.decay * 0.99))
+
+    def _exact_first(self, x: Tensor, block: NativeBlock | None, why: str) -> bool:
+        if self.series.estimator == "exact" or self.first_term == "probe":
+            return False
+        exact_first = block is not None and takes_exact_first(block.weights, x.shape[2:])
+        if self.first_term == "exact" and not exact_first:
+            raise ValueError(
+                f"{WHO}: first_term 'exact' needs a network of three maps, the middle one a matrix or a 1x1 "
+                f"convolution: {why or 'this one is of another form'}"
+            )
+        return exact_first
 
     def _judge(self, solution: Solution) -> None:
         if self.on_failure == "ignore" or bool(solution.converged.all()):
@@ -246,22 +275,24 @@ class InvertibleResidual(nn.Module):
         return ", ".join(f"{k}={v}" for k, v in series.items())
 
 
-def _call(run, *arguments):
-    return run(*arguments)
-
-
 def _has_kernels(operator: str, x: Tensor) -> bool:
     return not transforms_active() and OPERATORS[operator].backend_on(x.device.type) != "reference"
 
 
-def _by_kernels(x: Tensor, block: NativeBlock, series: Series, exact_first: bool) -> tuple[Tensor, Tensor, float]:
-    """The draws of `networks.log_det_series`, in their order, and the operator."""
+def _by_kernels(
+    x: Tensor, block: NativeBlock, series: Series, exact_first: bool, draw: Callable
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """The draws of `networks.log_det_series`, in their order, the terms by `draw`, and the operator. What comes last is
+    a tensor within a compiled pass."""
     if series.estimator == "exact":
         value, log_det, _ = ops.log_det_series(x, *block, probes=None)
         return value, log_det, 0.0
     generator = given_generator()
-    terms = series.draw(generator)
+    terms = draw(generator)
     probes = torch.stack([log_det_series.probe(x, series.probe, generator) for _ in range(series.probes)])
     first_term = "exact" if exact_first else "probe"
     value, log_det, shrink = ops.log_det_series(x, *block, probes=probes, terms=terms, first_term=first_term)
-    return value, log_det, float(shrink.max()) if shrink.numel() and terms else 0.0
+    if not (shrink.numel() and terms):
+        return value, log_det, 0.0
+    largest = shrink.detach().max()
+    return value, log_det, largest if torch.compiler.is_compiling() else float(largest)

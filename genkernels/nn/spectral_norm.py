@@ -14,8 +14,10 @@ from torch.nn.utils import parametrize
 from genkernels import ops
 from genkernels.networks import operator_norm
 from genkernels.networks._outside import outside
+from genkernels.nn import _compiled_norm
 from genkernels.nn._seen import Seen, wrapped
 from genkernels.ops import MATRIX, Geometry, checks
+from genkernels.reference.spectral_norm import as_plan
 
 WHO = "spectral_norm_"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -176,6 +178,7 @@ class Settings(NamedTuple):
 class SpectralNorm(nn.Module):
     """The parametrization of one weight: its u and v, and its place in a `Group`."""
 
+    genkernels_given = ("_number",)  #: what a compiled pass is given beside parameters and buffers
     _u: Tensor
     _v: Tensor
 
@@ -188,11 +191,20 @@ class SpectralNorm(nn.Module):
         self.register_buffer("_v", torch.empty(0))
         self._updated_for = Seen()
         self._alien = False  #: u and v are not this weight's: it was loaded without them
+        self._plan, self._number = as_plan([geometry]), _compiled_norm.numbered(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan, self._number = as_plan([self.geometry]), _compiled_norm.numbered(self)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            return self.group.normalised(self, weight)
+        # a replica of `DataParallel` has its original's number; a pass that is exported is to run without the group
+        alone = getattr(self, "_is_replica", False) or torch.compiler.is_exporting()
+        if alone or not self._v.numel():
             return outside(self.group.normalised, self, weight)
-        return self.group.normalised(self, weight)
+        return _compiled_norm.normalised(weight, self._number, self._u, self._v, self._plan, self.settings)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -231,6 +243,14 @@ class SpectralNorm(nn.Module):
 
     def original(self) -> Tensor:
         return self.owner[0].original
+
+    def as_original(self, weight: Tensor) -> Tensor:
+        """The original weight where `weight` is the same memory, as a compiled pass hands it on."""
+        held = self.original() if self.leads() else None
+        if held is None or weight.is_inference() or held.is_inference():
+            return weight
+        same = weight.data_ptr() == held.data_ptr() and weight._version == held._version
+        return held if same and weight.shape == held.shape and weight.stride() == held.stride() else weight
 
     def leads(self) -> bool:
         """Whether it is given the original weight, not what another parametrization makes of it."""
@@ -299,18 +319,19 @@ INFERENCE, PLAIN, GRAPH = 0, 1, 2
 
 
 class Kept(NamedTuple):
-    """A normalised weight, and what it was made of: tensors and their versions."""
+    """A normalised weight with the u, v and sigma that it has, and what it was made of: tensors and their versions."""
 
     normal: Tensor
+    found: tuple[Tensor, Tensor, Tensor]
     grade: int
     training: bool
     tensors: tuple[Tensor, Tensor, Tensor]
     versions: tuple[int, int, int]
 
     @classmethod
-    def of(cls, normal: Tensor, member: SpectralNorm, weight: Tensor) -> Kept:
+    def of(cls, normal: Tensor, found: tuple, member: SpectralNorm, weight: Tensor) -> Kept:
         tensors = weight, member._u, member._v
-        return cls(normal, _wanted(weight), member.training, tensors, tuple(t._version for t in tensors))
+        return cls(normal, found, _wanted(weight), member.training, tensors, tuple(t._version for t in tensors))
 
     def fits(self, member: SpectralNorm, weight: Tensor) -> bool:
         w, u, v = self.tensors
@@ -355,16 +376,29 @@ class Group:
         # under transforms no vector is written either; a replica of `DataParallel` is in no group, and soon gone
         if not _can_keep(weight) or (member not in self._kept and member not in self.members):
             return _call([(member, weight, member._u, member._v)], 0).weights[0]
-        kept = self._kept.get(member)
-        if kept is None or not kept.fits(member, weight):
-            self._renew(member, weight)
-            kept = self._kept[member]
+        kept = self._fitting(member, weight)
         if kept.grade == GRAPH:
             if _wanted(weight) < GRAPH:
                 return kept.normal.detach()
             if _by_reference(weight):  # autograd's own graph is gone after one backward pass: each pass has one
                 return _call([(member, weight, *_vectors(member, weight))], 0).weights[0]
         return kept.normal
+
+    def held(self, member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same with its u, v and sigma ``[1]``, without a graph, for a compiled pass, which may write over them."""
+        weight = member.as_original(weight)
+        if _can_keep(weight):
+            kept = self._fitting(member, weight)
+            return tuple(t.detach().clone() for t in (kept.normal, *kept.found))
+        out = _call([(member, weight, member._u, member._v)], 0)
+        return out.weights[0], member._u.clone(), member._v.clone(), out.sigma
+
+    def _fitting(self, member: SpectralNorm, weight: Tensor) -> Kept:
+        kept = self._kept.get(member)
+        if kept is None or not kept.fits(member, weight):
+            self._renew(member, weight)
+            kept = self._kept[member]
+        return kept
 
     def _renew(self, asking: SpectralNorm, its_weight: Tensor) -> None:
         """Normalises every weight that is not what was kept."""
@@ -383,11 +417,12 @@ class Group:
         for (*_, iterations), jobs in buckets.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and not _by_reference(jobs[0][1])):
                 out = _call(jobs, iterations)
-            for (member, weight, _, _), normal, u, v in zip(jobs, out.weights, out.u, out.v, strict=True):
+            sigmas = out.sigma.detach().split(1)
+            for (member, weight, _, _), normal, *found in zip(jobs, out.weights, out.u, out.v, sigmas, strict=True):
                 if iterations:
-                    member.write(u, v)
+                    member.write(*found[:2])
                     member._updated_for.note(weight)
-                self._kept[member] = Kept.of(normal, member, weight)
+                self._kept[member] = Kept.of(normal, tuple(found), member, weight)
 
 
 def _call(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:

@@ -107,14 +107,11 @@ class Operator:
         _check_backends(self.name, kernels or {})
         name = schema.split("(", 1)[0]
         op = TorchOp(self, name, reference, gradient, self.kernels | (kernels or {}), prefers or self.prefers)
-        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        op.run = getattr(torch.ops.genkernels, name).default
+        op.run = in_graph(schema, reference, fake)
         op.first_on_cpu = op.has("cpu") and op.prefers in ("", "cpu") and not backends.why_missing("cpu")
         types = [str(argument.type) for argument in op.run._schema.arguments]
         op.tensors = [i for i, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]")]
         op.lists = [i for i, kind in enumerate(types) if kind == "List[Tensor]"]
-        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"genkernels::{name}", fake, lib=LIBRARY)
         if op.has("cuda"):
             CUDA_LIBRARY.define(schema)
         if op.has("cuda") or op.has("triton"):
@@ -141,6 +138,30 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def in_graph(schema: str, run: Callable, fake: Callable, *tags: torch.Tag, gradient: Gradient | None = None) -> Any:
+    """``torch.ops.genkernels.<name>``: `run` wherever no kernel is registered, `fake`, and the gradient, if any.
+
+    By itself, beside the operators, what a compiled pass is to hold as one call that it does not look into.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genkernels::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.genkernels, name).default
+    if gradient is not None:
+        LIBRARY.impl(name, with_gradient(name, op, run, gradient), "Autograd")
+    return op
+
+
+def of_others(schema: str, run: Callable) -> Any:
+    """``torch.ops.genkernels.<name>``, which consists of other operators, those that `run` calls: a compiler and
+    autograd see these, while the trace of Python code holds it whole."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, run, "CompositeImplicitAutograd")
+    return getattr(torch.ops.genkernels, name).default
 
 
 def _check_backends(name: str, kernels: dict[str, str]) -> None:

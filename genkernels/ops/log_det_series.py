@@ -14,7 +14,7 @@ from genkernels.ops import _autocast as autocast
 from genkernels.ops import _block_checks as block_checks
 from genkernels.ops import _checks as checks
 from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, transforms_active
-from genkernels.ops._operator import DIFFERENTIABLE, Operator
+from genkernels.ops._operator import DIFFERENTIABLE, Operator, in_graph
 from genkernels.reference import _block
 from genkernels.reference import log_det_series as reference
 
@@ -24,6 +24,8 @@ MOST_FEATURES = 256
 #: Features of the largest that is taken whole instead of a chain of products for each term (CPU).
 MOST_WHOLE = 16
 FIRST_TERMS = ("probe", "exact")
+#: What a gradient needs of a roulette's weights: that of the first term, which is always there.
+FIRST = [1.0]
 
 
 class LogDetSeries(NamedTuple):
@@ -37,6 +39,19 @@ class LogDetSeries(NamedTuple):
     value: Tensor
     log_det: Tensor
     shrink: Tensor
+
+
+class Stopped(NamedTuple):
+    """Terms whose number a compiled pass knows as a tensor.
+
+    Args:
+        drawn: ``[2]``, fp64 on the CPU: p of the roulette, and how many terms it adds. known: terms before it. poisson:
+            whether it stops so, or else geometrically.
+    """
+
+    drawn: Tensor
+    known: int
+    poisson: bool
 
 
 def log_det_series(
@@ -96,7 +111,8 @@ def log_det_series(
     number, x, weights, biases, parameters, (probes,) = block_checks.settled(
         NAME, "x", x, weights, biases, parameters, activation, {"probes": probes}
     )
-    terms = [float(c) for c in terms]
+    stopped = isinstance(terms, Stopped)  # within a compiled pass
+    terms = terms if stopped else [float(c) for c in terms]
     checks.option(NAME, "first_term", first_term, FIRST_TERMS)
     if probes is None:
         if terms or first_term == "exact":
@@ -124,8 +140,12 @@ def log_det_series(
         # as an operator, so that autocast reaches no gradient of it either
         map_of = reference.log_det_series_trace_map if transforms_active() else TRACE_MAP.dense
         trace_map = map_of(weights, number) if exact else None
-        given = x, weights, biases, parameters, trace_map, probes, terms, number
-        value, log_det, _, shrink, *_ = (KEEPING if _keeps(*given) else SERIES)(*given)
+        given = x, weights, biases, parameters, trace_map, probes
+        if stopped:
+            value, log_det, _, shrink = STOPPED(*given, *terms, number)
+        else:
+            run = KEEPING if _keeps(*given, terms, number) else SERIES
+            value, log_det, _, shrink, *_ = run(*given, terms, number)
     return LogDetSeries(value, log_det, shrink)
 
 
@@ -193,6 +213,24 @@ def _by_argument(found, count, trace_map):
     by_x, by_weights, by_biases = found[0], found[1 : 1 + count], found[1 + count : 1 + 2 * count]
     by_parameters, by_map = found[1 + 2 * count], found[-1] if trace_map is not None else None
     return by_x, by_weights, by_biases, by_parameters, by_map, None, None, None
+
+
+def _stopped(x, weights, biases, parameters, trace_map, probes, drawn, known, poisson, activation):
+    p, further = drawn.tolist()
+    terms = reference.roulette_weights(known, poisson, p, int(further))
+    return SERIES(x, weights, biases, parameters, trace_map, probes, terms, activation)
+
+
+def _fake_stopped(x, weights, biases, parameters, trace_map, probes, drawn, known, poisson, activation):
+    return _fake(x, weights, biases, parameters, trace_map, probes, None, activation)
+
+
+def _setup_stopped(ctx, inputs, output):
+    _setup(ctx, (*inputs[:6], FIRST, inputs[-1]), output)
+
+
+def _backward_stopped(ctx, *grads):
+    return *_backward(ctx, *grads), None, None
 
 
 def _setup_trace_map(ctx, inputs, output):
@@ -305,4 +343,11 @@ TRACE_MAP_BACKWARD = OPERATOR.define(
     lambda grad, weights, activation: [w.new_empty(w.shape) for w in weights],
     gradient=THROUGH_REFERENCE,
     kernels=dict.fromkeys(("cpu", "triton", "cuda"), "products of weights, once a call, which torch has"),
+)
+STOPPED = in_graph(
+    "log_det_series_stopped(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, "
+    "Tensor probes, Tensor drawn, int known, bool poisson, int activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _stopped,
+    _fake_stopped,
+    gradient=Formula(_setup_stopped, _backward_stopped),
 )

@@ -71,6 +71,16 @@ class _Through(torch.autograd.Function):
         return dot(tangent, sums, sums.dim() - 2).sum(0)
 
 
+def roulette_weights(known: int, poisson: bool, p: float, further: int) -> list[float]:
+    """1 / P(N ≥ k) of each term: of `known` terms, and of `further` ones that a roulette has added."""
+    weights = [1.0] * known
+    if not poisson:
+        return weights + [(1 - p) ** -(k - 1) for k in range(1, further + 1)]
+    places = torch.arange(further, dtype=torch.float64)
+    reached = torch.special.gammainc(places, torch.full_like(places, p))  # P(Poisson >= k); 1 at k = 0
+    return weights + [1 / r for r in reached.tolist()]
+
+
 def log_det_series(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -8,6 +8,7 @@ import genkernels as gk
 from genkernels.benchmarks import critics
 from genkernels.benchmarks.measure import Inputs, Work
 from genkernels.losses import critic_step
+from genkernels.networks import _outside
 from tests.losses import definitions
 from tests.losses.definitions import LOSSES, apart, critic, draw, gradients
 from tests.networks import nets
@@ -137,17 +138,64 @@ def test_a_step_of_an_optimiser_after_another(wrap):
     close(*ends, rtol=1e-4, atol=0)
 
 
-def test_inside_a_compiled_step_it_is_right():
-    net, sample = critic("mlp ReLU")
+@pytest.mark.parametrize(
+    ("name", "normalised", "backend"),
+    [
+        ("mlp ReLU", False, "auto"),
+        ("mlp SiLU", True, "auto"),
+        ("critic", True, "auto"),
+        ("mlp SiLU", False, "reference"),
+        ("mlp ReLU", True, "reference"),
+    ],
+)
+def test_inside_a_compiled_step_it_is_right_in_one_graph(name, normalised, backend):
+    torch._dynamo.reset()
+    net, sample = critic(name)
+    if normalised:
+        gk.nn.spectral_norm_(net)
     real, fake = draw(4, sample), draw(4, sample, seed=1)
 
     def loss(real, fake):
         return 2 * critic_step(net, real + 1, fake, r1=1.0, r2=1.0)
 
-    assert (
-        apart(gradients(torch.compile(loss, backend="aot_eager")(real, fake), net), gradients(loss(real, fake), net))
-        < 1e-12
-    )
+    with gk.use_backend(backend):
+        expected = gradients(loss(real, fake), net)
+        found = gradients(torch.compile(loss, backend="aot_eager", fullgraph=True)(real, fake), net)
+    assert apart(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("r1", [0.0, 1.0])
+def test_compilers_that_ask_nothing_of_modules_break_the_graph(r1, monkeypatch):
+    monkeypatch.setattr(_outside, "ASKS_OF_MODULES", False)
+    torch._dynamo.reset()
+    net, sample = critic("mlp ReLU")
+    real, fake = draw(4, sample), draw(4, sample, seed=1)
+
+    def loss(real, fake):
+        return 2 * critic_step(net, real + 1, fake, r1=r1)
+
+    found = gradients(torch.compile(loss, backend="aot_eager", fullgraph=not r1)(real, fake), net)
+    assert apart(found, gradients(loss(real, fake), net)) < 1e-12
+
+
+def test_a_compiled_step_notices_a_changed_critic():
+    """What was compiled with the steps of the critic is not called for others."""
+    torch._dynamo.reset()
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LeakyReLU(0.1), torch.nn.Linear(8, 1)).double()
+    real, fake = draw(4, (4,)), draw(4, (4,), seed=1)
+
+    def loss(real, fake):
+        return critic_step(net, real, fake, r1=1.0)
+
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for change in (
+        lambda: None,
+        lambda: setattr(net[1], "negative_slope", 0.5),
+        lambda: net.__setitem__(1, torch.nn.SiLU()),
+        lambda: net.__setitem__(0, torch.nn.Linear(4, 8).double()),
+    ):
+        change()
+        assert apart(gradients(run(real, fake), net), gradients(loss(real, fake), net)) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -218,16 +218,38 @@ def test_the_loss_s_scale_changes_nothing_but_the_gradient_s(name):
 
 
 def test_inside_a_compiled_step_it_is_right():
+    torch._dynamo.reset()
     net, x = mlp(), draw(5, (4,))
 
     def loss(x):
         return 10 * gradient_penalty(net, 2 * x, 2 * x) + net(x).mean()
 
     expected = gradients(loss(x), net)
-    found = torch.compile(loss, backend="aot_eager")(x)
+    found = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
     assert apart(gradients(found, net), expected) < 1e-12
     compiled = torch.compile(net, backend="aot_eager")
     assert gradient_penalty(compiled, x, x, explain=True)[1] == FOUR
+
+
+def test_inside_a_compiled_step_it_may_be_left_out():
+    torch._dynamo.reset()
+    net, x = mlp(), draw(5, (4,))
+
+    def loss(x, step):
+        return gradient_penalty(net, x, 2 * x, every=2, step=step)
+
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        torch.manual_seed(step)
+        found = run(x, step)
+        torch.manual_seed(step)
+        expected = loss(x, step)
+        torch.testing.assert_close(found, expected)
+        if step % 2:
+            found.backward()
+            assert not any(p.grad.any() for p in net.parameters() if p.grad is not None)
+        else:
+            assert apart(gradients(found, net), gradients(expected, net)) < 1e-12
 
 
 def test_inside_transforms_it_is_refused():

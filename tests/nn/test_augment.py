@@ -167,6 +167,15 @@ def test_it_compiles_and_exports_no_state_but_p():
     assert torch.equal(compiled, expected)
 
 
+def test_compiled_it_moves_p_in_double_precision_too():
+    """torch (2.13) drops what a compiled pass writes to a single float64."""
+    torch._dynamo.reset()
+    layers = [gk.nn.AdaptiveAugment(target=0.6, images=1000, every=1, most=0.1).double() for _ in range(2)]
+    layers[0].update(torch.ones(10))
+    torch.compile(layers[1].update, backend="aot_eager", fullgraph=True)(torch.ones(10))
+    assert layers[1].p == layers[0].p > 0
+
+
 # --- the adaptive probability -------------------------------------------------------------------------------------
 
 

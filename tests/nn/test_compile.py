@@ -1,5 +1,5 @@
-"""``torch.compile`` takes the loss of every likelihood, of VAEs and of both players of an adversary without a penalty
-as one graph, values and gradients those of eager mode."""
+"""``torch.compile`` takes the loss of every likelihood, of VAEs and of both players of an adversary as one graph,
+values and gradients those of eager mode."""
 
 import copy
 import os
@@ -26,11 +26,10 @@ SMALL = {
     "vae": {"width": 16},
     "pixelvae": {"width": 8, "pixel_width": 8},
 }
-#: residualflow differentiates inside its loss, where torch.compile breaks the graph; so do critics with a penalty.
+#: residualflow with classes differentiates inside its loss, where torch.compile breaks the graph.
 LIKELIHOODS = [name for name, kind in MODELS.items() if issubclass(kind, LikelihoodModel)]
 IMAGES = [(name, "digits", "auto") for name in LIKELIHOODS if name != "residualflow"]
 POINTS = [(name, "points", "auto") for name in ("glow", "maf")]
-#: Of one draw; that of many finds its gradient itself.
 BOUNDS = [("vae", "digits", "auto"), ("vae", "points", "auto"), ("pixelvae", "digits", "auto")]
 REFERENCE = [("nice", "digits", "reference"), ("maf", "points", "reference"), ("pixelcnn", "digits", "reference")]
 
@@ -56,44 +55,143 @@ def test_loss_is_one_graph(name, preset, backend):
             torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-6)
 
 
-ADVERSARIES = {
-    ("gan", "points"): {"width": 8},
-    ("bigan", "points"): {"width": 8},
-    ("cyclegan", "two_photos32"): {"width": 2, "blocks": 0},
-    ("avade", "digits"): {"width": 4, "steps": 1, "hidden": 8, "r1": 0.0},
-}
+def apart(results, names, dtype):
+    """Asserts that two runs gave the same; None where nothing flows, or zeros."""
+    close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-12}
+    for name, expected, got in zip(names, *results, strict=True):
+        if expected is None:
+            assert got is None or not got.any(), name
+        else:
+            torch.testing.assert_close(got, expected, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("name", "preset"), ADVERSARIES)
-def test_both_players_losses_are_one_graph_each(name, preset):
+@pytest.mark.parametrize(
+    ("preset", "options", "dtype"),
+    [
+        ("points", {}, torch.float32),
+        ("points", {"log_det": "unbiased", "stop": "poisson", "p": 1.0}, torch.float64),
+        ("digits", {"probes": 2}, torch.float64),
+        ("digits", {"log_det": "series", "first_term": "probe"}, torch.float32),
+    ],
+)
+def test_a_residual_flow_is_one_graph_with_the_same_draws(preset, options, dtype):
+    """The ratios of terms that it learns from them among its buffers, and u and v, too."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MODELS["residualflow"].from_preset(preset, blocks=2, hidden=8, **options).to(dtype).train()
+    points = preset == "points"
+    x = torch.randn(4, *model.shape, dtype=dtype) if points else torch.randint(17, (4, *model.shape)).to(torch.uint8)
+    model.loss(x)
+    state, results = copy.deepcopy(model.state_dict()), []
+    names = ["loss", *dict(model.named_parameters()), *dict(model.named_buffers())]
+    for run in (model.loss, torch.compile(model.loss, fullgraph=True, backend="aot_eager")):
+        model.load_state_dict(state)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            value = run(x)
+            found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+        results.append([value, *found, *(buffer.clone() for buffer in model.buffers())])
+    apart(results, names, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "options", "dtype"),
+    [
+        ("iwae", "digits", {"importance": 5}, torch.float32),
+        ("iwae", "points", {"importance": 6, "estimator": "stl", "posterior": "planar"}, torch.float64),
+        ("iwae", "points", {"importance": 6, "estimator": "miwae:3"}, torch.float32),
+        ("iwae", "points", {"importance": 6, "estimator": "ciwae:0.5", "posterior": "iaf"}, torch.float64),
+        (
+            *("hierarchicalvae", "digits"),
+            {"importance": 3, "free_bits": 0.0, "strides": (8,), "latent": (2,)},
+            torch.float32,
+        ),
+    ],
+)
+def test_a_bound_of_several_draws_is_one_graph_with_the_same_draws(name, preset, options, dtype):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MODELS[name].from_preset(preset, width=8, **options).to(dtype).train()
+    points = preset == "points"
+    x = torch.randn(4, *model.shape, dtype=dtype) if points else torch.randint(17, (4, *model.shape)).to(torch.uint8)
+    parameters, results = list(model.parameters()), []
+
+    def loss(x):
+        return model.losses("model", x, None, 0)
+
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        terms = run(x)
+        results.append([*terms.values(), *torch.autograd.grad(terms["loss"], parameters, allow_unused=True)])
+    apart(results, [*terms, *dict(model.named_parameters())], dtype)
+
+
+ADVERSARIES = [
+    ("gan", "points", {"width": 8}, torch.float32),
+    ("bigan", "points", {"width": 8}, torch.float32),
+    ("cyclegan", "two_photos32", {"width": 2, "blocks": 0}, torch.float32),
+    ("avade", "digits", {"width": 4, "steps": 1, "hidden": 8, "r1": 0.0}, torch.float32),
+    ("sngan", "points", {"width": 8}, torch.float32),
+    ("sngan", "digits", {"width": 4, "num_classes": 3}, torch.float64),
+    ("wgangp", "points", {"width": 8}, torch.float64),
+    ("wgangp", "digits", {"width": 4, "num_classes": 3}, torch.float32),
+    ("r3gan", "points", {"width": 8, "num_classes": 3}, torch.float32),
+    ("r3gan", "digits", {"width": 4, "cardinality": 2}, torch.float64),
+    ("avade", "digits", {"width": 4, "steps": 1, "hidden": 8, "r1": 1.0}, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("name", "preset", "options", "dtype"), ADVERSARIES)
+def test_both_players_losses_are_one_graph_each(name, preset, options, dtype):
     """And each makes gradients for its own player alone."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = MODELS[name].from_preset(preset, **ADVERSARIES[name, preset]).train()
+    model = MODELS[name].from_preset(preset, **options).to(dtype).train()
     points = len(model.shape) == 1
-    x = torch.randn(4, *model.shape) if points else torch.randint(17, (4, *model.shape)).to(torch.uint8)
-    y, state = torch.zeros(4, dtype=torch.long), copy.deepcopy(model.state_dict())
+    x = torch.randn(4, *model.shape, dtype=dtype) if points else torch.randint(17, (4, *model.shape)).to(torch.uint8)
+    y, state = torch.tensor([0, 2, 1, 1]) % (model.num_classes or 1), copy.deepcopy(model.state_dict())
     parameters = dict(model.named_parameters())
     for player, part in model.players().items():
 
         def loss(player=player):
             return model.losses(player, x, y, 0)["loss"]
 
-        results = []
+        own, results = {id(p) for p in part.module.parameters()}, []
         for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-            model.load_state_dict(state)  # a pool of images
+            model.load_state_dict(state)  # a pool of images; u and v
             torch.manual_seed(1)
             value = run()
             found = torch.autograd.grad(value, parameters.values(), allow_unused=True)
-            results.append({"loss": value, **dict(zip(parameters, found, strict=True))})
-        eager, traced = results
-        own = {id(p) for p in part.module.parameters()}
-        for key, expected in eager.items():
-            got = traced[key]
-            if expected is None or key != "loss" and id(parameters[key]) not in own:
-                assert got is None or not got.any(), key
-            else:
-                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+            results.append([value, *found, *(buffer.clone() for buffer in model.buffers())])
+        others = [i for i, p in enumerate(parameters.values(), start=1) if id(p) not in own]
+        for i in others:
+            results[0][i] = None
+        apart(results, ["loss", *parameters, *dict(model.named_buffers())], dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("residualflow", {"blocks": 2, "log_det": "unbiased"}), ("iwae", {}), ("sngan", {}), ("wgangp", {})],
+)
+def test_one_graph_has_batches_of_any_size(name, options):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MODELS[name].from_preset("points", **options).train()
+    player = next(iter(model.players()))
+    parameters = dict(model.players()[player].module.named_parameters())
+
+    def loss(x):
+        return model.losses(player, x, None, 0)["loss"]
+
+    loss(torch.randn(4, 2))
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (4, 9):
+        x, results = torch.randn(count, 2), []
+        for each in (loss, run):
+            torch.manual_seed(count)
+            value = each(x)
+            results.append([value, *torch.autograd.grad(value, parameters.values(), allow_unused=True)])
+        apart(results, ["loss", *parameters], torch.float32)
 
 
 def test_values_are_still_checked_outside_a_graph():

@@ -2,6 +2,7 @@
 to weights in a training run."""
 
 import copy
+import gc
 import io
 import subprocess
 import sys
@@ -531,19 +532,53 @@ def test_half_models_autocast_and_functional_calls():
     torch.testing.assert_close(half(batch(dtype=torch.bfloat16)).float(), expected, rtol=0.05, atol=0.05)
 
 
-def test_compiled_it_trains_to_the_same_losses():
+@pytest.mark.parametrize("operator", ["matrix", "convolution"])
+def test_compiled_it_trains_to_the_same_losses(operator):
+    """In one graph, with one update a step for two passes, and in evaluation afterwards."""
     torch._dynamo.reset()
-    plain, compiled = (gnn.spectral_norm_(critic()) for _ in range(2))
-    run = torch.compile(compiled, backend="aot_eager")
+    plain, compiled = (gnn.spectral_norm_(critic(), operator=operator) for _ in range(2))
+    plain(batch()), compiled(batch())  # which tells convolutions their sizes
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
     losses = []
     optimizer = torch.optim.SGD(compiled.parameters(), 0.05)
     for step in range(3):
         optimizer.zero_grad()
-        loss = run(batch(10 * step)).square().mean()
+        loss = sum(run(batch(10 * step + i)).square().mean() for i in range(2))
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    torch.testing.assert_close(losses, steps(plain, 3))
+    torch.testing.assert_close(losses, steps(plain, 3, forwards=2))
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, msg=name)
+    torch.testing.assert_close(
+        torch.compile(compiled.eval(), fullgraph=True, backend="aot_eager")(batch(7)), plain.eval()(batch(7))
+    )
+
+
+def test_compiled_copies_have_vectors_of_their_own():
+    """One code serves them: which layer it normalises for is an input, not a part of it."""
+    torch._dynamo.reset()
+    first = gnn.spectral_norm_(critic())
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second[0].parametrizations.weight.original.mul_(2).add_(0.1)
+    expected = copy.deepcopy(second)(batch())
+    before = {name: value.clone() for name, value in first.state_dict().items()}
+    run = torch.compile(lambda net, x: net(x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(second, batch()), expected)
+    torch.testing.assert_close(first.state_dict(), before)
+    torch.testing.assert_close(run(first, batch()), copy.deepcopy(first)(batch()))
+
+
+def test_a_compiled_pass_does_not_outlive_its_layers():
+    net = gnn.spectral_norm_(torch.nn.Linear(2, 2))
+    (part,) = net.parametrizations.weight
+    arguments = net.weight.detach(), part._number, [2], [2], part._plan, 1.0, False
+    torch.ops.genkernels.spectral_norm_held(*arguments)
+    del net, part
+    gc.collect()
+    with pytest.raises(RuntimeError, match="must run beside the layers it was compiled for, got none"):
+        torch.ops.genkernels.spectral_norm_held(*arguments)
 
 
 def test_an_embedding_and_layers_of_ours():

@@ -44,6 +44,9 @@ class Draws:
             and the terms to be averaged, ``[N, size]`` each.
     """
 
+    #: It draws by `genkernels.nn.dequantize.normal` alone, which takes what a compiled pass has for a generator.
+    takes_stream = True
+
     def __init__(self, draw: Callable[..., tuple[Tensor, Any, Sequence[Tensor]]]):
         self.draw, self.count, self.sums, self.counting = draw, 0, [], True
 
