@@ -79,11 +79,11 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         if name:
             _read(name).join(model, things)
     notes += sorted(unknown)
-    report = Report(entries, notes, changes)
     if not changes:
-        known = ", ".join(FILES)
-        why = "each of them has its reason in the report" if entries else f"there is none of {known}"
+        why = "each of them has its reason in the report" if entries else f"there is none of {', '.join(FILES)}"
         warnings.warn(f"{WHO}: no module of this {type(model).__name__} was swapped: {why}", stacklevel=2)
+        notes += [] if entries else [why]
+    report = Report(entries, notes, changes)
     return report
 
 

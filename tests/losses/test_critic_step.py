@@ -196,7 +196,7 @@ def test_a_sigmoid_is_found_where_layers_have_no_rule(weights):
 
 def test_what_is_no_critic_is_refused():
     for loss in (critic_step, gradient_penalty):
-        with pytest.raises(TypeError, match=f"{loss.__name__}: critic must be a torch.nn.Module or a function, got Non"):
+        with pytest.raises(TypeError, match=f"{loss.__name__}: critic must be a torch.nn.Module or a function, got"):
             loss(None, *batches((4,)))
 
 

@@ -216,7 +216,7 @@ def test_inverse_undoes_it_on_knots_at_the_ends_and_without(implementation, devi
 @pytest.mark.parametrize("bound", [1.0, 3.0, 5.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_round_trip_loses_what_rounding_y_loses(implementation, device, kind, bound):
-    """Of fp32: what comes back from the exact y, rounded, by the exact inverse is the nearest that any can come to x."""
+    """In fp32: the exact inverse of the exact y, which is rounded in between, is as near as any can come to x."""
     for spread in (0.3, 1.0, 2.0):
         x, params = draw((20_000, 4), (20_000, 4, numbers_of(kind, 8)), seed=4)
         x, params = bound * (2 * (x - x.floor()) - 1), spread * params

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 from genkernels.swap import _coupling, swap_
-from tests.swap.checks import DTYPES, check_swap, draw, same
+from tests.swap.checks import DTYPES, check_swap, draw
 
 pytest.importorskip("FrEIA", reason="needs the extra bench")
 
