@@ -22,7 +22,7 @@ from genkernels._options import Layout, ScaleMap
 from genkernels.networks._plain import hooked
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
-from genkernels.swap._made import Layer, Sorted, one_call
+from genkernels.swap._made import Layer, Sorted, one_call, small
 from genkernels.swap._rules import Becomes, Library, left_alone
 from genkernels.swap._spline import PASSES, Splines
 
@@ -122,10 +122,10 @@ class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTra
     def _gk_made(self, x: Tensor, c: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor] | None:
         """The transform or its inverse and the log-determinants; None where the network is not one for the operator,
         or the call does not pay."""
-        if _why_not(self):
+        flat, context, batch = _rows(x, c)
+        if (not inverse and small(self, self.hyper, flat)) or _why_not(self):
             return None
         features, maps = len(self.order), _map_of(self)
-        flat, context, batch = _rows(x, c)
         layers = [layer for layer in self.hyper if type(layer) is MaskedLinear]
         if not (inverse or one_call(flat, layers)):
             return None
