@@ -106,12 +106,12 @@ class Sorted:
 
 
 def small(transform: nn.Module, network: nn.Module, x: Tensor) -> bool:
-    """Whether x ``[N, D]`` is faster layer by layer on a CPU. To be asked first: to read a network costs as much as a
+    """Whether x ``[..., D]`` is faster layer by layer on a CPU. To be asked first: to read a network costs as much as a
     pass through a small one, whose number of weights is kept therefore."""
     numbers = vars(transform).get("_gk_weights")
     if numbers is None:
         numbers = transform._gk_weights = sum(p.numel() for p in network.parameters() if p.dim() == 2)
-    return x.is_cpu and x.shape[0] * numbers < SMALL_PRODUCTS
+    return x.is_cpu and x.shape[:-1].numel() * numbers < SMALL_PRODUCTS
 
 
 def one_call(x: Tensor, layers: Sequence[Layer]) -> bool:
