@@ -180,7 +180,7 @@ def test_critics_that_couple_samples_are_warned_of_once():
         gradient_penalty(batched.eval(), x, x)
 
 
-@pytest.mark.parametrize("name", ["mlp ReLU", "mlp SiLU", "critic"])
+@pytest.mark.parametrize("name", ["mlp ReLU", "mlp SiLU", "critic", "nearest, odd", "average3d"])
 def test_in_bf16_it_is_as_accurate_as_double_backward(name):
     net, sample = critic(name, torch.float32)
     x = draw(16, sample, torch.float32).requires_grad_()
