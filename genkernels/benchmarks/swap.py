@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from genkernels._config import check_threads
 from genkernels._files import refuse_unwritable, write_json
@@ -162,10 +163,7 @@ def factory(name: str) -> Made:
         raise UsageError(f"swap: module {module} must have a function {function}, it has none") from error
     if not callable(make):
         raise UsageError(f"swap: {name} must be a function, got {type(make).__name__}")
-    try:
-        made = make()
-    except Exception as error:
-        raise UsageError(f"swap: {name}() raised {type(error).__name__}: {error} (--debug shows where)") from error
+    made = _call(f"{name}()", make)
     parts = made if isinstance(made, tuple) else (made,)
     fits = 2 <= len(parts) <= 3 and isinstance(parts[0], nn.Module) and all(callable(part) for part in parts[1:])
     if not fits:
@@ -176,11 +174,37 @@ def factory(name: str) -> Made:
     return (*parts, None)[:3]
 
 
+def _call(what: str, function: Callable, *arguments) -> Any:
+    """What a user's function gives; what it raises is told in a sentence."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise UsageError(f"swap: {what} raised {type(error).__name__}: {error} (--debug shows where)") from error
+
+
+def _try(name: str, made: Made) -> None:
+    """Calls all that a user's factory gave once, on copies, so that a fault of theirs is told as theirs."""
+    model, loss, sample = made
+    try:
+        swap_(copy.deepcopy(model))
+    except TypeError as refusal:  # of a model that is compiled or scripted
+        raise UsageError(f"swap: {name}: {str(refusal).removeprefix('swap_: ')}") from refusal
+    value = _call(f"{name}'s loss", loss, copy.deepcopy(model))
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        got += " without a graph" if isinstance(value, Tensor) and not value.requires_grad else ""
+        raise UsageError(f"swap: {name}'s loss must give one number that backward() can be called on, got {got}")
+    if sample is not None:
+        with torch.no_grad():
+            _call(f"{name}'s sample", sample, copy.deepcopy(model))
+
+
 def show(name: str, seconds: float = 1.0) -> int:
     """``genkernels swap MODULE:FUNCTION``: the report and the measured speed-up."""
     made = factory(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        _try(name, made)
         report, rows = compare(name, made, seconds)
     print(report)
     if report.swapped:

@@ -21,6 +21,8 @@ from genkernels.ops import checks, transforms_active
 
 Critic = Callable[..., Tensor]
 OUTPUT = "the critic's output"
+#: Functions of autograd that change no score.
+SHAPES_ONLY = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy", "Permute", "T")
 
 
 def checked_pair(who: str, real: Tensor, fake: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,6 +115,8 @@ def network_of(
 
     Refuses a critic that ends in a sigmoid, and warns of one that couples the samples of a batch if it is `penalised`.
     """
+    if not callable(critic):
+        raise TypeError(f"{who}: critic must be a torch.nn.Module or a function, got {type(critic).__name__}")
     if not isinstance(critic, nn.Module):
         return None, "the critic is no nn.Module"
     critic = critic.module if isinstance(critic, DistributedDataParallel) else critic
@@ -157,8 +161,19 @@ def last_layer(critic: nn.Module) -> nn.Module:
     return critic
 
 
-def refuse_sigmoid(who: str, last: nn.Module | Step) -> None:
-    if isinstance(last, nn.Sigmoid) or getattr(last, "name", None) == "sigmoid":
+def last_function(scores: Tensor) -> str:
+    """Which function autograd saw the scores come from, by its name there, changes of shape aside; "" of a constant."""
+    function = scores.grad_fn
+    while function is not None:
+        name = function.name().partition("Backward")[0]
+        if name not in SHAPES_ONLY:
+            return name
+        function = function.next_functions[0][0]
+    return ""
+
+
+def refuse_sigmoid(who: str, last: nn.Module | Step | str) -> None:
+    if isinstance(last, nn.Sigmoid) or getattr(last, "name", last) in ("sigmoid", "Sigmoid"):
         raise ValueError(
             f"{who}: the critic must give a score without bounds, got one that ends in a sigmoid: leave it out, as the "
             "losses take it"
@@ -175,7 +190,10 @@ def _warn_coupled(who: str, reason: str) -> None:
 
 def scores_of(who: str, critic: Critic, x: Tensor, y: Tensor | None) -> Tensor:
     """``[N, patches]``, as the critic gives them for x (and labels y)."""
-    scores = as_scores(who, OUTPUT, critic(x) if y is None else critic(x, y))
+    given = critic(x) if y is None else critic(x, y)
+    scores = as_scores(who, OUTPUT, given)
+    if not torch.compiler.is_compiling():
+        refuse_sigmoid(who, last_function(given))  # of critics that are no networks of steps, or no modules
     if len(scores) != len(x):
         raise ValueError(
             f"{who}: the critic must give a score for each of the {len(x)} samples, got {len(scores)} scores"

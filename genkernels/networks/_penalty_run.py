@@ -21,13 +21,13 @@ class Run:
     Attributes:
         scores: ``[N]``. slopes: ``[N, *input]``. of_x: the gradient by x, None where it is zero. values: outputs of
             steps, as long as the gradient of a weight is to read them. points: of an activation what tells its slope,
-            of a maximum where it was. deltas: gradients of each sample's score by outputs of steps with tensors that
-            are wanted, and of activations where any bends.
+            of a maximum where it was. dtypes: of the outputs. deltas: gradients of each sample's score by outputs of
+            steps with tensors that are wanted, and of activations where any bends.
     """
 
     def __init__(self, plan: Plan, x: Tensor):
         self.plan, self.layout, self.steps, self.weights, self.x = plan, plan.layout, plan.steps, plan.weights, x
-        self.values, self.points, self.deltas = ([None] * len(plan.steps) for _ in range(3))
+        self.values, self.points, self.deltas, self.dtypes = ([None] * len(plan.steps) for _ in range(4))
         self.of_x: Tensor | None = None
 
     def forward(self) -> Tensor:
@@ -36,6 +36,7 @@ class Run:
         for index, step in enumerate(self.steps):
             if index:
                 values[index] = self._value(index, [values[i] for i in step.reads])
+            self.dtypes[index] = values[index].dtype
             if self.layout.multiplied[index]:
                 self.values[index] = values[index]
             self._forget(values, index)
@@ -47,7 +48,7 @@ class Run:
 
     def pull(self) -> Tensor:
         """The slopes; the deltas are found on the way."""
-        cotangents = _Cotangents(self.steps, self.seed)
+        cotangents = _Cotangents(self.steps, self.dtypes, self.seed)
         for index in range(len(self.steps) - 1, 0, -1):
             w, owned = cotangents.take(index)
             if self.layout.roles[index] or (self.layout.bends and self.layout.activates[index]):
@@ -87,7 +88,7 @@ class Run:
 
     def _back(self, sources: list, by_score: Tensor | None) -> None:
         """One ordinary pass back of the loss and of what the slopes' change adds at the inputs of activations."""
-        plan, layout, cotangents = self.plan, self.layout, _Cotangents(self.steps)
+        plan, layout, cotangents = self.plan, self.layout, _Cotangents(self.steps, self.dtypes)
         if by_score is not None:
             cotangents.held[-1] = _weighed(self.seed, by_score)
         for index in range(len(self.steps) - 1, 0, -1):
@@ -169,10 +170,11 @@ class Run:
 
 
 class _Cotangents:
-    """Cotangents of outputs on their way back, and whether the memory of each is nobody else's."""
+    """Cotangents of outputs on their way back, and whether the memory of each is nobody else's. They are of the dtypes
+    of the outputs, as autograd has them: autocast gives some of a half type."""
 
-    def __init__(self, steps: Steps, last: Tensor | None = None):
-        self.steps = steps
+    def __init__(self, steps: Steps, dtypes: list[torch.dtype], last: Tensor | None = None):
+        self.steps, self.dtypes = steps, dtypes
         self.held: list[Tensor | None] = [None] * (len(steps) - 1) + [last]
         self.owned = [False] * len(steps)
 
@@ -182,13 +184,14 @@ class _Cotangents:
 
     def add(self, index: int, parts: tuple[Tensor, ...]) -> None:
         """What comes back through a step, a part an input."""
-        fresh = not isinstance(self.steps[index], _PASSING_BACK)
-        for i, part in zip(self.steps[index].reads, parts, strict=True):
-            held = self.held[i]
+        passing = isinstance(self.steps[index], _PASSING_BACK)
+        for i, given in zip(self.steps[index].reads, parts, strict=True):
+            held, part = self.held[i], given.to(self.dtypes[i])
+            fresh = not passing or part is not given
             if held is None:
                 self.held[i], self.owned[i] = part, fresh
                 continue
-            if held.dtype == part.dtype and (self.owned[i] or fresh):
+            if self.owned[i] or fresh:
                 self.held[i] = held.add_(part) if self.owned[i] else part.add_(held)
             else:
                 self.held[i] = held + part

@@ -120,6 +120,7 @@ def pullback(steps: Steps, at: Linearization, cotangent: Tensor, every: bool = F
         sizes = tuple(steps[i].shape for i in step.reads)
         pulled = step.pull(at.weights[index], at.slopes[index], cotangents[index], sizes)
         for i, part in zip(step.reads, pulled, strict=True):
+            part = part.to(at.values[i].dtype)  # as autograd has it where autocast gave a half type on the way
             cotangents[i] = part if cotangents[i] is None else cotangents[i] + part
         if not every:
             cotangents[index] = None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkernels import ops
 from genkernels.nn._seen import Seen
@@ -105,11 +105,18 @@ class Sorted:
         return function(x, weights, biases, self.order, self.counts, context=context, **options)
 
 
+def small(transform: nn.Module, network: nn.Module, x: Tensor) -> bool:
+    """Whether x ``[..., D]`` is faster layer by layer on a CPU. To be asked first: to read a network costs as much as a
+    pass through a small one, whose number of weights is kept therefore."""
+    numbers = vars(transform).get("_gk_weights")
+    if numbers is None:
+        numbers = transform._gk_weights = sum(p.numel() for p in network.parameters() if p.dim() == 2)
+    return x.is_cpu and x.shape[:-1].numel() * numbers < SMALL_PRODUCTS
+
+
 def one_call(x: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether an affine transform of x ``[N, D]`` is faster as one call, units sorted, than layer by layer."""
     if torch.compiler.is_compiling() or x.dim() != 2 or x.dtype not in (torch.float32, torch.float64):
-        return False
-    if x.is_cpu and x.shape[0] * sum(layer.weight.numel() for layer in layers) < SMALL_PRODUCTS:
         return False
     return all(layer.weight.dtype == x.dtype for layer in layers) and one_call_pays(x)
 

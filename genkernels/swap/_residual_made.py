@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genkernels.networks._plain import hooked
-from genkernels.swap._made import Layer, Sorted, one_call
+from genkernels.swap._made import Layer, Sorted, one_call, small
 from genkernels.swap._rules import is_relu
 
 
@@ -37,7 +37,7 @@ def run_made(
         options: of `made_forward`, `made_inverse` or `made_spline_inverse`. numbers: how many parameters a feature has.
     """
     network = transform.autoregressive_net
-    if x.dim() != 2 or _why_not(network, made, context is not None):
+    if x.dim() != 2 or (not inverse and small(transform, network, x)) or _why_not(network, made, context is not None):
         return None
     layers = _layers(network)
     if x.shape[1] != layers[0].weight.shape[1] or not (inverse or one_call(x, layers)):

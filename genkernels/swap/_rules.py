@@ -34,6 +34,7 @@ class Library:
         versions: those that the swaps were held against; none where the library is torch itself.
         rules: for each class what becomes of an object, or the reason why it stays.
         parts: for each module the objects that hang on it and are no modules (hooks), by a word for each.
+        together: called with all objects that would be swapped; the reason why all of them stay, "" where they do not.
         join: called with all objects of the library that were swapped in one call.
         otherwise: the rule of a class that `rules` has not, of what belongs to no library.
     """
@@ -42,6 +43,7 @@ class Library:
     versions: tuple[str, ...]
     rules: dict[type, Callable[[Any], Becomes | str]]
     parts: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
+    together: Callable[[nn.Module, list], str] = lambda model, objects: ""
     join: Callable[[nn.Module, list], None] = lambda model, objects: None
     otherwise: Callable[[Any], Becomes | str] | None = None
 

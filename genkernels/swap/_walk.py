@@ -56,8 +56,8 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     """
     _check(model, dtype)
     places, compiled = _places(model), _compiled(model)
-    entries, changes, notes, unknown = [], [], [], set()
-    swapped: dict[str, list] = {}
+    entries, changes, unknown = [], [], set()
+    choices: list[tuple[str, Any, Library, Becomes | str]] = []
     for name, thing in places:
         library, kind = _library_of(thing)
         if library is None:
@@ -66,24 +66,31 @@ def swap_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         if library.versions and (version := metadata.version(library.name)) not in library.versions:
             unknown.add(f"{library.name} {version} is installed; its swaps were held against {library.versions[-1]}.")
             choice = f"{library.name} {version} is not known here, {library.versions[-1]} is"
+        choices.append((name, thing, library, choice))
+    swapped: dict[str, list] = {}
+    for _, thing, library, choice in choices:
+        if not isinstance(choice, str):
+            swapped.setdefault(library.name, []).append(thing)
+    alone = {name: _read(name).together(model, things) if name else "" for name, things in swapped.items()}
+    for name, thing, library, choice in choices:
+        choice = choice if isinstance(choice, str) else alone[library.name] or choice
         was = f"{library.name} {type(thing).__name__}".strip()
         if isinstance(choice, str):
             entries.append(Entry(name, was, "", choice))
             continue
         entries.append(Entry(name, was, f"{choice.to.__module__}.{choice.to.__name__}", choice.note))
         changes.append(Change(thing, type(thing), choice.to))
-        swapped.setdefault(library.name, []).append(thing)
     for thing, _, to in changes:
         thing.__class__ = to
     for name, things in swapped.items():
-        if name:
+        if name and not alone[name]:
             _read(name).join(model, things)
-    notes += sorted(unknown)
-    report = Report(entries, notes, changes)
+    notes = sorted(unknown)
     if not changes:
-        known = ", ".join(FILES)
-        why = "each of them has its reason in the report" if entries else f"there is none of {known}"
+        why = "each of them has its reason in the report" if entries else f"there is none of {', '.join(FILES)}"
         warnings.warn(f"{WHO}: no module of this {type(model).__name__} was swapped: {why}", stacklevel=2)
+        notes += [] if entries else [why]
+    report = Report(entries, notes, changes)
     return report
 
 

@@ -22,7 +22,7 @@ from genkernels._options import Layout, ScaleMap
 from genkernels.networks._plain import hooked
 from genkernels.swap._coupling import Coupling, pays
 from genkernels.swap._features import Features, couple
-from genkernels.swap._made import Layer, Sorted, one_call
+from genkernels.swap._made import Layer, Sorted, one_call, small
 from genkernels.swap._rules import Becomes, Library, left_alone
 from genkernels.swap._spline import PASSES, Splines
 
@@ -72,20 +72,20 @@ class _Together(Transform):
 
 
 class _Autoregressive(_Together, transforms.AutoregressiveTransform):
-    """`zuko.transforms.AutoregressiveTransform` of one module and one context."""
+    """`zuko.transforms.AutoregressiveTransform` of one module, one context and what its maps are to an operator."""
 
-    def __init__(self, module, context: Tensor | None):
+    def __init__(self, module, context: Tensor | None, maps: Coupling | Splines):
         super().__init__(partial(module.meta, context), module.passes)
-        self._module, self._context = module, context
+        self._module, self._context, self._maps = module, context, maps
 
     def _inverse(self, y: Tensor) -> Tensor:
-        solved = self._module._gk_made(y, self._context, inverse=True)
+        solved = self._module._gk_made(y, self._context, self._maps, inverse=True)
         return transforms.AutoregressiveTransform._inverse(self, y) if solved is None else solved[0]
 
     def _gk_run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        module, maps = self._module, _map_of(self._module)
+        module, maps = self._module, self._maps
         affine = isinstance(maps, Coupling)
-        if affine and (found := module._gk_made(x, self._context, inverse=False)) is not None:
+        if affine and (found := module._gk_made(x, self._context, maps, inverse=False)) is not None:
             return found
         if affine and not pays(x):
             return transforms.AutoregressiveTransform.call_and_ladj(self, x)
@@ -99,10 +99,10 @@ class _OfSplines(_Autoregressive):
     """The same of splines: where the inverse is no solve, each of its passes goes through the operator."""
 
     def _inverse(self, y: Tensor) -> Tensor:
-        solved = self._module._gk_made(y, self._context, inverse=True)
+        module, maps = self._module, self._maps
+        solved = module._gk_made(y, self._context, maps, inverse=True)
         if solved is not None:
             return solved[0]
-        module, maps = self._module, _map_of(self._module)
         flat, context, batch = _rows(y, self._context)
         x = torch.zeros_like(flat)
         for _ in range(self.passes):
@@ -117,14 +117,16 @@ class MaskedAutoregressiveTransform(flows.autoregressive.MaskedAutoregressiveTra
         maps = None if left_alone(self) else _map_of(self)
         if maps is None:
             return super().forward(c)
-        return (_OfSplines if isinstance(maps, Splines) else _Autoregressive)(self, c)
+        return (_OfSplines if isinstance(maps, Splines) else _Autoregressive)(self, c, maps)
 
-    def _gk_made(self, x: Tensor, c: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    def _gk_made(
+        self, x: Tensor, c: Tensor | None, maps: Coupling | Splines, inverse: bool
+    ) -> tuple[Tensor, Tensor] | None:
         """The transform or its inverse and the log-determinants; None where the network is not one for the operator,
         or the call does not pay."""
-        if _why_not(self):
+        if (not inverse and small(self, self.hyper, x)) or _why_not(self):
             return None
-        features, maps = len(self.order), _map_of(self)
+        features = len(self.order)
         flat, context, batch = _rows(x, c)
         layers = [layer for layer in self.hyper if type(layer) is MaskedLinear]
         if not (inverse or one_call(flat, layers)):

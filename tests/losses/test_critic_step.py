@@ -7,7 +7,7 @@ from torch import nn
 import genkernels as gk
 from genkernels.benchmarks import critics
 from genkernels.benchmarks.measure import Inputs, Work
-from genkernels.losses import critic_step
+from genkernels.losses import critic_step, gradient_penalty
 from genkernels.networks import _outside
 from tests.losses import definitions
 from tests.losses.definitions import LOSSES, apart, critic, draw, gradients
@@ -218,6 +218,34 @@ def test_a_sigmoid_at_the_end_is_refused_without_a_penalty_too():
     net, sample = critic("mlp ReLU")
     with pytest.raises(ValueError, match="critic_step: the critic must give a score without bounds"):
         critic_step(nn.Sequential(net, nn.Sigmoid()), *batches(sample))
+
+
+class Dcgan(nn.Module):
+    """A critic as tutorials have it: batches are normalised, and probabilities are made a vector."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.main = nn.Sequential(nn.Linear(4, 8), norm(8), nn.LeakyReLU(0.2), nn.Linear(8, 1), nn.Sigmoid()).double()
+
+    def forward(self, x):
+        return self.main(x).view(-1, 1).squeeze(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*couples the samples")
+@pytest.mark.parametrize("weights", [{}, {"r1": 1.0}, {"r1": 1.0, "r2": 1.0}])
+def test_a_sigmoid_is_found_where_layers_have_no_rule(weights):
+    functions = (lambda x: torch.sigmoid(x.sum(1)), lambda x: x.sum(1, keepdim=True).sigmoid().to(torch.float32))
+    for net in (Dcgan(nn.BatchNorm1d), Dcgan(nn.LayerNorm), *functions):
+        with pytest.raises(ValueError, match="critic_step: the critic must give a score without bounds"):
+            critic_step(net, *batches((4,)), **weights)
+        with pytest.raises(ValueError, match="gradient_penalty: the critic must give a score without bounds"):
+            gradient_penalty(net, *batches((4,)))
+
+
+def test_what_is_no_critic_is_refused():
+    for loss in (critic_step, gradient_penalty):
+        with pytest.raises(TypeError, match=f"{loss.__name__}: critic must be a torch.nn.Module or a function, got"):
+            loss(None, *batches((4,)))
 
 
 def test_scores_of_every_shape_give_the_same_step():

@@ -180,9 +180,10 @@ def test_critics_that_couple_samples_are_warned_of_once():
         gradient_penalty(batched.eval(), x, x)
 
 
-def test_in_bf16_it_is_as_accurate_as_double_backward():
-    net, sample = critic("critic", torch.float32)
-    x = draw(8, sample, torch.float32).requires_grad_()
+@pytest.mark.parametrize("name", ["mlp ReLU", "mlp SiLU", "critic", "nearest, odd", "average3d"])
+def test_in_bf16_it_is_as_accurate_as_double_backward(name):
+    net, sample = critic(name, torch.float32)
+    x = draw(16, sample, torch.float32).requires_grad_()
     exact = gradients(definitions.penalty(net.double(), x.double()), net)
     net.float()
 

@@ -1,5 +1,7 @@
 """Whole runs of adversarial models: on the kernels and on the reference, in two precisions, cut in two, to an end."""
 
+import functools
+
 import pytest
 import torch
 
@@ -47,12 +49,25 @@ def test_a_run_of_mixed_precision_is_near_one_of_fp32(name):
         assert found[1][player] == pytest.approx(truth, rel=0.05, abs=0.05)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def adaptive(seed=0):
+    model = tiny("gan", "images", seed, augment=0.3, adaptive=True)
+    model.augment.images = 5000  # a probability that is on its way, neither 0 nor 1
+    return model
+
+
+GOING_ON = {name: (functools.partial(tiny, name), "eight_gaussians") for name in NAMES}
+GOING_ON |= {"augmented": (adaptive, "digits")}
+
+
+@pytest.mark.parametrize("name", GOING_ON)
 def test_a_run_that_goes_on_reaches_the_same_losses(name, tmp_path):
-    bundle, settings = small("eight_gaussians"), config(max_steps=12, ema=0.9, checkpoint_every=5)
-    whole = fit(tiny(name), bundle, settings, out=tmp_path / "whole", quiet=True)
-    fit(tiny(name), bundle, settings.changed(max_steps=7), out=tmp_path / "cut", quiet=True)
-    again = fit(tiny(name, seed=1), bundle, settings, out=tmp_path / "cut", resume=True, quiet=True)
+    make, data = GOING_ON[name]
+    bundle, settings = small(data), config(max_steps=12, ema=0.9, checkpoint_every=5)
+    whole = fit(make(), bundle, settings, out=tmp_path / "whole", quiet=True)
+    cut = fit(make(), bundle, settings.changed(max_steps=7), out=tmp_path / "cut", quiet=True)
+    if name == "augmented":
+        assert 0 < whole.model.augment.p != cut.model.augment.p < 0.3
+    again = fit(make(seed=1), bundle, settings, out=tmp_path / "cut", resume=True, quiet=True)
     assert again.history == whole.history and repr(again.held_out) == repr(whole.held_out)
     state = whole.model.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in again.model.state_dict().items())

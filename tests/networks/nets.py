@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from genkernels.nn import BiasLeakyReLU, FilteredDownsample, FilteredUpsample
+from genkernels.nn import BiasLeakyReLU, FilteredDownsample, FilteredUpsample, spectral_norm_
 
 
 class LipSwish(nn.Module):
@@ -184,6 +184,7 @@ NETWORKS |= {
     "functional": (Functional, (3, 8, 8)),
     "dense": (dense_block, (3, 5, 4)),
     "spectral norm": (lambda: normed(parametrizations.spectral_norm).eval(), (3, 5, 4)),
+    "batched spectral norm": (lambda: spectral_norm_(block_313(nn.ELU)).eval(), (3, 5, 4)),
     "weight norm": (lambda: normed(parametrizations.weight_norm), (3, 5, 4)),
     "strides": (sequence(lambda: conv(2, 4, 6, (3, 2), stride=(2, 3), padding=(1, 0)), nn.SiLU), (4, 8, 9)),
     "groups, dilation": (sequence(lambda: conv(2, 4, 8, 3, groups=2, dilation=2, padding=3), nn.SiLU), (4, 7, 6)),

@@ -37,6 +37,20 @@ def test_values_and_products_are_autograd_s(name):
     close(every[1][-1], pushed)
 
 
+@pytest.mark.parametrize("name", ["average3d", "linear1d", "mlp Tanh"])
+def test_under_autocast_cotangents_have_the_dtypes_of_the_values(name):
+    net, x = at_random(name)
+    size = net(x)[0].numel()
+    net, x = nn.Sequential(net, nn.Flatten(), nn.Linear(size, 2)).float(), x.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        steps, y = trace(net, x), net(x)
+        w = like(y)
+        at = linearize(steps, x)
+        found = pullback(steps, at, w, every=True)
+        assert [part.dtype for part in found] == [value.dtype for value in at.values]
+    close(found[0], torch.autograd.grad(y, x, w)[0], rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("name", nets.NETWORKS)
 def test_products_can_be_differentiated(name):
     """Gradients of |Jᵀw|² by input and weights, and by w, are those of a double backward."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from genkernels.swap import _coupling, _made
+from genkernels.swap import torch as spectral
 
 
 @pytest.fixture(autouse=True)
 def everything_pays(monkeypatch):
     monkeypatch.setattr(_coupling, "SMALL", -1)
     monkeypatch.setattr(_made, "SMALL_PRODUCTS", 0)
+    monkeypatch.setattr(spectral, "FEW", 0)

@@ -23,6 +23,38 @@ def bare():
     return nn.Linear(2, 2)
 
 
+def nothing_to_swap():
+    return nn.Linear(2, 2), lambda m: m(torch.ones(3, 2)).sum()
+
+
+def scripted():
+    return torch.jit.trace(nn.Linear(2, 2), torch.ones(3, 2)), lambda m: m(torch.ones(3, 2)).sum()
+
+
+def compiled():
+    return torch.compile(nn.Linear(2, 2)), lambda m: m(torch.ones(3, 2)).sum()
+
+
+def loss_raises():
+    return nn.Linear(2, 2), lambda m: m(torch.ones(3, 5)).sum()
+
+
+def loss_is_a_batch():
+    return nn.Linear(2, 2), lambda m: m(torch.ones(3, 2))
+
+
+def loss_has_no_graph():
+    return nn.Linear(2, 2), lambda m: m(torch.ones(3, 2)).sum().detach()
+
+
+def loss_is_a_float():
+    return nn.Linear(2, 2), lambda m: 3.0
+
+
+def sample_raises():
+    return nn.Linear(2, 2), lambda m: m(torch.ones(3, 2)).sum(), lambda m: m.sample(3)
+
+
 def test_a_model_of_ones_own(capsys):
     assert main(["swap", "tests.swap.test_command:critic", "--quick"]) == 0
     out = capsys.readouterr().out
@@ -40,11 +72,24 @@ def test_a_model_of_ones_own(capsys):
             "tests.swap.test_command:bare",
             "must give (model, loss) or (model, loss, sample), functions of the model, got",
         ),
+        ("tests.swap.test_command:scripted", ":scripted: model must be eager, got a scripted one: swap the model that"),
+        ("tests.swap.test_command:compiled", ":compiled: model must be eager, got a compiled one: swap first"),
+        ("tests.swap.test_command:loss_raises", ":loss_raises's loss raised RuntimeError: mat1 and mat2 shapes"),
+        ("tests.swap.test_command:loss_is_a_batch", "'s loss must give one number that backward() can be called on"),
+        ("tests.swap.test_command:loss_has_no_graph", "backward() can be called on, got a tensor [] without a graph"),
+        ("tests.swap.test_command:loss_is_a_float", "backward() can be called on, got float"),
+        ("tests.swap.test_command:sample_raises", ":sample_raises's sample raised AttributeError"),
     ],
 )
 def test_what_is_no_factory(capsys, name, sentence):
     assert main(["swap", name]) == 2
-    assert sentence in " ".join(capsys.readouterr().err.split())
+    told = capsys.readouterr().err
+    assert sentence in " ".join(told.split()) and "Traceback" not in told
+
+
+def test_nothing_to_swap_is_told(capsys):
+    assert main(["swap", "tests.swap.test_command:nothing_to_swap", "--quick"]) == 0
+    assert capsys.readouterr().out.startswith("0 of 0 modules swapped\nthere is none of torch, nflows")
 
 
 def test_the_bench_writes_its_rows_and_tells_no_speed_of_other_values(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genkernels.swap import _coupling, _made, swap_
+from genkernels.swap import _coupling, _made, _residual_made, swap_
 from tests.swap.checks import CLOSE, DTYPES, calls_of, check_swap, draw, outcome
 
 pytest.importorskip("nflows", reason="needs the extra bench")
@@ -126,6 +126,10 @@ def test_small_networks_are_left_to_pytorch(monkeypatch):
     assert not calls
     model(torch.randn(1000 // weights + 1, 2))
     assert calls == ["made_forward"]
+    monkeypatch.setattr(_residual_made, "_why_not", None)  # whose reading takes as long as such a network's pass
+    model(torch.randn(999 // weights, 2))
+    with pytest.raises(TypeError):
+        model(torch.randn(1000 // weights + 1, 2))
 
 
 def splines(x, context=None):

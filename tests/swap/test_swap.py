@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -183,6 +184,24 @@ def test_spectral_norms_that_stay():
     report = gk.swap_(model)
     assert [entry.became != "" for entry in report.entries] == [False, True]
     assert report.entries[0].reason.startswith("of a transposed convolution")
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, by_hook], ids=["parametrization", "hook"])
+def test_spectral_norm_stays_torchs_where_that_is_faster(norm, monkeypatch):
+    """In models of few small layers, and in evaluation."""
+    monkeypatch.setattr(sys.modules["genkernels.swap.torch"], "FEW", 5)
+    for widths, reason in (([8] * 4, "of fewer than 5 small layers"), ([8] * 5, ""), ([300], "")):
+        model = nn.Sequential(*(norm(nn.Linear(width, width)) for width in widths))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if reason else "error")
+            entries = swap_(model).entries
+        assert all(entry.reason.startswith(reason) and bool(entry.became) != bool(reason) for entry in entries)
+    theirs = copy.deepcopy(model)
+    monkeypatch.setattr(sys.modules["genkernels.swap.torch"], "_step", None)
+    x = torch.randn(2, 300)
+    assert torch.equal(model.eval()(x), theirs.eval()(x))
+    with pytest.raises(TypeError):
+        model.train()(x)
 
 
 def test_spectral_norm_by_the_reference_and_in_inference():

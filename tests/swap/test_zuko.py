@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from genkernels.swap import swap_
+from genkernels.swap import _made, swap_
 from tests.swap.checks import DTYPES, calls_of, check_swap, draw
 
 pytest.importorskip("zuko", reason="needs the extra bench")
@@ -67,6 +68,18 @@ def test_the_inverse_is_the_solve_and_affine_maps_are_one_call(make, inverse, fo
     assert calls == [inverse, inverse]
     torch.testing.assert_close(flow.transform.inv(flow.transform(x)), x, rtol=1e-4, atol=1e-5)
     assert calls[2:] == [forward] * 2 * bool(forward) + [inverse, inverse]
+
+
+def test_small_networks_are_not_read_before_they_are_left_to_pytorch(monkeypatch):
+    model = zuko.flows.MAF(3, 2, transforms=1, hidden_features=(4, 4))
+    swap_(model)
+    weights = (3 + 2) * 4 + 4 * 4 + 4 * 6
+    monkeypatch.setattr(_made, "SMALL_PRODUCTS", 1000)
+    monkeypatch.setattr(sys.modules["genkernels.swap.zuko"], "_why_not", None)
+    c = torch.zeros(2)
+    model(c).log_prob(torch.randn(999 // weights, 3))
+    with pytest.raises(TypeError):
+        model(c).log_prob(torch.randn(1000 // weights + 1, 3))
 
 
 SPLINES = {
