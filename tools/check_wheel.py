@@ -57,6 +57,9 @@ def main() -> int:
         built = at / "genkernels" / "_lib" / "built.json"
         print(built.read_text().rstrip() if built.exists() else "no built.json: nothing says what was built")
         print(f"{len(libraries)} libraries, {wrong} of which run on newer systems only")
+        if wheel and not any(at.glob("*.dist-info/built.json")):
+            print("no built.json in the wheel's metadata")
+            return 1
         return 1 if wrong or not libraries or not built.exists() else 0
 
 

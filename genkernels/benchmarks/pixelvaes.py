@@ -77,10 +77,12 @@ def _features(model, latents: Tensor, weights: tuple[Tensor, ...], held: bool = 
 
 
 def _inputs(shapes, latents, uniform, rng) -> dict[str, Tensor]:
-    """The model's own first weights; those that begin at 0, with which no cell would see another, some tenths."""
+    """The model's own first weights; some tenths more where all are one number: 0, with which no cell would see
+    another, or the 1 of a normalisation."""
     draw = functools.partial(torch.randn, generator=rng, device=rng.device)
     named = {"noise": torch.rand(uniform, generator=rng, device=rng.device), "latents": draw(latents)}
     for name, own in shapes.items():
         fan = max(own[0].numel(), 1) if own.dim() > 1 else 10
-        named[name] = own.detach().to(rng.device) if own.count_nonzero() else 0.3 * draw(own.shape) * fan**-0.5
+        own = own.detach().to(rng.device)
+        named[name] = own if own.unique().numel() > 1 else own + 0.3 * draw(own.shape) * fan**-0.5
     return named

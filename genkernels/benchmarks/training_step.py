@@ -9,9 +9,9 @@ fp32 weights and data, the loss under autocast.
 The providers:
 
 - ``reference``: eager PyTorch, no kernel of ours (``use_backend("reference")``);
-- ``compiled``: ``torch.compile`` of the reference's loss, one graph;
+- ``compiled``: ``torch.compile`` of the reference's loss, one graph, a player's;
 - ``fused``: the model as it is, our kernels where they are faster;
-- ``fused compiled``: its loss inside ``torch.compile``, one graph;
+- ``fused compiled``: its loss inside ``torch.compile``, one graph, a player's;
 - a peer's model, where one computes the same function (`genkernels.benchmarks.peers.training_step`).
 
 **The gate.** Every provider trains for `GATE_STEPS` steps from the same weights on the same batches with the same noise
@@ -333,12 +333,6 @@ class StepProvider:
         device = problem.batches[0].device
         if self.compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise Unavailable("needs a C++ compiler (g++) on the CPU, and none was found")
-        if self.compiled and not hasattr(problem.model, "loss"):
-            if len(problem.model.players()) > 1:
-                why = "a critic's step is not: torch.compile cannot differentiate twice"
-            else:
-                why = "the model's loss is not: it is called outside of what torch.compile records"
-            raise Unavailable(f"takes one graph, which {why}")
         if self.backend == "auto":
             kernels = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
             reasons = [why_missing(name) for name in kernels]
@@ -364,7 +358,7 @@ class StepSession:
             with use_backend(self.provider.backend), torch.random.fork_rng():
                 losses = self.trainer.run(problem.batches)
         except Exception as error:
-            if self.provider.ours:
+            if not self.provider.compiled:
                 raise
             raise Unavailable(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from None
         finally:
