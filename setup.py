@@ -275,11 +275,11 @@ class PlatformWheel(bdist_wheel):
     """Tags the wheel for any Python 3, of which the libraries know nothing, and for every Linux that has what they ask
     for, else for this platform. What was built stands in its metadata too, as ``built.json``."""
 
-    def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
-        super().egg2dist(egginfo_path, distinfo_path)
+    def write_wheelfile(self, wheelfile_base: str, *rest: str) -> None:
+        super().write_wheelfile(wheelfile_base, *rest)
         built = Path(self.get_finalized_command("build").build_lib) / "genkernels" / "_lib" / "built.json"
         if built.exists():
-            shutil.copy(built, distinfo_path)
+            shutil.copy(built, wheelfile_base)
 
     def get_tag(self) -> tuple[str, str, str]:
         tag = super().get_tag()[2]
