@@ -275,10 +275,16 @@ class PlatformWheel(bdist_wheel):
     """Tags the wheel for any Python 3, of which the libraries know nothing, and for every Linux that has what they ask
     for, else for this platform. What was built stands in its metadata too, as ``built.json``."""
 
+    ran = False  # an editable install asks for the metadata alone, before anything is built
+
+    def run(self) -> None:
+        self.ran = True
+        super().run()
+
     def write_wheelfile(self, wheelfile_base: str, *rest: str) -> None:
         super().write_wheelfile(wheelfile_base, *rest)
         built = Path(self.get_finalized_command("build").build_lib) / "genkernels" / "_lib" / "built.json"
-        if built.exists():
+        if self.ran and built.exists():
             shutil.copy(built, wheelfile_base)
 
     def get_tag(self) -> tuple[str, str, str]:
