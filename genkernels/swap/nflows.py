@@ -66,7 +66,7 @@ def _coupling(to: type):
 
 
 class MaskedAffineAutoregressive(transforms.MaskedAffineAutoregressiveTransform):
-    """`nflows.transforms.MaskedAffineAutoregressiveTransform`: the affine map in one pass, its inverse as a solve."""
+    """`nflows.transforms.MaskedAffineAutoregressiveTransform`: all of it in one call, its inverse as a solve."""
 
     def forward(self, inputs, context=None):
         if left_alone(self):

@@ -120,7 +120,7 @@ def _coupling(thing) -> Becomes | str:
 
 
 class MaskedAffineAutoregressive(Autoregressive):
-    """`normflows.flows.MaskedAffineAutoregressive`: σ = sigmoid(s + 2) + 1e-3; its inverse as a solve."""
+    """`normflows.flows.MaskedAffineAutoregressive`: σ = sigmoid(s + 2) + 1e-3; one call, its inverse as a solve."""
 
     _gk_options = {"scale_map": "sigmoid_floor", "scale_constant": FLOOR}
 

@@ -187,8 +187,8 @@ def test_the_pixels_see_what_they_may_and_no_more():
 
 
 def test_what_the_pixels_see_of_the_latents_stays_in_scale():
-    """A PixelCNN's gates drove the decoder's features to a hundred times their scale within 120 steps, and stayed shut:
-    2.47 bits/dim in place of 1.87."""
+    """Not normalised they grew to 240 within 140 steps, where the gates of the PixelCNN stay shut; now they are below
+    5."""
     torch.manual_seed(0)
     model = gk.models.PixelVAE.from_preset("digits", width=8, pixel_width=8)
     x, _ = gk.data.load("digits").take("train", 64)
@@ -200,7 +200,7 @@ def test_what_the_pixels_see_of_the_latents_stays_in_scale():
         loss.backward()
         optimizer.step()
     drawn = model.posterior(64, model._noises(64, None), None, model._encoded(model.likelihood.target(x)))
-    assert model.decoder(drawn.features).abs().max() < 12 and loss < 2.9
+    assert model.decoder(drawn.features).abs().max() < 8
 
 
 def test_samples_of_the_cached_sampler_are_those_of_the_definition():

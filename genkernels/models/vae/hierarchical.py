@@ -452,8 +452,7 @@ def _parts(
     top_down = TopDown(grids, latent, width, prior_layers, autoregressive, num_classes)
     last: list[nn.Module] = [nn.SiLU(), nn.Conv2d(width, rated.outputs, 3, padding=1)]
     if isinstance(rated, PixelCNNLikelihood):
-        # its gates, of which each wants to know first where in the image it is, drive the features so far up within
-        # fifty steps that all of them are shut or open for good
+        # else the first steps of Adam drive the features up a hundredfold, and the gates are shut or open for good
         last.append(nn.GroupNorm(1, rated.outputs))
     return encoder, top_down, nn.Sequential(rising(width, width, strides[-1]), Residual(width), *last)
 
