@@ -12,7 +12,7 @@ from genkernels.losses import _critics, _in_graph
 from genkernels.losses._critics import Critic
 from genkernels.losses.adversarial import CRITIC_LOSSES, critic_loss
 from genkernels.networks._outside import outside
-from genkernels.networks.gradient_penalty import NormPenalty, as_one, explained, penalised
+from genkernels.networks.gradient_penalty import NormPenalty, apart, as_one, explained, interleaved, penalised
 from genkernels.ops import checks
 from genkernels.ops._operator import of_others
 
@@ -52,7 +52,7 @@ def critic_step(
 
     A critic that is taken the short way reads its weights once for both batches, where two calls would read them twice:
     one power iteration a step, not two, of the spectral norm of ``torch.nn.utils``. So does, without a penalty, one of
-    such steps whose batches are small: it is called once, with both.
+    such steps whose batches are small and even: it is called once, with both.
 
     ``torch.compile`` holds all of it in one graph, but with `explain`, and but for penalties of critics that hold more
     than `genkernels.networks.SUPPORTED` lists: there its graph breaks.
@@ -175,7 +175,9 @@ def _without_penalty(critic, real: Tensor, fake: Tensor, loss: str, y) -> dict[s
     """The step by calls of the critic, compiled or not: one a batch, or one of both where they are small."""
     with _critics.bare(critic) as bare:
         network, _ = _critics.network_of(WHO, bare, real, y, penalised=False)
-    together = network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor))
+    small = network is not None and as_one(network.steps, [real, fake]) and (y is None or isinstance(y, Tensor))
+    # torch adds up rows in four sums, and what is left of the rows to one of them: of odd batches nothing cancels
+    together = small and len(real) % 2 == 0
     return _of_scores(_scores(critic, real, fake, y, together), loss)
 
 
@@ -183,7 +185,8 @@ def _scores(critic, real: Tensor, fake: Tensor, y, together: bool) -> Sequence[T
     """Those of both batches, by one call for each or for both."""
     if not together:
         return [_critics.scores_of(WHO, critic, x, y) for x in (real, fake)]
-    return _critics.scores_of(WHO, critic, torch.cat([real, fake]), y if y is None else torch.cat([y, y])).chunk(2)
+    both = interleaved([real, fake])
+    return apart(_critics.scores_of(WHO, critic, both, y if y is None else y.repeat_interleave(2, 0)), 2)
 
 
 def _of_scores(scores: Sequence[Tensor], loss: str) -> dict[str, Tensor]:

@@ -66,16 +66,16 @@ class NormPenalty:
         return value * weights, PENALTY_BACKWARD(weights, None, slopes, norm, *self.options)
 
     @staticmethod
-    def joined(penalties: Sequence[NormPenalty], sizes: Sequence[int], like: Tensor) -> NormPenalty | None:
-        """One that does the same for batches of these sizes beside one another, if there is one."""
+    def joined(penalties: Sequence[NormPenalty], like: Tensor) -> NormPenalty | None:
+        """One that does the same for `interleaved` batches of as many samples as `like` each, if there is one."""
         first = penalties[0]
         if any(not isinstance(each, NormPenalty) or each.options != first.options for each in penalties):
             return None
         if all(each.weight == first.weight for each in penalties):
             return first
         dtype = torch.promote_types(like.dtype, torch.float32)
-        weights = [like.new_full((n,), each.weight, dtype=dtype) for each, n in zip(penalties, sizes, strict=True)]
-        return NormPenalty(torch.cat(weights), *first.options)
+        weights = [like.new_full((len(like),), each.weight, dtype=dtype) for each in penalties]
+        return NormPenalty(interleaved(weights), *first.options)
 
 
 class Penalised(NamedTuple):
@@ -122,7 +122,7 @@ def penalised(
     """Penalties of a network's slopes, beside a loss of its scores, with gradients by its tensors and by its inputs.
 
     Batches go back one after the other: what the first one needed is given back before the second one needs it. Small
-    ones go as one.
+    ones of one size go as one.
 
     Args:
         steps: of `trace`, that `why_not` has nothing against, from ``[N, ...]`` to one score a sample or several, whose
@@ -163,8 +163,8 @@ def penalised(
 
 
 def as_one(steps: Steps, batches: Sequence[Tensor]) -> bool:
-    """Whether batches are so small that they had better go through the network together."""
-    return sum(len(x) for x in batches) <= most_as_one(steps)
+    """Whether batches, of one size, are so small that they had better go through the network together."""
+    return len({len(x) for x in batches}) == 1 and sum(len(x) for x in batches) <= most_as_one(steps)
 
 
 def most_as_one(steps: Steps) -> int:
@@ -172,24 +172,39 @@ def most_as_one(steps: Steps) -> int:
     return TOGETHER // sum(prod(step.shape) for step in steps)
 
 
+def interleaved(batches: Sequence[Tensor]) -> Tensor:
+    """Batches of one size as one, the first samples of all before all the second ones.
+
+    What cancels between the batches, as a critic's biases do where a loss takes the difference of real and generated
+    scores, then cancels next to where it arose. One batch after the other it would leave the rounding of sums that
+    climb and come down again, of which Adam makes whole steps.
+    """
+    return torch.stack(list(batches), 1).flatten(0, 1)
+
+
+def apart(values: Tensor, batches: int) -> tuple[Tensor, ...]:
+    """What belongs to each of the batches that `interleaved` made one."""
+    return values.unflatten(0, (-1, batches)).unbind(1)
+
+
 def _together(steps: Steps, batches, penalties, objective, weights) -> Penalised:
     """The same with all batches as one."""
-    sizes = [len(x) for x in batches]
+    n = len(batches)
 
     def each_its_own(slopes: Tensor) -> Tensor:
-        return torch.cat([each(part) for each, part in zip(penalties, slopes.split(sizes), strict=True)])
+        return interleaved([each(part) for each, part in zip(penalties, apart(slopes, n), strict=True)])
 
     def of_all(scores: Tensor) -> Tensor:
-        return objective(*scores.split(sizes))
+        return objective(*apart(scores, n))
 
     weights = [
-        {**own, **{s.role: torch.cat([own[s.role]] * len(sizes)) for s in step.sources if s.of_labels}}
+        {**own, **{s.role: own[s.role].repeat_interleave(n, 0) for s in step.sources if s.of_labels}}
         for step, own in zip(steps, weights, strict=True)
     ]
-    penalty = NormPenalty.joined(penalties, sizes, batches[0]) or each_its_own
-    found = penalised(steps, [torch.cat(batches)], [penalty], of_all if objective else None, weights)
+    penalty = NormPenalty.joined(penalties, batches[0]) or each_its_own
+    found = penalised(steps, [interleaved(batches)], [penalty], of_all if objective else None, weights)
     (scores,), (values,) = found.scores, found.penalties
-    return found._replace(scores=scores.split(sizes), penalties=values.split(sizes))
+    return found._replace(scores=apart(scores, n), penalties=apart(values, n))
 
 
 def _finished(run: Run, penalty: Penalty | None, by_score: Tensor | None, recording: bool) -> Tensor | None:

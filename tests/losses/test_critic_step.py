@@ -49,6 +49,27 @@ def test_every_loss_with_every_penalty(name, loss):
                 assert apart(gradients(found, net, real, fake), theirs) < 1e-10
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("r1", [0.0, 0.5])
+@pytest.mark.parametrize("loss", ["wasserstein", "relativistic"])
+def test_what_cancels_between_real_and_fake_is_zero_to_the_bit(loss, r1, together, monkeypatch):
+    """A bias's gradient, where every unit is active, is a sum of differences. Left at 1e-9 by the order of a sum, it
+    would move that bias by a whole step of Adam's."""
+    if not together:
+        monkeypatch.setattr("genkernels.networks.gradient_penalty.TOGETHER", 0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 24), nn.LeakyReLU(0.2), nn.Linear(24, 24), nn.LeakyReLU(0.2), nn.Linear(24, 1))
+    biases = [layer.bias for layer in net[::2]]
+    with torch.no_grad():
+        for bias in biases:
+            bias += 9.0
+    for n in (1, 7, 100):
+        real, fake = batches((3,), torch.float32, n)
+        value = critic_step(net, real, fake, loss=loss, r1=r1, r2=r1)
+        for bias, gradient in zip(biases, torch.autograd.grad(value, biases), strict=True):
+            assert not gradient.count_nonzero(), (n, len(bias))
+
+
 @pytest.mark.parametrize("name", ["critic", "mlp Tanh", "maximum"])
 def test_the_parts_add_up(name):
     net, sample = critic(name)

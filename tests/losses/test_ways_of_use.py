@@ -30,7 +30,7 @@ class Net(nn.Module):
         return self.end(self.last(self.middle(torch.relu(self.first(x)))))
 
 
-BATCH = draw(3, (4,), torch.float64)
+BATCH = draw(4, (4,), torch.float64)
 
 
 @pytest.mark.parametrize("end", [torch.flatten, lambda s: s.flatten(0), lambda s: s.view(-1), lambda s: s.squeeze(1)])
@@ -54,7 +54,7 @@ def test_of_each_sample_by_itself_they_are_not(recwarn):
 
 @pytest.mark.parametrize("middle", [lambda h: h, lambda h: h * h.square().mean(1, keepdim=True).rsqrt()])
 def test_in_inference_mode_there_are_values_alone(middle):
-    net, other = Net(middle=middle), draw(3, (4,), torch.float64)
+    net, other = Net(middle=middle), draw(4, (4,), torch.float64)
     step = critic_step(net, BATCH, other, r1=2.0, r2=3.0)
     penalty = gradient_penalty(net, BATCH, BATCH)
     with torch.inference_mode():
@@ -70,7 +70,7 @@ def test_in_inference_mode_there_are_values_alone(middle):
 
 def test_a_generator_under_autocast_meets_data_of_full_precision():
     net = Net().float()
-    real, fake = BATCH.float(), draw(3, (4,), torch.bfloat16)
+    real, fake = BATCH.float(), draw(4, (4,), torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         found = critic_step(net, real, fake, r1=1.0), gradient_penalty(net, real, fake)
         expected = critic_step(net, real, fake.float(), r1=1.0)
@@ -99,7 +99,7 @@ def test_what_a_critic_draws_it_draws_twice_alike():
 @pytest.mark.parametrize(
     ("given", "error", "sentence"),
     [
-        ({"y": torch.zeros(1, dtype=torch.int64)}, ValueError, "y must hold a label for each of the 3 samples, got"),
+        ({"y": torch.zeros(1, dtype=torch.int64)}, ValueError, "y must hold a label for each of the 4 samples, got"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
     ],
 )
@@ -125,15 +125,15 @@ def test_one_nan_among_the_inputs_shows(called, middle):
 @pytest.mark.parametrize("r1", [0.0, 1.0])
 def test_small_batches_go_through_the_critic_as_one(r1):
     """But for one whose samples may depend on one another, and where the reference is asked for."""
-    calls, other = [], draw(3, (4,), torch.float64)
+    calls, other = [], draw(4, (4,), torch.float64)
     net, counting = Net(), Net(middle=lambda h: (calls.append(h.shape[0]), h)[1])
     found = critic_step(counting, BATCH, other, r1=r1)
     close(found, critic_step(lambda x: net(x), BATCH, other, r1=r1))
-    assert [n for n in calls if isinstance(n, int)] == ([] if r1 else [6])
+    assert [n for n in calls if isinstance(n, int)] == ([] if r1 else [8])
     del calls[:]
     with gk.use_backend("reference"):
         close(critic_step(counting, BATCH, other, r1=r1), found)
-    assert [n for n in calls if isinstance(n, int)] == [3, 3]
+    assert [n for n in calls if isinstance(n, int)] == [4, 4]
     if not r1:
         coupled = Net(middle=lambda h: h - h.mean(0))
         close(critic_step(coupled, BATCH, other), critic_step(lambda x: coupled(x), BATCH, other))
@@ -167,7 +167,7 @@ def test_a_compiled_critic_is_called_as_it_is_where_nothing_is_differentiated_tw
         compiled.append(graph)
         return graph.forward
 
-    other = draw(3, (4,), torch.float64)
+    other = draw(4, (4,), torch.float64)
     critic = torch.compile(net, backend=backend)
     for weights in ({"r1": 1.0}, {}):
         assert not compiled

@@ -23,10 +23,12 @@ def moved(history: dict) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_a_run_on_the_kernels_is_one_on_the_reference(name, kind):
-    """In fp64 to the sixth digit. In fp32 a weight whose gradient cancels in one order of sums and not in another moves
-    by Adam's whole step, which shifts the level of the scores: that is nobody's but the generator's loss shows it."""
+    """In fp64 to the sixth digit, in fp32 within a thousandth, or within a few units of the last place of the scores
+    whose difference a loss is. Of images a bias whose gradient cancels in one order of a convolution's sums and not in
+    another moves by Adam's whole step, which shifts the level of the scores: the generator's loss shows it."""
     bundle = small("digits" if kind == "images" else "eight_gaussians")
-    for dtype, relative, absolute in ((torch.float64, 1e-6, 0.0), (torch.float32, 1e-3, 1e-3)):
+    last_places = 1e-8 if kind == "points" else 3e-4
+    for dtype, relative, absolute in ((torch.float64, 1e-6, 0.0), (torch.float32, 1e-3, last_places)):
         models = [tiny(name, kind).to(dtype) for _ in range(2)]
         reference, auto = (
             moved(fit(model, bundle, config(backend=b), quiet=True).history)
