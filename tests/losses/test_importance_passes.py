@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genkernels import ops
+from genkernels import models, ops
 from genkernels.losses import importance_estimate, importance_loss
 from tests.losses.latent_models import LinearGaussian
 from tests.losses.test_importance_bound import draw, gradients
@@ -95,6 +95,31 @@ def test_memory_is_flat_in_k(estimator):
     assert peak(50, None, estimator, net, x) > 10 * one  # which the measure does see
     if estimator == "dreg":
         assert peak(1000, 20, estimator, net, x) < 1.05 * peak(20, None, "iwae", net, x)
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes", "batch", "k", "chunk"),
+    [("mnist", {"grey_levels": 256}, 20, 50, 5), ("digits", {}, 64, 50, 5), ("photos32", {}, 16, 5, 1)],
+)
+def test_a_training_step_takes_the_memory_of_one_draw(preset, sizes, batch, k, chunk):
+    """Backward and Adam with it, of the presets at their batches: a few draws a chunk, so that calls are worth it."""
+
+    def step_s_peak(**draws):
+        model = models.IWAE.from_preset(preset, **sizes, **draws)
+        x = torch.randint(17, (batch, *model.shape), dtype=torch.uint8)
+        optimizer = torch.optim.Adam(model.parameters())
+
+        def step():
+            optimizer.zero_grad()
+            model.losses("model", x, None, 0)["loss"].backward()
+            optimizer.step()
+
+        step()
+        with Memory() as memory:
+            step()
+        return memory.peak
+
+    assert step_s_peak(importance=k, chunk=chunk) < 1.05 * step_s_peak(importance=1)
 
 
 def test_hooks_see_the_whole_gradient_once():
