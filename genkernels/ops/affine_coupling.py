@@ -235,13 +235,20 @@ def _fake_reverse(grad_output, grad_ldj, output, params, *attributes):
 
 def _setup_context(ctx, inputs, output):
     input, params, *ctx.attributes = inputs
-    ctx.save_for_backward(input, params)
+    if ctx.attributes[0] == ScaleMap.ADDITIVE:
+        ctx.dtype = params.dtype
+    else:
+        ctx.save_for_backward(input, params)
 
 
 def _backward(ctx, grad_output, grad_ldj):
     others = (None,) * len(ctx.attributes)
-    if grad_output is None and ctx.attributes[0] == ScaleMap.ADDITIVE:  # the log-determinant is a constant
-        return None, None, *others
+    if ctx.attributes[0] == ScaleMap.ADDITIVE:  # nothing is multiplied, and the log-determinant is a constant
+        if grad_output is None:
+            return None, None, *others
+        _, _, split, _, flip, inverse = ctx.attributes
+        by_shift = reference.moved_part(grad_output, split, flip).to(ctx.dtype)
+        return grad_output, -by_shift if inverse else by_shift, *others
     by_input, by_params = BACKWARD.dense(grad_output, grad_ldj, *ctx.saved_tensors, *ctx.attributes)
     return by_input if grad_output is not None else None, by_params, *others  # input has no part in the log-determinant
 

@@ -126,6 +126,11 @@ class _Halves:
         return torch.cat([moved, second] if self.flip else [first, moved], dim=1)
 
 
+def moved_part(x: Tensor, split: int, flip: bool) -> Tensor:
+    """What a coupling transforms of x: a view, or, of the checkerboard, x with zeros elsewhere."""
+    return _Halves(x, split, flip).moved(x)
+
+
 def affine_coupling(
     input: Tensor,
     params: Tensor,

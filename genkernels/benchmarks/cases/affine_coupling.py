@@ -89,13 +89,14 @@ def _inputs(shape, dtype, settings, names, rng) -> dict[str, torch.Tensor]:
 def _bytes(shape, dtype, settings, direction) -> int:
     additive, checkerboard = settings["scale_map"] == "additive", settings["split"] == "checkerboard"
     s, t, moved = (2, 2, 2) if checkerboard else (1, 1, 1)
-    if additive:
-        s = moved = 0  # neither a log-scale, nor any value of x in the backward pass
+    forward, backward = 2 + s + t + 2, (2 + moved + s) + (2 + s + t)
+    if additive:  # no log-scale; the gradients are z's and a part of it
+        forward, backward = 2 + t + 2, 0
     halves = {
-        "forward": 2 + s + t + 2,
-        "inverse": 2 + s + t + 2,
+        "forward": forward,
+        "inverse": forward,
         "reverse": 2 + s + t + 2 + 2 + 2 + s + t,
-        "forward+backward": (2 + s + t + 2) + (2 + moved + s) + (2 + s + t),
+        "forward+backward": forward + backward,
     }[direction]
     return halves * math.prod(shape) * dtype.itemsize // 2
 
