@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from genkernels._config import check_threads
 from genkernels._files import refuse_unwritable, write_json
-from genkernels._machine import device_name, versions
+from genkernels._machine import cpu_threads, device_name, versions
 from genkernels._version import commit
-from genkernels._words import UsageError
+from genkernels._words import UsageError, nearest
 from genkernels.benchmarks.swapped_models import CASES, Made
 from genkernels.swap import Report, swap_
 
@@ -125,29 +125,69 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(quick: bool = False, json: str | os.PathLike | None = None, threads: int | None = None) -> int:
-    """Every case whose library is installed; what is not is named."""
+def main(
+    cases: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    json: str | os.PathLike | None = None,
+    threads: int | None = None,
+    limit: float | None = None,
+) -> int:
+    """Measures the cases whose library is installed, on the CPU; what is not is named.
+
+    Args:
+        cases: parts of the names of cases, in any letters (``nflows``, ``realnvp``); all of them when empty.
+        quick, json, threads: as for `genkernels.benchmarks.main`.
+        limit: seconds after which no other case is begun; those left out are named.
+
+    Returns:
+        0; 1 where a case fails its gate or there was none; 130 where Ctrl-C ended it: the cases before that are shown
+        and written.
+    """
+    chosen = find(cases)
     check_threads(threads, "bench: threads")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if limit is not None and not limit > 0:
+        raise UsageError(f"bench: limit must be more than 0 seconds, got {limit}")
     if json is not None:
         refuse_unwritable(json, f"bench: json {str(json)!r}")
-    here = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "versions": versions(PACKAGES)}
-    here |= {"device_type": "cpu", "commit": commit(), "quick": quick, "date": datetime.now(timezone.utc).isoformat()}
     rows: list[Row] = []
-    for case, make in CASES.items():
-        torch.manual_seed(0)
+    began, interrupted = time.monotonic(), False
+    with cpu_threads(threads):
+        here = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "versions": versions(PACKAGES)}
+        here |= {"device_type": "cpu", "commit": commit(), "quick": quick}
+        here |= {"date": datetime.now(timezone.utc).isoformat()}
         try:
-            made = make()
-        except ModuleNotFoundError as error:
-            print(f"{case}: left out, {error.name} is not installed (extra bench)")
-            continue
-        rows += compare(case, made, 0.1 if quick else 2.0)[1]
+            for case, make in chosen.items():
+                if limit and rows and time.monotonic() - began > limit:
+                    print(f"{case}: left out, the {limit:g} s being over")
+                    continue
+                torch.manual_seed(0)
+                try:
+                    made = make()
+                except ModuleNotFoundError as error:
+                    print(f"{case}: left out, {error.name} is not installed (extra bench)")
+                    continue
+                rows += compare(case, made, 0.1 if quick else 2.0)[1]
+        except KeyboardInterrupt:
+            interrupted = True
     if rows:
         print(table(rows))
-    if json is not None:
+    if json is not None and (rows or not interrupted):
         write_json(json, {"machine": here, "rows": [asdict(row) for row in rows]}, indent=1)
+    if interrupted:
+        return 130
     return 0 if rows and all(row.gate == "pass" for row in rows) else 1
+
+
+def find(parts: Sequence[str]) -> dict[str, Callable[[], Made]]:
+    """The cases whose names hold one of these parts, in any letters; all of them where there is none."""
+    found: set[str] = set()
+    for part in parts:
+        fitting = {case for case in CASES if part.lower() in case.lower()}
+        if not fitting:
+            raise UsageError(f"bench swap: {part!r} is part of no case's name{nearest(part, CASES)}")
+        found |= fitting
+    return {case: make for case, make in CASES.items() if case in found or not parts}
 
 
 def factory(name: str) -> Made:

@@ -304,7 +304,7 @@ def _bench(sub: Parser) -> None:
         "cases",
         metavar="CASE",
         nargs="*",
-        help="operators to measure (default: all), or training_step and models, or swap",
+        help="operators to measure (default: all), or training_step and models, or swap and parts of its cases' names",
     )
     sub.add_argument("--json", metavar="F", help="write the rows to a JSON file")
     sub.add_argument("--plot", metavar="F", help="draw them into a PNG file")

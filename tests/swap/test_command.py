@@ -116,6 +116,23 @@ def test_the_bench_writes_its_rows_and_tells_no_speed_of_other_values(tmp_path, 
     assert "two: left out, no_such_library is not installed" in out and "no speed is told" in out
 
 
+def test_the_bench_takes_parts_of_names_and_a_limit(monkeypatch, capsys, tmp_path):
+    def ended():
+        raise KeyboardInterrupt
+
+    cases = {"torch Critic": critic, "torch other critic": critic, "zuko MAF": ended}
+    monkeypatch.setattr(swap, "CASES", cases)
+    assert list(swap.find(["CRITIC"])) == ["torch Critic", "torch other critic"] and swap.find([]) == cases
+    assert main(["bench", "swap", "torch", "--quick", "--limit", "0.001"]) == 0
+    out = capsys.readouterr().out
+    assert "torch Critic  training step" in out and "torch other critic: left out, the 0.001 s being over" in out
+    file = tmp_path / "rows.json"
+    assert main(["bench", "swap", "Critic", "zuko", "--quick", "--json", str(file)]) == 130
+    assert [row["case"] for row in json.loads(file.read_text())["rows"]] == ["torch Critic"] * 3 + [
+        "torch other critic"
+    ] * 3
+
+
 def test_every_case_has_a_loss():
     for name, make in swap.CASES.items():
         torch.manual_seed(0)
