@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 from genkernels._words import UsageError, notice
@@ -25,10 +26,13 @@ def add_arguments(parser) -> None:
         "--data", default="digits", metavar="SPEC", help="grey images, as for genkernels train (default: digits)"
     )
     training_arguments(parser, STEPS)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each, from --seed on (default: 1)")
 
 
 def make(arguments) -> Table:
     check_arguments(arguments)
+    if not 1 <= arguments.seeds <= 100:
+        raise UsageError(f"--seeds must be from 1 to 100, got {arguments.seeds}")
     from genkernels import data
     from genkernels._machine import cpu_threads
     from genkernels.models import IWAE
@@ -38,21 +42,26 @@ def make(arguments) -> Table:
     if len(bundle.form.shape) != 3 or bundle.form.grey_levels is None:
         raise UsageError(f"--data must be images with grey levels, which are binarised, got {arguments.data}")
     settings = {**IWAE.presets["mnist"].training, "batch_size": BATCH}
-    config = TrainConfig(max_steps=arguments.steps, seed=arguments.seed, eval_every=0, **settings)
-    rows = []
+    configs = [
+        TrainConfig(max_steps=arguments.steps, seed=seed, eval_every=0, **settings)
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds)
+    ]
+    rows, runs = [], len(DRAWS) * len(MODELS) * len(configs)
     with cpu_threads(arguments.threads):
         for k in DRAWS:
             for model in MODELS:
                 if k == 1 and rows:
-                    rows.append({**rows[0], "model": model, "paper_nats": PAPER[model][k]})
+                    rows += [{**row, "model": model, "paper_nats": PAPER[model][k]} for row in rows[: len(configs)]]
                     continue
-                rows.append(_row(model, k, bundle, config))
-                notice(f"{len(rows)} of {len(DRAWS) * len(MODELS)}: {_told(rows[-1])}")
-    return Table(rows, _picture(rows, bundle, config))
+                for config in configs:
+                    rows.append(_row(model, k, bundle, config))
+                    notice(f"{len(rows)} of {runs}: {_told(rows[-1])}")
+    return Table(rows, _picture(rows, bundle, arguments.steps))
 
 
 def _row(name: str, k: int, bundle, config) -> dict:
     """One model, trained with k draws and judged by many."""
+    from genkernels._seeds import derive_seed, fixed_seed
     from genkernels.models import IWAE
 
     began = time.monotonic()
@@ -60,7 +69,8 @@ def _row(name: str, k: int, bundle, config) -> dict:
     sizes = {"shape": form.shape, "grey_levels": form.grey_levels, "importance": k, "estimator": MODELS[name]}
     result = train(lambda: IWAE.from_preset("mnist", **sizes), bundle, config)
     x, y = bundle.take("test", min(EXAMPLES, len(bundle.test)))
-    held = result.model.evaluate(zip(x.split(100), y.split(100), strict=True), importance=IMPORTANCE)
+    with fixed_seed(derive_seed(config.seed, "evaluate")):
+        held = result.model.evaluate(zip(x.split(100), y.split(100), strict=True), importance=IMPORTANCE)
     return {
         "model": name,
         "k": k,
@@ -85,32 +95,40 @@ def _row(name: str, k: int, bundle, config) -> dict:
 
 def _told(row: dict) -> str:
     return (
-        f"{row['model']}, k = {row['k']}: {row['nats']:.2f} ± {row['standard_error']:.2f} nats ({row['seconds']:.0f} s)"
+        f"{row['model']}, k = {row['k']}, seed {row['seed']}: {row['nats']:.2f} ± {row['standard_error']:.2f} nats "
+        f"({row['seconds']:.0f} s)"
     )
 
 
-def _picture(rows: list[dict], bundle, config):
+def _picture(rows: list[dict], bundle, steps: int):
     from genkernels import pictures
 
     def lines(cell):
-        return [[model, *(cell(row) for row in rows if row["model"] == model)] for model in MODELS]
+        return [
+            [model, *(cell([row for row in rows if (row["model"], row["k"]) == (model, k)]) for k in DRAWS)]
+            for model in MODELS
+        ]
 
-    first = rows[0]
+    def here(runs):
+        nats = [row["nats"] for row in runs]
+        if len(runs) == 1:
+            return f"{nats[0]:.2f} ± {runs[0]['standard_error']:.2f}"
+        return f"{statistics.mean(nats):.2f} ± {statistics.stdev(nats):.2f}"
+
+    first, seeds = rows[0], sorted({row["seed"] for row in rows})
     size = "×".join(map(str, bundle.form.shape[1:]))
-    run = (
-        f"{first['training_examples']:,} images, {first['examples']:,} held out; {config.max_steps:,} steps of {BATCH}"
-    )
+    run = f"{first['training_examples']:,} images, {first['examples']:,} held out; {steps:,} steps of {BATCH}"
+    run += f", seed {seeds[0]}" if len(seeds) == 1 else f", seeds {seeds[0]} to {seeds[-1]}"
+    spread = "standard error over the held-out images" if len(seeds) == 1 else "standard deviation over the seeds"
     return pictures.table(
         ["", *(f"k = {k}" for k in DRAWS)],
         {
-            f"here: {bundle.name.rsplit('/', 1)[-1]}, {size}, {run}, seed {config.seed}": lines(
-                lambda row: f"{row['nats']:.2f} ± {row['standard_error']:.2f}"
-            ),
-            f"the paper: {PAPER_DATA}": lines(lambda row: f"{row['paper_nats']:.2f}"),
+            f"here: {bundle.name.rsplit('/', 1)[-1]}, {size}, {run}": lines(here),
+            f"the paper: {PAPER_DATA}": lines(lambda runs: f"{runs[0]['paper_nats']:.2f}"),
         },
         title="−ln p(x) of held-out images by the draws in training, nats",
         note=f"By {IMPORTANCE:,} draws, of images that are binarised by chance, anew in each step. One layer of "
         "50 latents, two layers of 200 units with tanh either way. The VAE's k draws are averaged, IWAE's weighted. "
-        "Compare along k and between the lines, not here and there: the images are others and fewer. ±: standard error "
-        "over the held-out images. The paper: Burda et al., Importance weighted autoencoders, 2016.",
+        f"Compare along k and between the lines, not here and there: the images are others and fewer. ±: {spread}. "
+        "The paper: Burda et al., Importance weighted autoencoders, 2016.",
     )

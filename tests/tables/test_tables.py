@@ -101,6 +101,12 @@ def test_iwae(tmp_path, monkeypatch, capsys):
     assert len({row["nats"] for row in rows.values()}) == 5
     assert all(10 < float(row["nats"]) < 60 and row["draws"] == "20" for row in rows.values())
     assert (rows["IWAE", "50"]["paper_nats"], rows["VAE", "50"]["paper_nats"]) == ("84.78", "86.35")
+    assert main(["table", "iwae", "--steps", "2", "--threads", "1", "--seeds", "2", "--out", "two.csv"]) == 0
+    assert "12 of 12: IWAE, k = 50, seed 1: " in capsys.readouterr().err
+    with open("two.csv") as file:
+        both = [(row["model"], row["k"], row["seed"], row["nats"]) for row in csv.DictReader(file)]
+    assert len(set(both)) == 12 and [row[2] for row in both] == ["0", "1"] * 6
+    assert [nats for *_, seed, nats in both if seed == "0"] == [row["nats"] for row in rows.values()]
     assert main(["table", "iwae", "--data", "moons"]) == 2
     assert "--data must be images with grey levels" in capsys.readouterr().err
 
