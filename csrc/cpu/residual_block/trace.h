@@ -1,9 +1,10 @@
 // The exact first term, tr J = Σ d₂ᵀ M d₁ (genkernels/reference/_block.py), and its gradient: products of small
 // matrices, M's one for each class of pixels.
 //
-// Slopes are turned to lines, one for each pixel with its channels side by side, those of a class one after the other.
-// Lines are broadcast against rows of M, so that a class of a single pixel, as an image's corners are, costs no more
-// than its own products, and no column is a zero.
+// They give lines, one for each pixel with its channels side by side, those of a class one after the other: slopes are
+// broadcast from where they lie in a tile against rows of M, so that a class of a single pixel, as an image's corners
+// are, costs no more than its own products, and no column is a zero. Lines are turned into a tile's planes where they
+// are added to them, and d₁ into lines where it is a product's rows.
 #pragma once
 
 #include "gradient.h"
@@ -11,27 +12,47 @@
 namespace genkernels {
 namespace block {
 
-// to[e][·] = Σ_k x[e·each + k·step] · g[k][·] for e < count, or added to what is there; rows of g and `to` are `stride`
-// numbers apart, whole vectors. Sums are cut into runs, as those of masked_conv/products.h.
-template <typename T>
-void multiply_lines(int64_t count, const T* x, int64_t each, int64_t step, int64_t depth, const T* g, int64_t stride,
-                    T* to, bool adds) {
+// to[e][·] = Σ_k x[e][at[k]] · g[k][·], or added to what is there, for E lines and V vectors of a line.
+template <typename T, int E, int V>
+void lines_tile(const T* const* x, const int64_t* at, int64_t depth, const T* g, int64_t stride, T* to, bool adds) {
+  using Vec = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::kLanes;
-  if (depth == 0 && !adds) std::fill_n(to, count * stride, T(0));
+  Vec acc[E][V] = {};
+  const T* from[E];
+  for (int e = 0; e < E; ++e) from[e] = x[e];
+  for (int64_t k = 0; k < depth; ++k, g += stride) {
+    Vec row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = load_vector(g + v * L);
+#pragma GCC unroll 8
+    for (int e = 0; e < E; ++e)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[e][v] += row[v] * from[e][at[k]];
+  }
+#pragma GCC unroll 8
+  for (int e = 0; e < E; ++e)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      T* line = to + e * stride + v * L;
+      store_vector<T>(adds ? acc[e][v] + load_vector(line) : acc[e][v], line);
+    }
+}
+
+// The same for e < count, x[e] being x + off[e]; rows of g and lines are `stride` numbers, whole vectors. Sums are cut
+// into runs, as those of masked_conv/products.h.
+template <typename T>
+void multiply_lines(int64_t count, const T* x, const int64_t* off, const int64_t* at, int64_t depth, const T* g,
+                    int64_t stride, T* to, bool adds) {
+  constexpr int64_t L = Vector<T>::kLanes;
   const auto across = [&]<int V>(int64_t n) {
     for (int64_t k = 0; k < depth; k += masked::kRun) {
-      const int64_t deep = std::min(masked::kRun, depth - k);
-      const bool first = !adds && k == 0;
       int64_t e = 0;
       const auto some = [&]<int E>() {
         for (; e + E <= count; e += E) {
           const T* from[E];
-          for (int j = 0; j < E; ++j) from[j] = x + (e + j) * each + k * step;
-          T* sums = to + e * stride + n;
-          if (step == 1)
-            masked::outer_tile<T, E, V>(from, 0, g + k * stride + n, stride, 1, deep, sums, stride, first);
-          else
-            masked::outer_tile<T, E, V>(from, step, g + k * stride + n, stride, deep, 1, sums, stride, first);
+          for (int j = 0; j < E; ++j) from[j] = x + off[e + j];
+          lines_tile<T, E, V>(from, at + k, std::min(masked::kRun, depth - k), g + k * stride + n, stride,
+                              to + e * stride + n, adds || k > 0);
         }
       };
       some.template operator()<masked::entries_beside(V)>();
@@ -59,8 +80,9 @@ struct Trace {
   int64_t rows, columns, count;  // of M, and how many there are
   int64_t high, wide;            // rows and columns in whole vectors
   int64_t tile_columns, samples;
-  std::vector<int64_t> place;  // of each column of a tile: its line; −1: it is no pixel
-  std::vector<int64_t> first;  // of each class: its first line; [count + 1]
+  std::vector<int64_t> place, column;  // of each column of a tile its line, −1 where it is no pixel; and back
+  std::vector<int64_t> channel;        // where each channel of a tile begins
+  std::vector<int64_t> first;          // of each class: its first line; [count + 1]
   std::vector<T> straight,
       turned;  // M [count, rows, wide], where that is not `map` itself, and Mᵀ [count, columns, high]
 
@@ -77,12 +99,13 @@ struct Trace {
     require(net.count() == 3 && rows == net.values(1) && columns == net.values(0) && (count == 1 || count == 9) &&
                 (count == 1 || std::min(net.grid.height, net.grid.width) >= 2),
             "log_det_series: the trace's map must fit to the block");
-    int64_t line = 0;
     for (const std::vector<int64_t>& some : net.grid.classes(count)) {
-      first.push_back(line);
-      for (int64_t column : some) place[column] = line++;
+      first.push_back(int64_t(column.size()));
+      column.insert(column.end(), some.begin(), some.end());
     }
-    first.push_back(line);
+    first.push_back(int64_t(column.size()));
+    for (int64_t line = 0; line < lines(); ++line) place[column[line]] = line;
+    for (int64_t c = 0; c < std::max(rows, columns); ++c) channel.push_back(c * net.grid.plane());
     if (wide != columns) {
       straight.resize(count * rows * wide);
       for (int64_t r = 0; r < count * rows; ++r) std::copy_n(map + r * columns, columns, &straight[r * wide]);
@@ -101,8 +124,8 @@ struct Trace {
   int64_t lines() const { return first.back(); }
   const T* of_class(int64_t k) const { return (straight.empty() ? map : straight.data()) + k * rows * wide; }
 
-  // to[place[q]][c] = from[c][q]
-  void to_lines(const T* from, int64_t plane, int64_t channels, T* to, int64_t stride) const {
+  // to[place[q]][c] = from[c][q] · weight[q]; null: 1
+  void to_lines(const T* from, int64_t plane, int64_t channels, const T* weight, T* to, int64_t stride) const {
     squares(stride, [&](int64_t q, int64_t n, int64_t c, int64_t across) {
       T square[kSquare][kSquare], found[kSquare * kSquare];
       for (int64_t k = 0; k < kSquare; ++k) {
@@ -113,16 +136,21 @@ struct Trace {
       }
       masked::transpose(square, found, kSquare, n, kSquare);
       for (int64_t j = 0; j < n; ++j)
-        if (place[q + j] >= 0) copy(found + j * kSquare, to + place[q + j] * stride + c, across);
+        if (place[q + j] >= 0)
+          copy(found + j * kSquare, weight ? weight[q + j] : T(1), to + place[q + j] * stride + c, across);
     });
   }
 
-  // to[c][q] += from[place[q]][c]
-  void add_lines(const T* from, int64_t stride, int64_t channels, T* to, int64_t plane) const {
+  // to[c][q] += from[place[q]][c] · weight[q]
+  void add_lines(const T* from, int64_t stride, int64_t channels, const T* weight, T* to, int64_t plane) const {
     squares(stride, [&](int64_t q, int64_t n, int64_t c, int64_t across) {
-      T square[kSquare][kSquare] = {}, found[kSquare * kSquare];
-      for (int64_t j = 0; j < n; ++j)
-        if (place[q + j] >= 0) copy(from + place[q + j] * stride + c, square[j], across);
+      T square[kSquare][kSquare], found[kSquare * kSquare];
+      for (int64_t j = 0; j < kSquare; ++j) {
+        if (j < n && place[q + j] >= 0)
+          copy(from + place[q + j] * stride + c, weight[q + j], square[j], across);
+        else
+          for (T& x : square[j]) x = T(0);
+      }
       masked::transpose(square, found, kSquare, kSquare, kSquare);
       for (int64_t k = 0; k < std::min(kSquare, channels - c); ++k) {
         T* row = to + (c + k) * plane + q;
@@ -140,17 +168,16 @@ struct Trace {
       for (int64_t c = 0; c < stride; c += kSquare)
         f(q, std::min(kSquare, tile_columns - q), c, std::min(kSquare, stride - c));
   }
-  static void copy(const T* from, T* to, int64_t n) {
-    for (int64_t i = 0; i < n; i += kLanes) store_vector<T>(load_vector(from + i), to + i);
+  static void copy(const T* from, T by, T* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) store_vector<T>(by * load_vector(from + i), to + i);
   }
 };
 
-// Lines of a thread's tile: d₁, d₂, and what they are multiplied to.
+// Lines of a thread's tile: d₁, and what a product gives.
 template <typename T>
 struct TraceRoom {
-  Scratch<T> d1, d2, product;
-  explicit TraceRoom(const Trace<T>& t)
-      : d1(t.lines() * t.wide), d2(t.lines() * t.high), product(t.lines() * std::max(t.wide, t.high)) {}
+  Scratch<T> d1, product;
+  explicit TraceRoom(const Trace<T>& t) : d1(t.lines() * t.wide), product(t.lines() * std::max(t.wide, t.high)) {}
 };
 
 // Adds `by` times tr J of each of a tile's samples to to[sample].
@@ -158,13 +185,12 @@ template <typename T>
 void add_trace(Tile<T>& tile, const Trace<T>& trace, TraceRoom<T>& room, double by, double* to) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t L = Vector<T>::kLanes, kTerms = 128;  // of a lane in T, sums of these then in fp64
-  trace.to_lines(tile.slope(0), tile.plane, trace.columns, room.d1, trace.wide);
-  trace.to_lines(tile.slope(1), tile.plane, trace.rows, room.d2, trace.high);
+  trace.to_lines(tile.slope(0), tile.plane, trace.columns, nullptr, room.d1, trace.wide);
   for (int64_t k = 0; k < trace.count; ++k) {
     const int64_t line = trace.first[k], lines = trace.first[k + 1] - line, each = lines / trace.samples * trace.wide;
     T* found = room.product + line * trace.wide;
-    multiply_lines<T>(lines, room.d2 + line * trace.high, trace.high, 1, trace.rows, trace.of_class(k), trace.wide,
-                      found, false);
+    multiply_lines<T>(lines, tile.slope(1), trace.column.data() + line, trace.channel.data(), trace.rows, trace.of_class(k),
+                      trace.wide, found, false);
     const T* d1 = room.d1 + line * trace.wide;
     for (int64_t s = 0; s < trace.samples; ++s, found += each, d1 += each)
       for (int64_t i = 0; i < each;) {
@@ -182,32 +208,25 @@ void add_trace(Tile<T>& tile, const Trace<T>& trace, TraceRoom<T>& room, double 
 template <typename T>
 void add_trace_gradient(Tile<T>& tile, const Trace<T>& trace, TraceRoom<T>& room, T* by_d1, T* by_d2, const T* weight,
                         T* by_map) {
-  trace.to_lines(tile.slope(0), tile.plane, trace.columns, room.d1, trace.wide);
-  trace.to_lines(tile.slope(1), tile.plane, trace.rows, room.d2, trace.high);
-  const auto weigh = [&](T* lines, int64_t stride) {
-    for (int64_t q = 0; q < trace.tile_columns; ++q)
-      if (trace.place[q] >= 0)
-        for (int64_t i = 0; i < stride; ++i) lines[trace.place[q] * stride + i] *= weight[q];
-  };
-  weigh(room.d2, trace.high);
+  const T *d1 = tile.slope(0), *d2 = tile.slope(1);
+  const int64_t* channel = trace.channel.data();
   const auto classes = [&](auto&& f) {
-    for (int64_t k = 0; k < trace.count; ++k) {
-      const int64_t line = trace.first[k];
-      f(k, trace.first[k + 1] - line, room.d1 + line * trace.wide, room.d2 + line * trace.high, line);
-    }
+    for (int64_t k = 0; k < trace.count; ++k)
+      f(k, trace.first[k], trace.first[k + 1] - trace.first[k], trace.column.data() + trace.first[k]);
   };
-  classes([&](int64_t k, int64_t lines, const T* d1, const T* d2, int64_t line) {
-    multiply_lines<T>(lines, d2, trace.high, 1, trace.rows, trace.of_class(k), trace.wide,
+  trace.to_lines(d1, tile.plane, trace.columns, weight, room.d1, trace.wide);
+  classes([&](int64_t k, int64_t line, int64_t lines, const int64_t* column) {
+    multiply_lines<T>(lines, d2, column, channel, trace.rows, trace.of_class(k), trace.wide,
                       room.product + line * trace.wide, false);
-    multiply_lines<T>(trace.rows, d2, 1, trace.high, lines, d1, trace.wide, by_map + k * trace.rows * trace.wide, true);
+    multiply_lines<T>(trace.rows, d2, channel, column, lines, room.d1 + line * trace.wide, trace.wide,
+                      by_map + k * trace.rows * trace.wide, true);
   });
-  trace.add_lines(room.product, trace.wide, trace.columns, by_d1, tile.plane);
-  classes([&](int64_t k, int64_t lines, const T* d1, const T*, int64_t line) {
-    multiply_lines<T>(lines, d1, trace.wide, 1, trace.columns, &trace.turned[k * trace.columns * trace.high],
+  trace.add_lines(room.product, trace.wide, trace.columns, weight, by_d1, tile.plane);
+  classes([&](int64_t k, int64_t line, int64_t lines, const int64_t* column) {
+    multiply_lines<T>(lines, d1, column, channel, trace.columns, &trace.turned[k * trace.columns * trace.high],
                       trace.high, room.product + line * trace.high, false);
   });
-  weigh(room.product, trace.high);
-  trace.add_lines(room.product, trace.high, trace.rows, by_d2, tile.plane);
+  trace.add_lines(room.product, trace.high, trace.rows, weight, by_d2, tile.plane);
 }
 
 }  // namespace block
