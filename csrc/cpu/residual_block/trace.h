@@ -189,8 +189,8 @@ void add_trace(Tile<T>& tile, const Trace<T>& trace, TraceRoom<T>& room, double 
   for (int64_t k = 0; k < trace.count; ++k) {
     const int64_t line = trace.first[k], lines = trace.first[k + 1] - line, each = lines / trace.samples * trace.wide;
     T* found = room.product + line * trace.wide;
-    multiply_lines<T>(lines, tile.slope(1), trace.column.data() + line, trace.channel.data(), trace.rows, trace.of_class(k),
-                      trace.wide, found, false);
+    multiply_lines<T>(lines, tile.slope(1), trace.column.data() + line, trace.channel.data(), trace.rows,
+                      trace.of_class(k), trace.wide, found, false);
     const T* d1 = room.d1 + line * trace.wide;
     for (int64_t s = 0; s < trace.samples; ++s, found += each, d1 += each)
       for (int64_t i = 0; i < each;) {
