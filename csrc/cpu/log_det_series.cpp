@@ -16,6 +16,7 @@
 #include "residual_block/gradient.h"
 #include "residual_block/jacobian.h"
 #include "residual_block/trace.h"
+#include "residual_block/trace_map.h"
 
 #include <cmath>
 
@@ -115,15 +116,15 @@ FoundAndKept series(const Tensor& x, const std::vector<Tensor>& weights, const s
   const bool exact = trace_map.has_value() && n > 0;
   std::optional<Trace<T>> trace;
   if (exact) trace.emplace(*trace_map, net, false);
-  std::vector<double> totals(batch), traces(exact ? trace->count * batch : 0);
+  std::vector<double> totals(batch);
   const int64_t tiles = batch ? (batch + net.grid.samples - 1) / net.grid.samples : 0;
   if (!probes.has_value()) std::fill_n(to_shrink, count * batch, T(0));
   T *to_value = value, *to_sums = sums;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     Tile<T> tile(net);
     Planes<T> v(net.grid, channels), w(net.grid, channels), s(net.grid, channels);
-    std::optional<Traces<T>> first;
-    if (exact) first.emplace(*trace, net.grid.samples, batch, traces.data());
+    std::optional<TraceRoom<T>> room;
+    if (exact) room.emplace(*trace);
     std::optional<Jacobian<T>> jacobian;
     if (small) jacobian.emplace(net);
     std::vector<T> dots(tile.columns);
@@ -144,7 +145,7 @@ FoundAndKept series(const Tensor& x, const std::vector<Tensor>& weights, const s
         });
       for (int64_t i = 0; keep && i < tile.last(); ++i) kept.store(tile, tile.argument(i), from, some, 0, i);
       std::fill(total.begin(), total.end(), 0.0);
-      if (exact) first->add(tile, from);
+      if (exact) add_trace(tile, *trace, *room, terms[0], total.data());
       for (int64_t p = 0; p < count; ++p) {
         net.grid.stage(noise + p * batch * size, channels, from, some, v.at());
         net.grid.stage(noise + p * batch * size, channels, from, some, w.at());
@@ -180,12 +181,8 @@ FoundAndKept series(const Tensor& x, const std::vector<Tensor>& weights, const s
       }
       for (int64_t g = 0; g < some; ++g) totals[from + g] = total[g];
     }
-    if (exact) first->give();
   });
-  for (int64_t s = 0; probes.has_value() && s < batch; ++s) {
-    for (int64_t k = 0; exact && k < trace->count; ++k) totals[s] += terms[0] * traces[k * batch + s];
-    to_log_det[s] = T(totals[s]);
-  }
+  for (int64_t s = 0; probes.has_value() && s < batch; ++s) to_log_det[s] = T(totals[s]);
   return {value.done(), log_det, sums.done(), shrink, memory};
 }
 
@@ -291,7 +288,8 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
   Result<T> by_x(x, shape_of(x));
   const int64_t tiles = batch ? (batch + net.grid.samples - 1) / net.grid.samples : 0, parts = parts_of(tiles);
   std::vector<Sums<T>> sums(parts);
-  std::vector<std::vector<Outer<T>>> by_map(parts);
+  const int64_t of_map = exact ? trace->count * trace->rows * trace->wide : 0;
+  std::vector<T> by_map(parts * of_map, T(0));
   T* to_x = by_x;
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Tile<T> tile(net);
@@ -299,18 +297,12 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
     std::optional<Tangents<T>> tangents;
     if (counts) tangents.emplace(net);
     std::optional<TraceRoom<T>> room;
-    std::vector<T> turned, weight(tile.columns);
-    if (exact) {
-      room.emplace(*trace);
-      turned.resize((trace->stride + 16) * (round_up(trace->rows, Vector<T>::kLanes) + 64));
-    }
+    std::vector<T> weight(tile.columns);
+    if (exact) room.emplace(*trace);
     const std::vector<int64_t> at = probes.has_value() ? std::vector<int64_t>() : places(tile);
     std::vector<T*> by_slope(maps - 1, nullptr);
     for (int64_t part = begin; part < end; ++part) {
       sums[part].shape(net);
-      for (int64_t k = 0; exact && k < trace->count; ++k)
-        by_map[part].emplace_back().shape(trace->rows, trace->columns, 1, trace->strides[k],
-                                          [](int64_t) { return int64_t(0); });
       for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
         const int64_t from = t * net.grid.samples, some = std::min(net.grid.samples, batch - from);
         net.grid.stage(static_cast<const T*>(points), channels, from, some, tile.input(0));
@@ -349,8 +341,7 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
           }
           if (exact) {
             for (T& w : weight) w *= T(first);
-            add_trace_gradient(tile, *trace, *room, by_slope[0], by_slope[1], weight.data(), by_map[part],
-                               turned.data());
+            add_trace_gradient(tile, *trace, *room, by_slope[0], by_slope[1], weight.data(), &by_map[part * of_map]);
           }
         }
         if (grad_value.has_value())
@@ -384,12 +375,10 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
     Result<T> by_trace(*trace_map, shape_of(*trace_map));
     T* to = by_trace;
     std::fill_n(to, trace_map->numel(), T(0));
-    torch::stable::parallel_for(0, exact ? trace->count : 0, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        for (int64_t p = 1; p < parts; ++p) by_map[0][k].join(by_map[p][k]);
-        if (parts) by_map[0][k].give(to + k * trace->rows * trace->columns);
-      }
-    });
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t r = 0; exact && r < trace->count * trace->rows; ++r)
+        for (int64_t i = 0; i < trace->columns; ++i)
+          to[r * trace->columns + i] += by_map[part * of_map + r * trace->wide + i];
     out.push_back(by_trace.done());
   }
   return out;
@@ -425,6 +414,12 @@ Tensor log_det_series_trace_map(std::vector<Tensor> weights, int64_t activation)
   return trace_map<float>(weights, mirrored);
 }
 
+std::vector<Tensor> log_det_series_trace_map_backward(Tensor grad, std::vector<Tensor> weights, int64_t activation) {
+  const bool mirrored = Nonlinearity(activation) == Nonlinearity::kClipswish;
+  if (arithmetic_dtype(weights[0]) == ScalarType::Double) return trace_map_backward<double>(grad, weights, mirrored);
+  return trace_map_backward<float>(grad, weights, mirrored);
+}
+
 }  // namespace
 }  // namespace block
 }  // namespace genkernels
@@ -434,6 +429,7 @@ STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   m.impl("log_det_series", TORCH_BOX(&log_det_series));
   m.impl("log_det_series_backward", TORCH_BOX(&log_det_series_backward));
   m.impl("log_det_series_trace_map", TORCH_BOX(&log_det_series_trace_map));
+  m.impl("log_det_series_trace_map_backward", TORCH_BOX(&log_det_series_trace_map_backward));
   m.impl("log_det_series_keeping", TORCH_BOX(&log_det_series_keeping));
   m.impl("log_det_series_kept_backward", TORCH_BOX(&log_det_series_kept_backward));
 }

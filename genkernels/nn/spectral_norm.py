@@ -15,7 +15,7 @@ from genkernels import ops
 from genkernels.networks import operator_norm
 from genkernels.networks._outside import outside
 from genkernels.nn import _compiled_norm
-from genkernels.nn._seen import Seen, wrapped
+from genkernels.nn._seen import Seen, fake, wrapped
 from genkernels.ops import MATRIX, Geometry, checks
 from genkernels.reference.spectral_norm import as_plan
 
@@ -417,10 +417,12 @@ class Group:
         for (*_, iterations), jobs in buckets.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and not _by_reference(jobs[0][1])):
                 out = _call(jobs, iterations)
+            if iterations:
+                with torch.no_grad():
+                    torch._foreach_copy_([m._u for m, *_ in jobs] + [m._v for m, *_ in jobs], [*out.u, *out.v])
             sigmas = out.sigma.detach().split(1)
             for (member, weight, _, _), normal, *found in zip(jobs, out.weights, out.u, out.v, sigmas, strict=True):
                 if iterations:
-                    member.write(*found[:2])
                     member._updated_for.note(weight)
                 self._kept[member] = Kept.of(normal, tuple(found), member, weight)
 
@@ -434,9 +436,8 @@ def _call(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:
 
 
 def _can_keep(weight: Tensor) -> bool:
-    if ops.transforms_active() or wrapped(weight) or weight.is_inference() or weight.is_meta:
-        return False
-    return torch._guards.detect_fake_mode((weight,)) is None
+    transformed = ops.transforms_active() or wrapped(weight)
+    return not (transformed or weight.is_inference() or weight.is_meta or fake(weight))
 
 
 def _wanted(weight: Tensor) -> int:

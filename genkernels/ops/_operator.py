@@ -108,7 +108,9 @@ class Operator:
         name = schema.split("(", 1)[0]
         op = TorchOp(self, name, reference, gradient, self.kernels | (kernels or {}), prefers or self.prefers)
         op.run = in_graph(schema, reference, fake)
-        op.first_on_cpu = op.has("cpu") and op.prefers in ("", "cpu") and not backends.why_missing("cpu")
+        # of backends for tensors on a CPU there is one: another that is preferred is a GPU's
+        preferred = isinstance(op.prefers, str) and op.prefers != "reference"
+        op.first_on_cpu = op.has("cpu") and preferred and not backends.why_missing("cpu")
         types = [str(argument.type) for argument in op.run._schema.arguments]
         op.tensors = [i for i, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]")]
         op.lists = [i for i, kind in enumerate(types) if kind == "List[Tensor]"]

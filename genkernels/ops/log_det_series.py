@@ -342,7 +342,7 @@ TRACE_MAP_BACKWARD = OPERATOR.define(
     reference.log_det_series_trace_map_backward,
     lambda grad, weights, activation: [w.new_empty(w.shape) for w in weights],
     gradient=THROUGH_REFERENCE,
-    kernels=dict.fromkeys(("cpu", "triton", "cuda"), "products of weights, once a call, which torch has"),
+    kernels=dict.fromkeys(("triton", "cuda"), "products of weights, once a call, which torch has"),
 )
 STOPPED = in_graph(
     "log_det_series_stopped(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parameters, Tensor? trace_map, "

@@ -187,10 +187,12 @@ def _backward(ctx, grads):
     used = [i for i in range(count) if grads[i] is not None or grad_sigma is not None]
     by_weight: list[Tensor | None] = [None] * count
     if used:
-        plan = [n for i in used for n in ctx.plan[reference.RECORD * i : reference.RECORD * (i + 1)]]
+        plan, sigma = ctx.plan, ctx.sigma
+        if len(used) < count:
+            plan = [n for i in used for n in plan[reference.RECORD * i : reference.RECORD * (i + 1)]]
+            sigma = sigma[used]
         picked = [ctx.weights[i] for i in used]
         given = [w.new_zeros(w.shape) if grads[i] is None else grads[i] for i, w in zip(used, picked, strict=True)]
-        sigma = ctx.sigma if len(used) == count else ctx.sigma[used]
         u, v = [ctx.vectors[i] for i in used], [ctx.vectors[count + i] for i in used]
         if torch.is_grad_enabled() and any(w.requires_grad for w in picked):
             sigma = _sigma(picked, u, v, plan)

@@ -10,6 +10,7 @@ import torch
 import genkernels as gk
 from genkernels import ops
 from genkernels._options import Nonlinearity
+from genkernels.reference import _block
 from tests.checks import assert_as_accurate, bits, pairwise
 from tests.ops.blocks import ACTIVATIONS, SHAPES, block, jacobians, network
 
@@ -297,6 +298,23 @@ def test_the_map_of_the_trace_is_what_comes_back_to_a_pixel(functions, name, act
         passed = torch.nn.functional.conv2d(impulse.unflatten(2, (3, 3)), last, padding=padding)
         back = torch.nn.functional.conv2d(passed, first, padding=padding).flatten(2)[:, :, k]
         torch.testing.assert_close(found[k], (middle * back).to(dtype))
+
+
+@pytest.mark.implementations(torch_op="log_det_series_trace_map_backward")
+@pytest.mark.every_build
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["lipswish", "clipswish"])
+@pytest.mark.parametrize("name", ["mlp", "3-1-3", "1-1-1", "large", "broad"])
+def test_the_map_of_the_trace_has_the_gradients_of_its_definition(functions, name, activation, dtype):
+    _, weights, *_ = block(name, activation, dtype=dtype)
+    number = Nonlinearity[activation.upper()]
+    leaves = [w.double().requires_grad_() for w in weights]
+    map_of = _block.trace_map(_block.Block(leaves, [], leaves[0], number))
+    grad = torch.randn(map_of.shape, generator=torch.Generator().manual_seed(3), dtype=F64).to(dtype)
+    expected = torch.autograd.grad(map_of, leaves, grad.double())
+    found = functions.log_det_series_trace_map_backward(grad, weights, number)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.to(dtype))
 
 
 @quick

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genkernels import backends, ops
 from genkernels.backends import BackendUnavailable, use_backend
+from genkernels.ops import _operator
 from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, Refused
 from genkernels.ops._operator import Operator
 
@@ -282,3 +283,13 @@ def test_a_preference_for_what_is_not_there_is_passed_over(make, monkeypatch):
     assert op.backend_for(torch.ones(2)) == "cpu"
     with FakeTensorMode():
         assert op.backend_for(torch.empty(2, device="cuda")) == "triton"
+
+
+@pytest.mark.skipif(bool(backends.why_missing("cpu")), reason="the CPU library is not built")
+@pytest.mark.parametrize("name", ["log_det_series", "spectral_norm"])
+def test_on_a_cpu_its_kernel_is_taken_without_a_choice_whichever_backend_a_gpu_prefers(monkeypatch, name):
+    """The choice takes a microsecond in every call of a layer."""
+    op = next(o.torch_ops[name] for o in ops.OPERATORS.values() if name in o.torch_ops)
+    monkeypatch.setattr(_operator, "_choose", lambda *_: pytest.fail("chosen"))
+    with use_backend("auto"):
+        assert op.backend_for([torch.zeros(2, 2)]) == "cpu"

@@ -14,11 +14,6 @@ namespace block {
 using product::round_up;
 using product::Scratch;
 
-// A stretch of columns side by side.
-struct Run {
-  int64_t at, length;
-};
-
 struct Grid {
   int64_t height = 1, width = 1, reach = 0, samples = 1;  // of an image; how far a map reaches; samples of a tile
   int64_t lanes = 1;
@@ -84,27 +79,14 @@ struct Grid {
     return found;
   }
 
-  // The columns of each class of pixels (genkernels/reference/_block.py), of every sample.
-  std::vector<std::vector<Run>> classes(int64_t count) const {
-    std::vector<std::vector<Run>> found(count);
-    if (count == 1) {
-      for (int64_t s = 0; s < samples; ++s)
-        for (int64_t y = 0; y < height; ++y) {
-          const Run run{first(s) + y * pitch(), width};
-          if (!found[0].empty() && found[0].back().at + found[0].back().length == run.at)
-            found[0].back().length += run.length;
-          else
-            found[0].push_back(run);
-        }
-      return found;
-    }
+  // The columns of each class of pixels (genkernels/reference/_block.py), sample by sample.
+  std::vector<std::vector<int64_t>> classes(int64_t count) const {
+    std::vector<std::vector<int64_t>> found(count);
+    const auto line = [](int64_t i, int64_t n) { return i == n - 1 ? 2 : i == 0 ? 0 : 1; };
     for (int64_t s = 0; s < samples; ++s)
-      for (int64_t y = 0; y < height; ++y) {
-        const int64_t line = y == height - 1 ? 2 : y == 0 ? 0 : 1, at = first(s) + y * pitch();
-        found[3 * line].push_back({at, 1});
-        if (width > 2) found[3 * line + 1].push_back({at + 1, width - 2});
-        found[3 * line + 2].push_back({at + width - 1, 1});
-      }
+      for (int64_t y = 0; y < height; ++y)
+        for (int64_t x = 0; x < width; ++x)
+          found[count == 1 ? 0 : 3 * line(y, height) + line(x, width)].push_back(first(s) + y * pitch() + x);
     return found;
   }
 
