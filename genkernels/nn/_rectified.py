@@ -15,16 +15,19 @@ from torch.compiler import is_compiling
 
 from genkernels.backends import current_backend
 from genkernels.ops import transforms_active
+from genkernels.ops._operator import of_others
 
 
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """As ``F.relu``."""
-    return _Relu.apply(x) if _by_result(x) else F.relu(x, inplace)
+    return torch.ops.genkernels.rectified(x, 0.0) if _by_result(x) else F.relu(x, inplace)
 
 
 def leaky_relu(x: Tensor, negative_slope: float) -> Tensor:
     """As ``F.leaky_relu``."""
-    return _LeakyRelu.apply(x, negative_slope) if _by_result(x) else F.leaky_relu(x, negative_slope)
+    if _by_result(x):
+        return torch.ops.genkernels.rectified(x, float(negative_slope))
+    return F.leaky_relu(x, negative_slope)
 
 
 class ReLU(nn.ReLU):
@@ -49,23 +52,10 @@ def _by_result(x: Tensor) -> bool:
     return is_compiling() and x.device.type == "cpu" and current_backend() != "reference" and not transforms_active()
 
 
-class _Relu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        y = F.relu(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        (y,) = ctx.saved_tensors
-        return grad * y.sign()
-
-
-class _LeakyRelu(torch.autograd.Function):
+class _Rectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, negative_slope):
-        y = F.leaky_relu(x, negative_slope)
+        y = F.leaky_relu(x, negative_slope) if negative_slope else F.relu(x)
         ctx.save_for_backward(y)
         ctx.negative_slope = negative_slope
         return y
@@ -73,5 +63,11 @@ class _LeakyRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (y,) = ctx.saved_tensors
+        if not ctx.negative_slope:
+            return grad * y.sign(), None
         above = grad * y.relu().sign()
         return above + ctx.negative_slope * (grad - above), None
+
+
+# as an operator: Dynamo (torch 2.13) fails on a function of one's own whose batch is of any size
+of_others("rectified(Tensor x, float negative_slope) -> Tensor", lambda x, slope: _Rectified.apply(x, slope))
