@@ -303,8 +303,9 @@ def draw(case: StepCase, device: torch.device) -> StepProblem:
         if several:
             batches = batches[: math.ceil(len(batches) / period(model))]
         with use_backend("reference"):
-            if hasattr(model, "initialize"):
-                model.initialize(batches[0])
+            flow = getattr(model, "flow", model)  # that of a hybrid
+            if hasattr(flow, "initialize"):
+                flow.initialize(batches[0])
             if hasattr(model, "begin"):
                 model.begin(torch.cat(batches), None)
             truth, *rest = (

@@ -101,8 +101,7 @@ def importance_loss(
         and every parameter that log_weight uses, in ``backward``, once: hooks and ``DistributedDataParallel`` around
         the whole model see it as ever.
 
-    The graph of ``torch.compile`` breaks here, but for the models of this library where one graph has all samples and
-    the estimator is another than dreg, piwae and vimco.
+    The graph of ``torch.compile`` breaks here, but for the models of this library.
 
     Raises:
         ValueError: k, chunk, the estimator or what log_weight returns is wrong; dreg meets latents of which one is made
