@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from genkernels.backends import current_backend
 from genkernels.ops import transforms_active
@@ -49,7 +49,10 @@ class LeakyReLU(nn.LeakyReLU):
 
 
 def _by_result(x: Tensor) -> bool:
-    return is_compiling() and x.device.type == "cpu" and current_backend() != "reference" and not transforms_active()
+    if not is_compiling() or x.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    # an exported pass is to run without this library, the reference is what a compiler makes of torch's own
+    return not (is_exporting() or current_backend() == "reference" or transforms_active())
 
 
 class _Rectified(torch.autograd.Function):
