@@ -44,10 +44,7 @@ def held(critic: Critic, x: Tensor, y: Tensor | None) -> tuple[str, list[Tensor]
 
 
 def held_model(model: nn.Module, read: Callable[[], Any]) -> tuple[str, list[Tensor]]:
-    """A key of a model, of which the pass is bound to all that `read` reads, and its tensors; "" and none where the
-    compiler cannot ask for the key."""
-    if not _outside.ASKS_OF_MODULES:
-        return "", []
+    """A key of a model, of which the pass is bound to all that `read` reads, and its tensors."""
     current_backend()
     read()
     return _new_key(model), _tensors(model)

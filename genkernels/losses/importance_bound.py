@@ -12,6 +12,7 @@ from torch import Tensor
 from genkernels.losses import _in_graph
 from genkernels.losses._estimators import Estimator
 from genkernels.losses._two_passes import Chunks, LogWeight, carry, check_latents
+from genkernels.networks import _outside
 from genkernels.networks._outside import outside
 from genkernels.ops import checks, transforms_active
 from genkernels.ops._operator import of_others
@@ -118,11 +119,13 @@ def importance_loss(
     arguments = (parameters, log_weight, k, chunk, estimator, generator, seed)
     if not torch.compiler.is_compiling():
         return _importance_loss(*arguments)
-    if generator is not None or not getattr(log_weight, "takes_stream", False):
-        return outside(_importance_loss, *arguments)
     chosen = Estimator.parse(estimator)
+    plain = chunk is None and not (chosen.weighs_apart or chosen.stopped)
+    held = plain or _outside.ASKS_OF_MODULES
+    if generator is not None or not (held and getattr(log_weight, "takes_stream", False)):
+        return outside(_importance_loss, *arguments)
     chunks = _chunks(WHO, parameters, log_weight, k, chunk, chosen, generator, seed)
-    if chunk is None and not (chosen.weighs_apart or chosen.stopped):
+    if plain:
         weighed = chosen.weighed(chunks.one_graph()[0])
         return _described(weighed.bound, weighed.shares)
     data, model = log_weight.data, log_weight.model
@@ -131,10 +134,9 @@ def importance_loss(
         model._log_weight(*data)(chunks.parameters, 1, chunks.generator(0), False)
 
     key, tensors = _in_graph.held_model(model, read)
-    if not key:
-        return outside(_importance_loss, *arguments)
+    word = chosen.name if chosen.setting is None else f"{chosen.name}:{chosen.setting!r}"  # all digits
     seed = chunks.seed if isinstance(chunks.seed, Tensor) else torch.tensor(chunks.seed)
-    given = tensors, chunks.parameters, data, seed, k, chunk, str(chosen)
+    given = tensors, chunks.parameters, data, seed, k, chunk, word
     bound, size, largest, *means = torch.ops.genkernels.importance_loss_of(key, *given)
     log_weight.counted(means)
     return Bound(-bound.mean(), bound, size, largest)

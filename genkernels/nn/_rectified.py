@@ -1,9 +1,9 @@
 """ReLU and LeakyReLU whose gradient a compiled pass on a CPU takes from the result, not from a mask of signs.
 
 Where the input was above 0 is a tensor of bytes, which compilers keep for the way back for being small: beside a result
-that the next layer keeps anyway, and in its place where the next layer is frozen. Inductor (torch 2.13, AVX-512) writes
-it entry by entry, which for 128×128 takes 123 µs where the function itself takes 2. So the gradient is made of products
-with the sign of the result, 0 or 1, in which there is no mask to keep.
+that the next layer keeps anyway, and in its place where the next layer is frozen. Inductor (torch 2.13) writes it entry
+by entry, which for 128×128 takes 123 µs where the function itself takes 2. So the gradient is made of products with the
+sign of the result, 0 or 1, in which there is no mask to keep.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 import genkernels as gk
 from genkernels import backends
 from genkernels.models import MODELS, LikelihoodModel
+from genkernels.networks import _outside
 
 #: One of each layer is enough.
 SMALL = {
@@ -108,6 +109,7 @@ def test_a_residual_flow_is_one_graph_with_the_same_draws(preset, options, dtype
         ("iwae", "points", {"importance": 7, "estimator": "dreg", "posterior": "iaf", "chunk": 3}, torch.float64),
         ("iwae", "points", {"importance": 6, "estimator": "piwae:3"}, torch.float64),
         ("iwae", "points", {"importance": 6, "estimator": "piwae:3", "posterior": "planar", "chunk": 2}, torch.float64),
+        ("iwae", "points", {"importance": 6, "estimator": "ciwae:0.123456789", "chunk": 4}, torch.float64),
         ("iwae", "digits", {"importance": 5, "chunk": 2}, torch.float32),
         (
             *("hierarchicalvae", "digits"),
@@ -137,6 +139,18 @@ def test_a_bound_of_several_draws_is_one_graph_with_the_same_draws(name, preset,
         terms = run(x)
         results.append([*terms.values(), *torch.autograd.grad(terms["loss"], parameters, allow_unused=True)])
     apart(results, [*terms, *dict(model.named_parameters())], dtype)
+
+
+def test_a_bound_in_chunks_breaks_the_graphs_of_compilers_that_ask_nothing_of_modules(monkeypatch):
+    """With the draws of eager mode still."""
+    monkeypatch.setattr(_outside, "ASKS_OF_MODULES", False)
+    torch._dynamo.reset()
+    model = MODELS["iwae"].from_preset("points", width=8, importance=6, chunk=4)
+    x, values = torch.randn(4, 2), []
+    for run in (model.log_bound, torch.compile(model.log_bound, backend="aot_eager")):
+        torch.manual_seed(1)
+        values.append(run(x, chunk=4))
+    torch.testing.assert_close(*values)
 
 
 def test_a_compiled_pass_in_chunks_keeps_of_them_what_one_draw_more_does_not_change():
