@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from genkernels._seeds import derive_seed
 from genkernels.losses import _graphs
 from genkernels.losses._estimators import Estimator, Weighed
-from genkernels.ops._stream import Stream
+from genkernels.ops._stream import Stream, again
 
 LogWeight = Callable[[tuple[Tensor, ...], int, torch.Generator, bool], tuple[Tensor, object]]
 
@@ -36,14 +37,16 @@ class Chunks:
     ):
         self.who, self.log_weight, self.estimator, self.seed = who, log_weight, estimator, seed
         self.parameters, self.sizes = tuple(parameters), list(sizes)
-        if not torch.compiler.is_compiling():  # where there is one pass alone
-            self.context = contextvars.copy_context()
-            self.autocast = _autocast_state(self.parameters[0].device.type)
+
+    @functools.cached_property
+    def autocast(self) -> Callable[[], contextlib.AbstractContextManager]:
+        """The state of the first pass, for those to come."""
+        return _autocast_state(self.parameters[0].device.type)
 
     # ----------------------------------------------------------------------------------------------------- one chunk
 
     def generator(self, index: int) -> torch.Generator | Stream:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or isinstance(self.seed, Tensor):
             return Stream(self.seed, index, self.parameters[0].device)
         return torch.Generator(self.parameters[0].device).manual_seed(derive_seed(self.seed, index))
 
@@ -54,9 +57,15 @@ class Chunks:
 
     def run(self, parameters: tuple[Tensor, ...], index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Log-weights ``[N, size]`` of one chunk, and its latents: the same numbers in every pass."""
-        # whatever draws from torch's own generators (dropout) draws alike in both passes too
-        with self.autocast(), _torchs_own(self.parameters[0].device, derive_seed(self.seed, "own", index)):
+        with self.autocast(), self._torchs_own(index):
             return self._checked(parameters, self.sizes[index], self.generator(index))
+
+    def _torchs_own(self, index: int) -> contextlib.AbstractContextManager:
+        """Whatever draws from torch's own generators (dropout) draws alike in both passes too; what a compiled pass
+        holds draws from a stream alone."""
+        if isinstance(self.seed, Tensor):
+            return contextlib.nullcontext()
+        return _torchs_own(self.parameters[0].device, derive_seed(self.seed, "own", index))
 
     def _checked(self, parameters, size: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
         who, stopped = self.who, self.estimator.stopped
@@ -88,6 +97,7 @@ class Chunks:
 
     def recorded(self) -> Tensor:
         """The same, and the last chunk with its graph, in which `leaves` are found."""
+        self.context = contextvars.copy_context()
         self.points = tuple(p.detach().requires_grad_(p.requires_grad) for p in self.parameters)
         with torch.no_grad():
             chunks = [_widened(self.run(self.points, index)[0]) for index in range(len(self.sizes) - 1)]
@@ -120,6 +130,8 @@ class Chunks:
         return self.context.copy().run(self._gradients, weighed, grad)
 
     def _gradients(self, weighed: Weighed, grad: Tensor) -> list[Tensor | None]:
+        if isinstance(self.seed, Tensor):  # else a compiler would keep what the first pass computed
+            self.seed = again(self.seed, grad)
         known = {id(leaf) for leaf in self.leaves}
         points = [p for p in self.points if p.requires_grad]
         sums = _Sums([*points, *self.leaves])
@@ -155,7 +167,8 @@ class Chunks:
 
     def attached(self, weighed: Weighed) -> Tensor:
         """The bound, with its gradient to come from the second pass."""
-        tensors = [*self.parameters, *self.leaves]
+        stands_for = getattr(self.log_weight, "stands_for", {})
+        tensors = [*self.parameters, *(stands_for.get(id(leaf), leaf) for leaf in self.leaves)]
         if not any(t.requires_grad for t in tensors):
             return weighed.bound
         return _InChunks.apply(self, weighed, weighed.bound, *tensors)

@@ -9,10 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genkernels.losses import _in_graph
 from genkernels.losses._estimators import Estimator
 from genkernels.losses._two_passes import Chunks, LogWeight, carry, check_latents
+from genkernels.networks import _outside
 from genkernels.networks._outside import outside
 from genkernels.ops import checks, transforms_active
+from genkernels.ops._operator import of_others
 
 WHO, ESTIMATE = "importance_loss", "importance_estimate"
 
@@ -99,8 +102,7 @@ def importance_loss(
         and every parameter that log_weight uses, in ``backward``, once: hooks and ``DistributedDataParallel`` around
         the whole model see it as ever.
 
-    The graph of ``torch.compile`` breaks here, but for the models of this library where one graph has all samples and
-    the estimator is another than dreg, piwae and vimco.
+    The graph of ``torch.compile`` breaks here, but for the models of this library.
 
     Raises:
         ValueError: k, chunk, the estimator or what log_weight returns is wrong; dreg meets latents of which one is made
@@ -118,12 +120,61 @@ def importance_loss(
     if not torch.compiler.is_compiling():
         return _importance_loss(*arguments)
     chosen = Estimator.parse(estimator)
-    one_graph = chunk is None and generator is None and not (chosen.weighs_apart or chosen.name == "dreg")
-    if not (one_graph and getattr(log_weight, "takes_stream", False)):
+    plain = chunk is None and not (chosen.weighs_apart or chosen.stopped)
+    held = plain or _outside.ASKS_OF_MODULES
+    if generator is not None or not (held and getattr(log_weight, "takes_stream", False)):
         return outside(_importance_loss, *arguments)
     chunks = _chunks(WHO, parameters, log_weight, k, chunk, chosen, generator, seed)
-    weighed = chosen.weighed(chunks.one_graph()[0])
-    return _described(weighed.bound, weighed.shares)
+    if plain:
+        weighed = chosen.weighed(chunks.one_graph()[0])
+        return _described(weighed.bound, weighed.shares)
+    data, model = log_weight.data, log_weight.model
+
+    def read():
+        model._log_weight(*data)(chunks.parameters, 1, chunks.generator(0), False)
+
+    key, tensors = _in_graph.held_model(model, read)
+    word = chosen.name if chosen.setting is None else f"{chosen.name}:{chosen.setting!r}"  # all digits
+    seed = chunks.seed if isinstance(chunks.seed, Tensor) else torch.tensor(chunks.seed)
+    given = tensors, chunks.parameters, data, seed, k, chunk, word
+    bound, size, largest, *means = torch.ops.genkernels.importance_loss_of(key, *given)
+    log_weight.counted(means)
+    return Bound(-bound.mean(), bound, size, largest)
+
+
+def _held(model, tensors, parameters, data, seed, k, chunk, estimator):
+    log_weight = _LogWeight(model, tensors, data)
+    if chunk is not None or Estimator.parse(estimator).weighs_apart:
+        log_weight.with_leaves()
+    found = _importance_loss(parameters, log_weight, k, chunk, estimator, None, seed)
+    return [found.bound, found.effective_sample_size, found.largest_weight, *log_weight.draws.means()]
+
+
+class _LogWeight:
+    """That of a model which has the tensors of a compiled pass whenever it is called, going back too."""
+
+    def __init__(self, key: str, tensors: Sequence[Tensor], data: Sequence[Tensor | None]):
+        self.key, self.tensors, self.data, self.draws = key, list(tensors), data, None
+        self.stands_for: dict[int, Tensor] = {}  #: what a leaf of its graph is to the pass, by identity
+
+    def with_leaves(self) -> None:
+        """Puts leaves in the place of tensors, which within a compiler are none."""
+        given, self.tensors = self.tensors, [t.detach().requires_grad_(t.requires_grad) for t in self.tensors]
+        self.stands_for = {id(leaf): t for leaf, t in zip(self.tensors, given, strict=True)}
+
+    def __call__(self, *arguments):
+        def of(model):
+            self.draws = self.draws or model._log_weight(*self.data)
+            return self.draws(*arguments)
+
+        return _in_graph.run(self.key, self.tensors, of)
+
+
+of_others(
+    "importance_loss_of(str model, Tensor[] tensors, Tensor[] parameters, Tensor?[] data, Tensor seed, int k, "
+    "int? chunk, str estimator) -> Tensor[]",
+    _held,
+)
 
 
 def _importance_loss(parameters, log_weight, k, chunk, estimator, generator, seed) -> Bound:
@@ -247,7 +298,7 @@ def _chunks(who: str, parameters, log_weight, k, chunk, estimator, generator, se
         raise TypeError(f"{who}: generator must be a torch.Generator, got {type(generator).__name__}")
     if generator is not None and seed is not None:
         raise ValueError(f"{who}: either generator or seed must be given, got both")
-    if seed is not None:
+    if seed is not None and not isinstance(seed, Tensor):  # which a compiled pass hands on
         checks.integer(who, "seed", seed, 0)
     if transforms_active():
         raise RuntimeError(

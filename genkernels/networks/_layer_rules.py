@@ -116,7 +116,7 @@ def _activation(b, x, name, sources=(), in_place=False):
 
 @layer("activation", nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.ELU, nn.Softplus, nn.Tanh, nn.Sigmoid)
 def _activation_layer(b, m, input):
-    name = {nn.LeakyReLU: "leaky_relu"}.get(type(m), type(m).__name__.lower())
+    name = "leaky_relu" if isinstance(m, nn.LeakyReLU) else type(m).__name__.lower()
     sources = b.own(m, **{parameter: parameter for parameter in ACTIVATIONS[name].parameters})
     return _activation(b, input, name, sources, getattr(m, "inplace", False))
 

@@ -44,7 +44,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def call_frozen(module: nn.Module, *inputs) -> Any:
     """``module(*inputs)`` within `frozen`."""
-    if torch.compiler.is_compiling():  # which follows no change of what asks for gradients
+    # a compiler follows no change of what asks for gradients, and has parameters that are no leaves
+    if torch.compiler.is_compiling() or not all(p.is_leaf for p in module.parameters()):
         constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
         return torch.func.functional_call(module, constants, inputs)
     with frozen(module):

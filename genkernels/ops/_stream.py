@@ -24,6 +24,12 @@ class Stream:
         return drawn
 
 
+def again(seed: Tensor, after: Tensor) -> Tensor:
+    """The same seed, of which a compiler knows nothing before `after` is there: what is drawn from it is computed then
+    once more, not kept until then."""
+    return torch.ops.genkernels.stream_again(seed, after)
+
+
 def _begun(seed, part, device):
     return torch.Generator(device).manual_seed(derive_seed(int(seed), part)).get_state()
 
@@ -43,6 +49,9 @@ def _fake_normal(state, size, dtype, device):
     return torch.empty(size, dtype=dtype, device=device), torch.empty_like(state)
 
 
+in_graph(
+    "stream_again(Tensor seed, Tensor after) -> Tensor", lambda seed, _: seed.clone(), lambda seed, _: seed.clone()
+)
 in_graph("stream_begun(Tensor seed, int part, Device device) -> Tensor", _begun, _fake_begun)
 in_graph(
     "stream_normal(Tensor state, SymInt[] size, ScalarType dtype, Device device) -> (Tensor, Tensor)",

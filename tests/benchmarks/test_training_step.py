@@ -16,6 +16,7 @@ from genkernels.benchmarks.peers import Peer
 from genkernels.benchmarks.runner import run_case
 from genkernels.benchmarks.training_step import Budget, StepCase, StepProvider, StepSession, fault_of
 from genkernels.models import MODELS
+from genkernels.nn import ActNorm
 from tests.training.toys import ToyGAN
 
 CPU = torch.device("cpu")
@@ -133,6 +134,13 @@ def test_every_provider_starts_from_the_same_weights_and_batches(dtype):
     before = {name: value.clone() for name, value in problem.model.state_dict().items()}
     assert not StepSession(problem, training_step.local()[2]).check()
     assert all(torch.equal(value, before[name]) for name, value in problem.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["glow", "hybridflow"])
+def test_no_provider_sets_actnorms_within_a_step(name):
+    """A compiled one would break its graph there."""
+    problem = training_step.draw(StepCase(name, "points", torch.float32, 1), CPU)
+    assert all(m.ready for m in problem.model.modules() if isinstance(m, ActNorm))
 
 
 def test_a_step_is_that_of_training():

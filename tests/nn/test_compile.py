@@ -7,10 +7,13 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 import genkernels as gk
 from genkernels import backends
 from genkernels.models import MODELS, LikelihoodModel
+from genkernels.networks import _outside
 
 #: One of each layer is enough.
 SMALL = {
@@ -101,10 +104,22 @@ def test_a_residual_flow_is_one_graph_with_the_same_draws(preset, options, dtype
         ("iwae", "points", {"importance": 6, "estimator": "stl", "posterior": "planar"}, torch.float64),
         ("iwae", "points", {"importance": 6, "estimator": "miwae:3"}, torch.float32),
         ("iwae", "points", {"importance": 6, "estimator": "ciwae:0.5", "posterior": "iaf"}, torch.float64),
+        ("iwae", "points", {"importance": 6, "estimator": "stl", "posterior": "iaf"}, torch.float64),
+        ("iwae", "points", {"importance": 6, "estimator": "dreg"}, torch.float64),
+        ("iwae", "points", {"importance": 7, "estimator": "dreg", "posterior": "iaf", "chunk": 3}, torch.float64),
+        ("iwae", "points", {"importance": 6, "estimator": "piwae:3"}, torch.float64),
+        ("iwae", "points", {"importance": 6, "estimator": "piwae:3", "posterior": "planar", "chunk": 2}, torch.float64),
+        ("iwae", "points", {"importance": 6, "estimator": "ciwae:0.123456789", "chunk": 4}, torch.float64),
+        ("iwae", "digits", {"importance": 5, "chunk": 2}, torch.float32),
         (
             *("hierarchicalvae", "digits"),
             {"importance": 3, "free_bits": 0.0, "strides": (8,), "latent": (2,)},
             torch.float32,
+        ),
+        (
+            *("hierarchicalvae", "digits"),
+            {"importance": 3, "chunk": 2, "free_bits": 0.0, "strides": (8,), "latent": (2,)},
+            torch.float64,
         ),
     ],
 )
@@ -124,6 +139,46 @@ def test_a_bound_of_several_draws_is_one_graph_with_the_same_draws(name, preset,
         terms = run(x)
         results.append([*terms.values(), *torch.autograd.grad(terms["loss"], parameters, allow_unused=True)])
     apart(results, [*terms, *dict(model.named_parameters())], dtype)
+
+
+def test_a_bound_in_chunks_breaks_the_graphs_of_compilers_that_ask_nothing_of_modules(monkeypatch):
+    """With the draws of eager mode still."""
+    monkeypatch.setattr(_outside, "ASKS_OF_MODULES", False)
+    torch._dynamo.reset()
+    model = MODELS["iwae"].from_preset("points", width=8, importance=6, chunk=4)
+    x, values = torch.randn(4, 2), []
+    for run in (model.log_bound, torch.compile(model.log_bound, backend="aot_eager")):
+        torch.manual_seed(1)
+        values.append(run(x, chunk=4))
+    torch.testing.assert_close(*values)
+
+
+def test_a_compiled_pass_in_chunks_keeps_of_them_what_one_draw_more_does_not_change():
+    """It draws anew going back, as an eager one does: a compiler that knew the draws to be the same would keep all."""
+
+    def kept(importance, chunk=None):
+        torch._dynamo.reset()
+        sizes = []
+
+        def forward(graph, _):
+            (output,) = graph.graph.find_nodes(op="output")
+            found = [n.meta["val"] for n in output.args[0] if isinstance(n, torch.fx.Node) and n.op != "placeholder"]
+            sizes.append(sum(t.numel() for t in found if isinstance(t, torch.Tensor)))
+            return make_boxed_func(graph)
+
+        backend = aot_autograd(
+            fw_compiler=forward,
+            bw_compiler=lambda graph, _: make_boxed_func(graph),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        model = MODELS["iwae"].from_preset("points", width=64, importance=importance, chunk=chunk)
+        loss = torch.compile(lambda x: model.losses("model", x, None, 0)["loss"], backend=backend, fullgraph=True)
+        loss(torch.randn(32, 2)).backward()
+        return sizes[0]
+
+    whole, four, eight = kept(8), kept(4, chunk=1), kept(8, chunk=1)
+    assert eight - four < 32 * 2 * 4 + 1, "numbers of an example and a draw"
+    assert eight < whole / 2
 
 
 ADVERSARIES = [

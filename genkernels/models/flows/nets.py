@@ -4,13 +4,13 @@ identity."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkernels.networks._plain import plain
 from genkernels.nn import Conv2dZeros, _small_grid
 from genkernels.nn._layout import convolution_layout
 from genkernels.nn._log_det import zero_log_det
+from genkernels.nn._rectified import relu
 
 
 class ConvNet(nn.Module):
@@ -40,7 +40,7 @@ class ConvNet(nn.Module):
         h = _first(self.first, x, self.hidden)
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
-        h = F.relu(self.second(F.relu(h)))
+        h = relu(self.second(relu(h)))
         return self.last(h)
 
     def _as_written(self) -> bool:
@@ -55,8 +55,8 @@ class ConvNet(nn.Module):
         h = torch.addmm(self.first.bias.repeat(pixels), x.reshape(n, channels * pixels), weight)
         if self.context is not None:
             h = (h.view(n, pixels, hidden) + self.context(context).unsqueeze(1)).view(n, pixels * hidden)
-        h = F.relu(h, inplace=True).view(n * pixels, hidden)
-        h = F.relu(torch.addmm(self.second.bias, h, self.second.weight.view(hidden, hidden).t()), inplace=True)
+        h = relu(h, inplace=True).view(n * pixels, hidden)
+        h = relu(torch.addmm(self.second.bias, h, self.second.weight.view(hidden, hidden).t()), inplace=True)
         weight, bias = self.last.scaled()
         weight = _small_grid.dense_weight(weight, height, width, (True, False))
         out = torch.addmm(bias.repeat_interleave(pixels), h.view(n, pixels * hidden), weight)
@@ -86,7 +86,7 @@ class ResidualNet(nn.Module):
             h = h + self.context(context)[:, :, None, None]
         for block in self.blocks:
             h = block(h)
-        return self.last(F.relu(h))
+        return self.last(relu(h))
 
 
 class MLP(nn.Module):
@@ -113,7 +113,7 @@ class MLP(nn.Module):
             x = layer(x)
             if i == 0 and self.context is not None:
                 x = x + self.context(context)
-            x = F.relu(x)
+            x = relu(x)
         return self.last(x)
 
 
@@ -126,7 +126,7 @@ class _Block(nn.Module):
         nn.init.zeros_(self.second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.relu(self.first(F.relu(x))))
+        return x + self.second(relu(self.first(relu(x))))
 
 
 def _first(layer: nn.Module, x: Tensor, channels: int) -> Tensor:

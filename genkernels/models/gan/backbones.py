@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from genkernels.nn._rectified import LeakyReLU, ReLU
+
 #: Sides at which convolutional generators begin, and below which critics do not halve an image.
 SMALLEST = 4
 
@@ -118,7 +120,7 @@ def mlp(sizes: list[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
 
 def point_generator(shape: tuple[int, ...], width: int, depth: int, inputs: int) -> nn.Sequential:
     """`depth` hidden layers of `width` units with ReLU."""
-    return mlp([inputs, *[width] * depth, shape[0]], nn.ReLU)
+    return mlp([inputs, *[width] * depth, shape[0]], ReLU)
 
 
 def point_critic(shape: tuple[int, ...], width: int, depth: int) -> tuple[nn.Sequential, int]:
@@ -128,7 +130,7 @@ def point_critic(shape: tuple[int, ...], width: int, depth: int) -> tuple[nn.Seq
 
 
 def _leaky() -> nn.Module:
-    return nn.LeakyReLU(0.2)
+    return LeakyReLU(0.2)
 
 
 def conv_generator(shape: tuple[int, ...], width: int, bounded: bool, inputs: int) -> nn.Sequential:
@@ -144,10 +146,10 @@ def conv_generator(shape: tuple[int, ...], width: int, bounded: bool, inputs: in
     """
     count = halvings(shape)
     widths = [width * 2 ** min(i, 3) for i in reversed(range(count + 1))]
-    layers: list[nn.Module] = [*_unfold(inputs, widths[0], shape, count), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [*_unfold(inputs, widths[0], shape, count), nn.BatchNorm2d(widths[0]), ReLU()]
     for before, after in zip(widths[:-1], widths[1:], strict=True):
         up = nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False)
-        layers += [up, nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [up, nn.BatchNorm2d(after), ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, shape[0], 3, padding=1), *_end(bounded))
 
 
@@ -186,7 +188,7 @@ def residual_generator(shape: tuple[int, ...], width: int, bounded: bool, inputs
     count = halvings(shape)
     blocks = [UpBlock(width) for _ in range(count)]
     last = nn.Conv2d(width, shape[0], 3, padding=1)
-    layers = [*_unfold(inputs, width, shape, count), *blocks, nn.BatchNorm2d(width), nn.ReLU(), last]
+    layers = [*_unfold(inputs, width, shape, count), *blocks, nn.BatchNorm2d(width), ReLU(), last]
     return nn.Sequential(*layers, *_end(bounded))
 
 
@@ -203,7 +205,7 @@ def residual_critic(shape: tuple[int, ...], width: int) -> tuple[nn.Sequential, 
     downs = max(count - 1, min(count, 1))
     first = CriticBlock(shape[0], width, halves=downs > 0, active=False)
     blocks = [CriticBlock(width, width, halves=i < downs - 1) for i in range(max(downs, 1) + 1)]
-    return nn.Sequential(first, *blocks, nn.ReLU(), SumOverPlaces()), width
+    return nn.Sequential(first, *blocks, ReLU(), SumOverPlaces()), width
 
 
 class UpBlock(nn.Module):
@@ -214,11 +216,11 @@ class UpBlock(nn.Module):
         super().__init__()
         self.residual = nn.Sequential(
             nn.BatchNorm2d(width),
-            nn.ReLU(),
+            ReLU(),
             nn.Upsample(scale_factor=2),
             nn.Conv2d(width, width, 3, padding=1),
             nn.BatchNorm2d(width),
-            nn.ReLU(),
+            ReLU(),
             nn.Conv2d(width, width, 3, padding=1),
         )
         # a 1×1 convolution of what is copied four times is the copy of the convolution
@@ -241,9 +243,9 @@ class CriticBlock(nn.Module):
         super().__init__()
         pool = [nn.AvgPool2d(2)] if halves else []
         self.residual = nn.Sequential(
-            *([nn.ReLU()] if active else []),
+            *([ReLU()] if active else []),
             nn.Conv2d(inputs, outputs, 3, padding=1),
-            nn.ReLU(),
+            ReLU(),
             nn.Conv2d(outputs, outputs, 3, padding=1),
             *pool,
         )

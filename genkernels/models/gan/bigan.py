@@ -13,6 +13,7 @@ from genkernels.models._model import Estimate
 from genkernels.models.gan.backbones import Critic, conv_critic, conv_generator, networks, point_critic
 from genkernels.models.gan.base import PROJECTIONS, AdversarialModel, presets
 from genkernels.nn._modes import call_frozen, in_mode
+from genkernels.nn._rectified import LeakyReLU
 
 _SIZES = {
     "ring2d": {"shape": (2,), "latent": 2, "width": 128},
@@ -145,8 +146,8 @@ class JointCritic(nn.Module):
     def __init__(self, trunk: nn.Module, features: int, latent: int, width: int, num_classes: int | None = None):
         super().__init__()
         self.trunk = trunk
-        self.code = nn.Sequential(nn.Linear(latent, width), nn.LeakyReLU(0.2))
-        joint = nn.Sequential(nn.Linear(features + width, 2 * width), nn.LeakyReLU(0.2))
+        self.code = nn.Sequential(nn.Linear(latent, width), LeakyReLU(0.2))
+        joint = nn.Sequential(nn.Linear(features + width, 2 * width), LeakyReLU(0.2))
         self.joint = Critic(joint, 2 * width, num_classes)
 
     def forward(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:

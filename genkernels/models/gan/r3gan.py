@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from genkernels.models.gan.backbones import halvings, networks
 from genkernels.models.gan.base import AdversarialModel, presets
 from genkernels.nn import FilteredDownsample, FilteredUpsample
+from genkernels.nn._rectified import LeakyReLU
 
 #: Slope of the LeakyReLU, channels within a block as a multiple of those outside.
 SLOPE, EXPANSION = 0.2, 2
@@ -136,9 +137,9 @@ class Block(nn.Module):
         inner, gain = EXPANSION * width, math.sqrt(2 / (1 + SLOPE**2)) * in_all**-0.25
         self.residual = nn.Sequential(
             _scaled(nn.Conv2d(width, inner, 1), gain),
-            nn.LeakyReLU(SLOPE),
+            LeakyReLU(SLOPE),
             _scaled(nn.Conv2d(inner, inner, 3, padding=1, groups=cardinality), gain),
-            nn.LeakyReLU(SLOPE),
+            LeakyReLU(SLOPE),
             _scaled(nn.Conv2d(inner, width, 1, bias=False), 0.0),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from genkernels.models.gan.backbones import halvings
+from genkernels.nn._rectified import LeakyReLU, ReLU
 
 
 def translator(shape: tuple[int, ...], width: int, blocks: int) -> nn.Sequential:
@@ -43,9 +44,9 @@ def patch_critic(shape: tuple[int, ...], width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
         norm = [nn.InstanceNorm2d(after)] if i else []
-        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, LeakyReLU(0.2)]
     last = width * 2**count
-    layers += [nn.Conv2d(widths[-1], last, 4, padding=1), nn.InstanceNorm2d(last), nn.LeakyReLU(0.2)]
+    layers += [nn.Conv2d(widths[-1], last, 4, padding=1), nn.InstanceNorm2d(last), LeakyReLU(0.2)]
     return _begun(nn.Sequential(*layers, nn.Conv2d(last, 1, 4, padding=1)))
 
 
@@ -69,7 +70,7 @@ def _seven(inputs: int, outputs: int) -> nn.Module:
 
 
 def _normalised(layer: nn.Module, width: int) -> list[nn.Module]:
-    return [layer, nn.InstanceNorm2d(width), nn.ReLU()]
+    return [layer, nn.InstanceNorm2d(width), ReLU()]
 
 
 def _begun(net: nn.Sequential) -> nn.Sequential:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +40,22 @@ class Draws:
     first pass.
 
     Args:
-        draw: ``draw(parameters, size, generator, stopped)`` gives log p(x, z) − log q(z|x) ``[N, size]``, the latents,
-            and the terms to be averaged, ``[N, size]`` each.
+        model: ``model._weighed(*data, parameters, size, generator, stopped)`` gives log p(x, z) − log q(z|x)
+            ``[N, size]``, the latents, and the terms to be averaged, ``[N, size]`` each; ``model._log_weight(*data)``
+            makes this.
+        data: tensors, or None.
     """
 
-    #: It draws by `genkernels.nn.dequantize.normal` alone, which takes what a compiled pass has for a generator.
+    #: It draws by `genkernels.nn.dequantize.normal` alone, which takes what a compiled pass has for a generator, and
+    #: reads no tensors but the model's and its `data`.
     takes_stream = True
 
-    def __init__(self, draw: Callable[..., tuple[Tensor, Any, Sequence[Tensor]]]):
-        self.draw, self.count, self.sums, self.counting = draw, 0, [], True
+    def __init__(self, model: VariationalModel, *data: Tensor | None):
+        self.model, self.data = model, data
+        self.count, self.sums, self.counting = 0, [], True
 
     def __call__(self, parameters: Sequence[Tensor], size: int, generator: torch.Generator, stopped: bool):
-        log_w, latents, terms = self.draw(parameters, size, generator, stopped)
+        log_w, latents, terms = self.model._weighed(*self.data, parameters, size, generator, stopped)
         if self.counting:
             found = [term.detach().sum(1) for term in terms]
             self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
@@ -62,6 +66,10 @@ class Draws:
         """Of each term, ``[N]``; what is drawn again, going back, is not counted."""
         self.counting = False
         return [total / self.count for total in self.sums]
+
+    def counted(self, means: list[Tensor]) -> None:
+        """Takes the means of another that did the drawing."""
+        self.count, self.sums = 1, means
 
 
 class VariationalModel(Model):
@@ -186,18 +194,23 @@ class VariationalModel(Model):
             kl = kl if exact is None else exact
             return Terms(log_likelihood - kl, kl, log_likelihood)
 
-        def draw(parameters, size, generator, stopped):
-            noise = self._noise(len(target), size, generator)
-            z, ratio = self.posterior.draw(parameters, noise, stopped)
-            log_likelihood = self.log_likelihood(target, z, y)
-            return log_likelihood + ratio, self.posterior.ways(z, ratio), (log_likelihood, ratio)
-
-        draws = Draws(draw)
+        draws = self._log_weight(target, y)
         options = {"k": k, "chunk": chunk, "estimator": estimator, "generator": generator}
         found = losses.importance_loss(parameters, draws, **options)
         log_likelihood, ratio = draws.means()
         kl = -ratio if exact is None else exact.detach()
         return Terms(found.bound, kl, log_likelihood, found.effective_sample_size, found.largest_weight)
+
+    def _log_weight(self, target: Tensor, y: Tensor | None) -> Draws:
+        """What draws latents of these targets and rates them."""
+        return Draws(self, target, y)
+
+    def _weighed(self, target: Tensor, y: Tensor | None, parameters, size: int, generator, stopped: bool):
+        """See `Draws`."""
+        noise = self._noise(len(target), size, generator)
+        z, ratio = self.posterior.draw(parameters, noise, stopped)
+        log_likelihood = self.log_likelihood(target, z, y)
+        return log_likelihood + ratio, self.posterior.ways(z, ratio), (log_likelihood, ratio)
 
     def _noise(self, count: int, draws: int, generator: torch.Generator | None) -> Tensor:
         return normal((count, draws, self.latent), self._like.dtype, self._like.device, generator)

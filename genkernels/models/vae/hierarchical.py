@@ -14,7 +14,7 @@ from genkernels import losses
 from genkernels._words import UsageError, nearest
 from genkernels.losses import Estimator
 from genkernels.models._model import Preset
-from genkernels.models.vae.base import Draws, Terms, VariationalModel
+from genkernels.models.vae.base import Terms, VariationalModel
 from genkernels.models.vae.grids import BottomUp, Drawn, Residual, TopDown, rising
 from genkernels.models.vae.likelihoods import Likelihood
 from genkernels.models.vae.likelihoods import likelihood as likelihood_of
@@ -150,19 +150,19 @@ class HierarchicalVAE(VariationalModel):
             kl = sum(drawn.kl)
             return Terms(log_likelihood.squeeze(1) - kl, kl, log_likelihood.squeeze(1), shares=shares)
 
-        def draw(encoded, size, generator, stopped):
-            drawn, log_likelihood = self._draws(target, y, encoded, size, generator)
-            rows = log_likelihood.shape
-            ratio = (sum(drawn.log_prior) - sum(drawn.log_posterior)).view(rows)
-            terms = (log_likelihood, *(kl.view(rows) for kl in drawn.kl))
-            return log_likelihood + ratio, tuple(z.unflatten(0, rows) for z in drawn.latents), terms
-
-        draws = Draws(draw)
+        draws = self._log_weight(target, y)
         options = {"k": k, "chunk": chunk, "estimator": estimator, "generator": generator}
         found = losses.importance_loss(tuple(self._encoded(target)), draws, **options)
         log_likelihood, *each = draws.means()
         shares = dict(zip(self._shares(), each, strict=True))
         return Terms(found.bound, sum(each), log_likelihood, found.effective_sample_size, found.largest_weight, shares)
+
+    def _weighed(self, target: Tensor, y: Tensor | None, encoded, size: int, generator, stopped: bool):
+        drawn, log_likelihood = self._draws(target, y, encoded, size, generator)
+        rows = log_likelihood.shape
+        ratio = (sum(drawn.log_prior) - sum(drawn.log_posterior)).view(rows)
+        terms = (log_likelihood, *(kl.view(rows) for kl in drawn.kl))
+        return log_likelihood + ratio, tuple(z.unflatten(0, rows) for z in drawn.latents), terms
 
     def _shares(self) -> tuple[str, ...]:
         return tuple(f"kl_{name}" for name in self.names)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from genkernels._words import nearest
 from genkernels.models.gan.backbones import Generator, conv_critic, halvings, mlp
+from genkernels.nn._rectified import LeakyReLU
 
 NETWORKS = ("mlp", "conv")
 
@@ -107,9 +108,9 @@ def conv_decoder(shape: tuple[int, ...], outputs: int, width: int, inputs: int) 
     count = halvings(shape)
     widths = [width * 2 ** min(i, 3) for i in reversed(range(count + 1))]
     size = (widths[0], shape[1] >> count, shape[2] >> count)
-    layers: list[nn.Module] = [nn.Linear(inputs, math.prod(size)), nn.Unflatten(1, size), nn.LeakyReLU(0.2)]
+    layers: list[nn.Module] = [nn.Linear(inputs, math.prod(size)), nn.Unflatten(1, size), LeakyReLU(0.2)]
     for before, after in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Conv2d(width, outputs, 3, padding=1))
 
 

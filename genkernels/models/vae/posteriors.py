@@ -23,7 +23,7 @@ from genkernels import losses, ops
 from genkernels._words import nearest
 from genkernels.backends import current_backend
 from genkernels.nn import MADE, AutoregressiveTransform
-from genkernels.nn._modes import frozen
+from genkernels.nn._modes import call_frozen
 from genkernels.reference._elementary_scores import planar_score, radial_score
 from genkernels.reference.importance_bound import gaussian_reparameterize as plainly
 
@@ -244,13 +244,23 @@ class IAFPosterior(FlowPosterior):
         mean, log_scale, h = (p.detach() for p in parameters)
         h, z = h.repeat_interleave(draws, 0), z.flatten(0, 1)
         total = 0.0
-        with frozen(self):
-            for transform in reversed(self.transforms):
-                z, log_det = transform.inverse(z, h)
-                total = total + log_det
+        for transform in reversed(self.transforms):
+            z, log_det = call_frozen(_Inverse(transform), z, h)
+            total = total + log_det
         z, total = z.unflatten(0, (count, draws)), total.view(count, draws)
         noise = (z - mean.unsqueeze(1)) * torch.exp(-log_scale).unsqueeze(1)
         return log_scale.sum(1, keepdim=True) - log_normal(noise) - total
+
+
+class _Inverse(nn.Module):
+    """A transform's inverse as a call."""
+
+    def __init__(self, transform: nn.Module):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse(z, h)
 
 
 POSTERIORS: dict[str, type[GaussianPosterior]] = {
