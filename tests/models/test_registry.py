@@ -177,15 +177,15 @@ def test_arguments_that_a_model_does_not_have_do_not_follow():
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_preset_trains_as_the_command_line_can(name):
     """Its training names settings of `TrainConfig` and departs from their defaults; those of likelihoods of
-    this library's own data leave the defaults alone."""
+    this library's own data leave the defaults alone, but where a measurement says otherwise."""
+    measured = {("residualflow", "points")}
     defaults = TrainConfig().to_dict()
     for preset, content in models.MODELS[name].presets.items():
         assert isinstance(content, models.Preset)
         config = TrainConfig(**content.training).to_dict()
         assert all(config[key] != defaults[key] for key in content.training), (preset, content.training)
-        assert (
-            preset == "cifar10" or not content.training or not issubclass(models.MODELS[name], models.LikelihoodModel)
-        )
+        departs = preset == "cifar10" or (name, preset) in measured
+        assert departs or not content.training or not issubclass(models.MODELS[name], models.LikelihoodModel)
 
 
 # --- runs of before -----------------------------------------------------------------------------------------------
