@@ -99,7 +99,7 @@ def test_memory_is_flat_in_k(estimator):
 
 @pytest.mark.parametrize(
     ("preset", "sizes", "batch", "k", "chunk"),
-    [("mnist", {"grey_levels": 256}, 20, 50, 5), ("digits", {}, 64, 50, 5), ("photos32", {}, 16, 5, 1)],
+    [("mnist", {"grey_levels": 256}, 20, 50, 10), ("digits", {}, 64, 50, 5), ("photos32", {}, 16, 5, 1)],
 )
 def test_a_training_step_takes_the_memory_of_one_draw(preset, sizes, batch, k, chunk):
     """Backward and Adam with it, of the presets at their batches: a few draws a chunk, so that calls are worth it."""
