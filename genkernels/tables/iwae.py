@@ -33,6 +33,8 @@ def make(arguments) -> Table:
     check_arguments(arguments)
     if not 1 <= arguments.seeds <= 100:
         raise UsageError(f"--seeds must be from 1 to 100, got {arguments.seeds}")
+    if arguments.seed + arguments.seeds > 2**63:
+        raise UsageError(f"--seed {arguments.seed} leaves no {arguments.seeds} seeds of 64 bits")
     from genkernels import data
     from genkernels._machine import cpu_threads
     from genkernels.models import IWAE

@@ -321,6 +321,23 @@ def test_additive_couplings_keep_nothing_and_copy_no_gradient(implementation, de
         assert len({t.untyped_storage().data_ptr() for t in same}) == 1
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("split", ["channel", "alternate", "none"])
+def test_gradients_of_leaves_of_an_additive_coupling_share_no_memory(implementation, device, split, batch):
+    """Though they are views of one gradient: clipping one in place must not change the other."""
+    for reduce in (torch.sum, lambda z: z.square().sum()):
+        x = torch.randn(batch, 4, 5, device=device, requires_grad=True)
+        shift = torch.randn(batch, 4 if split == "none" else 2, 5, device=device, requires_grad=True)
+        z, _ = ops.affine_coupling(x, shift, scale_map="additive", split=split)
+        z.retain_grad()
+        reduce(z).backward()
+        before = shift.grad.clone(), z.grad.clone()
+        x.grad.mul_(2)
+        assert torch.equal(shift.grad, before[0]) and torch.equal(z.grad, before[1])
+        shift.grad.mul_(3)
+        assert torch.equal(z.grad, before[1])
+
+
 @pytest.mark.parametrize("which", ["z", "ldj"])
 def test_a_missing_gradient_counts_as_zero(implementation, device, which):
     x, params, *_ = draw(Case((2, 4, 3, 3), scale_map="sigmoid", dtypes=(F64, F64), spread=1.5), device)
