@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SWAPS = "swap-cpu.json"
 SWAPPED = ("nflows", "normflows", "zuko", "FrEIA", "pythae")
-PEERS = ("nflows", "normflows", "FrEIA", "zuko", "torchdeq")
+PEERS = ("nflows", "normflows", "FrEIA", "zuko", "torchdeq", "torch")
 LEVEL = 1.05  # another provider within so many times our time is as fast as ours, or faster
 
 #: The README's rows: case, shape, dtype, direction. To these comes the worst row of all, found by looking.

@@ -327,11 +327,7 @@ class Kept(NamedTuple):
     training: bool
     tensors: tuple[Tensor, Tensor, Tensor]
     versions: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, normal: Tensor, found: tuple, member: SpectralNorm, weight: Tensor) -> Kept:
-        tensors = weight, member._u, member._v
-        return cls(normal, found, _wanted(weight), member.training, tensors, tuple(t._version for t in tensors))
+    once: bool  #: its graph is autograd's own, which is gone after one backward pass: each pass has one
 
     def fits(self, member: SpectralNorm, weight: Tensor) -> bool:
         w, u, v = self.tensors
@@ -377,11 +373,12 @@ class Group:
         if not _can_keep(weight) or (member not in self._kept and member not in self.members):
             return _call([(member, weight, member._u, member._v)], 0).weights[0]
         kept = self._fitting(member, weight)
-        if kept.grade == GRAPH:
-            if _wanted(weight) < GRAPH:
-                return kept.normal.detach()
-            if _by_reference(weight):  # autograd's own graph is gone after one backward pass: each pass has one
-                return _call([(member, weight, *_vectors(member, weight))], 0).weights[0]
+        if kept.grade < GRAPH:
+            return kept.normal
+        if _wanted(weight) < GRAPH:
+            return kept.normal.detach()
+        if kept.once:
+            return _call([(member, weight, *_vectors(member, weight))], 0).weights[0]
         return kept.normal
 
     def held(self, member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -415,7 +412,10 @@ class Group:
                 alike = weight.dtype, weight.device, member.settings, iterations
                 buckets.setdefault(alike, []).append((member, weight, *_vectors(member, weight)))
         for (*_, iterations), jobs in buckets.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not _by_reference(jobs[0][1])):
+            for member, *_ in jobs:
+                self.forget(member)  # what nobody else holds makes room for what replaces it
+            once = _by_reference(jobs[0][1])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
                 out = _call(jobs, iterations)
             if iterations:
                 with torch.no_grad():
@@ -424,7 +424,11 @@ class Group:
             for (member, weight, _, _), normal, *found in zip(jobs, out.weights, out.u, out.v, sigmas, strict=True):
                 if iterations:
                     member._updated_for.note(weight)
-                self._kept[member] = Kept.of(normal, tuple(found), member, weight)
+                tensors = weight, member._u, member._v
+                versions = tuple(t._version for t in tensors)
+                self._kept[member] = Kept(
+                    normal, tuple(found), _wanted(weight), member.training, tensors, versions, once
+                )
 
 
 def _call(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:

@@ -5,7 +5,13 @@ import importlib.util
 import pytest
 import torch
 
-from genkernels.benchmarks.cases import affine_coupling, elementary_flows, made, rational_quadratic_spline
+from genkernels.benchmarks.cases import (
+    affine_coupling,
+    elementary_flows,
+    made,
+    rational_quadratic_spline,
+    spectral_norm,
+)
 from genkernels.benchmarks.peers import PACKAGES, Peer
 from genkernels.benchmarks.providers import Unavailable
 from genkernels.benchmarks.runner import draw, run_case
@@ -117,5 +123,19 @@ def test_the_peers_elementary_flows_are_ours(effort):
             assert [row.fault for row in rows] == [""] and not skipped
         rows, skipped = run_case(elementary_flows.case(kind, (9, 5), 3, True, torch.float32), [peer], CPU, effort)
         assert not rows and skipped == [("normflows", "has no layers of each example's own")]
+    finally:
+        peer.close()
+
+
+def test_torchs_spectral_norm_is_ours_but_for_true_convolutions(effort):
+    weights = [(8, 3, 3, 3), (16, 8, 4, 4), (2, 256)]
+    peer = Peer("torch")
+    try:
+        cases = [spectral_norm.case("critic", weights, None, way) for way in ("forward", "forward+backward")]
+        for case in [*cases, spectral_norm.critic_pass(weights, 8)]:
+            rows, skipped = run_case(case, [peer], CPU, effort)
+            assert [row.fault for row in rows] == [""] and not skipped
+        rows, skipped = run_case(spectral_norm.case("blocks", weights[:2], (4, 4), "forward"), [peer], CPU, effort)
+        assert not rows and skipped == [("torch", "takes the weight of a convolution for a matrix")]
     finally:
         peer.close()

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,33 @@ def test_updates_all_layers_in_one_call(monkeypatch):
         model(batch())
         model(batch(2))
     assert calls == [4]
+
+
+def test_weights_of_the_last_step_are_gone_before_new_ones_are_made(monkeypatch):
+    model = gnn.spectral_norm_(critic())
+    old, alive = [], []
+    plain = gk.ops.spectral_norm
+
+    def call(*arguments, **options):
+        alive.append(sum(weight() is not None for weight in old))
+        out = plain(*arguments, **options)
+        old[:] = map(weakref.ref, out.weights)
+        return out
+
+    monkeypatch.setattr(gk.ops, "spectral_norm", call)
+    steps(model, 3)
+    assert alive == [0, 0, 0] and len(old) == 4
+
+
+@pytest.mark.parametrize("first, then", [("reference", "auto"), ("auto", "reference")])
+def test_passes_of_one_step_on_two_backends_have_their_gradients(first, then):
+    model, other = (gnn.spectral_norm_(critic()) for _ in range(2))
+    for backends, net in (((first, then), model), (("auto", "auto"), other)):
+        for backend in backends:
+            with gk.use_backend(backend):
+                net(batch()).square().sum().backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -46,8 +46,8 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 def case(variant, weights, size, direction) -> Case:
     """One row; its shape is (number of weights, their numbers in all)."""
-    op, plain = _normalisations(weights, size)
     count, numbers = len(weights), sum(math.prod(shape) for shape in weights)
+    op, plain = (functools.partial(_weights, normalise, count) for normalise in _normalisations(weights, size))
     return Case(
         name=f"spectral_norm/{variant}",
         shape=(count, numbers),
@@ -56,10 +56,10 @@ def case(variant, weights, size, direction) -> Case:
         inputs=functools.partial(_inputs, weights, size),
         op=op,
         reference=plain,
-        outputs=(*(f"weight {i}" for i in range(count)), "sigma"),
+        outputs=tuple(f"weight {i}" for i in range(count)),
         bytes=4 * numbers * (2 if direction == "forward" else 5),
         flops=_flops(weights, size, direction),
-        settings={"size": size},
+        settings={"size": size, "pass": False},
     )
 
 
@@ -67,12 +67,6 @@ def critic_pass(weights, side: int, batch: int = 2) -> Case:
     """One row: the critic's scores of a batch of images, and their gradients."""
     op, plain = _normalisations(weights, None)
     count, numbers = len(weights), sum(math.prod(shape) for shape in weights)
-
-    def scores(x, normalised):
-        *convolutions, last = normalised
-        for weight in convolutions:
-            x = F.leaky_relu(F.conv2d(x, weight, None, 1 if weight.shape[-1] == 3 else 2, 1), SLOPE)
-        return F.linear(x.flatten(1), last)
 
     def inputs(rng):
         return {"x": torch.randn(batch, 3, side, side, generator=rng, device=rng.device), **_inputs(weights, None, rng)}
@@ -89,7 +83,21 @@ def critic_pass(weights, side: int, batch: int = 2) -> Case:
         bytes=4 * numbers * 5,
         flops=_flops(weights, None, "forward+backward") + 3 * _pass_flops(weights, side, batch),
         yardstick=lambda x, *tensors: scores(x, tensors[:count]),
+        settings={"size": None, "pass": True},
     )
+
+
+def scores(x: torch.Tensor, weights) -> torch.Tensor:
+    """The critic's, of a batch of images."""
+    *convolutions, last = weights
+    for weight in convolutions:
+        x = F.leaky_relu(F.conv2d(x, weight, None, 1 if weight.shape[-1] == 3 else 2, 1), SLOPE)
+    return F.linear(x.flatten(1), last)
+
+
+def _weights(normalise, count: int, *tensors) -> tuple[torch.Tensor, ...]:
+    """What a network takes: σ stays behind."""
+    return normalise(*tensors)[:count]
 
 
 def _normalisations(weights, size):

@@ -35,7 +35,7 @@ import torch
 from genkernels.benchmarks.cases import Case
 from genkernels.benchmarks.providers import Problem, Unavailable
 
-PACKAGES = ("nflows", "normflows", "FrEIA", "zuko", "torchdeq")
+PACKAGES = ("nflows", "normflows", "FrEIA", "zuko", "torchdeq", "torch")
 PATIENCE = 300.0  # seconds: a peer that is silent for longer counts as hung
 
 
