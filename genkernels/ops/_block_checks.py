@@ -52,7 +52,9 @@ def settled(
     for i, weight in enumerate(weights):
         bias = given.get(f"biases[{i}]")
         whole.append(weight.new_zeros(len(weight)) if bias is None else bias)
-        checks.shape(who, f"biases[{i}]", whole[i], [len(weight)], "[outputs]")
+        own = whole[i].dim() == 2
+        shape, meaning = ([len(x), len(weight)], "[N, outputs]") if own else ([len(weight)], "[outputs]")
+        checks.shape(who, f"biases[{i}]", whole[i], shape, meaning)
     parameters = given.get("parameters")
     parameters = weights[0].new_ones(count - 1) if parameters is None else parameters
     checks.shape(who, "parameters", parameters, [count - 1], "[maps - 1]")

@@ -85,7 +85,8 @@ def log_det_series(
         weights: of two maps or more, ``[outputs, inputs]``, or ``[outputs, inputs, k, k]`` with k = 1 or 3, of
             convolutions with zeros around and stride 1. All tensors are of one dtype; under autocast the widest is
             taken.
-        biases: of each map, None for none.
+        biases: of each map ``[outputs]``, or ``[N, outputs]``: each sample's own, which is how a context comes in; None
+            for none.
         activation: between any two maps: ``relu``, ``leaky_relu``, ``elu``, ``silu``, ``tanh``, ``lipswish`` or
             ``clipswish`` (which has twice as many outputs as inputs).
         parameters: ``[maps − 1]``, of each activation: the slope below 0 of leaky_relu, alpha of elu, the steepness of

@@ -104,8 +104,8 @@ CURVES = {
 
 
 class Block(NamedTuple):
-    """A network: L weights ``[out, in]`` or ``[out, in, k, k]``, as many biases, the activations' L − 1 parameters (1
-    where there is none), and which activation it is."""
+    """A network: L weights ``[out, in]`` or ``[out, in, k, k]``, as many biases, ``[out]`` or, one for each sample,
+    ``[N, out]``, the activations' L − 1 parameters (1 where there is none), and which activation it is."""
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
@@ -119,6 +119,12 @@ class Block(NamedTuple):
     def to(self, dtype: torch.dtype) -> Block:
         weights, biases = [w.to(dtype) for w in self.weights], [b.to(dtype) for b in self.biases]
         return Block(weights, biases, self.parameters.to(dtype), self.activation)
+
+    def of(self, rows: Tensor | None) -> Block:
+        """Of some samples; of all for None."""
+        if rows is None:
+            return self
+        return self._replace(biases=[b if b.dim() == 1 else b[rows] for b in self.biases])
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -158,8 +164,14 @@ def outer(weight: Tensor, g: Tensor, t: Tensor) -> Tensor:
     return torch.einsum("nop,nip->oi", g.reshape(len(flat), g.shape[-3], near.shape[-1]), near).reshape(weight.shape)
 
 
+def bias_gradient(bias: Tensor, g: Tensor) -> Tensor:
+    """The gradient of ⟨g, a map's output⟩ by its bias."""
+    over = *range(2 - bias.dim()), *range(2, g.dim())
+    return g.sum(over) if over else g.clone()
+
+
 def _channels(vector: Tensor, weight: Tensor) -> Tensor:
-    return vector if weight.dim() == 2 else vector[:, None, None]
+    return vector if weight.dim() == 2 else vector[..., None, None]
 
 
 # --------------------------------------------------------------------------------------------------------------- passes

@@ -50,7 +50,7 @@ def invertible_residual(
     )
     with torch.no_grad():
         found = solve(
-            lambda x, _: linearize(fixed, x).value,
+            lambda x, rows: linearize(fixed.of(rows), x).value,
             target.detach(),
             None if start is None else start.detach().to(work),
             rtol=rtol,
@@ -134,7 +134,7 @@ def block_gradient(block: Block, at: _block.Linearized, grad: Tensor) -> list[Te
     curve = _block.CURVES[block.activation]
     outputs, arguments, _ = _block.pulled(block, at, grad)
     by_weight = [_block.outer(w, g, a) for w, g, a in zip(block.weights, arguments, at.inputs, strict=True)]
-    by_bias = [g.sum(0) if g.dim() == 2 else g.sum((0, 2, 3)) for g in arguments]
+    by_bias = [_block.bias_gradient(b, g) for b, g in zip(block.biases, arguments, strict=True)]
     by_parameter = [
         (curve.value_by(z, p) * g).sum() for z, p, g in zip(at.points, block.parameters, outputs, strict=True)
     ]

@@ -235,7 +235,7 @@ def log_det_series_backward(
     for i in range(count - 1, -1, -1):
         weight = block.weights[i]
         by_weight[i] = by_weight[i] + _block.outer(weight, delta, at.inputs[i])
-        by_bias[i] = delta.sum(0) if weight.dim() == 2 else delta.sum((0, 2, 3))
+        by_bias[i] = _block.bias_gradient(block.biases[i], delta)
         delta = _block.pull(weight, delta)
         if i == 0:
             break

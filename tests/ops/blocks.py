@@ -7,7 +7,8 @@ import torch
 from genkernels.ops._block_checks import WORDS
 
 ACTIVATIONS = WORDS
-#: By name: the features or the image of x, the widths, the sizes of the kernels (None: fully connected).
+#: By name: the features or the image of x, the widths, the sizes of the kernels (None: fully connected). Biases "of
+#: each" are each sample's own, those of every map, or of the first one.
 SHAPES = {
     "mlp": ((5,), (7, 6), None),
     "two maps": ((3,), (8,), None),
@@ -20,6 +21,9 @@ SHAPES = {
     "1-3-1 of one row": ((3, 1, 6), (4, 4), (1, 3, 1)),
     "large": ((3, 17, 19), (20, 24), (3, 1, 3)),
     "broad": ((2, 5, 4), (83, 70), (3, 1, 3)),
+    "mlp of each": ((5,), (7, 6), None),
+    "first of each": ((2,), (9, 16, 5), None),
+    "3-1-3 of each": ((4, 2, 3), (5, 3), (3, 1, 3)),
 }
 
 
@@ -40,7 +44,8 @@ def block(name, activation="lipswish", samples=4, norm=0.8, device="cpu", dtype=
         # the norm of a convolution is at most the root of its taps times that of the matrix
         taps = 1 if kernels is None else kernels[i]
         weights.append(norm * weight / (taps * torch.linalg.matrix_norm(weight.flatten(1), 2)))
-    biases = [draw(out) for out in outs]
+    own = [name.endswith("of each") and (i == 0 or not name.startswith("first")) for i in range(len(outs))]
+    biases = [draw(samples, out) if each else draw(out) for out, each in zip(outs, own, strict=True)]
     low = {"leaky_relu": 0.1, "elu": 0.5}.get(activation, 0.6)
     parameters = low + 0.4 * torch.rand(len(widths), generator=generator, dtype=torch.float64)
     x = draw(samples, *size)
@@ -63,10 +68,13 @@ def network(weights, biases, activation, parameters):
     def g(x):
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             x = act(x, parameters[i - 1]) if i else x
+            common, own = (bias, None) if bias.dim() == 1 else (None, bias)
             if weight.dim() == 2:
-                x = torch.nn.functional.linear(x, weight, bias)
+                x = torch.nn.functional.linear(x, weight, common)
             else:
-                x = torch.nn.functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+                x = torch.nn.functional.conv2d(x, weight, common, padding=weight.shape[-1] // 2)
+            if own is not None:
+                x = x + own.view(*own.shape, *[1] * (x.dim() - 2))
         return x
 
     return g
