@@ -72,6 +72,7 @@ void solve(Tile<T>& tile, const T* y, const T* start, const Limits& limits, int6
   tile.narrow(active);
   for (int64_t s = 0; s < active; ++s) put(grid, slots[s].x.data(), channels, s, tile.input(0), tile.plane);
   while (active) {
+    tile.hold(sample, active);
     tile.evaluate(value.at());
     for (int64_t s = 0; s < active; ++s)
       leave(grid, y + sample[s] * size, value.at(), tile.plane, channels, s, slots[s]);
@@ -207,15 +208,17 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, const std::vec
   const Outcome<T> outcome{w, nullptr, nullptr, nullptr};
   const int64_t tiles = x.numel() ? (batch + net.grid.samples - 1) / net.grid.samples : 0, parts = parts_of(tiles);
   std::vector<Sums<T>> sums(parts);
+  Gradients<T> gradients(weights, biases, parameters);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Tile<T> tile(net);
     Planes<T> delta(net.grid, channels);
     const std::vector<T*> none(maps - 1, nullptr);
     for (int64_t part = begin; part < end; ++part) {
-      sums[part].shape(net);
+      sums[part].shape(net, gradients.by_bias());
       for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
         const int64_t from = t * net.grid.samples, some = std::min(net.grid.samples, batch - from);
         tile.narrow(net.grid.samples);
+        tile.hold(from, some);
         net.grid.stage(static_cast<const T*>(points), channels, from, some, tile.input(0));
         tile.linearize(nullptr);
         solve_transposed(tile, static_cast<const T*>(by_x), limits, from, some, outcome);
@@ -228,21 +231,9 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, const std::vec
       }
     }
   });
-  std::vector<Result<T>> results;
-  results.reserve(2 * maps);
-  std::vector<T*> to_weight, to_bias;
-  const auto zeroed = [&](const Tensor& like) {
-    T* at = results.emplace_back(like, shape_of(like));
-    std::fill_n(at, like.numel(), T(0));
-    return at;
-  };
-  for (int64_t i = 0; i < maps; ++i) to_weight.push_back(zeroed(weights[i]));
-  for (int64_t i = 0; i < maps; ++i) to_bias.push_back(zeroed(biases[i]));
-  Result<T> by_parameters(parameters, shape_of(parameters));
-  give(sums, to_weight, to_bias, static_cast<T*>(by_parameters));
+  gradients.give(sums);
   std::vector<Tensor> out{by_y.done()};
-  for (Result<T>& r : results) out.push_back(r.done());
-  out.push_back(by_parameters.done());
+  gradients.append_to(out);
   return out;
 }
 

@@ -132,6 +132,7 @@ FoundAndKept series(const Tensor& x, const std::vector<Tensor>& weights, const s
     for (int64_t t = begin; t < end; ++t) {
       const int64_t from = t * net.grid.samples, some = std::min(net.grid.samples, batch - from);
       net.grid.stage(static_cast<const T*>(points), channels, from, some, tile.input(0));
+      tile.hold(from, some);
       tile.linearize(w.at());
       net.grid.unstage(w.at(), channels, from, some, to_value);
       if (!probes.has_value()) {
@@ -288,6 +289,7 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
   Result<T> by_x(x, shape_of(x));
   const int64_t tiles = batch ? (batch + net.grid.samples - 1) / net.grid.samples : 0, parts = parts_of(tiles);
   std::vector<Sums<T>> sums(parts);
+  Gradients<T> gradients(weights, biases, parameters);
   const int64_t of_map = exact ? trace->count * trace->rows * trace->wide : 0;
   std::vector<T> by_map(parts * of_map, T(0));
   T* to_x = by_x;
@@ -302,10 +304,11 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
     const std::vector<int64_t> at = probes.has_value() ? std::vector<int64_t>() : places(tile);
     std::vector<T*> by_slope(maps - 1, nullptr);
     for (int64_t part = begin; part < end; ++part) {
-      sums[part].shape(net);
+      sums[part].shape(net, gradients.by_bias());
       for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
         const int64_t from = t * net.grid.samples, some = std::min(net.grid.samples, batch - from);
         net.grid.stage(static_cast<const T*>(points), channels, from, some, tile.input(0));
+        tile.hold(from, some);
         if (kept.at == nullptr) tile.linearize(nullptr);
         for (int64_t i = 0; kept.at && i < tile.last(); ++i) {
           kept.load(tile, tile.argument(i), from, some, 0, i);
@@ -353,24 +356,9 @@ std::vector<Tensor> series_backward(const std::optional<Tensor>& grad_value, con
       }
     }
   });
-  std::vector<Result<T>> by_weight, by_bias;
-  std::vector<T*> to_weight, to_bias;
-  const auto zeroed = [](std::vector<Result<T>>& all, const Tensor& like) {
-    T* at = all.emplace_back(like, shape_of(like));
-    std::fill_n(at, like.numel(), T(0));
-    return at;
-  };
-  by_weight.reserve(maps), by_bias.reserve(maps);
-  for (int64_t i = 0; i < maps; ++i) {
-    to_weight.push_back(zeroed(by_weight, weights[i]));
-    to_bias.push_back(zeroed(by_bias, biases[i]));
-  }
-  Result<T> by_parameters(parameters, shape_of(parameters));
-  give(sums, to_weight, to_bias, static_cast<T*>(by_parameters));
+  gradients.give(sums);
   std::vector<Tensor> out{by_x.done()};
-  for (Result<T>& r : by_weight) out.push_back(r.done());
-  for (Result<T>& r : by_bias) out.push_back(r.done());
-  out.push_back(by_parameters.done());
+  gradients.append_to(out);
   if (trace_map.has_value()) {
     Result<T> by_trace(*trace_map, shape_of(*trace_map));
     T* to = by_trace;

@@ -5,13 +5,10 @@ pixel can take, None for points and for images of real numbers; ``num_classes``,
 
 ``torch.compile`` takes each player's loss as one graph (``fullgraph=True``), values and gradients those of eager mode.
 What is decided by numbers or by what was called before is one operator in it: where a roulette stops the series of a
-`ResidualFlow`, whether a weight of `SNGAN` has been normalised in this step. The graph breaks, and the values stay:
-
-- before torch 2.13, whose compiler can first ask what a network consists of, in a `ResidualFlow`, in gradient penalties
-  (`WGANGP`, `R3GAN`, `AVADE`), and in an importance-weighted bound of several draws in chunks or by ``dreg``, ``stl``
-  and ``piwae``;
-- in the log-determinant of a `ResidualFlow` with classes, whose networks have no kernels: each product with the
-  Jacobian, as many as the roulette says, is one of autograd's.
+`ResidualFlow`, whether a weight of `SNGAN` has been normalised in this step. Before torch 2.13, whose compiler can
+first ask what a network consists of, the graph breaks, and the values stay, in a `ResidualFlow`, in gradient penalties
+(`WGANGP`, `R3GAN`, `AVADE`), and in an importance-weighted bound of several draws in chunks or by ``dreg``, ``stl`` and
+``piwae``.
 
 A class is imported when it is first named, so that the names alone cost nothing.
 """

@@ -23,7 +23,8 @@ class NativeBlock(NamedTuple):
     """The arguments of both operators behind x, in their order.
 
     Attributes:
-        weights, biases: of each map, a bias None where there is none. activation: between any two of them. parameters:
+        weights, biases: of each map, a bias None where there is none, ``[N, outputs]`` where a context makes it each
+            sample's own. activation: between any two of them. parameters:
             ``[maps − 1]``, None where the activation has none.
     """
 
@@ -33,18 +34,30 @@ class NativeBlock(NamedTuple):
     parameters: Tensor | None
 
 
-def native_block(module: nn.Module, x: Tensor) -> tuple[NativeBlock | None, str]:
+def native_block(module: nn.Module, x: Tensor, context: Tensor | None = None) -> tuple[NativeBlock | None, str]:
     """The network as an alternation of linear maps, or of 1×1 and 3×3 convolutions of stride 1 with zeros around, and
     one activation; its weights read now.
 
     Args:
-        module: of one input. x: ``[N, ...]``.
+        module: of one input, or of a context beside. x: ``[N, ...]``.
+        context: only adds to what the first map gives: ``module.shift(context)``, ``[N, outputs]``, on top of what
+            ``module(x)`` is.
 
     Returns:
         the block and "", or None and the reason why the network is none.
     """
-    if torch.compiler.is_compiling():
-        return _in_graph(module, x)
+    shift = None if context is None else getattr(module, "shift", None)
+    if context is not None and not callable(shift):
+        return None, "it is given a context and has no method shift(context)"
+    block, reason = _in_graph(module, x) if torch.compiler.is_compiling() else _read(module, x)
+    if block is None or shift is None:
+        return block, reason
+    first, *others = block.biases
+    own = shift(context).to(x.dtype)
+    return block._replace(biases=[own if first is None else own + first, *others]), ""
+
+
+def _read(module: nn.Module, x: Tensor) -> tuple[NativeBlock | None, str]:
     steps, links, reason = _links(module, x)
     if reason:
         return None, reason

@@ -34,8 +34,8 @@ class InvertibleResidual(nn.Module):
     Its inverse is a fixed point, found by an accelerated iteration that stops sample by sample; its log-determinant a
     power series of traces. Both take any network that mixes no samples and keeps the shape of x. Alternations of linear
     maps, or of 1×1 and 3×3 convolutions, and one activation (LipSwish, CLipSwish, ELU, SiLU, tanh, ReLU, LeakyReLU)
-    have kernels (`genkernels.ops.log_det_series`, `genkernels.ops.invertible_residual`); others run through autograd,
-    and so does whatever is given a context.
+    have kernels (`genkernels.ops.log_det_series`, `genkernels.ops.invertible_residual`), with a context too where that
+    only adds to what the first map gives, as a method ``shift(context)`` tells; others run through autograd.
 
     Equivalent to::
 
@@ -43,7 +43,9 @@ class InvertibleResidual(nn.Module):
         log_det = torch.linalg.slogdet(jacobian_of(y, x))[1]
 
     Args:
-        net: g, called as ``net(x)``, or ``net(x, context)`` where a context is given.
+        net: g, called as ``net(x)``, or ``net(x, context)`` where a context is given. Where it has a method ``shift``,
+            ``net(x, context)`` must be ``net(x)`` with ``shift(context)`` ``[N, outputs]`` added to its first map's
+            output.
         log_det: ``exact`` (the whole Jacobian, up to 256 features), ``series`` (`terms` terms) or ``unbiased``: `terms`
             terms, then Russian roulette.
         terms: see there. stop: of the roulette, ``geometric`` (another term follows with probability 1 − `p`),
@@ -182,11 +184,9 @@ class InvertibleResidual(nn.Module):
 
     def _block(self, x: Tensor, context: Tensor | None) -> tuple[NativeBlock | None, str]:
         """The network as kernels take it, or None and why it is none."""
-        if context is not None:
-            return None, "it is given a context"
         if x.dim() not in (2, 4):
             return None, f"samples of {x.dim() - 1} axes have none"
-        block, reason = native_block(self.net, x)
+        block, reason = native_block(self.net, x, context)
         if block is not None and len(block.weights[-1]) != x.shape[1]:
             return None, "it changes the shape"
         return block, reason

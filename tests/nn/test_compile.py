@@ -29,9 +29,8 @@ SMALL = {
     "vae": {"width": 16},
     "pixelvae": {"width": 8, "pixel_width": 8},
 }
-#: residualflow with classes differentiates inside its loss, where torch.compile breaks the graph.
 LIKELIHOODS = [name for name, kind in MODELS.items() if issubclass(kind, LikelihoodModel)]
-IMAGES = [(name, "digits", "auto") for name in LIKELIHOODS if name != "residualflow"]
+IMAGES = [(name, "digits", "auto") for name in LIKELIHOODS if name != "residualflow"]  # which has tests of its own
 POINTS = [(name, "points", "auto") for name in ("glow", "maf")]
 BOUNDS = [("vae", "digits", "auto"), ("vae", "points", "auto"), ("pixelvae", "digits", "auto")]
 REFERENCE = [("nice", "digits", "reference"), ("maf", "points", "reference"), ("pixelcnn", "digits", "reference")]
@@ -75,6 +74,8 @@ def apart(results, names, dtype):
         ("points", {"log_det": "unbiased", "stop": "poisson", "p": 1.0}, torch.float64),
         ("digits", {"probes": 2}, torch.float64),
         ("digits", {"log_det": "series", "first_term": "probe"}, torch.float32),
+        ("points", {"log_det": "unbiased", "num_classes": 3}, torch.float64),
+        ("digits", {"num_classes": 3}, torch.float32),
     ],
 )
 def test_a_residual_flow_is_one_graph_with_the_same_draws(preset, options, dtype):
@@ -84,14 +85,15 @@ def test_a_residual_flow_is_one_graph_with_the_same_draws(preset, options, dtype
     model = MODELS["residualflow"].from_preset(preset, blocks=2, hidden=8, **options).to(dtype).train()
     points = preset == "points"
     x = torch.randn(4, *model.shape, dtype=dtype) if points else torch.randint(17, (4, *model.shape)).to(torch.uint8)
-    model.loss(x)
+    y = torch.tensor([0, 2, 1, 1]) if model.num_classes else None
+    model.loss(x, y)
     state, results = copy.deepcopy(model.state_dict()), []
     names = ["loss", *dict(model.named_parameters()), *dict(model.named_buffers())]
     for run in (model.loss, torch.compile(model.loss, fullgraph=True, backend="aot_eager")):
         model.load_state_dict(state)
         for seed in (1, 2):
             torch.manual_seed(seed)
-            value = run(x)
+            value = run(x, y)
             found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
         results.append([value, *found, *(buffer.clone() for buffer in model.buffers())])
     apart(results, names, dtype)

@@ -47,6 +47,26 @@ class WithContext(torch.nn.Module):
         return self.net(torch.cat([x, context], 1))
 
 
+class Shifted(torch.nn.Module):
+    """Whose context is a shift of what the first map gives, which its method tells, or which nothing tells."""
+
+    def __init__(self, layers, tells=True):
+        super().__init__()
+        self.layers, self.of = layers, torch.nn.Linear(2, layers[0].weight.shape[0], dtype=F64)
+        if tells:
+            self.shift = self.of
+
+    def forward(self, x, context=None):
+        first, *rest = self.layers
+        h = first(x)
+        if context is not None:
+            shift = self.of(context)
+            h = h + shift.view(*shift.shape, *[1] * (x.dim() - 2))
+        for layer in rest:
+            h = layer(h)
+        return h
+
+
 def exact(layer, x):
     eye = torch.eye(x[0].numel(), dtype=F64)
     rows = [torch.func.jacrev(lambda t: layer.net(t[None])[0])(row).view(eye.shape) for row in x]
@@ -115,6 +135,41 @@ def test_context_goes_to_the_network_in_both_directions():
     x, context = torch.randn(30, 3, dtype=F64), torch.randn(30, 2, dtype=F64)
     y, _ = layer(x, context)
     torch.testing.assert_close(layer.inverse(y, context)[0], x, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("make", "size"), [(mlp, (3,)), (convolutions, (2, 4, 3))])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_context_that_shifts_the_first_map_has_kernels(make, size, bias):
+    """Values, log-determinants and gradients, both ways, of a network that does not tell."""
+    torch.manual_seed(0)
+    layers = make()
+    layers(torch.zeros(1, *size, dtype=F64))  # a convolution learns the size of its input
+    if not bias:
+        layers[0].bias = None
+    nets = [Shifted(layers), Shifted(layers, tells=False)]
+    nets[1].of = nets[0].of
+    x, context = torch.randn(5, *size, dtype=F64), torch.randn(5, 2, dtype=F64).requires_grad_()
+    results = []
+    for net in nets:
+        for options in ({"log_det": "exact"}, {"log_det": "series", "terms": 3, "first_term": "probe"}):
+            layer = gnn.InvertibleResidual(net, atol=1e-11, **options).eval()
+            assert (layer._block(x, context)[0] is None) == (net is nets[1])
+            at = x.clone().requires_grad_()
+            leaves = [at, context, *layers.parameters(), *nets[0].of.parameters()]
+            torch.manual_seed(1)
+            y, log_det = layer(at, context)
+            back, minus = layer.inverse(y.detach(), context)
+            torch.testing.assert_close(back, x, rtol=0, atol=1e-9)
+            results.append([y, log_det, minus, *torch.autograd.grad((y.sin() + log_det.sum() * y).sum(), leaves)])
+            results[-1] += torch.autograd.grad(back.cos().sum(), leaves[1:])
+    for i in (0, 1):
+        torch.testing.assert_close(results[i], results[2 + i], rtol=1e-7, atol=1e-8)
+
+
+def test_a_context_of_another_number_of_samples_gets_one_sentence():
+    layer = gnn.InvertibleResidual(Shifted(mlp()), "exact")
+    with pytest.raises(ValueError, match=r"biases\[0\] must be \[N, outputs\] = \[5, 16\], got \[4, 16\]"):
+        layer(torch.randn(5, 3, dtype=F64), torch.randn(4, 2, dtype=F64))
 
 
 def test_a_sharp_block_warns_with_the_published_roulette_and_not_with_the_adaptive_one(recwarn):

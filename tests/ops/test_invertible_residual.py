@@ -106,7 +106,8 @@ def test_what_did_not_converge_says_so_and_gives_its_best(implementation, device
 @pytest.mark.implementations(when=thin)
 @pytest.mark.every_build
 @pytest.mark.parametrize(
-    ("name", "activation"), pairwise(["mlp", "deep", "two maps", "3-1-3 of 2x2", "3-1-3", "3-3"], ACTIVATIONS)
+    ("name", "activation"),
+    pairwise(["mlp", "deep", "two maps", "3-1-3 of 2x2", "3-1-3", "3-3", "mlp of each", "3-1-3 of each"], ACTIVATIONS),
 )
 def test_the_gradient_is_that_of_the_unrolled_iteration(implementation, device, name, activation):
     _, y, weights, biases, parameters = made(name, activation, norm=0.8, samples=3, device=device)
@@ -130,9 +131,10 @@ def test_the_gradient_is_that_of_the_unrolled_iteration(implementation, device, 
 
 
 @quick
-def test_many_samples_of_many_speeds(implementation, device):
+@pytest.mark.parametrize("name", ["mlp", "mlp of each"])
+def test_many_samples_of_many_speeds(implementation, device, name):
     """More than a tile, some of which go on long after the others: forward, and the transposed equation."""
-    y, weights, biases, parameters = block("mlp", "relu", norm=0.99, samples=300, device=device)
+    y, weights, biases, parameters = block(name, "relu", norm=0.99, samples=300, device=device)
     y = y * torch.linspace(0.01, 20, 300, device=device)[:, None].double()
     leaves = [t.detach().requires_grad_() for t in (y, *weights)]
     found = ops.invertible_residual(leaves[0], leaves[1:], biases, "relu", parameters, atol=1e-9)

@@ -81,16 +81,18 @@ template <typename T>
 struct Sums {
   std::vector<Outer<T>> maps;
   std::vector<std::vector<T>> biases;
+  std::vector<T*> own;  // where a bias of each sample has its gradient at once
   std::vector<double> parameters;
   std::vector<T> turned, row;
 
-  void shape(const Network<T>& net) {
+  void shape(const Network<T>& net, const std::vector<T*>& by_bias) {
     const Grid& grid = net.grid;
     int64_t widest = 0;
     for (const Map<T>& m : net.maps) {
       maps.emplace_back().shape(m.outputs, m.inputs, m.taps(), grid.plane(),
                                 [&](int64_t t) { return m.away(t, grid.pitch()); });
-      biases.emplace_back(m.outputs, T(0));
+      own.push_back(m.own ? by_bias[own.size()] : nullptr);
+      biases.emplace_back(m.own ? 0 : m.outputs, T(0));
       widest = std::max(widest, maps.back().stride);
     }
     parameters.assign(net.maps.size() - 1, 0.0);
@@ -100,6 +102,16 @@ struct Sums {
 
   void outer(int64_t map, const Tile<T>& tile, const T* g, const T* x) {
     maps[map].add(g, tile.plane, x, tile.columns, turned.data());
+  }
+  void bias(int64_t map, const Tile<T>& tile, const T* g) {
+    const int64_t outputs = tile.net.maps[map].outputs;
+    if (own[map] == nullptr) {
+      for (int64_t c = 0; c < outputs; ++c) biases[map][c] += T(sum_of(g + c * tile.plane, tile.columns));
+      return;
+    }
+    for (int64_t s = 0; s < int64_t(tile.held().size()); ++s)
+      for (int64_t c = 0; c < outputs; ++c)
+        own[map][tile.held()[s] * outputs + c] = T(tile.grid.sum(g + c * tile.plane, s));
   }
 };
 
@@ -112,7 +124,7 @@ void differentiate(Tile<T>& tile, Sums<T>& sums, T* by_value, const std::vector<
   for (int64_t i = tile.last(); i >= 0; --i) {
     const Map<T>& m = net.maps[i];
     sums.outer(i, tile, from, tile.input(i));
-    for (int64_t c = 0; c < m.outputs; ++c) sums.biases[i][c] += T(sum_of(from + c * tile.plane, tile.columns));
+    sums.bias(i, tile, from);
     if (i == 0 && !wants_x) return;
     if (i == 0) {
       m.transposed.run(from, nullptr, by_value, tile.plane, tile.columns);  // two maps or more: `from` is another plane
@@ -136,26 +148,55 @@ void differentiate(Tile<T>& tile, Sums<T>& sums, T* by_value, const std::vector<
   }
 }
 
-// Adds the parts up, first to last, into zeros.
+// The gradients of all maps and parameters: zeros, in which each part has its share in the end.
 template <typename T>
-void give(std::vector<Sums<T>>& parts, const std::vector<T*>& by_weight, const std::vector<T*>& by_bias,
-          T* by_parameters) {
-  const int64_t count = int64_t(by_weight.size());
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (size_t p = 0; p < parts.size(); ++p) {
-        if (p) parts[0].maps[i].join(parts[p].maps[i]);
-        for (size_t c = 0; c < parts[p].biases[i].size(); ++c) by_bias[i][c] += parts[p].biases[i][c];
-      }
-      if (!parts.empty()) parts[0].maps[i].give(by_weight[i]);
-    }
-  });
-  for (int64_t i = 0; i + 1 < count; ++i) {
-    double total = 0;
-    for (const Sums<T>& part : parts) total += part.parameters[i];
-    by_parameters[i] = T(total);
+class Gradients {
+ public:
+  Gradients(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Tensor& parameters)
+      : count_(int64_t(weights.size())), by_parameters_(parameters, shape_of(parameters)) {
+    all_.reserve(2 * count_);
+    for (const Tensor& w : weights) by_weight_.push_back(zeroed(w));
+    for (const Tensor& b : biases) by_bias_.push_back(zeroed(b));
   }
-}
+
+  const std::vector<T*>& by_bias() const { return by_bias_; }
+
+  // Adds the parts up, first to last.
+  void give(std::vector<Sums<T>>& parts) {
+    torch::stable::parallel_for(0, count_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (size_t p = 0; p < parts.size(); ++p) {
+          if (p) parts[0].maps[i].join(parts[p].maps[i]);
+          for (size_t c = 0; c < parts[p].biases[i].size(); ++c) by_bias_[i][c] += parts[p].biases[i][c];
+        }
+        if (!parts.empty()) parts[0].maps[i].give(by_weight_[i]);
+      }
+    });
+    T* to = by_parameters_;
+    for (int64_t i = 0; i + 1 < count_; ++i) {
+      double total = 0;
+      for (const Sums<T>& part : parts) total += part.parameters[i];
+      to[i] = T(total);
+    }
+  }
+
+  void append_to(std::vector<Tensor>& out) {
+    for (Result<T>& r : all_) out.push_back(r.done());
+    out.push_back(by_parameters_.done());
+  }
+
+ private:
+  T* zeroed(const Tensor& like) {
+    T* at = all_.emplace_back(like, shape_of(like));
+    std::fill_n(at, like.numel(), T(0));
+    return at;
+  }
+
+  int64_t count_;
+  std::vector<Result<T>> all_;
+  std::vector<T*> by_weight_, by_bias_;
+  Result<T> by_parameters_;
+};
 
 // Into how many parts the tiles of a batch go: sums are kept for each, and added up in the end.
 inline int64_t parts_of(int64_t tiles) {

@@ -93,6 +93,7 @@ struct Map {
   int64_t outputs = 0, inputs = 0, size = 1;
   const T* weight = nullptr;
   const T* bias = nullptr;
+  const T* own = nullptr;  // a bias of each sample [N, outputs], instead
   Product<T> forward, transposed;
 
   int64_t taps() const { return size * size; }
@@ -215,9 +216,12 @@ struct Given {
       Map<T> m;
       m.outputs = w[i].size(0), m.inputs = w[i].size(1);
       m.size = grid.flat ? 1 : w[i].size(2);
-      require(w[i].dim() == x.dim() && m.inputs == width && b[i].numel() == m.outputs && w[i].numel() == m.count(), who,
-              ": weights and biases must fit together");
-      m.weight = weights[i], m.bias = biases[i];
+      const bool own = b[i].dim() == 2;
+      require(w[i].dim() == x.dim() && m.inputs == width && b[i].numel() == (own ? x.size(0) : 1) * m.outputs &&
+                  w[i].numel() == m.count(),
+              who, ": weights and biases must fit together");
+      m.weight = weights[i];
+      (own ? m.own : m.bias) = biases[i];
       if (m.size == 3) grid.reach = 1;
       width = m.outputs * (net.mirrored() ? 2 : 1);
       net.maps.push_back(std::move(m));

@@ -4,6 +4,8 @@
 
 #include "network.h"
 
+#include <numeric>
+
 namespace genkernels {
 namespace block {
 
@@ -49,6 +51,16 @@ class Tile {
   T* room(int i) { return rooms_[i]->at(); }
   const T* keep() const { return keep_.empty() ? nullptr : keep_.data(); }
   int64_t last() const { return net.count() - 1; }
+
+  // Which of the batch's samples lie in the tile, from the first slot on: some from `first` on, or these.
+  void hold(int64_t first, int64_t some) {
+    held_.resize(some);
+    std::iota(held_.begin(), held_.end(), first);
+  }
+  void hold(const std::vector<int64_t>& samples, int64_t some) {
+    held_.assign(samples.begin(), samples.begin() + some);
+  }
+  const std::vector<int64_t>& held() const { return held_; }
 
   // Only the first `samples` of the tile from here on.
   void narrow(int64_t samples) {
@@ -153,17 +165,27 @@ class Tile {
   void run(T* value, bool slopes) {
     for (int64_t i = 0; i < net.count(); ++i) {
       const Map<T>& m = net.maps[i];
-      if (i == last()) {
-        if (value == nullptr) return;
-        m.forward.run(input(i), m.bias, value, plane, columns);
-        return mask(value, net.features());
-      }
-      m.forward.run(input(i), m.bias, argument(i), plane, columns);
+      T* to = i == last() ? value : argument(i);
+      if (to == nullptr) return;
+      m.forward.run(input(i), m.bias, to, plane, columns);
+      if (m.own) add_own(m, to);
+      if (i == last()) return mask(to, net.features());
       activate_all(i, slopes);
     }
   }
 
+  void add_own(const Map<T>& m, T* to) const {
+    for (int64_t s = 0; s < int64_t(held_.size()); ++s) {
+      const T* bias = m.own + held_[s] * m.outputs;
+      for (int64_t c = 0; c < m.outputs; ++c)
+        grid.rows_of(s, [&](int64_t row) {
+          for (int64_t q = 0; q < grid.width; ++q) to[c * plane + row + q] += bias[c];
+        });
+    }
+  }
+
   std::vector<T> keep_;
+  std::vector<int64_t> held_;
   int64_t widest_ = 0;
   std::vector<std::unique_ptr<Planes<T>>> inputs_, arguments_, slopes_;
   std::unique_ptr<Planes<T>> rooms_[2];

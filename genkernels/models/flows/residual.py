@@ -183,7 +183,8 @@ class ResidualNet(nn.Module):
 
     Args:
         size: of x, ``(D,)`` or ``(C, H, W)``. hidden: width. hidden_layers: of the fully connected one.
-        context_features: size of the context ``[N, context_features]``, added behind the first layer; 0: none.
+        context_features: size of the context ``[N, context_features]``, of which a linear map is added behind the first
+            layer; 0: none.
         of_layers: options of each layer.
     """
 
@@ -206,6 +207,11 @@ class ResidualNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.first(x)
-        if self.context is not None:
-            h = h + self.context(context).view(len(x), -1, *[1] * (x.dim() - 2))
+        if context is not None:
+            shift = self.shift(context)
+            h = h + shift.view(*shift.shape, *[1] * (x.dim() - 2))
         return self.rest(h)
+
+    def shift(self, context: Tensor) -> Tensor:
+        """What the context adds behind the first layer, ``[N, hidden]``."""
+        return self.context(context)
