@@ -8,7 +8,7 @@ In Python as on the command line::
     config = gk.training.TrainConfig(max_steps=1000, batch_size=64)  # each field is a flag of genkernels train
     result = gk.training.fit(model, bundle, config, out="runs/nice")  # resume=True goes on with it
     print(result)
-    gk.training.evaluate(model, bundle.test)["bits_per_dim"].value
+    gk.training.evaluate(model, bundle.test)  # estimates by name, each with its standard error
     gk.training.sample(model, 64, temperature=0.7)  # [64, 1, 8, 8] in [0, 1]
     model, config, state, notes = gk.training.load_model("runs/nice")  # the best weights, by held-out examples
 
