@@ -242,7 +242,9 @@ class SpectralNorm(nn.Module):
         self.begin(self.original(), layer, size)
 
     def original(self) -> Tensor:
-        return self.owner[0].original
+        held = self.owner[0]
+        weight = held._parameters.get("original")  # what a step of training asks of each layer, in few steps
+        return held.original if weight is None else weight
 
     def as_original(self, weight: Tensor) -> Tensor:
         """The original weight where `weight` is the same memory, as a compiled pass hands it on."""
@@ -254,7 +256,7 @@ class SpectralNorm(nn.Module):
 
     def leads(self) -> bool:
         """Whether it is given the original weight, not what another parametrization makes of it."""
-        return bool(self.owner) and self.owner[0][0] is self
+        return bool(self.owner) and self.owner[0]._modules.get("0") is self
 
     @torch.no_grad()
     def write(self, u: Tensor, v: Tensor) -> None:
@@ -322,7 +324,7 @@ class Kept(NamedTuple):
     """A normalised weight with the u, v and sigma that it has, and what it was made of: tensors and their versions."""
 
     normal: Tensor
-    found: tuple[Tensor, Tensor, Tensor]
+    found: tuple[Tensor, Tensor, Tensor, int]  #: u, v, the norms of all that were made with it, and its place there
     grade: int
     training: bool
     tensors: tuple[Tensor, Tensor, Tensor]
@@ -331,15 +333,11 @@ class Kept(NamedTuple):
 
     def fits(self, member: SpectralNorm, weight: Tensor) -> bool:
         w, u, v = self.tensors
-        return (
-            w is weight
-            and self.versions[0] == w._version
-            and self.grade >= _wanted(weight)
-            and self.training == member.training
-            and u is member._u
-            and v is member._v
-            and self.versions[1:] == (u._version, v._version)
-        )
+        if w is not weight or self.versions != (w._version, u._version, v._version):
+            return False
+        held = member._buffers
+        same = u is held["_u"] and v is held["_v"] and self.training == member.training
+        return same and self.grade >= _wanted(weight)
 
 
 class Group:
@@ -364,15 +362,19 @@ class Group:
 
     def normalised(self, member: SpectralNorm, weight: Tensor) -> Tensor:
         """What the layer of `member` multiplies by."""
-        if not member._v.numel():
-            raise ValueError(
-                "spectral_norm_: a convolution must know the size of its input, which its first pass gives, got none "
-                "yet: call the layer once"
-            )
-        # under transforms no vector is written either; a replica of `DataParallel` is in no group, and soon gone
-        if not _can_keep(weight) or (member not in self._kept and member not in self.members):
-            return _call([(member, weight, member._u, member._v)], 0).weights[0]
-        kept = self._fitting(member, weight)
+        kept = self._kept.get(member)
+        known = kept is not None
+        if not known or _looked_on() or not kept.fits(member, weight):
+            kept = None  # nothing holds what is about to be replaced
+            if not member._v.numel():
+                raise ValueError(
+                    "spectral_norm_: a convolution must know the size of its input, which its first pass gives, got "
+                    "none yet: call the layer once"
+                )
+            # under transforms no vector is written either; a replica of `DataParallel` is in no group, and soon gone
+            if not _can_keep(weight) or not (known or member in self.members):
+                return _call([(member, weight, member._u, member._v)], 0).weights[0]
+            kept = self._fitting(member, weight)
         if kept.grade < GRAPH:
             return kept.normal
         if _wanted(weight) < GRAPH:
@@ -386,13 +388,15 @@ class Group:
         weight = member.as_original(weight)
         if _can_keep(weight):
             kept = self._fitting(member, weight)
-            return tuple(t.detach().clone() for t in (kept.normal, *kept.found))
+            u, v, sigma, place = kept.found
+            return tuple(t.detach().clone() for t in (kept.normal, u, v, sigma[place : place + 1]))
         out = _call([(member, weight, member._u, member._v)], 0)
         return out.weights[0], member._u.clone(), member._v.clone(), out.sigma
 
     def _fitting(self, member: SpectralNorm, weight: Tensor) -> Kept:
         kept = self._kept.get(member)
         if kept is None or not kept.fits(member, weight):
+            kept = None
             self._renew(member, weight)
             kept = self._kept[member]
         return kept
@@ -402,32 +406,33 @@ class Group:
         buckets: dict[tuple, list] = {}
         for member in self.members:
             weight = its_weight if member is asking else member.original() if member.leads() else None
-            if weight is None or not member._v.numel() or not _can_keep(weight):
+            if weight is None or not member._buffers["_v"].numel() or not _can_keep(weight):
                 continue
             kept = self._kept.get(member)
             if member is asking or kept is None or not kept.fits(member, weight):
-                iterations = 0
-                if member.training and not member._updated_for.holds(weight):
-                    iterations = member.settings.iterations
+                updates = member.training and not member._updated_for.holds(weight)
+                iterations = member.settings.iterations if updates else 0
                 alike = weight.dtype, weight.device, member.settings, iterations
                 buckets.setdefault(alike, []).append((member, weight, *_vectors(member, weight)))
+        kept = None
         for (*_, iterations), jobs in buckets.items():
             for member, *_ in jobs:
                 self.forget(member)  # what nobody else holds makes room for what replaces it
             once = _by_reference(jobs[0][1])
             with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
                 out = _call(jobs, iterations)
+            held = [(m._buffers["_u"], m._buffers["_v"]) for m, *_ in jobs]
             if iterations:
                 with torch.no_grad():
-                    torch._foreach_copy_([m._u for m, *_ in jobs] + [m._v for m, *_ in jobs], [*out.u, *out.v])
-            sigmas = out.sigma.detach().split(1)
-            for (member, weight, _, _), normal, *found in zip(jobs, out.weights, out.u, out.v, sigmas, strict=True):
+                    torch._foreach_copy_([u for u, _ in held] + [v for _, v in held], [*out.u, *out.v])
+            sigma = out.sigma.detach()
+            for i, ((member, weight, *_), (u, v)) in enumerate(zip(jobs, held, strict=True)):
                 if iterations:
                     member._updated_for.note(weight)
-                tensors = weight, member._u, member._v
-                versions = tuple(t._version for t in tensors)
+                found = out.u[i], out.v[i], sigma, i
+                tensors, versions = (weight, u, v), (weight._version, u._version, v._version)
                 self._kept[member] = Kept(
-                    normal, tuple(found), _wanted(weight), member.training, tensors, versions, once
+                    out.weights[i], found, _wanted(weight), member.training, tensors, versions, once
                 )
 
 
@@ -437,6 +442,12 @@ def _call(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:
     geometries = [member.geometry for member in members]
     scaled = {"coefficient": settings.coefficient, "at_most": settings.at_most}
     return ops.spectral_norm(weights, u, v, geometries, iterations=iterations, **scaled)
+
+
+def _looked_on() -> bool:
+    """Whether anything but autograd looks on, for which what is kept may be nothing."""
+    watched = torch._C._len_torch_dispatch_stack() or torch._guards.TracingContext.try_get() is not None
+    return bool(watched) or ops.transforms_active()
 
 
 def _can_keep(weight: Tensor) -> bool:

@@ -106,14 +106,21 @@ def _of_one_dtype(weights: list, u: list, v: list, geometries: Sequence[Geometry
             f"{NAME}: weights, u, v and geometries must be lists of one length, 1 or more, got {count}, {len(u)}, "
             f"{len(v)} and {len(geometries)}"
         )
-    named = {}
-    for i in range(count):
-        named |= {f"weights[{i}]": weights[i], f"u[{i}]": u[i], f"v[{i}]": v[i]}
-    checks.tensors(NAME, named)
-    if autocast.active(weights[0]):
-        dtype = autocast.widest(*named.values())
+    tensors = [*weights, *u, *v]
+    first = tensors[0]
+    plain = isinstance(first, Tensor) and first.dtype in checks.FLOATS
+    if not plain or not all(
+        isinstance(t, Tensor) and t.dtype == first.dtype and t.device == first.device for t in tensors
+    ):
+        named = {}  # names cost more than looking, which each step of a critic does
+        for i in range(count):
+            named |= {f"weights[{i}]": weights[i], f"u[{i}]": u[i], f"v[{i}]": v[i]}
+        checks.tensors(NAME, named)
+        if not autocast.active(first):
+            checks.same_dtype(NAME, named)
+    if autocast.active(first):
+        dtype = autocast.widest(*tensors)
         return [t.to(dtype) for t in weights], [t.to(dtype) for t in u], [t.to(dtype) for t in v]
-    checks.same_dtype(NAME, named)
     return weights, u, v
 
 
@@ -127,8 +134,9 @@ def _check(weights: list, u: list, v: list, geometries: Sequence[Geometry]) -> N
             if not -weight.dim() <= g.axis < weight.dim():
                 raise ValueError(f"{NAME}: the axis of weights[{i}] must be one of its {weight.dim()}, got {g.axis}")
             rows = weight.shape[g.axis]
-            checks.shape(NAME, f"u[{i}]", left, [rows], "[M]")
-            checks.shape(NAME, f"v[{i}]", right, [weight.numel() // rows], "[K]")
+            if left.shape != (rows,) or right.shape != (weight.numel() // rows,):
+                checks.shape(NAME, f"u[{i}]", left, [rows], "[M]")
+                checks.shape(NAME, f"v[{i}]", right, [weight.numel() // rows], "[K]")
         else:
             _check_convolution(i, weight, left, right, g)
 
