@@ -40,15 +40,15 @@ def native_block(module: nn.Module, x: Tensor, context: Tensor | None = None) ->
 
     Args:
         module: of one input, or of a context beside. x: ``[N, ...]``.
-        context: only adds to what the first map gives: ``module.shift(context)``, ``[N, outputs]``, on top of what
-            ``module(x)`` is.
+        context: only adds to what the first map gives in ``module(x)``: ``module.context_shift(context)``, of
+            ``[N, outputs]``.
 
     Returns:
         the block and "", or None and the reason why the network is none.
     """
-    shift = None if context is None else getattr(module, "shift", None)
+    shift = None if context is None else getattr(module, "context_shift", None)
     if context is not None and not callable(shift):
-        return None, "it is given a context and has no method shift(context)"
+        return None, "it is given a context and has no method context_shift(context)"
     block, reason = _in_graph(module, x) if torch.compiler.is_compiling() else _read(module, x)
     if block is None or shift is None:
         return block, reason

@@ -35,7 +35,7 @@ class InvertibleResidual(nn.Module):
     power series of traces. Both take any network that mixes no samples and keeps the shape of x. Alternations of linear
     maps, or of 1×1 and 3×3 convolutions, and one activation (LipSwish, CLipSwish, ELU, SiLU, tanh, ReLU, LeakyReLU)
     have kernels (`genkernels.ops.log_det_series`, `genkernels.ops.invertible_residual`), with a context too where that
-    only adds to what the first map gives, as a method ``shift(context)`` tells; others run through autograd.
+    only adds to what the first map gives, as a method ``context_shift(context)`` tells; others run through autograd.
 
     Equivalent to::
 
@@ -43,9 +43,9 @@ class InvertibleResidual(nn.Module):
         log_det = torch.linalg.slogdet(jacobian_of(y, x))[1]
 
     Args:
-        net: g, called as ``net(x)``, or ``net(x, context)`` where a context is given. Where it has a method ``shift``,
-            ``net(x, context)`` must be ``net(x)`` with ``shift(context)`` ``[N, outputs]`` added to its first map's
-            output.
+        net: g, called as ``net(x)``, or ``net(x, context)`` where a context is given. Where it has a method
+            ``context_shift``, ``net(x, context)`` must be ``net(x)`` with ``context_shift(context)``, ``[N, outputs]``,
+            added to its first map's output.
         log_det: ``exact`` (the whole Jacobian, up to 256 features), ``series`` (`terms` terms) or ``unbiased``: `terms`
             terms, then Russian roulette.
         terms: see there. stop: of the roulette, ``geometric`` (another term follows with probability 1 − `p`),

@@ -54,7 +54,7 @@ class Shifted(torch.nn.Module):
         super().__init__()
         self.layers, self.of = layers, torch.nn.Linear(2, layers[0].weight.shape[0], dtype=F64)
         if tells:
-            self.shift = self.of
+            self.context_shift = self.of
 
     def forward(self, x, context=None):
         first, *rest = self.layers

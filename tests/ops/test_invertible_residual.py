@@ -23,7 +23,7 @@ def thin(implementation, name, activation):
 
 def sample(device="cpu", dtype=F64):
     """`(function of tensors, tensors)`; the function returns a tuple of tensors."""
-    y, weights, biases, parameters = block("mlp", "lipswish", device=device, dtype=dtype)
+    y, weights, biases, parameters = block("first of each", "lipswish", device=device, dtype=dtype)
     count = len(weights)
 
     def function(y, *rest):

@@ -32,7 +32,7 @@ def thin(implementation, name, activation, samples):
 
 def sample(device="cpu", dtype=F64):
     """`(function of tensors, tensors)`; the function returns a tuple of tensors."""
-    x, weights, biases, parameters = block("mlp", "clipswish", device=device, dtype=dtype)
+    x, weights, biases, parameters = block("first of each", "clipswish", device=device, dtype=dtype)
     count = len(weights)
     signs = torch.randint(0, 2, (2, *x.shape), generator=torch.Generator().manual_seed(1)) * 2 - 1
 

@@ -208,10 +208,10 @@ class ResidualNet(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.first(x)
         if context is not None:
-            shift = self.shift(context)
+            shift = self.context_shift(context)
             h = h + shift.view(*shift.shape, *[1] * (x.dim() - 2))
         return self.rest(h)
 
-    def shift(self, context: Tensor) -> Tensor:
+    def context_shift(self, context: Tensor) -> Tensor:
         """What the context adds behind the first layer, ``[N, hidden]``."""
         return self.context(context)
