@@ -450,7 +450,7 @@ def _solve(net: Network, planes, d, target: Tensor, x: Tensor, limit: Tensor, mo
         best = torch.empty_like(limit)
         tiles = _block.chain_tiles(x.element_size())._replace(BC=16 if x.element_size() == 8 else 32)
         _solve_kernel[(triton.cdiv(net.rows, tiles.BR),)](
-            *(net.table, net.push, net.pull, net.biases, net.bias_pitch, net.parameters),
+            *(net.table, net.push, net.pull, net.biases, None if transposed else net.bias_pitch, net.parameters),
             *(planes[0], None if d is None else d[0], target, *vectors, limit, best, taken),
             *(net.rows, net.pitch, most, depth, net.layers),
             ACTIVATION=net.activation,

@@ -506,7 +506,7 @@ def _probed(net, at, grad_log_det, trace_map, probes, sums, first):
 def sample_calls() -> SampleCalls:
     """Every activation in rows, the heaviest two in images.
 
-    Every type, layout, number of probes and kind of first term comes with one of them; so do biases of each sample.
+    Every type, layout, number of probes and kind of first term comes with one of them, and each sample's own biases.
     """
     names = {torch.float32: "fp32", torch.float64: "fp64"}
     kinds = [(torch.float32, image, int(CLIPSWISH), 1, True, False) for image in (False, True)]
@@ -514,7 +514,7 @@ def sample_calls() -> SampleCalls:
     kinds += [(torch.float32, True, int(ELU), 1, False, False)]
     kinds += [(torch.float64, image, int(CLIPSWISH), 2, True, False) for image in (False, True)]
     kinds += [(torch.float32, image, 5, 2, True, False) for image in (False, True)]
-    kinds += [(dtype, image, int(CLIPSWISH), 1, True, True) for dtype in names for image in (False, True)]
+    kinds += [(torch.float32, image, int(CLIPSWISH), 1, True, True) for image in (False, True)]
     kinds += [(torch.float32, False, 5, 1, False, True)]
     calls = []
     for dtype, image, activation, probes, exact, own in kinds:

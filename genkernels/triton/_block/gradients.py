@@ -127,7 +127,7 @@ def _chain(net, at, probed, deltas, grad, parts, FORWARD=False, PROBES=False, DE
         net.push,
         net.pull,
         net.biases,
-        net.bias_pitch,
+        net.bias_pitch if FORWARD else None,
         net.parameters,
         at.inputs[0],
         at.z[0],
