@@ -3,8 +3,8 @@
 //
 // Launches. Weights arranged, y and the start loaded, the whole iteration in one, x stored (not for fp32 and fp64
 // images, which lie right). Backward: the same for w, then maps − 1 for the gradients by what stands between the maps
-// (one in all for matrices) and three for all weights, biases and parameters. The host waits for nothing, however many
-// iterations there are; a CUDA graph may capture it all.
+// (one in all for matrices) and three for all weights, biases and parameters, and one for each bias of matrices that is
+// each sample's own. The host waits for nothing, however many iterations there are; a CUDA graph may capture it all.
 #include "invertible_residual.cuh"
 #include "residual_block/call.cuh"
 

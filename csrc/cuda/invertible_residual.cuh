@@ -37,13 +37,14 @@ struct Solve {
   int64_t samples;
 };
 
-// r = y − x − the product and a bias where there is one.
+// r = y − x − the product and a map's bias where there is one.
 template <typename A>
 struct Residual {
   const Network<A>& net;
   const Solve<A>& s;
-  const A* bias;
+  int biased;  // as in Store
   __device__ __forceinline__ void operator()(int image, int pixel, int row, const A (&found)[4], int rows) {
+    const A* bias = biased >= 0 ? bias_at(net, biased, image, pixel) : nullptr;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (r >= rows) continue;
@@ -196,14 +197,14 @@ __global__ void __launch_bounds__(kThreads, kLarge ? 1 : kBlocks<A>)
         Pull<A> to{net, i};
         go(Product<A>::pull(net, i, i == last ? s.x : net.map[i].out), to);
       }
-      Residual<A> to{net, s, nullptr};
+      Residual<A> to{net, s, -1};
       go(Product<A>::pull(net, 0, net.map[0].out), to);
     } else {
       for (int i = 0; i < last; ++i) {
         Activate<A> to{net, i};
         go(Product<A>::push(net, i, net.map[i].in), to);
       }
-      Residual<A> to{net, s, net.map[last].bias};
+      Residual<A> to{net, s, last};
       go(Product<A>::push(net, last, net.map[last].in), to);
     }
     bool stop = true;

@@ -4,7 +4,8 @@
 // through everything. Convolutions: one for each map, and one for each map of each term. Beside them: weights arranged,
 // x and probes loaded and results stored (not for fp32 and fp64 images, which lie right), the end. Backward: in the
 // same way maps − 1 forward, as many for tangents and for cotangents, maps for the gradient, two for an exact trace;
-// then three for all weights, biases and parameters. The host waits for nothing; a CUDA graph may capture it all.
+// then three for all weights, biases and parameters, and one for each bias of matrices that is each sample's own. The
+// host waits for nothing; a CUDA graph may capture it all.
 //
 // Without probes, the determinant and the inverse of the D×D Jacobians are torch's.
 #include "log_det_series.cuh"

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
       trace_product<A, kLarge>(net, s.trace, false, share, shared, to);
     } else if (head && phase == net.maps - 1) {
       const Map<A>& m = net.map[phase];
-      Store<A> to{net, s.value, m.outputs, m.bias};
+      Store<A> to{net, s.value, m.outputs, phase};
       go(Product<A>::push(net, phase, m.in), to);
     } else if (head) {
       Activate<A> to{net, phase};

@@ -237,6 +237,7 @@ def _solve_kernel(
     p_push,
     p_pull,
     p_biases,
+    bias_pitch,
     p_parameters,
     p_planes,
     p_d,
@@ -295,6 +296,7 @@ def _solve_kernel(
                 p_table,
                 p_push,
                 p_biases,
+                bias_pitch,
                 p_parameters,
                 p_planes,
                 None,
@@ -315,8 +317,8 @@ def _solve_kernel(
             m_c = o_c < features
             b_g = _block.product(p_in, p_w, o_n, m_live, o_c, m_c, inputs, features, 1, 1, True, 1, BK)
             if not TRANSPOSED:
-                o_bias = _block.field(p_table, last, _block.BIAS_AT) + o_c
-                b_g += tl.load(p_biases + o_bias, m_c, other=0.0)[None, :]
+                p_bias = p_biases + _block.field(p_table, last, _block.BIAS_AT)
+                b_g += _block.bias_tile(p_bias, bias_pitch, o_n, m_live, o_c, m_c)
             m = m_live[:, None] & m_c[None, :]
             o = o_n[:, None] * features + o_c[None, :]
             b_r = tl.load(p_target + o, m, other=0.0) - tl.load(p_x + o, m, other=0.0) - b_g
@@ -448,8 +450,9 @@ def _solve(net: Network, planes, d, target: Tensor, x: Tensor, limit: Tensor, mo
         best = torch.empty_like(limit)
         tiles = _block.chain_tiles(x.element_size())._replace(BC=16 if x.element_size() == 8 else 32)
         _solve_kernel[(triton.cdiv(net.rows, tiles.BR),)](
-            *(net.table, net.push, net.pull, net.biases, net.parameters, planes[0], None if d is None else d[0]),
-            *(target, *vectors, limit, best, taken, net.rows, net.pitch, most, depth, net.layers),
+            *(net.table, net.push, net.pull, net.biases, None if transposed else net.bias_pitch, net.parameters),
+            *(planes[0], None if d is None else d[0], target, *vectors, limit, best, taken),
+            *(net.rows, net.pitch, most, depth, net.layers),
             ACTIVATION=net.activation,
             TRANSPOSED=transposed,
             BD=4,
@@ -544,19 +547,22 @@ def invertible_residual_backward(
 
 
 def sample_calls() -> SampleCalls:
-    """The activations that need the most registers (`log_det_series` has all of them), every type and layout once."""
+    """The activations that need the most registers (`log_det_series` has all of them), every type and layout once, with
+    biases in common and of each sample."""
     names = {torch.float32: "fp32", torch.float64: "fp64"}
-    kinds = [(torch.float32, image, int(kind)) for image in (False, True) for kind in (ELU, CLIPSWISH)]
-    kinds += [(torch.float64, image, int(CLIPSWISH)) for image in (False, True)]
+    kinds = [(torch.float32, image, int(kind), False) for image in (False, True) for kind in (ELU, CLIPSWISH)]
+    kinds += [(torch.float64, image, int(CLIPSWISH), False) for image in (False, True)]
+    kinds += [(dtype, image, int(CLIPSWISH), True) for dtype in names for image in (False, True)]
     calls = []
-    for dtype, image, activation in kinds:
+    for dtype, image, activation, own in kinds:
         tensor = partial(meta, dtype=dtype)
         twice = 2 if activation == CLIPSWISH.value else 1
         shapes = [(64, 12), (64, 64 * twice), (12, 64 * twice)]
         weights = [tensor(*s, *((k, k) if image else ())) for s, k in zip(shapes, (3, 1, 3), strict=True)]
-        net = (weights, [tensor(s[0]) for s in shapes], tensor(2), 0.0, 1e-5, 2, 5, activation)
         y = tensor(32, 12, 8, 8) if image else tensor(512, 12)
-        label = f"{names[dtype]} {'image' if image else 'rows'} {activation}"
+        biases = [tensor(len(y), s[0]) if own else tensor(s[0]) for s in shapes]
+        net = (weights, biases, tensor(2), 0.0, 1e-5, 2, 5, activation)
+        label = f"{names[dtype]} {'image' if image else 'rows'} {activation}{' own biases' if own else ''}"
         calls.append((f"{label} forward", partial(invertible_residual, y, None, *net)))
         calls.append((f"{label} backward", partial(invertible_residual_backward, y, y, *net)))
     return calls

@@ -84,6 +84,7 @@ def _series_kernel(
     p_push,
     p_pull,
     p_biases,
+    bias_pitch,
     p_parameters,
     p_inputs,
     p_d,
@@ -121,7 +122,21 @@ def _series_kernel(
     ACC: tl.constexpr = p_push.dtype.element_ty
     if FORWARD:
         _block.forward_chain(
-            p_table, p_push, p_biases, p_parameters, p_inputs, None, p_d, o_n, m_n, plane, layers, ACTIVATION, BC, BK
+            p_table,
+            p_push,
+            p_biases,
+            bias_pitch,
+            p_parameters,
+            p_inputs,
+            None,
+            p_d,
+            o_n,
+            m_n,
+            plane,
+            layers,
+            ACTIVATION,
+            BC,
+            BK,
         )
         for c in range(0, features, BC):
             o_c = tl.arange(0, BC).to(tl.int64) + c
@@ -141,7 +156,8 @@ def _series_kernel(
                 1,
                 BK,
             )
-            b_value += tl.load(p_biases + (_block.field(p_table, last, _block.BIAS_AT) + o_c), m_c, other=0.0)[None, :]
+            p_bias = p_biases + _block.field(p_table, last, _block.BIAS_AT)
+            b_value += _block.bias_tile(p_bias, bias_pitch, o_n, m_n, o_c, m_c)
             tl.store(p_value + (o_n[:, None] * features + o_c[None, :]), b_value, m_n[:, None] & m_c[None, :])
     if SERIES:
         o_r = probe * rows + o_n
@@ -358,8 +374,9 @@ def _connected(net, into, d, out, cotangents, probes, sums, coefficients, log_de
     tiles = _block.chain_tiles(net.parameters.element_size())
     programs = triton.cdiv(net.rows, tiles.BR)
     packed = None if trace_map is None else trace_map[0].T.to(net.dtype).contiguous()
-    arguments = (net.table, net.push, net.pull, net.biases, net.parameters, into[0], d[0], out, cotangents[0], probes)
-    arguments += (sums, packed, coefficients, log_det, shrink, net.rows, net.pitch, count, terms, net.layers)
+    arguments = (net.table, net.push, net.pull, net.biases, net.bias_pitch, net.parameters, into[0], d[0], out)
+    arguments += (cotangents[0], probes, sums, packed, coefficients, log_det, shrink)
+    arguments += (net.rows, net.pitch, count, terms, net.layers)
     options = tiles._asdict() | {"ACTIVATION": net.activation, "enable_fp_fusion": True}
     if count == 1:
         _series_kernel[(programs, 1)](*arguments, FORWARD=True, SERIES=True, **options)
@@ -414,7 +431,7 @@ def _whole(x: Tensor, weights, biases, parameters: Tensor, activation) -> tuple[
                 net.pull_back(i, cotangents[1][i], d[1][i - 1], None, cotangents[1][i - 1], size)
             first = net.maps[0]
             sizes = (len(w), net.samples * size, first.outputs, first.inputs, net.height, net.width)
-            arguments = (cotangents[1][0], first.pull, None, None, None, w, None, *sizes)
+            arguments = (cotangents[1][0], first.pull, None, None, None, None, w, None, *sizes)
             net.launch(_block.plain_kernel, first, first.inputs, len(w), arguments)
         else:
             unused = x.new_empty((2, size, len(x)), dtype=work)
@@ -489,26 +506,29 @@ def _probed(net, at, grad_log_det, trace_map, probes, sums, first):
 def sample_calls() -> SampleCalls:
     """Every activation in rows, the heaviest two in images.
 
-    Every type, layout, number of probes and kind of first term comes with one of them.
+    Every type, layout, number of probes and kind of first term comes with one of them, and each sample's own biases.
     """
     names = {torch.float32: "fp32", torch.float64: "fp64"}
-    kinds = [(torch.float32, image, int(CLIPSWISH), 1, True) for image in (False, True)]
-    kinds += [(torch.float32, False, activation, 1, False) for activation in range(6)]
-    kinds += [(torch.float32, True, int(ELU), 1, False)]
-    kinds += [(torch.float64, image, int(CLIPSWISH), 2, True) for image in (False, True)]
-    kinds += [(torch.float32, image, 5, 2, True) for image in (False, True)]
+    kinds = [(torch.float32, image, int(CLIPSWISH), 1, True, False) for image in (False, True)]
+    kinds += [(torch.float32, False, activation, 1, False, False) for activation in range(6)]
+    kinds += [(torch.float32, True, int(ELU), 1, False, False)]
+    kinds += [(torch.float64, image, int(CLIPSWISH), 2, True, False) for image in (False, True)]
+    kinds += [(torch.float32, image, 5, 2, True, False) for image in (False, True)]
+    kinds += [(torch.float32, image, int(CLIPSWISH), 1, True, True) for image in (False, True)]
+    kinds += [(torch.float32, False, 5, 1, False, True)]
     calls = []
-    for dtype, image, activation, probes, exact in kinds:
+    for dtype, image, activation, probes, exact, own in kinds:
         tensor = partial(meta, dtype=dtype)
         twice = 2 if activation == CLIPSWISH.value else 1
         sizes, kernels = (12, 64 * twice, 64 * twice), (3, 1, 3)
         shapes = [(out, into) for into, out in zip(sizes, (64, 64, 12), strict=True)]
         weights = [tensor(*s, *((k, k) if image else ())) for s, k in zip(shapes, kernels, strict=True)]
-        biases, parameters = [tensor(s[0]) for s in shapes], tensor(2)
         x = tensor(32, 12, 8, 8) if image else tensor(512, 12)
+        biases, parameters = [tensor(len(x), s[0]) if own else tensor(s[0]) for s in shapes], tensor(2)
         trace_map = tensor(9 if image else 1, sizes[2], sizes[1]) if exact else None
         v, work = tensor(probes, *x.shape), tensor(len(x))
         label = f"{names[dtype]} {'image' if image else 'rows'} {activation} probes {probes}{' exact' if exact else ''}"
+        label += " own biases" if own else ""
         net = (x, weights, biases, parameters, trace_map, v)
         calls.append((f"{label} forward", partial(log_det_series, *net, [1.0, 1.0], activation)))
         calls.append((f"{label} backward", partial(log_det_series_backward, x, work, *net, v, 1.0, activation)))

@@ -80,6 +80,9 @@ CASES = [  # block, activation, samples, probes (0: none, the whole Jacobian), t
     ("3-1-3 of 2x2", "silu", 5, 3, 1, True, FP64),
     ("1-3-1 of one row", "clipswish", 3, 1, 4, False, FP64),
     ("large", "clipswish", 1, 1, 2, True, FP64),
+    ("mlp of each", "silu", 3, 10, 2, False, FP64),
+    ("mlp of each", "lipswish", 9, 1, 2, True, BF16),
+    ("3-1-3 of each", "lipswish", 3, 1, 2, False, BF16),
 ]
 
 
@@ -126,6 +129,7 @@ SOLVES = [  # block, activation, samples, depth, dtype
     ("1-1-1", "lipswish", 3, 5, FP32),
     ("1-3-1 of one row", "relu", 0, 5, FP64),
     ("large", "lipswish", 2, 5, FP64),
+    ("mlp of each", "lipswish", 9, 5, BF16),
 ]
 
 

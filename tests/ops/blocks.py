@@ -25,6 +25,9 @@ SHAPES = {
     "first of each": ((5,), (7, 6), None),
     "3-1-3 of each": ((4, 2, 3), (5, 3), (3, 1, 3)),
 }
+#: Of blocks whose biases are each sample's own, with their activations: what Triton's interpreter and the emulated CUDA
+#: kernels take, of several samples.
+OF_EACH = [("mlp of each", "clipswish"), ("first of each", "elu"), ("3-1-3 of each", "lipswish")]
 
 
 def block(name, activation="lipswish", samples=4, norm=0.8, device="cpu", dtype=torch.float64, seed=0):

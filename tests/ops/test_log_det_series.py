@@ -12,7 +12,7 @@ from genkernels import ops
 from genkernels._options import Nonlinearity
 from genkernels.reference import _block
 from tests.checks import assert_as_accurate, bits, pairwise
-from tests.ops.blocks import ACTIVATIONS, SHAPES, block, jacobians, network
+from tests.ops.blocks import ACTIVATIONS, OF_EACH, SHAPES, block, jacobians, network
 
 F64, F32 = torch.float64, torch.float32
 quick = pytest.mark.implementations(slow=False)
@@ -25,9 +25,9 @@ INTERPRETED = [("mlp", "clipswish"), ("3-1-3", "lipswish")]
 
 
 def thin(implementation, name, activation, samples):
-    if implementation.is_interpreted:
-        return samples == 1 and (name, activation) in INTERPRETED
-    return not implementation.is_slow or name in THIN
+    if not implementation.is_slow or samples > 1 and (name, activation) in OF_EACH:
+        return True
+    return samples == 1 and (name, activation) in INTERPRETED if implementation.is_interpreted else name in THIN
 
 
 def sample(device="cpu", dtype=F64):

@@ -20,6 +20,7 @@ SERIES = [
     ("mlp", "clipswish", 3, 2, True, 17),
     ("mlp", "elu", 1, 0, False, 1),
     ("two maps", "clipswish", None, 0, False, 3),
+    ("mlp of each", "silu", 1, 2, False, 3),
     ("deep", "tanh", 3, 5, False, 2),
     ("deep", "leaky_relu", 1, 1, False, 2),
     ("wide", "clipswish", 1, 2, True, 2),

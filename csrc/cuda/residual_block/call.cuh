@@ -64,12 +64,14 @@ class Call {
       m.outputs = size(w.size(0), "outputs");
       m.inputs = size(w.size(1), "inputs");
       m.kernel = matrices ? 1 : static_cast<int>(w.size(2));
-      require(w.dim() == x.dim() && m.inputs == width && biases[i].numel() == m.outputs &&
+      require(w.dim() == x.dim() && m.inputs == width && biases[i].numel() == (own(i) ? samples : 1) * m.outputs &&
                   (m.kernel == 1 || m.kernel == 3) && (matrices || w.size(3) == m.kernel),
               name, ": weights and biases must fit together");
       size(w.numel() + 3 * w.size(1) * m.kernel * m.kernel, "numbers of a weight");
       width = int64_t(m.outputs) * (net.mirrored ? 2 : 1);
       size(std::max<int64_t>(width, m.inputs) * pixels, "numbers of a layer for one image");
+      if (own(i)) m.bias_pitch = padded(m.outputs);
+      size(biases_of(i) * padded(m.outputs), "numbers of a bias");
     }
     require(width == x.size(1) * (net.mirrored ? 2 : 1), name,
             ": the last map must have as many outputs as x has channels");
@@ -85,7 +87,8 @@ class Call {
   int64_t numbers(int64_t channels) const { return channels * net.pixels(); }  // of an image
   int values(int i) const { return net.map[i + 1].inputs; }                    // of activation i
   int half(int i) const { return net.mirrored ? net.map[i].outputs : 0; }
-  Batch batch(int64_t vectors) const { return {vectors, samples, net.images, features(), net.lanes}; }
+  Batch batch(int64_t vectors) const { return batch(vectors, features()); }
+  Batch batch(int64_t vectors, int64_t numbers) const { return {vectors, samples, net.images, numbers, net.lanes}; }
 
   // ---- weights ----
 
@@ -98,7 +101,7 @@ class Call {
       const int64_t taps = m.kernel * m.kernel;
       if (push) room.want(m.push, taps * m.inputs * padded(m.outputs));
       if (pull) room.want(m.pull, taps * m.outputs * padded(m.inputs));
-      room.want(m.bias, padded(m.outputs));
+      room.want(m.bias, biases_of(i) * padded(m.outputs));
     }
     room.want(net.parameters, padded(net.maps));
   }
@@ -118,26 +121,27 @@ class Call {
     Arrangements<S> work{};
     int64_t blocks = 0;
     const auto add = [&](const S* from, const A* to, int rows, int channels, int taps, int row_stride,
-                         int channel_stride, int tap_stride, int row_half, int channel_half) {
-      work.all[work.count++] = {
-          from,         const_cast<A*>(to),      rows, channels, taps, row_stride, channel_stride, tap_stride, row_half,
-          channel_half, static_cast<int>(blocks)};
+                         int channel_stride, int tap_stride, int row_half, int channel_half, int there) {
+      work.all[work.count++] = {from,     const_cast<A*>(to), rows,           channels,
+                                taps,     row_stride,         channel_stride, tap_stride,
+                                row_half, channel_half,       there,          static_cast<int>(blocks)};
       blocks += ceil_div(int64_t(taps) * channels * padded(rows), kArranged);
     };
     for (int i = 0; i < net.maps; ++i) {
       const Map<A>& m = net.map[i];
       const int taps = m.kernel * m.kernel, line = m.inputs * taps, split = i > 0 ? half(i - 1) : 0;
       const S* from = data<S>(weights_[i]);
-      if (push_) add(from, m.push, m.outputs, m.inputs, taps, line, taps, 1, 0, split);
-      if (pull_) add(from + taps - 1, m.pull, m.inputs, m.outputs, taps, taps, line, -1, split, 0);
-      add(data<S>(biases_[i]), m.bias, m.outputs, 1, 1, 1, 0, 0, 0, 0);
+      if (push_) add(from, m.push, m.outputs, m.inputs, taps, line, taps, 1, 0, split, m.inputs);
+      if (pull_) add(from + taps - 1, m.pull, m.inputs, m.outputs, taps, taps, line, -1, split, 0, m.outputs);
+      add(data<S>(biases_[i]), m.bias, m.outputs, static_cast<int>(biases_of(i)), 1, 1, own(i) ? m.outputs : 0, 0, 0, 0,
+          own(i) ? static_cast<int>(samples) : 1);
     }
-    add(data<S>(parameters_), net.parameters, net.maps - 1, 1, 1, 1, 0, 0, 0, 0);
+    add(data<S>(parameters_), net.parameters, net.maps - 1, 1, 1, 1, 0, 0, 0, 0, 1);
     if (trace_map != nullptr) {
       const int v1 = values(0), v2 = values(1);
       const S* from = data<S>(*trace_map);
-      add(from, trace->push, v2, v1, trace->classes, v1, 1, v1 * v2, half(1), half(0));
-      add(from, trace->pull, v1, v2, trace->classes, 1, v1, v1 * v2, half(0), half(1));
+      add(from, trace->push, v2, v1, trace->classes, v1, 1, v1 * v2, half(1), half(0), v1);
+      add(from, trace->pull, v1, v2, trace->classes, 1, v1, v1 * v2, half(0), half(1), v2);
     }
     launch(arrange<S>, blocks, dim3(kThreads), work);
   }
@@ -154,15 +158,14 @@ class Call {
     launch(load_images<S>, ceil_div(b.inside(), kThreads), dim3(kThreads), b, BatchDivisors(b), from, each, to,
            b.inside());
   }
-  void store(const A* from, int64_t vectors, S* to) {
-    const Batch b = batch(vectors);
+  void store(const A* from, int64_t vectors, S* to) { store(from, batch(vectors), to); }
+  void store(const A* from, const Batch& b, S* to) {
     launch(store_images<S>, ceil_div(b.outside(), kThreads), dim3(kThreads), b, BatchDivisors(b), from, to,
            b.outside());
   }
   // [samples] to [G, lanes].
   void load_each(const A* from, A* to) {
-    Batch b = batch(1);
-    b.features = 1;
+    const Batch b = batch(1, 1);
     launch(load_images<A>, ceil_div(b.inside(), kThreads), dim3(kThreads), b, BatchDivisors(b), from,
            static_cast<const A*>(nullptr), to, b.inside());
   }
@@ -221,6 +224,9 @@ class Call {
   bool matrices;
 
  private:
+  // Whether a map's bias is each sample's own, and how many there are of it, with those of absent samples.
+  bool own(int i) const { return biases_[i].dim() == 2; }
+  int64_t biases_of(int i) const { return own(i) ? int64_t(net.images) * net.lanes : 1; }
   int size(int64_t value, const char* what) const {
     require(value <= kMost, name_, ": the CUDA kernels take at most ", kMost, " ", what, ", got ", value);
     return static_cast<int>(value);
@@ -282,10 +288,15 @@ class Call {
       const Map<A>& m = net.map[i];
       add({m.out, m.in, nullptr, nullptr, m.outputs, m.inputs, m.kernel, 0, i > 0 ? half(i - 1) : 0, 0, 0, 0, all},
           mutable_data<S>(grads[1 + i]));
-      rows.all[rows.count++] = {m.out,        mutable_data<S>(grads[1 + net.maps + i]),
-                                net.pixels(), net.images,
-                                m.outputs,    static_cast<int>(row_blocks)};
-      row_blocks += m.outputs;
+      S* by_bias = mutable_data<S>(grads[1 + net.maps + i]);
+      if (own(i) && matrices) {
+        store(m.out, batch(1, m.outputs), by_bias);
+        continue;
+      }
+      // of samples' own biases each row of each image by itself
+      const int images = own(i) ? 1 : net.images, sums = own(i) ? net.images * m.outputs : m.outputs;
+      rows.all[rows.count++] = {m.out, by_bias, net.pixels(), images, sums, static_cast<int>(row_blocks)};
+      row_blocks += sums;
     }
     rows.all[rows.count++] = {g.by_parameter, mutable_data<S>(grads[1 + 2 * net.maps]),
                               g.slots,        3,

@@ -12,7 +12,7 @@ GK_HOST_DEVICE inline int in_tensor(int c, int half) {
   return half > 0 ? c % 2 * half + c / 2 : c;
 }
 
-// to[tap, channel, row] = from[...]; rows up to a multiple of 4 are 0.
+// to[tap, channel, row] = from[...]; rows up to a multiple of 4 are 0, and channels that are not there.
 template <typename S>
 struct Arrangement {
   const S* from;
@@ -20,6 +20,7 @@ struct Arrangement {
   int rows, channels, taps;
   int row_stride, channel_stride, tap_stride;
   int row_half, channel_half;  // where those are an activation's outputs, of two each
+  int there;                   // channels of `from`
   int first;                   // block
 };
 constexpr int kArrangements = 3 * kMaps + 3, kArranged = 4 * kThreads;  // numbers of a block
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) arrange(const __grid_constant__ Arra
     const int row = static_cast<int>(e - line * rows), tap = static_cast<int>(line / a.channels);
     const int channel = static_cast<int>(line - static_cast<int64_t>(tap) * a.channels);
     A value = 0;
-    if (row < a.rows)
+    if (row < a.rows && channel < a.there)
       value = static_cast<A>(a.from[static_cast<int64_t>(in_tensor(row, a.row_half)) * a.row_stride +
                                     static_cast<int64_t>(in_tensor(channel, a.channel_half)) * a.channel_stride +
                                     static_cast<int64_t>(tap) * a.tap_stride]);

@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kThreads) outer_products(const __grid_constant
     const A* l_from = o.left + static_cast<int64_t>(at.image) * o.outputs * pixels + pixel;
     const A* r_from = o.right + static_cast<int64_t>(at.image) * o.inputs * pixels + pixel;
     A factor = 1;
-    if (o.each != nullptr && live)
-      factor = work.factor * o.each[static_cast<int64_t>(at.image) * work.lanes + (work.lanes > 1 ? pixel : 0)];
+    if (o.each != nullptr && live) factor = work.factor * o.each[sample_at(work.lanes, at.image, pixel)];
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
       const int row = row0 + across + l * kAcross;
@@ -279,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kLarge ? 1 : kBlocks<A>)
       go(Product<A>::pull(net, i, net.map[i].out), to);
       keep(0, i - 1, to.by_parameter);
     } else {
-      Store<A> to{net, g.grad_x, net.map[0].inputs, nullptr};
+      Store<A> to{net, g.grad_x, net.map[0].inputs, -1};
       go(Product<A>::pull(net, 0, net.map[0].out), to);
     }
   }

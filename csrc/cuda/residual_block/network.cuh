@@ -39,10 +39,11 @@ GK_HOST_DEVICE inline int padded(int rows) {
 template <typename A>
 struct Map {
   const A *push, *pull;         // [taps · inputs, padded outputs], [taps · outputs, padded inputs], taps mirrored
-  const A* bias;                // [outputs]
+  const A* bias;                // [padded outputs], or [samples, padded outputs]: each sample's own
   A *in, *out;                  // [V, inputs], [V, outputs]: what it is applied to; cotangents of what it gives
   A *z, *slope, *bent;          // [G, outputs], [G, values], [slots · G, outputs]: of the activation behind it
   int inputs, outputs, kernel;  // channels; 1 or 3
+  int bias_pitch;               // from one sample's own bias to the next one's; 0 where they have one in common
 };
 
 template <typename A>
@@ -56,6 +57,11 @@ struct Network {
 
   GK_HOST_DEVICE inline int pixels() const { return height * width; }
 };
+
+// Which sample an image's pixel is of.
+__device__ __forceinline__ int64_t sample_at(int lanes, int image, int64_t pixel) {
+  return static_cast<int64_t>(image) * lanes + (lanes > 1 ? pixel : 0);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Columns

@@ -13,6 +13,13 @@ __device__ __forceinline__ int64_t cell(const Network<A>& net, int image, int ch
   return (static_cast<int64_t>(image) * channels + channel) * net.pixels() + pixel;
 }
 
+// The bias that map i adds at a pixel: [outputs].
+template <typename A>
+__device__ __forceinline__ const A* bias_at(const Network<A>& net, int i, int image, int pixel) {
+  const Map<A>& m = net.map[i];
+  return m.bias + sample_at(net.lanes, image, pixel) * m.bias_pitch;
+}
+
 // f(r, up, down, values): for each argument z_r of an activation among 4 rows its outputs' numbers; down where there
 // are two outputs.
 template <typename A, typename F>
@@ -45,10 +52,11 @@ struct Activate {
     const Map<A>& m = net.map[i];
     A* next = net.map[i + 1].in;
     const A a = net.parameters[i];
+    const A* bias = bias_at(net, i, image, pixel);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (r >= rows) continue;
-      const A z = found[r] + m.bias[row + r];
+      const A z = found[r] + bias[row + r];
       const Point<A> up = point(net.activation, z, a);
       if (m.z != nullptr) m.z[cell(net, image, m.outputs, row + r, pixel)] = z;
       if (net.mirrored) {
@@ -69,14 +77,15 @@ struct Activate {
   }
 };
 
-// to = the product, and a bias where there is one.
+// to = the product, and a map's bias where there is one.
 template <typename A>
 struct Store {
   const Network<A>& net;
   A* to;
   int channels;
-  const A* bias;
+  int biased;  // the map whose bias it is, or −1
   __device__ __forceinline__ void operator()(int image, int pixel, int row, const A (&found)[4], int rows) {
+    const A* bias = biased >= 0 ? bias_at(net, biased, image, pixel) : nullptr;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (r < rows)
@@ -174,7 +183,7 @@ struct Traced {
   A first, by_parameter = 0;
   __device__ __forceinline__ void operator()(int image, int pixel, int row, const A (&found)[4], int rows) {
     const Map<A>& m = net.map[layer];
-    const A weight = first * each[static_cast<int64_t>(image) * net.lanes + (net.lanes > 1 ? pixel : 0)];
+    const A weight = first * each[sample_at(net.lanes, image, pixel)];
     each_argument(net.mirrored, row, found, rows, [&](int argument, int, A up, A down) {
       const A z = m.z[cell(net, image, m.outputs, argument, pixel)];
       m.bent[cell(net, slot + image, m.outputs, argument, pixel)] =

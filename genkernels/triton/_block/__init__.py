@@ -6,7 +6,8 @@ Layout. Inside everything is rows of channels in fp32 (fp64 for fp64): a sample 
 an image, so fully connected maps and convolutions differ in nothing but the taps. A buffer holds a *plane*
 ``[rows, channels]`` for each map, one behind the other: `inputs` those that the maps read (the first is x), `outputs`
 those of what they give or of its cotangents (the last is that of g). Maps lie packed twice, as ``[taps · in, out]``
-and, mirrored, as ``[taps · out, in]``: W t and Wᵀ w are one code, which reads either along its rows.
+and, mirrored, as ``[taps · out, in]``: W t and Wᵀ w are one code, which reads either along its rows. The biases of all
+maps are one row; where any of them is each sample's own, one for each sample.
 
 A *tile* is BR rows by BC channels of one map: the product over taps and channels, then in registers bias, activation
 and slope, or a product with slopes, or the gradient of the activation. [z, −z] takes a tile twice, once for each half.
@@ -34,7 +35,7 @@ from genkernels.triton._block.gradients import (
 from genkernels.triton._block.maps import plain_kernel
 from genkernels.triton._block.network import Network, chain_tiles, numbers, written
 from genkernels.triton._block.table import BIAS_AT, IN, IN_AT, OUT, OUT_AT, PUSH_AT, SIZES, field
-from genkernels.triton._block.tiles import product
+from genkernels.triton._block.tiles import bias_tile, product
 from genkernels.triton._block.trace import class_tile_count, trace_gradients, trace_sums
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "OUT_AT",
     "PUSH_AT",
     "SIZES",
+    "bias_tile",
     "chain_tiles",
     "class_tile_count",
     "field",

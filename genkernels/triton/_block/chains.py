@@ -14,6 +14,7 @@ def forward_chain(
     p_table,
     p_push,
     p_biases,
+    bias_pitch,
     p_parameters,
     p_inputs,
     p_z,
@@ -42,10 +43,12 @@ def forward_chain(
                 p_inputs + pitch * field(p_table, i, IN_AT),
                 p_push + field(p_table, i, PUSH_AT),
                 p_biases + field(p_table, i, BIAS_AT),
+                bias_pitch,
                 p_parameters + i,
                 p_points,
                 p_out,
                 p_slopes,
+                o_r,
                 o_r,
                 m_r,
                 c,
@@ -119,6 +122,7 @@ def gradient_chain_kernel(
     p_push,
     p_pull,
     p_biases,
+    bias_pitch,
     p_parameters,
     p_inputs,
     p_z,
@@ -154,7 +158,21 @@ def gradient_chain_kernel(
     features = field(p_table, 0, IN)
     if FORWARD:
         forward_chain(
-            p_table, p_push, p_biases, p_parameters, p_inputs, p_z, p_d, o_n, m_n, plane, layers, ACTIVATION, BC, BK
+            p_table,
+            p_push,
+            p_biases,
+            bias_pitch,
+            p_parameters,
+            p_inputs,
+            p_z,
+            p_d,
+            o_n,
+            m_n,
+            plane,
+            layers,
+            ACTIVATION,
+            BC,
+            BK,
         )
     if PROBES:
         o_r = probe * rows + o_n

@@ -127,6 +127,7 @@ def _chain(net, at, probed, deltas, grad, parts, FORWARD=False, PROBES=False, DE
         net.push,
         net.pull,
         net.biases,
+        net.bias_pitch if FORWARD else None,
         net.parameters,
         at.inputs[0],
         at.z[0],
@@ -176,7 +177,8 @@ def map_gradients(net: Network, at: Passed, probed: Probed | None, deltas, weigh
         cuts = [splits(net.rows * probes, math.prod(grid), tiles.BR) for *_, probes in pairs]
         total = sum(parts for parts, _ in cuts)
         sums = net.x.new_empty((total, depth, m.outputs), dtype=net.dtype)
-        bias_sums = net.x.new_empty((cuts[0][0], m.outputs), dtype=net.dtype)
+        own = biases[i].dim() == 2
+        bias_sums = None if own else net.x.new_empty((cuts[0][0], m.outputs), dtype=net.dtype)
         first = 0
         for (inputs, g, probes), (parts, steps) in zip(pairs, cuts, strict=True):
             sizes = (net.rows * probes, net.samples * probes, m.inputs, m.outputs, net.height, net.width, 1)
@@ -187,7 +189,10 @@ def map_gradients(net: Network, at: Passed, probed: Probed | None, deltas, weigh
             )
             first += parts
         by_weights.append(added(sums, torch.empty_like(weights[i]), m.inputs, m.outputs, m.taps, total))
-        by_biases.append(added(bias_sums, torch.empty_like(biases[i]), 1, m.outputs, 1, cuts[0][0]))
+        if own:
+            by_biases.append(deltas[1][i].view(net.samples, -1, m.outputs).sum(1).to(biases[i].dtype))
+        else:
+            by_biases.append(added(bias_sums, torch.empty_like(biases[i]), 1, m.outputs, 1, cuts[0][0]))
     return [*by_weights, *by_biases]
 
 

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 
 from genkernels.triton._block.table import SIZES
-from genkernels.triton._block.tiles import delta_tile, forward_tile, product, pull_tile, push_tile
+from genkernels.triton._block.tiles import bias_tile, delta_tile, forward_tile, product, pull_tile, push_tile
 
 
 @triton.jit
-def rows_left(p_done, o_r, m_r, samples, rows):
-    """Whether any sample of these rows is still to be done, and the mask of theirs."""
+def rows_left(p_done, o_n, m_r):
+    """Whether any of these rows' samples is still to be done, and the mask of theirs."""
     if p_done is not None:
-        b_done = tl.load(p_done + o_r // (rows // samples), m_r, other=1)
+        b_done = tl.load(p_done + o_n, m_r, other=1)
         m_r = m_r & (b_done == 0)
     return m_r, tl.max(m_r.to(tl.int32), axis=0) > 0
 
@@ -23,6 +23,7 @@ def forward_kernel(
     p_in,
     p_w,
     p_bias,
+    bias_pitch,
     p_parameter,
     p_z,
     p_a,
@@ -42,17 +43,20 @@ def forward_kernel(
     BK: tl.constexpr,
 ):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    m_r, wanted = rows_left(p_done, o_r, o_r < rows, samples, rows)
+    o_n = o_r // (rows // samples)
+    m_r, wanted = rows_left(p_done, o_n, o_r < rows)
     c = tl.program_id(1) * BC
     forward_tile(
         p_in,
         p_w,
         p_bias,
+        bias_pitch,
         p_parameter + place,
         p_z,
         p_a,
         p_d,
         o_r,
+        o_n,
         m_r,
         c,
         inputs,
@@ -116,7 +120,7 @@ def pull_kernel(
     BK: tl.constexpr,
 ):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    m_r, wanted = rows_left(p_done, o_r, o_r < rows.to(tl.int64) * probes, samples, rows)
+    m_r, wanted = rows_left(p_done, o_r // (rows // samples), o_r < rows.to(tl.int64) * probes)
     c = tl.program_id(1) * BC
     pull_tile(
         p_in,
@@ -199,6 +203,7 @@ def plain_kernel(
     p_in,
     p_w,
     p_bias,
+    bias_pitch,
     p_target,
     p_x,
     p_out,
@@ -216,12 +221,13 @@ def plain_kernel(
 ):
     """The product, with a bias where there is one; or target − x − that."""
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    m_r, wanted = rows_left(p_done, o_r, o_r < rows, samples, rows)
+    o_n = o_r // (rows // samples)
+    m_r, wanted = rows_left(p_done, o_n, o_r < rows)
     o_c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
     m_c = o_c < columns
     b_y = product(p_in, p_w, o_r, m_r, o_c, m_c, inputs, columns, height, width, wanted, TAPS, BK)
     if p_bias is not None:
-        b_y += tl.load(p_bias + o_c, m_c, other=0.0)[None, :]
+        b_y += bias_tile(p_bias, bias_pitch, o_n, m_r, o_c, m_c)
     m = m_r[:, None] & m_c[None, :]
     o = o_r[:, None] * columns + o_c[None, :]
     if p_target is not None:

@@ -61,7 +61,7 @@ class Map(NamedTuple):
     taps: int
     push: Tensor
     pull: Tensor
-    bias: Tensor
+    bias: Tensor  #: where it begins in `Network.biases`
 
 
 class Network:
@@ -95,7 +95,9 @@ class Network:
             at += (w.numel() + 3) // 4 * 4
         new = self.x.new_empty
         self.push, self.pull = new((at,), dtype=self.dtype), new((at,), dtype=self.dtype)
-        self.biases = new((sum((len(b) + 3) // 4 * 4 for b in biases),), dtype=self.dtype)
+        each = (self.samples,) if any(b.dim() == 2 for b in biases) else ()
+        self.biases = new((*each, sum((len(w) + 3) // 4 * 4 for w in weights)), dtype=self.dtype)
+        self.bias_pitch = self.biases.shape[1] if each else None
         maps, rows, in_at, out_at = [], [], 0, 0
         for w, b, place in zip(weights, biases, places, strict=True):
             outputs, inputs = w.shape[:2]
@@ -104,7 +106,7 @@ class Network:
             push, pull = (t[place : place + w.numel()] for t in (self.push, self.pull))
             push.view(taps, inputs, outputs).copy_(kernel.permute(2, 1, 0))
             pull.view(taps, outputs, inputs).copy_((kernel.flip(2) if taps > 1 else kernel).permute(2, 0, 1))
-            bias = self.biases[bias_at : bias_at + outputs]
+            bias = self.biases[..., bias_at : bias_at + outputs]
             bias.copy_(b)
             maps.append(Map(inputs, outputs, taps, push, pull, bias))
             rows.append((inputs, outputs, place, place, bias_at, in_at, out_at))
@@ -159,7 +161,7 @@ class Network:
     def forward(self, i: int, into: Tensor, z: Tensor | None, a: Tensor, d: Tensor | None, done=None) -> None:
         m = self.maps[i]
         sizes = (self.rows, self.samples, i, m.inputs, m.outputs, self.height, self.width)
-        arguments = (into, m.push, m.bias, self.parameters, z, a, d, done, *sizes)
+        arguments = (into, m.push, m.bias, self.bias_pitch, self.parameters, z, a, d, done, *sizes)
         self.launch(forward_kernel, m, m.outputs, self.rows, arguments, ACTIVATION=self.activation)
 
     def pull_back(self, i: int, w: Tensor, d: Tensor, beta: Tensor | None, out: Tensor, probes: int, done=None) -> None:
@@ -174,13 +176,14 @@ class Network:
         """The last map; target − x − it."""
         m = self.maps[-1]
         sizes = (self.rows, self.samples, m.inputs, m.outputs, self.height, self.width)
-        self.launch(plain_kernel, m, m.outputs, self.rows, (into, m.push, m.bias, target, x, out, done, *sizes))
+        arguments = (into, m.push, m.bias, self.bias_pitch, target, x, out, done, *sizes)
+        self.launch(plain_kernel, m, m.outputs, self.rows, arguments)
 
     def pull_out(self, w: Tensor, out: Tensor, target=None, x=None, done=None) -> None:
         """The transposed first map; target − x − it."""
         m = self.maps[0]
         sizes = (self.rows, self.samples, m.outputs, m.inputs, self.height, self.width)
-        self.launch(plain_kernel, m, m.inputs, self.rows, (w, m.pull, None, target, x, out, done, *sizes))
+        self.launch(plain_kernel, m, m.inputs, self.rows, (w, m.pull, None, None, target, x, out, done, *sizes))
 
 
 _KEPT: dict[tuple, Tensor] = {}

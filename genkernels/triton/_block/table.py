@@ -12,6 +12,7 @@ FIELDS = tl.constexpr(7)
 SIZES = (
     *("rows", "pitch", "samples", "layers", "inputs", "columns", "height", "width", "probes", "terms", "term", "place"),
     *("first_part", "parts", "steps", "count", "taps", "step", "depth", "most", "features", "block", "classes"),
+    "bias_pitch",
 )
 
 

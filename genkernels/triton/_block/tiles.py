@@ -54,6 +54,15 @@ def product(
 
 
 @triton.jit
+def bias_tile(p_bias, bias_pitch, o_n, m_r, o_c, m_c):
+    """``[1, BC]``; with a pitch, from one sample's biases to the next one's, ``[BR, BC]``. o_n: the rows' samples."""
+    if bias_pitch is None:
+        return tl.load(p_bias + o_c, m_c, other=0.0)[None, :]
+    else:
+        return tl.load(p_bias + (o_n[:, None] * bias_pitch + o_c[None, :]), m_r[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
 def _store_activation(p_a, p_d, b_value, b_slope, o, m):
     tl.store(p_a + o, b_value, m)
     if p_d is not None:
@@ -65,11 +74,13 @@ def forward_tile(
     p_in,
     p_w,
     p_bias,
+    bias_pitch,
     p_parameter,
     p_z,
     p_a,
     p_d,
     o_r,
+    o_n,
     m_r,
     c,
     inputs,
@@ -82,11 +93,12 @@ def forward_tile(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """z = W a + b of a map before an activation, the activation and its slopes; z and slopes where they are wanted."""
+    """z = W a + b of a map before an activation, the activation and its slopes; z and slopes where they are wanted.
+    o_n: the rows' samples."""
     o_c = tl.arange(0, BC).to(tl.int64) + c
     m_c = o_c < columns
     b_z = product(p_in, p_w, o_r, m_r, o_c, m_c, inputs, columns, height, width, wanted, TAPS, BK)
-    b_z += tl.load(p_bias + o_c, m_c, other=0.0)[None, :]
+    b_z += bias_tile(p_bias, bias_pitch, o_n, m_r, o_c, m_c)
     m = m_r[:, None] & m_c[None, :]
     o = o_r[:, None] * columns + o_c[None, :]
     if p_z is not None:
