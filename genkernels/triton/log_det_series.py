@@ -510,7 +510,7 @@ def sample_calls() -> SampleCalls:
     """
     names = {torch.float32: "fp32", torch.float64: "fp64"}
     kinds = [(torch.float32, image, int(CLIPSWISH), 1, True, False) for image in (False, True)]
-    kinds += [(torch.float32, False, activation, 1, False, False) for activation in range(6)]
+    kinds += [(torch.float32, False, activation, 1, False, False) for activation in range(7)]
     kinds += [(torch.float32, True, int(ELU), 1, False, False)]
     kinds += [(torch.float64, image, int(CLIPSWISH), 2, True, False) for image in (False, True)]
     kinds += [(torch.float32, image, 5, 2, True, False) for image in (False, True)]

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from genkernels.triton._block.chains import gradient_chain_kernel
+from genkernels.triton._block.curves import CLIPSWISH
 from genkernels.triton._block.maps import delta_kernel, push_kernel
 from genkernels.triton._block.network import DELTA_ROWS, Network, Tiles, chain_tiles, power
 from genkernels.triton._block.sums import add_parts_kernel, outer_kernel
@@ -102,9 +103,12 @@ def run_deltas(net: Network, at: Passed, probed: Probed | None, deltas: tuple[Te
 
 
 def run_all(net: Network, at: Passed, probed: Probed | None, deltas) -> tuple[Tensor, Tensor]:
-    """All of it, where possible by one launch: ``(gradient by x, by the parameters)``."""
-    fits = not net.image and (probed is None or probed.count == 1) and (probed is None or probed.by is None)
-    if not fits:
+    """All of it, where possible by one launch: ``(gradient by x, by the parameters)``.
+
+    [z, −z] takes its own launches beside a probe: all of it does not fit into the registers.
+    """
+    fits = probed is None or (probed.count == 1 and probed.by is None and net.activation != CLIPSWISH.value)
+    if net.image or not fits:
         run_pass(net, at)
         if probed is not None:
             run_probes(net, at, probed)
