@@ -103,7 +103,7 @@ class Sheets:
             if broken := unusable(drawn):
                 s.report.note(f"step {step}: {broken} of {len(drawn)} samples are not finite")
             if broken < len(drawn):
-                sheets["samples"] = shown(drawn, title, s.bundle, (x, y), rows)
+                sheets["samples"] = shown(drawn, title, f"temperature {title['temperature']:g}", s.bundle, (x, y), rows)
         with drawing(s.model, seed) as (device, generator):
             pictures = s.model.pictures(x.to(device), y.to(device), generator)
         sheets |= {name: draw(picture) for name, picture in pictures.items()}
@@ -113,12 +113,14 @@ class Sheets:
             s.report.picture(step, name, pixels)
 
 
-def shown(drawn, facts: dict, bundle: DataBundle | None, real: tuple[Tensor, Tensor] | None, rows=(), classes=None):
-    """The sheet of samples under a title that tells its facts; `rows` as `class_rows` gave them, `real` examples as
-    ``bundle.take`` gives them, `classes` by name."""
+def shown(
+    drawn, facts: dict, how: str, bundle: DataBundle | None, real: tuple[Tensor, Tensor] | None, rows=(), classes=None
+):
+    """The sheet of samples under a title that tells its facts, and a note that tells how they were drawn; `rows` as
+    `class_rows` gave them, `real` examples as ``bundle.take`` gives them, `classes` by name."""
     x, y = real or (None, None)
     if real and bundle.form.is_image:
         x = x / (bundle.form.grey_levels - 1)
     title = f"{facts['model']} on {facts['data']}, step {facts['step']:,}"
     words = {"labels": rows, "classes": classes or (bundle and bundle.classes), "real_labels": y}
-    return samples(drawn, x, title=title, note=f"temperature {facts['temperature']:g}", **words)
+    return samples(drawn, x, title=title, note=how, **words)
