@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genkernels._seeds import derive_seed
 from genkernels._words import UsageError
+from genkernels.ops import checks
 from genkernels.pictures import class_rows, draw, samples, save, why_not
 from genkernels.training.average import applied
 from genkernels.training.judge import device_of, evaluating
@@ -42,6 +43,8 @@ def sample(
     Returns:
         ``[n, C, H, W]`` in [0, 1] or ``[n, D]``, on the CPU. A UsageError where the label is none of the model's.
     """
+    checks.integer("sample", "n", n, 0)
+    checks.integer("sample", "batch_size", batch_size, 1)
     classes, labels, parts = model.num_classes if model.samples_by_class else None, None, []
     if label is not None and not model.samples_by_class:
         raise UsageError(f"{type(model).__name__} draws from p(x), of which no class can be chosen")
@@ -53,7 +56,7 @@ def sample(
         if classes:
             labels = torch.arange(n) % classes if label is None else torch.tensor(label).expand(n)
             labels = labels.to(device)
-        for first in range(0, n, batch_size):
+        for first in range(0, max(n, 1), batch_size):  # none, too, has the shape of samples
             count = min(batch_size, n - first)
             given = {**(options or {}), **({} if labels is None else {"y": labels[first : first + count]})}
             parts.append(model.sample(count, temperature=temperature, generator=generator, **given).cpu())
