@@ -78,10 +78,10 @@ def run(arguments) -> int:
         )
     fine = drawn.isfinite().flatten(1).all(1)
     if not fine.any():
-        raise UsageError(f"no sample is finite, {out} is left alone: train longer, or lower --temperature")
+        raise UsageError(f"no sample is finite, {out} is left alone: lower --temperature, or train longer")
     if broken := n - int(fine.sum()):
         left_out = "" if sheet else ", and left out"
-        notice(f"{broken} of {n} samples are not finite{left_out}: train longer, or lower --temperature")
+        notice(f"{broken} of {n} samples are not finite{left_out}: lower --temperature, or train longer")
     facts = {"model": type(model).__name__, "data": config["data"].get("spec"), "step": state["step"]}
     facts |= {"temperature": arguments.temperature, "seed": arguments.seed}
     names = class_names(model, config)

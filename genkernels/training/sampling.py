@@ -72,7 +72,7 @@ def drawing(model: Model, seed: int) -> Iterator[tuple[torch.device, torch.Gener
 
 
 def unusable(samples: Tensor) -> int:
-    """How many samples hold a NaN or an infinity: the inverse of a flow that has hardly been trained can overflow."""
+    """How many samples hold a NaN or an infinity: the inverse of a flow can overflow, far from the data."""
     return int((~samples.isfinite().flatten(1).all(1)).sum())
 
 
