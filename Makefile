@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 RESULTS ?= gpu-check
 PARTS ?= build test sanitize bench
 BENCH ?=
-# the CUDA library takes a minute to compile; nothing here runs it where there is no GPU (.ci/run compiles it by itself)
+# the CUDA library takes minutes to compile; nothing here runs it where there is no GPU (.ci/run compiles it by itself)
 BUILD ?= $(if $(shell command -v nvidia-smi),auto,cpu)
 
 # the requirements of the extra bench, of the package that is installed: to install the extra would build it again

@@ -3,6 +3,8 @@ its time."""
 
 import importlib.util
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,6 +41,27 @@ def test_what_a_process_started_ends_with_it(tool, tmp_path, end, limit, status)
         assert tool.run_group([sys.executable, "-c", SPAWN.format(end)], out, dict(os.environ), limit) == status
     assert time.monotonic() - began < limit + 5
     child = int((tmp_path / "log").read_text().split()[0])
+    for _ in range(50):
+        if not alive(child):
+            break
+        time.sleep(0.1)
+    assert not alive(child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_what_it_runs(tmp_path, number):
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import gpu_check as g; from pathlib import Path; g.listen(); "
+        f"g.Check(Path({str(tmp_path)!r})).run(g.Job('test', 'long', [sys.executable, '-c', "
+        f"{SPAWN.format('time.sleep(60)')!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    log, end = tmp_path / "test-long.log", time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(10) == 128 + number
+    child = int(log.read_text())
     for _ in range(50):
         if not alive(child):
             break

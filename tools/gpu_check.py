@@ -38,6 +38,10 @@ COMPILES, RUNS = 1.0, 0.1
 GRACE_S = 10
 
 
+#: Leaders of the process groups that run now.
+RUNNING: set[int] = set()
+
+
 class Job(NamedTuple):
     part: str
     name: str
@@ -101,6 +105,7 @@ def run_group(command: list[str], out, env: dict[str, str], limit: float) -> int
         env=env,
         start_new_session=True,
     )
+    RUNNING.add(process.pid)
     try:
         return process.wait(max(limit - GRACE_S, limit / 2))
     except subprocess.TimeoutExpired:
@@ -111,11 +116,30 @@ def run_group(command: list[str], out, env: dict[str, str], limit: float) -> int
             pass
         return None
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        kill_group(process.pid)
         process.wait()
+        RUNNING.discard(process.pid)
+
+
+def kill_group(leader: int) -> None:
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def listen() -> None:
+    """Ctrl-C and SIGTERM end what runs, which has a session of its own and hears neither, and then this process, whose
+    threads would wait for it."""
+
+    def stop(number: int, _frame) -> None:
+        for leader in list(RUNNING):
+            kill_group(leader)
+        print("gpu_check: stopped", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def gpu() -> str | None:
@@ -205,8 +229,7 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     check = Check(arguments.results.resolve())
-    # processes begun by one that ignores it would ignore it too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    listen()  # also because processes begun by one that ignores SIGINT would ignore it too
     device = gpu()
     print(f"GPU: {device or 'none: what needs one is left out'}", flush=True)
     python = sys.executable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def run(arguments) -> int:
         if out is None:
             words = f"-label{as_name('-'.join(arguments.label))}" if wished else ""
             words += f"-{as_name(arguments.inpaint)}" if arguments.inpaint else ""
-            words += "".join(f"-{key}{value}" for key, value in chosen.items() if str(value).isalnum())
-            words += f"-step{state['step']}" if arguments.checkpoint.isdecimal() else ""
+            words += "".join("-" + key + re.sub(r"[^\w.+-]", "_", str(value)) for key, value in chosen.items())
+            words += {"best": "", "last": "-last"}.get(arguments.checkpoint, f"-step{state['step']}")
             out = Path(arguments.run).expanduser() / "samples" / f"n{n}-t{arguments.temperature:g}"
             out = out.with_name(f"{out.name}-seed{arguments.seed}{words}.png")
             refuse_unwritable(out)
@@ -77,23 +78,25 @@ def run(arguments) -> int:
         )
     fine = drawn.isfinite().flatten(1).all(1)
     if not fine.any():
-        raise UsageError(f"no sample is finite, {out} is left alone: train longer, or lower --temperature")
+        raise UsageError(f"no sample is finite, {out} is left alone: lower --temperature, or train longer")
     if broken := n - int(fine.sum()):
         left_out = "" if sheet else ", and left out"
-        notice(f"{broken} of {n} samples are not finite{left_out}: train longer, or lower --temperature")
+        notice(f"{broken} of {n} samples are not finite{left_out}: lower --temperature, or train longer")
     facts = {"model": type(model).__name__, "data": config["data"].get("spec"), "step": state["step"]}
     facts |= {"temperature": arguments.temperature, "seed": arguments.seed}
     names = class_names(model, config)
     facts |= {"label": ", ".join(names[k] for k in wished)} if wished else {}
+    facts = chosen | facts
+    how = ", ".join([f"temperature {arguments.temperature:g}", *(f"{key} {value}" for key, value in chosen.items())])
     if sheet:
-        _save_sheet(out, drawn, facts, config, labels if in_rows else [], wished, arguments.real)
+        _save_sheet(out, drawn, facts, how, config, labels if in_rows else [], wished, arguments.real)
     else:
         n, labels = int(fine.sum()), [names[k] for k, good in zip(labels, fine, strict=False) if good]
         if out.suffix:
             save_npz(out, drawn[fine], config, **_labelled(labels, names))
         else:
             save_each(out, drawn[fine], facts, labels if len(wished) > 1 else [])
-    print(f"{out}: {n:,} samples at temperature {arguments.temperature:g}, weights of step {state['step']}")
+    print(f"{out}: {n:,} samples at {how}, weights of step {state['step']}")
     return 0
 
 
@@ -124,9 +127,11 @@ def _out(text: str | None) -> Path | None:
     return out
 
 
-def _save_sheet(out: Path, drawn, facts: dict, config: dict, rows: list[int], wished: list[int], beside: bool) -> None:
-    """A sheet under its facts, beside it held-out examples of the run's data, of the same classes where some are
-    chosen."""
+def _save_sheet(
+    out: Path, drawn, facts: dict, how: str, config: dict, rows: list[int], wished: list[int], beside: bool
+) -> None:
+    """A sheet under its facts and how it was drawn, beside it held-out examples of the run's data, of the same classes
+    where some are chosen."""
     import torch
 
     from genkernels.cli.load import load_data
@@ -146,7 +151,7 @@ def _save_sheet(out: Path, drawn, facts: dict, config: dict, rows: list[int], wi
             notice(f"no held-out examples beside the samples: {error}")
         if bundle and list(bundle.form.shape) != list(config["data"].get("shape") or bundle.form.shape):
             real = None  # the data are no longer the run's
-    picture = shown(drawn, facts, bundle if real else None, real, rows, config["data"].get("classes"))
+    picture = shown(drawn, facts, how, bundle if real else None, real, rows, config["data"].get("classes"))
     save(out, picture, facts | {"n": len(drawn)})
 
 

@@ -11,7 +11,7 @@ from genkernels.figures._seed import add_seed, checked_seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-TITLE = "Four energies U(z) of the plane, fitted by planar and radial flows (a minute or more on two cores)"
+TITLE = "Four energies U(z) of the plane, fitted by planar and radial flows"
 LAYERS, STEPS = (2, 8, 32), 2000
 MOST_LAYERS, MOST_STEPS = 256, 100_000
 BATCH = 256

@@ -13,7 +13,7 @@ from genkernels import ops
 from genkernels.networks import NativeBlock, log_det_series, native_block
 from genkernels.networks._outside import outside
 from genkernels.networks.invertible_residual import Solution, attach, solve
-from genkernels.networks.log_det_series import Series
+from genkernels.networks.log_det_series import ESTIMATORS, Series
 from genkernels.nn import _roulette
 from genkernels.nn._draws import given_generator
 from genkernels.nn._log_det import wanted, zero_log_det
@@ -134,6 +134,7 @@ class InvertibleResidual(nn.Module):
         first_term: str = "auto",
     ) -> None:
         """Another estimator of the log-determinant; arguments as for the constructor."""
+        checks.option(WHO, "log_det", log_det, ESTIMATORS)
         checks.option(WHO, "stop", stop, ("geometric", "poisson", "adaptive"))
         checks.option(WHO, "first_term", first_term, FIRST_TERMS)
         self.first_term = first_term

@@ -45,6 +45,8 @@ def samples(
     """
     if drawn.ndim == 2:
         return scatter(drawn, real, title=title, note=note)
+    if not len(drawn):
+        raise ValueError(f"samples: drawn must hold at least 1 image, got {list(drawn.shape)}")
     if drawn.shape[1] not in (1, 3):  # a grey tile a channel
         return sheet(drawn.flatten(0, 1).unsqueeze(1), title=title, note=note)
     rows = list(dict.fromkeys(labels))

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from genkernels._seeds import derive_seed, fixed_seed
 from genkernels.data.batches import fetch
 from genkernels.nn._modes import in_mode
+from genkernels.ops import checks
 from genkernels.training.average import applied
 
 if TYPE_CHECKING:
@@ -48,8 +49,10 @@ def evaluate(
         fabric: shares the batches out over its processes, and pools what they find.
 
     Returns:
-        Estimates by name, or None where `stop` said so. A ValueError where there are no examples or no estimates.
+        Estimates by name, or None where `stop` said so. A ValueError where there are no examples or no estimates, or
+        no batch can be so small.
     """
+    checks.integer("evaluate", "batch_size", batch_size, 1)
     if not len(dataset):
         raise ValueError("evaluate: at least 1 example must be seen, got 0")
     device = device_of(model)
@@ -75,6 +78,7 @@ def evaluate(
 def report(model: Model, dataset: Dataset, *, batch_size: int = 64, seed: int = 0) -> list[str]:
     """What a model has to say beside its estimates, on the first batch of a data set, under the conditions of
     `evaluate`."""
+    checks.integer("report", "batch_size", batch_size, 1)
     x, y = fetch(dataset, list(range(min(batch_size, len(dataset)))))
     device = device_of(model)
     with evaluating(model, derive_seed(seed, "evaluate", 0)), in_mode(model, training=False):

@@ -137,8 +137,11 @@ def load_model(path: str | os.PathLike, which: str | int = "best") -> tuple[Mode
         each checkpoint that was damaged and passed over.
 
     Raises:
-        UsageError: no run is there, it is damaged, or its model is a class of the user's own.
+        UsageError: no run is there, it is damaged, or its model is a class of the user's own; `which` is no word on a
+            checkpoint.
     """
+    if which not in ("best", "last") and not str(which).isdecimal():
+        raise UsageError(f"load_model: which must be best, last or a step, got {which!r}")
     run = RunDirectory(path)
     config = run.read_config()
     model = build_model(config["model"], run.path)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genkernels._seeds import derive_seed
 from genkernels._words import UsageError
+from genkernels.ops import checks
 from genkernels.pictures import class_rows, draw, samples, save, why_not
 from genkernels.training.average import applied
 from genkernels.training.judge import device_of, evaluating
@@ -42,6 +43,8 @@ def sample(
     Returns:
         ``[n, C, H, W]`` in [0, 1] or ``[n, D]``, on the CPU. A UsageError where the label is none of the model's.
     """
+    checks.integer("sample", "n", n, 0)
+    checks.integer("sample", "batch_size", batch_size, 1)
     classes, labels, parts = model.num_classes if model.samples_by_class else None, None, []
     if label is not None and not model.samples_by_class:
         raise UsageError(f"{type(model).__name__} draws from p(x), of which no class can be chosen")
@@ -53,7 +56,7 @@ def sample(
         if classes:
             labels = torch.arange(n) % classes if label is None else torch.tensor(label).expand(n)
             labels = labels.to(device)
-        for first in range(0, n, batch_size):
+        for first in range(0, max(n, 1), batch_size):  # none, too, has the shape of samples
             count = min(batch_size, n - first)
             given = {**(options or {}), **({} if labels is None else {"y": labels[first : first + count]})}
             parts.append(model.sample(count, temperature=temperature, generator=generator, **given).cpu())
@@ -69,7 +72,7 @@ def drawing(model: Model, seed: int) -> Iterator[tuple[torch.device, torch.Gener
 
 
 def unusable(samples: Tensor) -> int:
-    """How many samples hold a NaN or an infinity: the inverse of a flow that has hardly been trained can overflow."""
+    """How many samples hold a NaN or an infinity: the inverse of a flow can overflow, far from the data."""
     return int((~samples.isfinite().flatten(1).all(1)).sum())
 
 
@@ -103,7 +106,7 @@ class Sheets:
             if broken := unusable(drawn):
                 s.report.note(f"step {step}: {broken} of {len(drawn)} samples are not finite")
             if broken < len(drawn):
-                sheets["samples"] = shown(drawn, title, s.bundle, (x, y), rows)
+                sheets["samples"] = shown(drawn, title, f"temperature {title['temperature']:g}", s.bundle, (x, y), rows)
         with drawing(s.model, seed) as (device, generator):
             pictures = s.model.pictures(x.to(device), y.to(device), generator)
         sheets |= {name: draw(picture) for name, picture in pictures.items()}
@@ -113,12 +116,14 @@ class Sheets:
             s.report.picture(step, name, pixels)
 
 
-def shown(drawn, facts: dict, bundle: DataBundle | None, real: tuple[Tensor, Tensor] | None, rows=(), classes=None):
-    """The sheet of samples under a title that tells its facts; `rows` as `class_rows` gave them, `real` examples as
-    ``bundle.take`` gives them, `classes` by name."""
+def shown(
+    drawn, facts: dict, how: str, bundle: DataBundle | None, real: tuple[Tensor, Tensor] | None, rows=(), classes=None
+):
+    """The sheet of samples under a title that tells its facts, and a note that tells how they were drawn; `rows` as
+    `class_rows` gave them, `real` examples as ``bundle.take`` gives them, `classes` by name."""
     x, y = real or (None, None)
     if real and bundle.form.is_image:
         x = x / (bundle.form.grey_levels - 1)
     title = f"{facts['model']} on {facts['data']}, step {facts['step']:,}"
     words = {"labels": rows, "classes": classes or (bundle and bundle.classes), "real_labels": y}
-    return samples(drawn, x, title=title, note=f"temperature {facts['temperature']:g}", **words)
+    return samples(drawn, x, title=title, note=how, **words)

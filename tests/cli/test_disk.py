@@ -180,7 +180,7 @@ def test_samples_that_are_not_finite_leave_the_earlier_file_alone(run, tmp_path,
         path.write_text("earlier")
         argv, broken = ["sample", str(run), "--n", "6", "--out", str(path)], 6
         assert main(argv) == 2 and path.read_text() == "earlier"
-        sentence = f"no sample is finite, {path} is left alone: train longer, or lower --temperature"
+        sentence = f"no sample is finite, {path} is left alone: lower --temperature, or train longer"
         assert capsys.readouterr().err == f"genkernels: error: {sentence}\n"
         broken = 2
         assert main(argv) == 0

@@ -261,7 +261,7 @@ def test_bad_input_gets_one_sentence():
     for kind, sentence, options in (
         (TypeError, "net must be a torch.nn.Module, got function", {"net": lambda x: x}),
         (ValueError, "coefficient of each layer of net must be below 1 .* got 1$", {"net": mlp(coefficient=1.0)}),
-        (ValueError, "estimator must be one of exact, series, unbiased, got 'best'", {"log_det": "best"}),
+        (ValueError, "log_det must be one of exact, series, unbiased, got 'best'", {"log_det": "best"}),
         (ValueError, "stop must be one of geometric, poisson, adaptive, got 'x'", {"stop": "x"}),
         (ValueError, "p must be a number between 0 and 1, got 1.5", {"stop": "geometric", "p": 1.5}),
         (ValueError, "terms must be an integer of at least 1, got 0", {"log_det": "series", "terms": 0}),

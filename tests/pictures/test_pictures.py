@@ -43,6 +43,8 @@ def test_large_pictures_stay_as_they_are_and_bad_shapes_are_refused():
     for shape in ((3, 8, 8), (2, 2, 8, 8), (0, 1, 8, 8)):
         with pytest.raises(ValueError, match="sheet: images must be"):
             sheet(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"samples: drawn must hold at least 1 image, got \[0, 1, 8, 8\]"):
+        pictures.samples(torch.zeros(0, 1, 8, 8))
 
 
 def test_points_are_drawn_where_they_are():

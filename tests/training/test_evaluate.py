@@ -7,6 +7,7 @@ import torch
 from genkernels._words import UsageError
 from genkernels.models import Estimate, Model
 from genkernels.training import evaluate
+from genkernels.training.judge import report
 from genkernels.training.sampling import sample
 from tests.training.tiny import Pairs, images, model_for, points
 
@@ -152,3 +153,22 @@ def test_labels_of_samples():
         sample(model, 2, label=3)
     with pytest.raises(UsageError, match="no classes to choose from"):
         sample(model_for(bundle), 2, label=0)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_no_samples_have_the_shape_of_samples_and_fewer_cannot_be(classes):
+    bundle = images()
+    model = model_for(bundle, num_classes=classes)
+    assert sample(model, 0).shape == (0, *bundle.form.shape)
+    with pytest.raises(ValueError, match="sample: n must be an integer of at least 0, got -1"):
+        sample(model, -1)
+    with pytest.raises(ValueError, match="sample: batch_size must be an integer of at least 1, got 0"):
+        sample(model, 2, batch_size=0)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3, 2.0])
+def test_batches_of_nothing_are_no_evaluation(batch_size):
+    bundle = images()
+    for function in (evaluate, report):
+        with pytest.raises(ValueError, match=f"{function.__name__}: batch_size must be an integer of at least 1, got"):
+            function(model_for(bundle), bundle.test, batch_size=batch_size)

@@ -456,6 +456,8 @@ def test_early_stopping_keeps_the_best(tmp_path, registered):
     assert state["step"] == result.best[0]
     assert evaluate(model, bundle.test, batch_size=6)["bits_per_dim"].value == result.best[1]
     assert load_model(tmp_path / "run", "last")[2]["step"] == result.steps
+    with pytest.raises(UsageError, match="load_model: which must be best, last or a step, got 'tenth'"):
+        load_model(tmp_path / "run", "tenth")
 
 
 def test_early_stopping_remembers_across_a_resume(tmp_path, registered):

@@ -363,6 +363,12 @@ def test_from_the_command_line(tmp_path, toys_registered, monkeypatch, capsys):
     assert main(["sample", "gan", "--accelerator", "cpu", "--n", "5", "--set", "shift=2"]) == 0
     assert Path("gan/samples/n5-t1-seed0-shift2.png").exists()
     capsys.readouterr()
+    assert (
+        main(["sample", "gan", "--accelerator", "cpu", "--n", "5", "--set", "shift=-2.5", "--checkpoint", "last"]) == 0
+    )
+    out = "gan/samples/n5-t1-seed0-shift-2.5-last.png"
+    assert capsys.readouterr().out == f"{out}: 5 samples at temperature 1, shift -2.5, weights of step 4\n"
+    assert pytest.importorskip("PIL.Image").open(out).text["shift"] == "-2.5"
     for line, words in (
         ("eval gan --set draw=7", "toygan's evaluate has no option 'draw'; did you mean draws?"),
         ("eval gan --set draws", "--set takes KEY=VALUE, got 'draws'"),
