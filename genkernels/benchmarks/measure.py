@@ -53,16 +53,17 @@ def differentiates(direction: str) -> bool:
 @dataclass
 class Inputs:
     """One input set: the operator's arguments and the gradients of its outputs (empty where nothing is
-    differentiated)."""
+    differentiated); `constants`: the places of arguments that are not differentiated, whatever they hold."""
 
     args: tuple[Tensor, ...]
     cotangents: tuple[Tensor, ...] = ()
+    constants: tuple[int, ...] = ()
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
-        return Inputs(tuple(map(f, self.args)), tuple(map(f, self.cotangents)))
+        return Inputs(tuple(map(f, self.args)), tuple(map(f, self.cotangents)), self.constants)
 
     def leaves(self) -> tuple[Tensor, ...]:
-        return tuple(a for a in self.args if a.is_floating_point())
+        return tuple(a for i, a in enumerate(self.args) if a.is_floating_point() and i not in self.constants)
 
     def fresh(self, direction: str) -> Inputs:
         """A copy in memory of its own, whose floating-point arguments require gradients where the direction needs
@@ -308,6 +309,6 @@ def _replayed_peak(profile) -> int:
     return most
 
 
-def named(inputs: Mapping[str, Tensor]) -> list[str]:
+def named(inputs: Mapping[str, Tensor], constants: Sequence[str] = ()) -> list[str]:
     """The names of the inputs that are differentiated."""
-    return [name for name, tensor in inputs.items() if tensor.is_floating_point()]
+    return [name for name, tensor in inputs.items() if tensor.is_floating_point() and name not in constants]

@@ -58,6 +58,7 @@ class Problem:
                 "shape": list(case.shape),
                 "args": self.inputs.args,
                 "cotangents": self.inputs.cotangents,
+                "constants": self.inputs.constants,
                 "standard": vars(self.standard),
                 "sets": self.sets,
                 "threads": torch.get_num_threads(),

@@ -233,7 +233,7 @@ def draw(case: Case, device: torch.device) -> Problem:
     """The case's inputs (the same in every run), the gradients of its outputs, and the standard for the gate."""
     rng = torch.Generator(device).manual_seed(zlib.crc32(case.title.encode()))
     drawn = case.inputs(rng)
-    inputs = Inputs(tuple(drawn.values()))
+    inputs = Inputs(tuple(drawn.values()), constants=tuple(i for i, name in enumerate(drawn) if name in case.constants))
     with use_backend("reference"):
         if differentiates(case.direction):
             with torch.no_grad():
@@ -242,7 +242,7 @@ def draw(case: Case, device: torch.device) -> Problem:
             inputs.cotangents = tuple(
                 torch.randn(o.shape, generator=rng, device=device, dtype=torch.float32).to(o.dtype) for o in outputs
             )
-        standard = Standard.of(case, case.op, inputs, named(drawn))
+        standard = Standard.of(case, case.op, inputs, named(drawn, case.constants))
     sets = rotation(inputs.nbytes, machine.cache_bytes(device), machine.spare_bytes(device))
     return Problem(case, inputs, standard, sets)
 

@@ -30,6 +30,9 @@ class Formula:
     #: ``backward(ctx, *gradients of the outputs)``: one gradient an argument. An output that is not used has None, not
     #: a zero, which would turn an infinity to NaN; where all do, it is not called.
     backward: Callable[..., tuple]
+    #: Places of arguments that never have a gradient, where lists come or go: autograd, whose cost a step of small
+    #: layers feels, is not given their tensors.
+    constants: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,15 +127,19 @@ def _recording_lists(run: Any, reference: Callable, formula: Formula) -> Callabl
     """The same where lists of tensors come or go: `autograd.Function` sees the tensors that stand by themselves, so it
     is given all of them flat, and the arguments as they are, which it does not look into."""
     schema = run._schema
-    lists = [i for i, argument in enumerate(schema.arguments) if _is_tensor_list(argument.type)]
+    varying = [i for i in range(len(schema.arguments)) if i not in formula.constants]
+    lists = [at for at, i in enumerate(varying) if _is_tensor_list(schema.arguments[i].type)]  # among these
     gives_list = any(_is_tensor_list(value.type) for value in schema.returns)
     if gives_list and len(schema.returns) > 1:
         raise ValueError(f"{schema.name}: a schema must return tensors or one list of them, got {schema}")
 
+    def lengths(arguments):
+        return [len(arguments[varying[at]]) for at in lists]
+
     def forward(ctx, arguments, *flat):
         with torch._C._AutoDispatchBelowAutograd():
             output = run(*arguments)
-        ctx.lengths = [len(arguments[i]) for i in lists]
+        ctx.lengths = lengths(arguments)
         ctx.set_materialize_grads(False)
         formula.setup(ctx, arguments, output)
         return tuple(output) if gives_list else output
@@ -141,12 +148,13 @@ def _recording_lists(run: Any, reference: Callable, formula: Formula) -> Callabl
         needs = ctx.needs_input_grad
         if all(grad is None for grad in grad_outputs):
             return (None,) * len(needs)
-        ctx.needs_input_grad = tuple(_nested(needs[1:], lists, ctx.lengths))
+        of_varying = dict(zip(varying, _nested(needs[1:], lists, ctx.lengths), strict=True))
+        ctx.needs_input_grad = tuple(of_varying.get(i, False) for i in range(len(schema.arguments)))
         try:
             grads = formula.backward(ctx, *((list(grad_outputs),) if gives_list else grad_outputs))
         finally:
             ctx.needs_input_grad = needs
-        return None, *_flat(grads, lists, ctx.lengths)
+        return None, *_flat([grads[i] for i in varying], lists, ctx.lengths)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"{run._opname}_gradient", (torch.autograd.Function,), members)
@@ -155,7 +163,8 @@ def _recording_lists(run: Any, reference: Callable, formula: Formula) -> Callabl
         if forward_ad._current_level >= 0:
             return reference(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            output = function.apply(arguments, *_flat(arguments, lists, [len(arguments[i]) for i in lists]))
+            flat = _flat([arguments[i] for i in varying], lists, lengths(arguments))
+            output = function.apply(arguments, *flat)
             return list(output) if gives_list else output
         with torch._C._AutoDispatchBelowAutograd():
             return run(*arguments)

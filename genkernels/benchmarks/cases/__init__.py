@@ -41,6 +41,7 @@ To measure one more operator, add ``cases/<operator>.py`` with one function, and
   compiled baseline (a loop around a compiled body), or the sentence why there is none.
 - ``yardstick``: something else on the same inputs that the operator is to be measured by ("one forward pass"). It takes
   its turns among the others as the provider ``one pass``, without a gate, and the table gets a column for it.
+- ``constants`` names inputs that are not differentiated though they are floats (a buffer).
 - ``settings`` are the options that tell variants apart. A peer's adapter (``peers/<operator>.py``) reads them.
 '''
 
@@ -91,6 +92,7 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     compiled: Callable[[], Callable[..., Any]] | str | None = None
     yardstick: Callable[..., Any] | None = None
+    constants: tuple[str, ...] = ()
 
     @property
     def operator(self) -> str:

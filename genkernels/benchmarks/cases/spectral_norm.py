@@ -60,6 +60,7 @@ def case(variant, weights, size, direction) -> Case:
         bytes=4 * numbers * (2 if direction == "forward" else 5),
         flops=_flops(weights, size, direction),
         settings={"size": size, "pass": False},
+        constants=_vectors(count),
     )
 
 
@@ -84,6 +85,7 @@ def critic_pass(weights, side: int, batch: int = 2) -> Case:
         flops=_flops(weights, None, "forward+backward") + 3 * _pass_flops(weights, side, batch),
         yardstick=lambda x, *tensors: scores(x, tensors[:count]),
         settings={"size": None, "pass": True},
+        constants=_vectors(count),
     )
 
 
@@ -108,9 +110,7 @@ def _normalisations(weights, size):
     count = len(weights)
 
     def lists(tensors):
-        return tensors[:count], *(
-            [t.detach() for t in some] for some in (tensors[count : 2 * count], tensors[2 * count :])
-        )
+        return tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
 
     def op(*tensors):
         out = ops.spectral_norm(*lists(tensors), geometries)
@@ -138,6 +138,11 @@ def _inputs(weights, size, rng) -> dict[str, torch.Tensor]:
             vector = draw((full,) if size is None else (shape[axis], *size))
             named[f"{letter} {i}"] = vector / vector.norm()
     return named
+
+
+def _vectors(count: int) -> tuple[str, ...]:
+    """The inputs that a network holds in buffers."""
+    return tuple(f"{letter} {i}" for letter in "uv" for i in range(count))
 
 
 def _flops(weights, size, direction) -> int:

@@ -39,13 +39,18 @@ PACKAGES = ("nflows", "normflows", "FrEIA", "zuko", "torchdeq", "torch")
 PATIENCE = 300.0  # seconds: a peer that is silent for longer counts as hung
 
 
+def as_they_are(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The `arrange` of a peer that takes the case's inputs in their places."""
+    return args
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A peer's operator, called as the case's; `arrange` puts our inputs into the peer's own layout, outside the
     clock."""
 
     op: Callable
-    arrange: Callable[..., tuple[torch.Tensor, ...]]
+    arrange: Callable[..., tuple[torch.Tensor, ...]] = as_they_are
 
 
 def adapters(operator: str):

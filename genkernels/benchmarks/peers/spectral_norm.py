@@ -31,12 +31,12 @@ def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adap
         weights, u, v = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         norms.extend(_norm(weight) for weight in weights[len(norms) :])
         for norm, left, right in zip(norms, u, v, strict=True):
-            norm._u, norm._v = left.detach(), right.detach()
+            norm._u, norm._v = left, right
         return tuple(norm(weight) for norm, weight in zip(norms, weights, strict=True))
 
     if settings["pass"]:
-        return Adapter(lambda x, *tensors: scores(x, normalised(*tensors)), lambda *args: args)
-    return Adapter(normalised, lambda *args: args)
+        return Adapter(lambda x, *tensors: scores(x, normalised(*tensors)))
+    return Adapter(normalised)
 
 
 def _norm(weight: Tensor) -> nn.Module:

@@ -32,12 +32,13 @@ class Worker:
             fault, self.work = module.open_step(self.peer, problem)
             return {"fault": fault}
         adapter = module.adapter(self.peer, problem["settings"], direction, problem["shape"])
-        ours = Inputs(problem["args"], problem["cotangents"])
+        ours = Inputs(problem["args"], problem["cotangents"], problem["constants"])
         # arranging inside the graph brings the gradients back into our layout, for the gate alone
         produced = values(lambda *args: adapter.op(*adapter.arrange(*args)), ours.fresh(direction), direction)
         fault = Standard(**problem["standard"]).fault(produced, floor=WIDE_FLOOR, same_dtypes=False)
         if not fault:
-            theirs = Inputs(tuple(t.contiguous() for t in adapter.arrange(*ours.args)), ours.cotangents)
+            arranged = tuple(t.contiguous() for t in adapter.arrange(*ours.args))
+            theirs = Inputs(arranged, ours.cotangents, ours.constants if adapter.arrange is peers.as_they_are else ())
             sets = [theirs.fresh(direction) for _ in range(problem["sets"])]
             self.work = Work(adapter.op, sets, direction)
         return {"fault": fault}
