@@ -12,7 +12,6 @@ from genkernels import ops
 from genkernels._options import ScaleMap
 from genkernels.nn._layout import BF16_UNITS
 from genkernels.nn.made import MADE, check_tensor
-from genkernels.nn.masked_linear import DENSE_WEIGHTS
 from genkernels.ops._made_checks import network as check_network
 from genkernels.ops._spline_checks import check_bins, check_options
 from genkernels.ops.affine_coupling import scale_constant_of
@@ -158,10 +157,7 @@ class AutoregressiveTransform(nn.Module):
         made = self.made
         if self.transform == "spline" or dtype not in (torch.float32, torch.float64) or not made.as_written():
             return False
-        weights = [layer.weight for layer in made.layers]
-        if torch.compiler.is_compiling() and max(w.numel() for w in weights) <= DENSE_WEIGHTS:
-            return False  # the compiler makes few kernels of small layers
-        return all(w.dtype == dtype for w in weights)
+        return all(layer.weight.dtype == dtype for layer in made.layers)
 
     def _fits(self, x: Tensor) -> bool:
         return x.dim() == 2 and x.shape[1] == self.made.features

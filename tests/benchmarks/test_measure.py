@@ -55,6 +55,8 @@ def test_every_set_owns_its_memory_and_leaves_require_gradients_only_where_neede
     assert len(set(pointers)) == len(pointers)
     assert [a.requires_grad for a in first.args] == [True, False]
     assert not inputs.fresh("inverse").args[0].requires_grad
+    held = Inputs((torch.randn(4), torch.randn(2)), constants=(1,)).fresh("forward+backward")
+    assert [a.requires_grad for a in held.args] == [True, False] and held.leaves() == held.args[:1]
     assert inputs.nbytes == 4 * 4 + 4 * 8 + 4 * 4
 
 
