@@ -288,7 +288,7 @@ def demo(base: str = "") -> str:
         ("32×32 photographs", "photos32-cpu.json", (photos["auto"], photos["reference"])),
     ):
         fused, reference = both
-        bits = [run["bits_per_dim"] if "bits_per_dim" in run else run["held_out"]["bits_per_dim"]["value"] for run in both]
+        bits = [run["held_out"]["bits_per_dim"]["value"] if "held_out" in run else run["bits_per_dim"] for run in both]
         rows.append(
             [
                 f"{what} ([{file}]({base}benchmarks/results/{file}))",
