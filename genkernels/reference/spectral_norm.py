@@ -25,7 +25,6 @@ Saved for backward: the weights, u, v and :math:`\sigma`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,12 +61,6 @@ RECORD = 13
 
 
 def as_plan(geometries: Sequence[Geometry]) -> list[int]:
-    """What operators are given; nobody writes to it."""
-    return _plan_of(tuple(geometries))
-
-
-@functools.lru_cache
-def _plan_of(geometries: tuple[Geometry, ...]) -> list[int]:
     return [
         int(n) for g in geometries for n in (g.kind, g.axis, g.groups, g.transposed, *g.stride, *g.padding, *g.dilation)
     ]

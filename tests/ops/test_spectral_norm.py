@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torchs
 
 from genkernels import ops
 from genkernels.ops import CIRCULAR, CONVOLUTION, Geometry
-from tests.checks import assert_as_accurate, beside_forbidden_memory, bits, off_address, opcheck_backward
+from tests.checks import assert_as_accurate, beside_forbidden_memory, bits, draw, off_address, opcheck_backward
 from tests.implementations import reference_of
 
 reference = reference_of("spectral_norm")
@@ -451,6 +451,15 @@ def test_large_results_are_asked_for_in_large_pages(implementation, device):
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_a_geometry_may_hold_lists():
+    weight, u, v = draw((4, 3, 3, 3), (4, 5, 5), (3, 5, 5), dtype=torch.float32)
+    sigma = [
+        ops.spectral_norm([weight], [u], [v], [Geometry(CONVOLUTION, padding=kind((0, 1, 1)))]).sigma
+        for kind in (tuple, list)
+    ]
+    assert torch.equal(*sigma)
 
 
 def test_bad_input_gets_one_sentence():
