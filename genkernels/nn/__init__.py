@@ -10,6 +10,7 @@ from genkernels.nn.conv_zeros import Conv2dZeros
 from genkernels.nn.dequantize import Dequantize, Logit
 from genkernels.nn.elementary_flows import PlanarFlow, RadialFlow
 from genkernels.nn.filtered import FilteredDownsample, FilteredUpsample
+from genkernels.nn.fused_sequential import FusedSequential
 from genkernels.nn.invertible_conv import InvertibleConv1x1
 from genkernels.nn.invertible_residual import InvertibleResidual
 from genkernels.nn.lipschitz import CLipSwish, LipschitzConv2d, LipschitzLinear, LipSwish, certify
@@ -38,6 +39,7 @@ __all__ = [
     "FilteredDownsample",
     "FilteredUpsample",
     "FlowSequential",
+    "FusedSequential",
     "InverseAutoregressiveTransform",
     "InvertibleConv1x1",
     "InvertibleResidual",

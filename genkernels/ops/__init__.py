@@ -7,6 +7,7 @@ from genkernels.ops import _checks as checks
 from genkernels.ops._operator import FEATURES, OPERATORS, Operator, transforms_active
 from genkernels.ops.affine_coupling import affine_coupling, affine_coupling_inverse, affine_coupling_reverse
 from genkernels.ops.autoregressive_sampling import Stage, autoregressive_sampling
+from genkernels.ops.batch_norm_leaky_relu import BatchNormLeakyReLU, batch_norm_leaky_relu
 from genkernels.ops.bias_leaky_relu import bias_leaky_relu
 from genkernels.ops.elementary_flows import planar_flow, radial_flow
 from genkernels.ops.gradient_penalty import gradient_penalty, interpolate_pairs

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from genkernels.nn._rectified import LeakyReLU, ReLU
+from genkernels.nn.fused_sequential import FusedSequential
 
 #: Sides at which convolutional generators begin, and below which critics do not halve an image.
 SMALLEST = 4
@@ -150,7 +151,7 @@ def conv_generator(shape: tuple[int, ...], width: int, bounded: bool, inputs: in
     for before, after in zip(widths[:-1], widths[1:], strict=True):
         up = nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False)
         layers += [up, nn.BatchNorm2d(after), ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(width, shape[0], 3, padding=1), *_end(bounded))
+    return FusedSequential(*layers, nn.Conv2d(width, shape[0], 3, padding=1), *_end(bounded))
 
 
 def conv_critic(shape: tuple[int, ...], width: int) -> tuple[nn.Sequential, int]:
@@ -189,7 +190,7 @@ def residual_generator(shape: tuple[int, ...], width: int, bounded: bool, inputs
     blocks = [UpBlock(width) for _ in range(count)]
     last = nn.Conv2d(width, shape[0], 3, padding=1)
     layers = [*_unfold(inputs, width, shape, count), *blocks, nn.BatchNorm2d(width), ReLU(), last]
-    return nn.Sequential(*layers, *_end(bounded))
+    return FusedSequential(*layers, *_end(bounded))
 
 
 def residual_critic(shape: tuple[int, ...], width: int) -> tuple[nn.Sequential, int]:
@@ -214,7 +215,7 @@ class UpBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.residual = nn.Sequential(
+        self.residual = FusedSequential(
             nn.BatchNorm2d(width),
             ReLU(),
             nn.Upsample(scale_factor=2),

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from genkernels.models.gan.backbones import halvings
 from genkernels.nn._rectified import LeakyReLU, ReLU
+from genkernels.nn.fused_sequential import FusedSequential
 
 
 def translator(shape: tuple[int, ...], width: int, blocks: int) -> nn.Sequential:
@@ -27,7 +28,7 @@ def translator(shape: tuple[int, ...], width: int, blocks: int) -> nn.Sequential
     layers += [Block(widths[-1]) for _ in range(blocks)]
     for before, after in reversed(pairs):
         layers += _normalised(nn.ConvTranspose2d(after, before, 3, stride=2, padding=1, output_padding=1), before)
-    return _begun(nn.Sequential(*layers, _seven(width, shape[0]), nn.Tanh()))
+    return _begun(FusedSequential(*layers, _seven(width, shape[0]), nn.Tanh()))
 
 
 def patch_critic(shape: tuple[int, ...], width: int) -> nn.Sequential:
@@ -47,7 +48,7 @@ def patch_critic(shape: tuple[int, ...], width: int) -> nn.Sequential:
         layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, LeakyReLU(0.2)]
     last = width * 2**count
     layers += [nn.Conv2d(widths[-1], last, 4, padding=1), nn.InstanceNorm2d(last), LeakyReLU(0.2)]
-    return _begun(nn.Sequential(*layers, nn.Conv2d(last, 1, 4, padding=1)))
+    return _begun(FusedSequential(*layers, nn.Conv2d(last, 1, 4, padding=1)))
 
 
 class Block(nn.Module):
@@ -59,7 +60,7 @@ class Block(nn.Module):
         def convolution() -> nn.Module:
             return nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect")
 
-        self.residual = nn.Sequential(*_normalised(convolution(), width), convolution(), nn.InstanceNorm2d(width))
+        self.residual = FusedSequential(*_normalised(convolution(), width), convolution(), nn.InstanceNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.residual(x)
