@@ -27,6 +27,7 @@ CHOSEN = (
     ("gradient_penalty/convolutional step", "16×3×32×32", "float32", "step"),
     ("upfirdn2d/up", "8×32×64×64", "float32", "forward+backward"),
     ("bias_leaky_relu/images", "16×64×64×64", "float32", "forward+backward"),
+    ("batch_norm_leaky_relu/images", "16×64×64×64", "float32", "forward+backward"),
     ("elementary_flows/planar", "4096×2×16", "float32", "forward+backward"),
     ("rational_quadratic_spline/nflows", "4096×16×8", "float32", "forward+backward"),
     ("made/affine", "100×784×1024×1024", "float32", "inverse"),

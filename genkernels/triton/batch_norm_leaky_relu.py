@@ -465,8 +465,8 @@ def _plan(x: Tensor) -> _Plan:
     units = {"V": math.gcd(places, 16 // size), "W": math.gcd(channels, min(4, 16 // size)) if places == 1 else 1}
     shape = (samples, channels // units["W"], places // units["V"])
     options = units | {"ROWS": rows, "CHANNELS": held, "COLS": cols, "enable_fp_fusion": True}
-    # where rows begin anywhere every number has a mask and an address: more threads, so that these fit in registers
-    by_thread = 64 if max(units.values()) * size > 4 else 32
+    # whole channels are kept, and where rows begin anywhere every number has a mask and an address: more threads
+    by_thread = 32 if whole or max(units.values()) * size <= 4 else 64
     options["num_warps"] = min(16, max(4, rows * held * cols * work // (32 * by_thread)))
     blocks = triton.cdiv(channels, held)
     if whole:
