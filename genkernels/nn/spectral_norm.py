@@ -14,9 +14,12 @@ from torch.nn.utils import parametrize
 from genkernels import ops
 from genkernels.networks import operator_norm
 from genkernels.networks._outside import outside
-from genkernels.nn import _compiled_norm
+from genkernels.networks._plain import hooked
+from genkernels.nn import _compiled_norm, _scaled_norm
 from genkernels.nn._seen import Seen, fake, wrapped
 from genkernels.ops import MATRIX, Geometry, checks
+from genkernels.ops._autocast import kept_out
+from genkernels.ops.spectral_norm import VECTORS
 from genkernels.reference.spectral_norm import as_plan
 
 WHO = "spectral_norm_"
@@ -137,10 +140,25 @@ def _register(layer: nn.Module, operator: str, settings: Settings) -> SpectralNo
     # unsafe: the two passes over forward by which torch tests shapes would count as a step
     parametrize.register_parametrization(layer, "weight", part, unsafe=True)
     part.owner = (layer.parametrizations.weight,)
+    part.routed = geometry == Geometry() and _scaled_norm.route(layer, _scaled)
     layer.register_load_state_dict_pre_hook(_rename_older_keys)
     if convolution and not hasattr(layer, "notes_size"):
         layer.register_forward_pre_hook(_note_size)
     return part
+
+
+def _scaled(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """What a layer in training mode makes of x without its normalised weight, where that saves bytes."""
+    held = layer.parametrizations._modules.get("weight")
+    part = held._modules["0"] if held is not None and len(held._modules) == 1 else None
+    if not isinstance(part, SpectralNorm) or not part.training or type(x) not in (Tensor, nn.Parameter):
+        return None
+    weight = part.original()
+    if not _scaled_norm.suits(layer, weight, x) or x.dtype != weight.dtype or not part.group.scales(part, weight):
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or _looked_on() or hooked(held, part):
+        return None
+    return _scaled_norm.forward(layer, weight, x, part.group.found(part, weight).found)
 
 
 def _note_size(layer: nn.Module, arguments: tuple) -> None:
@@ -190,6 +208,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("_u", torch.empty(0))
         self.register_buffer("_v", torch.empty(0))
         self._updated_for = Seen()
+        self.routed = False  #: its layer may ask for u, v and sigma instead of the normalised weight
         self._alien = False  #: u and v are not this weight's: it was loaded without them
         self._plan, self._number = as_plan([geometry]), _compiled_norm.numbered(self)
 
@@ -332,12 +351,29 @@ class Kept(NamedTuple):
     once: bool  #: its graph is autograd's own, which is gone after one backward pass: each pass has one
 
     def fits(self, member: SpectralNorm, weight: Tensor) -> bool:
-        w, u, v = self.tensors
-        if w is not weight or self.versions != (w._version, u._version, v._version):
-            return False
-        held = member._buffers
-        same = u is held["_u"] and v is held["_v"] and self.training == member.training
-        return same and self.grade >= _wanted(weight)
+        return self.grade >= _wanted(weight) and _as_it_was(self, member, weight)
+
+
+class Vectors(NamedTuple):
+    """u, v and sigma of a weight that is not written until somebody asks for it, and what they were made of."""
+
+    found: _scaled_norm.Found
+    grade: int
+    training: bool
+    tensors: tuple[Tensor, Tensor, Tensor]
+    versions: tuple[int, int, int]
+
+    def fits(self, member: SpectralNorm, weight: Tensor) -> bool:
+        return self.grade >= min(PLAIN, _wanted(weight)) and _as_it_was(self, member, weight)
+
+
+def _as_it_was(made: Kept | Vectors, member: SpectralNorm, weight: Tensor) -> bool:
+    """Whether nothing has changed of what something was made of."""
+    w, u, v = made.tensors
+    if w is not weight or made.versions != (w._version, u._version, v._version):
+        return False
+    held = member._buffers
+    return u is held["_u"] and v is held["_v"] and made.training == member.training
 
 
 class Group:
@@ -348,6 +384,9 @@ class Group:
     def __init__(self, members: list[SpectralNorm]):
         self.members = members
         self._kept: dict[SpectralNorm, Kept] = {}
+        self._found: dict[SpectralNorm, Vectors] = {}
+        #: Whose normalised weight was asked for since the last update: the next one writes it in the same call.
+        self._asked: set[SpectralNorm] = set()
 
     def __deepcopy__(self, memo: dict) -> Group:
         group = memo[id(self)] = Group([])
@@ -355,13 +394,31 @@ class Group:
         return group
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "_kept": {}}
+        return {"members": self.members, "_kept": {}, "_found": {}, "_asked": set()}
 
     def forget(self, member: SpectralNorm) -> None:
         self._kept.pop(member, None)
+        self._found.pop(member, None)
+
+    def scales(self, member: SpectralNorm, weight: Tensor) -> bool:
+        """Whether a weight may stay unwritten."""
+        if not (member.routed and member.training and weight.numel() >= _scaled_norm.LARGE):
+            return False
+        plain = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+        return plain and _can_keep(weight) and member in self.members and not _by_reference(weight)
+
+    def found(self, member: SpectralNorm, weight: Tensor) -> Vectors:
+        """u, v and sigma of a weight that `scales`."""
+        found = self._found.get(member)
+        if found is None or not found.fits(member, weight):
+            self._renew(member, weight, writes=False)
+            found = self._found[member]
+        return found
 
     def normalised(self, member: SpectralNorm, weight: Tensor) -> Tensor:
         """What the layer of `member` multiplies by."""
+        if member.routed and member.training:
+            self._asked.add(member)
         kept = self._kept.get(member)
         known = kept is not None
         if not known or _looked_on() or not kept.fits(member, weight):
@@ -397,43 +454,80 @@ class Group:
         kept = self._kept.get(member)
         if kept is None or not kept.fits(member, weight):
             kept = None
-            self._renew(member, weight)
+            found = self._found.get(member)
+            if found is not None and found.fits(member, weight) and self.scales(member, weight):
+                self._kept.pop(member, None)
+                out = found.found.apply(weight)
+                self._keep(member, weight, out, (found.found.u, found.found.v, found.found.sigma, 0))
+            else:
+                self._renew(member, weight)
             kept = self._kept[member]
         return kept
 
-    def _renew(self, asking: SpectralNorm, its_weight: Tensor) -> None:
-        """Normalises every weight that is not what was kept."""
+    def _keep(self, member: SpectralNorm, weight: Tensor, out: Tensor, found: tuple, once: bool = False) -> None:
+        self._kept[member] = Kept(out, found, _wanted(weight), *_made_of(member, weight), once)
+
+    def _renew(self, asking: SpectralNorm, its_weight: Tensor, writes: bool = True) -> None:
+        """Normalises every weight that is not what was kept; of large ones that nobody asked for in the last step, the
+        one `asking` among them unless it `writes`, it finds u, v and sigma alone."""
         buckets: dict[tuple, list] = {}
+        large: set[SpectralNorm] = set()
         for member in self.members:
             weight = its_weight if member is asking else member.original() if member.leads() else None
             if weight is None or not member._buffers["_v"].numel() or not _can_keep(weight):
                 continue
-            kept = self._kept.get(member)
-            if member is asking or kept is None or not kept.fits(member, weight):
+            scales = member.routed and self.scales(member, weight)
+            made = (self._found if scales else self._kept).get(member)
+            if member is asking or made is None or not made.fits(member, weight):
                 updates = member.training and not member._updated_for.holds(weight)
                 iterations = member.settings.iterations if updates else 0
-                alike = weight.dtype, weight.device, member.settings, iterations
+                written = not scales or (member is asking and writes) or member in self._asked
+                alike = weight.dtype, weight.device, member.settings, iterations, written
                 buckets.setdefault(alike, []).append((member, weight, *_vectors(member, weight)))
-        kept = None
-        for (*_, iterations), jobs in buckets.items():
+                if scales:
+                    large.add(member)
+        made = None
+        for (*_, iterations, written), jobs in buckets.items():
             for member, *_ in jobs:
                 self.forget(member)  # what nobody else holds makes room for what replaces it
-            once = _by_reference(jobs[0][1])
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
-                out = _call(jobs, iterations)
-            held = [(m._buffers["_u"], m._buffers["_v"]) for m, *_ in jobs]
-            if iterations:
-                with torch.no_grad():
-                    torch._foreach_copy_([u for u, _ in held] + [v for _, v in held], [*out.u, *out.v])
-            sigma = out.sigma.detach()
-            for i, ((member, weight, *_), (u, v)) in enumerate(zip(jobs, held, strict=True)):
                 if iterations:
-                    member._updated_for.note(weight)
-                found = out.u[i], out.v[i], sigma, i
-                tensors, versions = (weight, u, v), (weight._version, u._version, v._version)
-                self._kept[member] = Kept(
-                    out.weights[i], found, _wanted(weight), member.training, tensors, versions, once
-                )
+                    self._asked.discard(member)
+            self._make(jobs, iterations, written, large)
+
+    def _make(self, jobs: list[tuple], iterations: int, written: bool, large: set[SpectralNorm]) -> None:
+        once = _by_reference(jobs[0][1])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and written and not once):
+            out = (_call if written else _find)(jobs, iterations)
+        held = [(m._buffers["_u"], m._buffers["_v"]) for m, *_ in jobs]
+        if iterations:
+            with torch.no_grad():
+                torch._foreach_copy_([u for u, _ in held] + [v for _, v in held], [*out.u, *out.v])
+        sigma, norms = out.sigma.detach(), []
+        for i, (member, weight, *_) in enumerate(jobs):
+            if iterations:
+                member._updated_for.note(weight)
+            if written:
+                self._keep(member, weight, out.weights[i], (out.u[i], out.v[i], sigma, i), once)
+            if member in large:
+                norms = norms or sigma.tolist()
+                known = out.u[i], out.v[i], sigma[i : i + 1], norms[i], member._plan, member.settings
+                grade = min(PLAIN, _wanted(weight))
+                self._found[member] = Vectors(_scaled_norm.Found.of(*known), grade, *_made_of(member, weight))
+
+
+def _made_of(member: SpectralNorm, weight: Tensor) -> tuple:
+    u, v = member._buffers["_u"], member._buffers["_v"]
+    return member.training, (weight, u, v), (weight._version, u._version, v._version)
+
+
+@torch.no_grad()
+def _find(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:
+    """As `_call` does, without the normalised weights."""
+    members, weights, u, v = zip(*jobs, strict=True)
+    with kept_out(weights[0]):
+        out = VECTORS(weights, u, v, as_plan([member.geometry for member in members]), iterations)
+    count = len(jobs)
+    return ops.SpectralNorm([], out[:count], out[count : 2 * count], out[-1])
 
 
 def _call(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:
