@@ -180,8 +180,8 @@ class _Scaled(torch.autograd.Function):
                 by_x.mul_(found.factor)
             if by_weight is not None and found.divides:
                 by_weight = by_weight.contiguous()
-                scale = -found.factor * (g * z).sum().item() / found.norm
-                by_weight.view(weight.shape[0], -1).addr_(found.u, found.v, beta=found.factor, alpha=scale)
+                u = found.u * ((g * z).sum() * (-found.factor / found.norm))
+                by_weight.view(weight.shape[0], -1).addr_(u, found.v, beta=found.factor)
         return by_x, by_weight, by_bias, None, None
 
 

@@ -194,15 +194,16 @@ def _backward_applied(ctx, grads):
 
 def _backward(ctx, grads):
     count = len(ctx.weights)
-    for weight, version in zip(ctx.weights, ctx.versions, strict=True):
+    grad_sigma = grads[-1]
+    used = [i for i in range(count) if grads[i] is not None or grad_sigma is not None]
+    for i in used:
+        weight, version = ctx.weights[i], ctx.versions[i]
         if weight._version != version:
             raise RuntimeError(
                 f"{NAME}: a weight needed for the gradient, {list(weight.shape)}, must be as it was in the forward "
                 f"pass, got version {weight._version} of it where {version} was used: an in-place operation, such as "
                 "an optimiser's step, came between"
             )
-    grad_sigma = grads[-1]
-    used = [i for i in range(count) if grads[i] is not None or grad_sigma is not None]
     by_weight: list[Tensor | None] = [None] * count
     if used:
         plan, sigma = ctx.plan, ctx.sigma
