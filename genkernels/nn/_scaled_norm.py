@@ -122,28 +122,34 @@ def route(layer: nn.Module, scaled: Callable[[nn.Module, Tensor], Tensor | None]
     return True
 
 
-def suits(layer: nn.Module, weight: Tensor, x: Tensor) -> bool:
-    """Whether bytes are saved: by the shapes alone, so that passes alike are computed alike."""
-    count = weight.numel()
-    if count < LARGE or not x.numel():
+def suits(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
+    """Whether a layer can take x so, and saves bytes: by the shapes alone, so that passes alike are computed alike."""
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.device != weight.device:
         return False
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        return False
+    count = outputs(layer, weight, x)
+    return weight.numel() >= LARGE and 0 < BESIDE * count <= weight.numel()
+
+
+def outputs(layer: nn.Module, weight: Tensor, x: Tensor) -> int:
+    """How many numbers a layer makes of x; 0 of a single sample without a batch, which a convolution takes too."""
     if weight.dim() == 2:
-        outputs = x.numel() // weight.shape[1] * weight.shape[0]
-    elif x.dim() != weight.dim():  # one sample, without a batch
-        return False
-    else:
-        outputs = x.shape[0] * weight.shape[0]
-        paddings = layer.padding if not isinstance(layer.padding, str) else None
-        for a, (n, k, d, s) in enumerate(zip(x.shape[2:], weight.shape[2:], layer.dilation, layer.stride, strict=True)):
-            if paddings is not None:
-                n += 2 * paddings[a]
-            elif layer.padding == "same":
-                n += d * (k - 1)
-            outputs *= max(0, (n - d * (k - 1) - 1) // s + 1)
-    return 0 < BESIDE * outputs <= count
+        return x.numel() // weight.shape[1] * weight.shape[0]
+    if x.dim() != weight.dim():
+        return 0
+    count = x.shape[0] * weight.shape[0]
+    for a, (n, k, d, s) in enumerate(zip(x.shape[2:], weight.shape[2:], layer.dilation, layer.stride, strict=True)):
+        reach = d * (k - 1)
+        if isinstance(layer.padding, str):
+            n += reach if layer.padding == "same" else 0
+        else:
+            n += 2 * layer.padding[a]
+        count *= max(0, (n - reach - 1) // s + 1)
+    return count
 
 
-def forward(layer: nn.Module, weight: Tensor, x: Tensor, found: Found) -> Tensor:
+def forward(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor, found: Found) -> Tensor:
     """What a layer makes of x with the normalised weight."""
     product = Product()
     if weight.dim() > 2:
@@ -153,7 +159,7 @@ def forward(layer: nn.Module, weight: Tensor, x: Tensor, found: Found) -> Tensor
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
             padding = (0,) * len(layer.stride)
         product = Product(layer.stride, padding, layer.dilation, layer.groups)
-    return _Scaled.apply(x, weight, layer.bias, found, product)
+    return _Scaled.apply(x, weight, bias, found, product)
 
 
 class _Scaled(torch.autograd.Function):

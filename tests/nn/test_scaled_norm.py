@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import genkernels as gk
 from genkernels import backends
 from genkernels import nn as gnn
-from genkernels.nn import _scaled_norm
+from genkernels.nn import _norm_group, _scaled_norm
 from genkernels.nn._scaled_norm import Found, Product, _Scaled
 from genkernels.nn.spectral_norm import Settings, parts_below
 from tests.checks import assert_as_accurate
@@ -266,15 +265,14 @@ def test_a_write_between_forward_and_backward_is_noticed():
 def test_one_update_a_step_that_writes_no_weight_until_somebody_asks(monkeypatch):
     """And whoever asks has the numbers that the update would have written."""
     ours, written = both(lambda: nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 16)))
-    module = sys.modules["genkernels.nn.spectral_norm"]
     calls = []
     for name in ("_call", "_find"):
-        plain = getattr(module, name)
+        plain = getattr(_norm_group, name)
         record = lambda jobs, iterations, name=name, plain=plain: (  # noqa: E731
             calls.append((name, len(jobs), iterations)),
             plain(jobs, iterations),
         )[1]
-        monkeypatch.setattr(module, name, record)
+        monkeypatch.setattr(_norm_group, name, record)
 
     def touched(net):
         with torch.no_grad():
@@ -444,6 +442,13 @@ def test_in_what_company_it_is_taken(taken):
     assert not runs(gnn.spectral_norm_(Halved(30, 20).double()))
     assert not runs(gnn.spectral_norm_(nn.ConvTranspose1d(12, 8, 5).double()), x=draw(1, 12, 2))
     assert not runs(gnn.spectral_norm_(nn.Conv1d(12, 8, 5).double(), operator="convolution"), x=draw(1, 12, 5))
+    with pytest.raises(RuntimeError):  # torch's own sentence
+        runs(layer, x=draw(1, 30, dtype=torch.float32))
+    mixed = gnn.spectral_norm_(nn.Linear(30, 20).double())
+    mixed.bias = nn.Parameter(mixed.bias.float())
+    with pytest.raises(RuntimeError):
+        runs(mixed)
+    assert not taken and runs(layer)
     seen = []
     layer.parametrizations.weight.register_forward_hook(lambda *_: seen.append(1))
     assert not runs(layer) and seen

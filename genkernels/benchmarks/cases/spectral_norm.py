@@ -151,7 +151,7 @@ def _unwritten(shapes, side: int, batch: int) -> int:
     total, x = 0, torch.empty(batch, 3, side, side, device="meta")
     for layer in _critic(shapes):
         x = x if layer.weight.dim() > 2 else x.flatten(1)
-        total += layer.weight.numel() if _scaled_norm.suits(layer, layer.weight, x) else 0
+        total += layer.weight.numel() if _scaled_norm.suits(layer, layer.weight, None, x) else 0
         x = layer(x)
     return total
 
