@@ -351,6 +351,20 @@ def test_with_and_without_gradients_and_in_inference_mode_the_same_bits():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_vectors_of_inference_mode_serve_no_graph():
+    """torch keeps nothing for a gradient of the gradient that was made there."""
+    ours, written = both(critic)
+    found = []
+    for module in (ours, written):
+        with torch.inference_mode():
+            module(draw(2, 3, 8, 8))
+        x = draw(2, 3, 8, 8).requires_grad_()
+        (slope,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert_same(*found)
+
+
 def test_copies_and_averages_are_on_their_own(taken):
     ours, written = both(critic)
     x = draw(2, 3, 8, 8)
