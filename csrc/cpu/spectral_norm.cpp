@@ -9,10 +9,11 @@
 // Work is cut by each layer's shape alone and its sums are added up in one order, so that neither the number of threads
 // nor the company of other layers changes a bit. Half numbers are computed in fp32.
 //
-// Bytes, in units of the weights: forward reads W and writes Ŵ (2); backward reads G and W and writes the gradient (3).
-// A layer beyond the inner caches reads W a second time going forward, G a second time going back. Matrices are bound
-// by them; convolutions by multiplications, unless they have fewer places than channels. Stores are ordinary ones: such
-// that pass the caches by gained a twentieth here, and cost whatever reads the weights next.
+// Bytes, in units of the weights: forward reads W and writes Ŵ (2), or reads W alone where u, v and σ are all that is
+// wanted (1); backward reads G and W and writes the gradient (3). A layer beyond the inner caches reads W a second time
+// going forward, G a second time going back. Matrices are bound by them; convolutions by multiplications, unless they
+// have fewer places than channels. Stores are ordinary ones: such that pass the caches by gained a twentieth here, and
+// cost whatever reads the weights next.
 #include "spectral_norm/convolutions.h"
 #include "spectral_norm/gradient.h"
 #include "spectral_norm/matrices.h"
@@ -54,7 +55,7 @@ struct Call {
   const std::vector<Tensor>&weights, &u, &v;
   const std::vector<Record> records;
   Rule rule;
-  std::vector<Tensor> out_weights, out_u, out_v;
+  std::vector<Tensor> out_weights, out_u, out_v;  // none of the first where vectors alone are wanted
   Tensor sigma;
 };
 
@@ -108,6 +109,7 @@ void normalise_matrices(Call& call, const std::vector<int64_t>& which, int64_t i
     store(m.u, mutable_data<S>((m.turned ? call.out_v : call.out_u)[which[j]]), m.rows);
     store(m.v, mutable_data<S>((m.turned ? call.out_u : call.out_v)[which[j]]), m.columns);
   }
+  if (call.out_weights.empty()) return;
   all.backwards([&](Matrix<S>& m, int64_t row, int64_t rows) {
     const int64_t layer = which[&m - layers.data()], at = row * m.columns;  // number by number, whatever the axis
     multiply(data<S>(call.weights[layer]) + at, m.factor, mutable_data<S>(call.out_weights[layer]) + at,
@@ -134,7 +136,8 @@ void normalise_convolutions(Call& call, std::vector<Convolution<S>>& layers, con
       store(c.u(), mutable_data<S>(call.out_u[i]), c.u_count());
       store(c.v(), mutable_data<S>(call.out_v[i]), c.v_count());
     }
-    multiply(c.weight, call.rule.factor(c.sigma), mutable_data<S>(call.out_weights[i]), c.weights());
+    if (!call.out_weights.empty())
+      multiply(c.weight, call.rule.factor(c.sigma), mutable_data<S>(call.out_weights[i]), c.weights());
   });
 }
 
@@ -158,17 +161,52 @@ void normalise(Call& call, int64_t iterations) {
   });
 }
 
-std::vector<Tensor> spectral_norm(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> v,
-                                  std::vector<int64_t> plan, int64_t iterations, double coefficient, bool at_most) {
-  Call call{weights, u, v, records_of(weights, u, v, plan), {coefficient, at_most}, {}, {}, {}, {}};
-  call.out_weights = empty(weights), call.out_u = empty(u), call.out_v = empty(v);
+std::vector<Tensor> run(Call& call, int64_t iterations) {
+  const Tensor& first = call.weights[0];
+  call.out_u = empty(call.u), call.out_v = empty(call.v);
+  call.sigma = empty(first, {int64_t(call.weights.size())}, arithmetic_dtype(first));
+  with_dtype<float, double, BFloat16, Half>("spectral_norm: weights", first,
+                                            [&]<typename S>() { normalise<S>(call, iterations); });
   std::vector<Tensor> out;
   for (const auto* some : {&call.out_weights, &call.out_u, &call.out_v})
     out.insert(out.end(), some->begin(), some->end());
-  call.sigma = empty(weights[0], {int64_t(weights.size())}, arithmetic_dtype(weights[0]));
   out.push_back(call.sigma);
-  with_dtype<float, double, BFloat16, Half>("spectral_norm: weights", weights[0],
-                                            [&]<typename S>() { normalise<S>(call, iterations); });
+  return out;
+}
+
+std::vector<Tensor> spectral_norm(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> v,
+                                  std::vector<int64_t> plan, int64_t iterations, double coefficient, bool at_most) {
+  Call call{weights, u, v, records_of(weights, u, v, plan), {coefficient, at_most}, {}, {}, {}, {}};
+  call.out_weights = empty(weights);
+  return run(call, iterations);
+}
+
+std::vector<Tensor> spectral_norm_vectors(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> v,
+                                          std::vector<int64_t> plan, int64_t iterations) {
+  Call call{weights, u, v, records_of(weights, u, v, plan), {1.0, false}, {}, {}, {}, {}};
+  return run(call, iterations);
+}
+
+// Weights divided by norms that are known.
+std::vector<Tensor> spectral_norm_apply(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> v,
+                                        Tensor sigma, std::vector<int64_t> plan, double coefficient, bool at_most) {
+  records_of(weights, u, v, plan);
+  require(sigma.numel() == int64_t(weights.size()), "spectral_norm: weights and norms must be of one number of layers");
+  std::vector<Tensor> out = empty(weights);
+  const Rule rule{coefficient, at_most};
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < weights.size(); ++i)
+    for (int64_t p = 0; p < divide_up(weights[i].numel(), kPiece); ++p) pieces.push_back({int64_t(i), p});
+  const auto size = [&](const Piece& p) { return std::min(kPiece, weights[p.layer].numel() - p.index * kPiece); };
+  with_dtype<float, double, BFloat16, Half>("spectral_norm: weights", weights[0], [&]<typename S>() {
+    using T = arithmetic_t<S>;
+    const T* norms = data<T>(sigma);
+    share_out(pieces, size, false, [&](const Piece& p) {
+      const int64_t at = p.index * kPiece;
+      multiply(data<S>(weights[p.layer]) + at, rule.factor(norms[p.layer]), mutable_data<S>(out[p.layer]) + at,
+               size(p));
+    });
+  });
   return out;
 }
 
@@ -262,5 +300,7 @@ std::vector<Tensor> spectral_norm_backward(std::vector<Tensor> grads, std::optio
 STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   using namespace genkernels::spectral;
   m.impl("spectral_norm", TORCH_BOX(&spectral_norm));
+  m.impl("spectral_norm_vectors", TORCH_BOX(&spectral_norm_vectors));
+  m.impl("spectral_norm_apply", TORCH_BOX(&spectral_norm_apply));
   m.impl("spectral_norm_backward", TORCH_BOX(&spectral_norm_backward));
 }

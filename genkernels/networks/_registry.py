@@ -77,6 +77,14 @@ def _class_of(m: nn.Module) -> type[nn.Module]:
     return type(m).__base__ if "parametrizations" in m._modules else type(m)
 
 
+def forward_of(m: nn.Module) -> Callable:
+    """The ``forward`` of a module's class; where that says that it computes what another does, and how alone is its
+    own, this one. It names itself beside it, as a decorator hands on what a function has about it."""
+    forward = type(m).forward
+    own, computes = getattr(forward, "genkernels_forward", (None, None))
+    return computes if own is forward else forward
+
+
 def why_not(m: nn.Module) -> tuple | None:
     """Why a module without a rule is refused, for `Tracer.refuse`; None where its ``forward`` tells what it does."""
     told = (cls for cls in type(m).__mro__ if cls in LAYERS or "genkernels_layer" in cls.__dict__)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from genkernels.networks._plain import defined_together, hooked, plain
-from genkernels.networks._registry import FUNCTIONS, layer_rule, why_not
+from genkernels.networks._registry import FUNCTIONS, forward_of, layer_rule, why_not
 from genkernels.networks._symbols import BatchSize, Intercept, Symbol
 from genkernels.networks.activations import ACTIVATIONS
 from genkernels.networks.steps import Activate, Input, Mirror, Source, Step
@@ -187,7 +187,7 @@ class Tracer(fx.Tracer):
         self._same_modes()
         rule, announced = layer_rule(m), _announced(m)
         if announced or (rule is not None and plain(m, rule.cls)):
-            if rule is not None and type(m).forward is not rule.forward:
+            if rule is not None and forward_of(m) is not rule.forward:
                 self.refuse("has another forward than its class came with")
             if method := _own_method(m):
                 self.refuse(f"has a method of its own, {method!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from genkernels import ops
 from genkernels.networks import operator_norm
 from genkernels.networks._outside import outside
-from genkernels.nn import _compiled_norm
-from genkernels.nn._seen import Seen, fake, wrapped
+from genkernels.networks._plain import hooked
+from genkernels.nn import _compiled_norm, _scaled_norm
+from genkernels.nn._norm_group import Group, looked_on, searched
+from genkernels.nn._seen import Seen
 from genkernels.ops import MATRIX, Geometry, checks
 from genkernels.reference.spectral_norm import as_plan
 
@@ -23,11 +23,6 @@ WHO = "spectral_norm_"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
 OPERATORS = ("matrix", "convolution")
-#: Products with a weight that a search for its norm may take where nothing is known of it.
-PRODUCTS = 60
-#: How far below the norm the estimate of u and v may lie in evaluation before it is replaced, where no tolerance is
-#: asked for: one iteration a step lags behind by less.
-LAG = 0.02
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -45,6 +40,9 @@ def spectral_norm_(
 
     All weights are normalised in one call of an operator, once a training step: every forward pass of that step (real
     and fake batch, micro-batches, checkpointed blocks) reads the same weights. In evaluation nothing is written.
+    In training on a CPU a ``Linear`` or ``Conv*`` whose weight is large beside its outputs (small batches) does without
+    the normalised weight: its outputs are divided in its stead, which differs by rounding alone. ``layer.weight`` is
+    there whenever it is asked for.
 
     Equivalent to, but for the number of updates::
 
@@ -137,10 +135,25 @@ def _register(layer: nn.Module, operator: str, settings: Settings) -> SpectralNo
     # unsafe: the two passes over forward by which torch tests shapes would count as a step
     parametrize.register_parametrization(layer, "weight", part, unsafe=True)
     part.owner = (layer.parametrizations.weight,)
+    part.routed = geometry == Geometry() and _scaled_norm.route(layer, _scaled)
     layer.register_load_state_dict_pre_hook(_rename_older_keys)
     if convolution and not hasattr(layer, "notes_size"):
         layer.register_forward_pre_hook(_note_size)
     return part
+
+
+def _scaled(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """What a layer in training mode makes of x without its normalised weight, where that saves bytes."""
+    held = layer.parametrizations._modules.get("weight")
+    part = held._modules["0"] if held is not None and len(held._modules) == 1 else None
+    if not isinstance(part, SpectralNorm) or not part.training:
+        return None
+    weight, bias = part.original(), layer.bias
+    if not _scaled_norm.suits(layer, weight, bias, x) or not part.group.scales(part, weight):
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or looked_on() or hooked(held, part):
+        return None
+    return _scaled_norm.forward(layer, weight, bias, x, part.group.found(part, weight).found)
 
 
 def _note_size(layer: nn.Module, arguments: tuple) -> None:
@@ -190,6 +203,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("_u", torch.empty(0))
         self.register_buffer("_v", torch.empty(0))
         self._updated_for = Seen()
+        self.routed = False  #: its layer may ask for u, v and sigma instead of the normalised weight
         self._alien = False  #: u and v are not this weight's: it was loaded without them
         self._plan, self._number = as_plan([geometry]), _compiled_norm.numbered(self)
 
@@ -225,7 +239,13 @@ class SpectralNorm(nn.Module):
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
             setattr(self, name, (drawn / drawn.norm()).to(weight.device, weight.dtype))
         if self._v.numel() and not weight.is_meta:
-            self.write(*_searched(self, weight))
+            self.write(*searched(self, weight))
+        self.group.forget(self)
+
+    def begin_with(self, u: Tensor, v: Tensor) -> None:
+        """Goes on from these, which are u and v from now on, for weights that are new."""
+        self._buffers["_u"], self._buffers["_v"] = u, v
+        self._updated_for = Seen()
         self.group.forget(self)
 
     def resize(self, layer: nn.Module, size: tuple[int, ...]) -> None:
@@ -312,187 +332,3 @@ def join(parts: Iterable[SpectralNorm]) -> None:
     group = Group(members)
     for member in members:
         member.group = group
-
-
-# -------------------------------------------------------------------------------------------------------- all of them
-
-#: What a kept weight can serve as.
-INFERENCE, PLAIN, GRAPH = 0, 1, 2
-
-
-class Kept(NamedTuple):
-    """A normalised weight with the u, v and sigma that it has, and what it was made of: tensors and their versions."""
-
-    normal: Tensor
-    found: tuple[Tensor, Tensor, Tensor, int]  #: u, v, the norms of all that were made with it, and its place there
-    grade: int
-    training: bool
-    tensors: tuple[Tensor, Tensor, Tensor]
-    versions: tuple[int, int, int]
-    once: bool  #: its graph is autograd's own, which is gone after one backward pass: each pass has one
-
-    def fits(self, member: SpectralNorm, weight: Tensor) -> bool:
-        w, u, v = self.tensors
-        if w is not weight or self.versions != (w._version, u._version, v._version):
-            return False
-        held = member._buffers
-        same = u is held["_u"] and v is held["_v"] and self.training == member.training
-        return same and self.grade >= _wanted(weight)
-
-
-class Group:
-    """Weights that are normalised together: by one call a step for all that changed."""
-
-    genkernels_remembers = True  #: see `genkernels.networks._state`
-
-    def __init__(self, members: list[SpectralNorm]):
-        self.members = members
-        self._kept: dict[SpectralNorm, Kept] = {}
-
-    def __deepcopy__(self, memo: dict) -> Group:
-        group = memo[id(self)] = Group([])
-        group.members += [copy.deepcopy(member, memo) for member in self.members]
-        return group
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "_kept": {}}
-
-    def forget(self, member: SpectralNorm) -> None:
-        self._kept.pop(member, None)
-
-    def normalised(self, member: SpectralNorm, weight: Tensor) -> Tensor:
-        """What the layer of `member` multiplies by."""
-        kept = self._kept.get(member)
-        known = kept is not None
-        if not known or _looked_on() or not kept.fits(member, weight):
-            kept = None  # nothing holds what is about to be replaced
-            if not member._v.numel():
-                raise ValueError(
-                    "spectral_norm_: a convolution must know the size of its input, which its first pass gives, got "
-                    "none yet: call the layer once"
-                )
-            # under transforms no vector is written either; a replica of `DataParallel` is in no group, and soon gone
-            if not _can_keep(weight) or not (known or member in self.members):
-                return _call([(member, weight, member._u, member._v)], 0).weights[0]
-            kept = self._fitting(member, weight)
-        if kept.grade < GRAPH:
-            return kept.normal
-        if _wanted(weight) < GRAPH:
-            return kept.normal.detach()
-        if kept.once:
-            return _call([(member, weight, *_vectors(member, weight))], 0).weights[0]
-        return kept.normal
-
-    def held(self, member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same with its u, v and sigma ``[1]``, without a graph, for a compiled pass, which may write over them."""
-        weight = member.as_original(weight)
-        if _can_keep(weight):
-            kept = self._fitting(member, weight)
-            u, v, sigma, place = kept.found
-            return tuple(t.detach().clone() for t in (kept.normal, u, v, sigma[place : place + 1]))
-        out = _call([(member, weight, member._u, member._v)], 0)
-        return out.weights[0], member._u.clone(), member._v.clone(), out.sigma
-
-    def _fitting(self, member: SpectralNorm, weight: Tensor) -> Kept:
-        kept = self._kept.get(member)
-        if kept is None or not kept.fits(member, weight):
-            kept = None
-            self._renew(member, weight)
-            kept = self._kept[member]
-        return kept
-
-    def _renew(self, asking: SpectralNorm, its_weight: Tensor) -> None:
-        """Normalises every weight that is not what was kept."""
-        buckets: dict[tuple, list] = {}
-        for member in self.members:
-            weight = its_weight if member is asking else member.original() if member.leads() else None
-            if weight is None or not member._buffers["_v"].numel() or not _can_keep(weight):
-                continue
-            kept = self._kept.get(member)
-            if member is asking or kept is None or not kept.fits(member, weight):
-                updates = member.training and not member._updated_for.holds(weight)
-                iterations = member.settings.iterations if updates else 0
-                alike = weight.dtype, weight.device, member.settings, iterations
-                buckets.setdefault(alike, []).append((member, weight, *_vectors(member, weight)))
-        kept = None
-        for (*_, iterations), jobs in buckets.items():
-            for member, *_ in jobs:
-                self.forget(member)  # what nobody else holds makes room for what replaces it
-            once = _by_reference(jobs[0][1])
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
-                out = _call(jobs, iterations)
-            held = [(m._buffers["_u"], m._buffers["_v"]) for m, *_ in jobs]
-            if iterations:
-                with torch.no_grad():
-                    torch._foreach_copy_([u for u, _ in held] + [v for _, v in held], [*out.u, *out.v])
-            sigma = out.sigma.detach()
-            for i, ((member, weight, *_), (u, v)) in enumerate(zip(jobs, held, strict=True)):
-                if iterations:
-                    member._updated_for.note(weight)
-                found = out.u[i], out.v[i], sigma, i
-                tensors, versions = (weight, u, v), (weight._version, u._version, v._version)
-                self._kept[member] = Kept(
-                    out.weights[i], found, _wanted(weight), member.training, tensors, versions, once
-                )
-
-
-def _call(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:
-    members, weights, u, v = zip(*jobs, strict=True)
-    settings = members[0].settings
-    geometries = [member.geometry for member in members]
-    scaled = {"coefficient": settings.coefficient, "at_most": settings.at_most}
-    return ops.spectral_norm(weights, u, v, geometries, iterations=iterations, **scaled)
-
-
-def _looked_on() -> bool:
-    """Whether anything but autograd looks on, for which what is kept may be nothing."""
-    watched = torch._C._len_torch_dispatch_stack() or torch._guards.TracingContext.try_get() is not None
-    return bool(watched) or ops.transforms_active()
-
-
-def _can_keep(weight: Tensor) -> bool:
-    transformed = ops.transforms_active() or wrapped(weight)
-    return not (transformed or weight.is_inference() or weight.is_meta or fake(weight))
-
-
-def _wanted(weight: Tensor) -> int:
-    """The least that a kept weight must serve as now."""
-    if torch.is_inference_mode_enabled():
-        return INFERENCE
-    return GRAPH if weight.requires_grad and torch.is_grad_enabled() else PLAIN
-
-
-def _by_reference(weight: Tensor) -> bool:
-    return ops.OPERATORS["spectral_norm"].torch_ops["spectral_norm"].runs_reference([weight])
-
-
-def _vectors(member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """u and v to begin from: in training those that are held, in evaluation those of the norm."""
-    if not member.training:
-        return _settled(member, weight)
-    if member._alien:
-        member.write(*_searched(member, weight))
-        member._alien = False
-    return member._u, member._v
-
-
-@torch.no_grad()
-def _searched(member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """u and v by a search that ends where the norm is known."""
-    tolerance = member.settings.tolerance or 1e-3
-    found = operator_norm.lanczos(
-        weight.detach(), member.geometry, member._u, member._v, tolerance=tolerance, products=PRODUCTS
-    )
-    return found[1].to(weight.dtype), found[2].to(weight.dtype)
-
-
-@torch.no_grad()
-def _settled(member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """u and v for evaluation, which writes neither."""
-    searched = _searched(member, weight)
-    if member.settings.tolerance is not None or member._alien:
-        return searched
-    held = member._u, member._v
-    norms = [_call([(member, weight.detach(), *pair)], 0).sigma for pair in (searched, held)]
-    unit = all(bool((t.double().norm() - 1).abs() < 1e-2) for t in held)
-    return held if unit and bool(norms[1] >= (1 - LAG) * norms[0]) else searched

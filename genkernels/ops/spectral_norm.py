@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genkernels.ops import _autocast as autocast
 from genkernels.ops import _checks as checks
-from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, transforms_active
+from genkernels.ops._gradients import THROUGH_REFERENCE, Formula, Refused, transforms_active
 from genkernels.ops._operator import DIFFERENTIABLE, Operator
 from genkernels.reference import spectral_norm as reference
 from genkernels.reference.spectral_norm import CIRCULAR, CONVOLUTION, MATRIX, Geometry, as_plan
@@ -182,17 +182,28 @@ def _setup(ctx, inputs, output):
     ctx.vectors, ctx.sigma = vectors, output[-1].detach()  # which has a graph that holds ctx
 
 
+def _setup_applied(ctx, inputs, output):
+    ctx.weights, u, v, sigma, ctx.plan, ctx.coefficient, ctx.at_most = inputs
+    ctx.versions = [w._version for w in ctx.weights]
+    ctx.vectors, ctx.sigma = [*u, *v], sigma
+
+
+def _backward_applied(ctx, grads):
+    return _backward(ctx, [*grads, None])
+
+
 def _backward(ctx, grads):
     count = len(ctx.weights)
-    for weight, version in zip(ctx.weights, ctx.versions, strict=True):
+    grad_sigma = grads[-1]
+    used = [i for i in range(count) if grads[i] is not None or grad_sigma is not None]
+    for i in used:
+        weight, version = ctx.weights[i], ctx.versions[i]
         if weight._version != version:
             raise RuntimeError(
                 f"{NAME}: a weight needed for the gradient, {list(weight.shape)}, must be as it was in the forward "
                 f"pass, got version {weight._version} of it where {version} was used: an in-place operation, such as "
                 "an optimiser's step, came between"
             )
-    grad_sigma = grads[-1]
-    used = [i for i in range(count) if grads[i] is not None or grad_sigma is not None]
     by_weight: list[Tensor | None] = [None] * count
     if used:
         plan, sigma = ctx.plan, ctx.sigma
@@ -230,6 +241,14 @@ def _fake(weights, u, v, plan, iterations, coefficient, at_most):
     return [*(t.new_empty(t.shape) for t in (*weights, *u, *v)), sigma]
 
 
+def _fake_vectors(weights, u, v, plan, iterations):
+    return _fake(weights, u, v, plan, iterations, 1.0, False)[len(weights) :]
+
+
+def _fake_applied(weights, u, v, sigma, plan, coefficient, at_most):
+    return [w.new_empty(w.shape) for w in weights]
+
+
 def _fake_backward(grads, grad_sigma, weights, u, v, sigma, plan, coefficient, at_most):
     return [w.new_empty(w.shape) for w in weights]
 
@@ -250,6 +269,25 @@ NORMALISE = OPERATOR.define(
     reference.spectral_norm,
     _fake,
     gradient=Formula(_setup, _backward, constants=(1, 2, 3, 4, 5, 6)),
+)
+#: Of weights that are never written, or not at once: `genkernels.nn._scaled_norm`.
+NO_GPU = dict.fromkeys(("triton", "cuda"), "nothing on a GPU calls it: layers there read normalised weights")
+VECTORS = OPERATOR.define(
+    "spectral_norm_vectors(Tensor[] weights, Tensor[] u, Tensor[] v, int[] plan, int iterations) -> Tensor[]",
+    reference.spectral_norm_vectors,
+    _fake_vectors,
+    gradient=Refused(
+        f"{NAME}_vectors: u, v and sigma cannot be differentiated here, where they are constants; those of {NAME} can"
+    ),
+    kernels=NO_GPU,
+)
+APPLY = OPERATOR.define(
+    "spectral_norm_apply(Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma, int[] plan, float coefficient, "
+    "bool at_most) -> Tensor[]",
+    reference.spectral_norm_apply,
+    _fake_applied,
+    gradient=Formula(_setup_applied, _backward_applied, constants=(1, 2, 3, 4, 5, 6)),
+    kernels=NO_GPU,
 )
 BACKWARD = OPERATOR.define(
     "spectral_norm_backward(Tensor[] grads, Tensor? grad_sigma, Tensor[] weights, Tensor[] u, Tensor[] v, "

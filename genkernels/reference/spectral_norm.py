@@ -228,6 +228,42 @@ def spectral_norm(
     return [*normalised, *left, *right, torch.stack(sigmas)]
 
 
+def spectral_norm_vectors(
+    weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], plan: Sequence[int], iterations: int = 1
+) -> list[Tensor]:
+    """What `spectral_norm` gives beside the weights, which it does not make: every u, every v, then sigma."""
+    left, right, sigmas = [], [], []
+    for weight, u_old, v_old, g in zip(weights, u, v, from_plan(plan), strict=True):
+        work = torch.promote_types(weight.dtype, torch.float32)
+        w = weight.to(work)
+        u_new, v_new = iterate(w, g, u_old.to(work), v_old.to(work), iterations)
+        left.append(u_new.to(u_old.dtype))
+        right.append(v_new.to(v_old.dtype))
+        sigmas.append((u_new * apply(w, g, v_new, u_new.shape)).sum())
+    return [*left, *right, torch.stack(sigmas)]
+
+
+def spectral_norm_apply(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    sigma: Tensor,
+    plan: Sequence[int],
+    coefficient: float = 1.0,
+    at_most: bool = False,
+) -> list[Tensor]:
+    """The normalised weights, of norms that `spectral_norm_vectors` found and their u and v."""
+    out = []
+    for weight, left, right, g, s in zip(weights, u, v, from_plan(plan), sigma, strict=True):
+        w, s = weight.to(s.dtype), s.detach()
+        if weight.requires_grad and torch.is_grad_enabled():
+            # the norm that is known, as a function of the weight
+            by_weight = (left.to(s.dtype) * apply(w, g, right.to(s.dtype), left.shape)).sum()
+            s = torch.where(by_weight.isfinite(), s + (by_weight - by_weight.detach()), s)
+        out.append((w * factors(s, coefficient, at_most)).to(weight.dtype))
+    return out
+
+
 def spectral_norm_backward(
     grads: Sequence[Tensor],
     grad_sigma: Tensor | None,

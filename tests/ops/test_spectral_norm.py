@@ -307,6 +307,52 @@ def test_same_bits_each_run_and_in_any_company(implementation, device):
         assert torch.equal(bits(alone.u[0]), bits(runs[0].u[i]))
 
 
+@pytest.mark.every_build
+@pytest.mark.implementations(only=("cpu",))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vectors_first_and_weights_later_have_the_same_bits(implementation, device, dtype):
+    """Of the norms that are found without the weights, and of the weights that are written for them."""
+    for iterations, (coefficient, at_most) in itertools.product((0, 1, 3), ((1.0, False), (0.7, False), (2.5, True))):
+        weights, u, v, g = make(CASES + LARGE[:4], dtype, device, seed=iterations)
+        weights[0] = torch.zeros_like(weights[0])
+        plan, count = reference.as_plan(g), len(weights)
+        at_once = ops.spectral_norm(weights, u, v, g, iterations=iterations, coefficient=coefficient, at_most=at_most)
+        found = implementation.functions.spectral_norm_vectors(weights, u, v, plan, iterations)
+        for a, b in zip(found, (*at_once.u, *at_once.v, at_once.sigma), strict=True):
+            assert torch.equal(bits(a), bits(b))
+        halves = found[:count], found[count : 2 * count], found[-1]
+        later = implementation.functions.spectral_norm_apply(weights, *halves, plan, coefficient, at_most)
+        for a, b in zip(later, at_once.weights, strict=True):
+            assert torch.equal(bits(a), bits(b))
+
+
+@quick
+@pytest.mark.implementations(only=("cpu", "reference"))
+@pytest.mark.parametrize(("coefficient", "at_most"), [(0.7, False), (0.01, True), (90.0, True)])
+def test_weights_written_later_have_the_gradients_of_those_written_at_once(
+    implementation, device, coefficient, at_most
+):
+    for case in (CASES[0], CASES[4], CONVOLUTIONS[1]):
+        weights, u, v, g = make([case], device=device)
+        plan = reference.as_plan(g)
+
+        def function(w, plan=plan, u=u, v=v):
+            found = implementation.functions.spectral_norm_vectors([w.detach()], u, v, plan, 0)
+            return implementation.functions.spectral_norm_apply([w], u, v, found[-1], plan, coefficient, at_most)[0]
+
+        leaf = weights[0].requires_grad_()
+        assert torch.autograd.gradcheck(function, (leaf,))
+        assert torch.autograd.gradgradcheck(function, (leaf,), fast_mode=True)
+
+
+@pytest.mark.implementations(only=("cpu",))
+def test_norms_found_alone_are_constants(implementation, device):
+    weights, u, v, g = make(CASES[:1], device=device)
+    found = implementation.functions.spectral_norm_vectors([weights[0].requires_grad_()], u, v, reference.as_plan(g), 1)
+    with pytest.raises(RuntimeError, match="spectral_norm_vectors: .*cannot be differentiated"):
+        found[-1].sum().backward()
+
+
 @pytest.mark.threads
 @pytest.mark.every_build
 @pytest.mark.implementations(only=("cpu",))
@@ -386,6 +432,10 @@ def test_the_graph_may_be_gone_through_twice_but_not_after_a_write(implementatio
     assert torch.equal(weights[0].grad, 2 * first)
     assert weights[1].grad is None  # nothing asked for it
     with torch.no_grad():
+        weights[1].add_(1)
+    (2 * out.weights[0]).sum().backward()
+    assert torch.equal(weights[0].grad, 3 * first)
+    with torch.no_grad():
         weights[0].add_(1)
     with pytest.raises(RuntimeError, match="spectral_norm: a weight needed for the gradient, .* an optimiser's step"):
         out.weights[0].sum().backward()
@@ -411,6 +461,11 @@ def test_torch_finds_nothing_amiss(implementation, device):
     torch.library.opcheck(torch.ops.genkernels.spectral_norm.default, (weights, u, v, plan, 1, 1.0, False))
     out = [t.detach() for t in implementation.functions.spectral_norm(weights, u, v, plan, 1, 1.0, False)]
     grads = [torch.randn_like(w, requires_grad=True) for w in weights]
+    torch.library.opcheck(
+        torch.ops.genkernels.spectral_norm_vectors.default, ([w.detach() for w in weights], u, v, plan, 1)
+    )
+    applied = (weights, out[2:4], out[4:6], out[6], plan, 1.0, False)
+    torch.library.opcheck(torch.ops.genkernels.spectral_norm_apply.default, applied)
     for by_sigma in (None, torch.ones(2)):
         opcheck_backward(
             torch.ops.genkernels.spectral_norm_backward.default,
