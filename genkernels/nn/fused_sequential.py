@@ -34,7 +34,7 @@ class FusedSequential(nn.Sequential):
     layers.
 
     Args:
-        layers: as for ``nn.Sequential``, one after the other or as one ``OrderedDict``.
+        args: layers, as for ``nn.Sequential``: one after the other or as one ``OrderedDict``.
 
     Shapes:
         as the layers have it.
