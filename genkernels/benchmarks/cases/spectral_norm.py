@@ -122,7 +122,7 @@ class _Layers:
 
     def __call__(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         if not self._layers:
-            self._layers = [spectral_norm_(layer) for layer in _critic(self.shapes)]
+            self._layers = [spectral_norm_(layer) for layer in critic(self.shapes, "meta")]
             join(part for layer in self._layers for part in parts_below(layer))
         count = len(self._layers)
         for layer, weight, u, v in zip(
@@ -132,16 +132,21 @@ class _Layers:
             held._parameters["original"] = weight  # a tensor of the graph in the place of an `nn.Parameter`
             _, own_u, own_v = self._vectors.setdefault(id(u), (u, u.clone(), v.clone()))
             held[0].begin_with(own_u, own_v)
-        *convolutions, last = self._layers
-        for layer in convolutions:
-            x = F.leaky_relu(layer(x), SLOPE)
-        x = x.flatten(1)
-        return torch.cat([x, last(x)], 1)
+        return passed(x, self._layers)
 
 
-def _critic(shapes) -> list[nn.Module]:
-    """Its layers, without numbers."""
-    where = {"bias": False, "device": "meta"}
+def passed(x: torch.Tensor, layers) -> torch.Tensor:
+    """`scores` by layers."""
+    *convolutions, last = layers
+    for layer in convolutions:
+        x = F.leaky_relu(layer(x), SLOPE)
+    x = x.flatten(1)
+    return torch.cat([x, last(x)], 1)
+
+
+def critic(shapes, device: str = "cpu") -> list[nn.Module]:
+    """Its layers, of weights of these shapes."""
+    where = {"bias": False, "device": device}
     convolutions = [nn.Conv2d(s[1], s[0], s[2], _stride(s), 1, **where) for s in shapes[:-1]]
     return [*convolutions, nn.Linear(*shapes[-1][::-1], **where)]
 
@@ -149,7 +154,7 @@ def _critic(shapes) -> list[nn.Module]:
 def _unwritten(shapes, side: int, batch: int) -> int:
     """How many numbers of the critic's weights are never written."""
     total, x = 0, torch.empty(batch, 3, side, side, device="meta")
-    for layer in _critic(shapes):
+    for layer in critic(shapes, "meta"):
         x = x if layer.weight.dim() > 2 else x.flatten(1)
         total += layer.weight.numel() if _scaled_norm.suits(layer, layer.weight, None, x) else 0
         x = layer(x)

@@ -1,7 +1,8 @@
 """torch's own spectral norm, ``torch.nn.utils.parametrizations.spectral_norm``: the module that it puts upon a layer,
 called with the weight as a tensor of the graph in the place of ``nn.Parameter``. Its vectors are ours, which it updates
-in place, so that they go on from call to call as in training. What reaching a weight through ``layer.weight`` costs
-beside is left out.
+in place, so that they go on from call to call as in training. In rows of weights alone what reaching a weight through
+``layer.weight`` costs beside is left out; a pass runs the layers as they are, each of whose weights is asked for once,
+so that ``parametrize.cached()`` would change nothing.
 
 It takes a convolution's weight for a matrix: the rows whose norm is the convolution's own are not its own function.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from genkernels.benchmarks.cases.spectral_norm import scores
+from genkernels.benchmarks.cases.spectral_norm import critic, passed
 from genkernels.benchmarks.peers import Adapter
 
 PEERS = ("torch",)
@@ -24,21 +25,25 @@ def unsupported(peer: str, case) -> str:
 
 
 def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adapter:
-    norms: list[nn.Module] = []
+    layers: list[nn.Module] = []
 
-    def normalised(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def given(tensors: tuple[Tensor, ...]) -> list[nn.Module]:
+        """The layers, which are made once, with these weights, u and v."""
         count = len(tensors) // 3
         weights, u, v = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        norms.extend(_norm(weight) for weight in weights[len(norms) :])
-        for norm, left, right in zip(norms, u, v, strict=True):
-            norm._u, norm._v = left, right
-        return tuple(norm(weight) for norm, weight in zip(norms, weights, strict=True))
+        if not layers:
+            layers.extend(parametrizations.spectral_norm(layer).train() for layer in critic([w.shape for w in weights]))
+        for layer, weight, left, right in zip(layers, weights, u, v, strict=True):
+            held = layer.parametrizations["weight"]
+            held._parameters["original"] = weight
+            held[0]._u, held[0]._v = left, right
+        return layers
+
+    def normalised(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            layer.parametrizations["weight"][0](weight) for layer, weight in zip(given(tensors), tensors, strict=False)
+        )
 
     if settings["pass"]:
-        return Adapter(lambda x, *tensors: scores(x, normalised(*tensors)))
+        return Adapter(lambda x, *tensors: passed(x, given(tensors)))
     return Adapter(normalised)
-
-
-def _norm(weight: Tensor) -> nn.Module:
-    layer = nn.Linear(*weight.flatten(1).T.shape, bias=False)
-    return parametrizations.spectral_norm(layer).parametrizations.weight[0].train()
