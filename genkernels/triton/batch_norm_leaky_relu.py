@@ -486,7 +486,7 @@ def batch_norm_leaky_relu(
     y = x.new_empty(x.shape)
     mean, variance = (x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
     if x.numel() == 0:
-        return y, mean.fill_(math.nan), variance.fill_(math.nan)
+        return y, mean.zero_(), variance.zero_()
     plan, curve = _plan(x), {"EPS": float(eps), "SLOPE": float(negative_slope)}
     with torch.cuda.device_of(x):
         if not plan.parts:
