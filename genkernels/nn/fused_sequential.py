@@ -25,7 +25,7 @@ class FusedSequential(nn.Sequential):
 
     Equivalent to::
 
-        nn.Sequential(*layers)
+        nn.Sequential(*args)
 
     Joined are ``BatchNorm*d`` by the batch's statistics, whose running averages are kept as torch keeps them, and
     ``InstanceNorm*d`` without running averages, directly before ``ReLU`` or ``LeakyReLU``, where x is contiguous and,
