@@ -181,7 +181,9 @@ def _training_steps() -> list[str]:
 
     parts = [
         "## Training steps",
-        "`genkernels bench training_step`: loss, backward, clipping and optimiser of every model at its presets.",
+        "`genkernels bench training_step`: loss, backward, clipping and optimiser of every model at its presets. "
+        "'same': the fused step is the eager one, operation by operation and bit for bit, and both have the samples of "
+        "both.",
     ]
     for file in files:
         data = json.loads(file.read_text())

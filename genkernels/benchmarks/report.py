@@ -28,6 +28,10 @@ _HEAD_WITH_PASS = (
     f"{'provider':<14}{'median ms':>11}{'20 – 80 % ms':>19}{'× reference':>13}{'× compiled':>12}"
     f"{'× one pass':>12}{'of peak':>8}{'peak MiB':>9}"
 )
+SAME = (
+    "The same as the reference, operation by operation and bit for bit, there being no kernel that would win; both "
+    "rows have the samples of both"
+)
 _LEGEND = (
     "Medians and 20/80 % quantiles of interleaved calls. × reference, × compiled: how many times as fast as eager and "
     "compiled PyTorch. Of peak: bytes/s (or flop/s) as a share of the copy (or product) above. Peak MiB: "
@@ -60,6 +64,8 @@ def lines(results) -> Iterator[tuple[str, str]]:
                 yield ("best" if row.median_s == best else "row"), _line(row, times)
     yield "", ""
     notes = [*unsteady(results.rows), *(f"not measured: {note}" for note in results.notes)]
+    if same := [row for row in results.rows if row.same_as]:
+        notes.append(f"{SAME}: {'; '.join(f'{row.provider} of {row.title}' for row in same)}")
     notes += [_LEGEND] if results.rows else ["nothing was measured"]
     for note in notes:
         yield from (("note", part) for part in textwrap.wrap(note, WIDTH, subsequent_indent="  "))
@@ -142,7 +148,8 @@ def training_step_table(results_json: dict | str | os.PathLike) -> str:
     """What ``genkernels bench training_step --json`` wrote as a Markdown table, a line for each model, preset, dtype.
 
     Milliseconds a step (medians). × eager: how many times as fast as eager PyTorch the fused step is; × compiled: how
-    many times as fast as compiled PyTorch it is inside ``torch.compile``.
+    many times as fast as compiled PyTorch it is inside ``torch.compile``; "same": the fused step is the eager one,
+    operation by operation and bit for bit.
 
     Args:
         results_json: what the file holds, or its path.
@@ -164,6 +171,8 @@ def training_step_table(results_json: dict | str | os.PathLike) -> str:
             f"{times[base] / times[ours]:.2f}" if base in times and ours in times else "–"
             for base, ours in (("reference", "fused"), ("compiled", "fused compiled"))
         ]
+        if by_provider.get("fused", {}).get("same_as"):
+            ratios[0] = "same"
         batch = str(next(iter(by_provider.values()))["shape"][0])
         table.append(_markdown([model, preset, _PRECISIONS.get(dtype, dtype), batch, *cells, *ratios]))
     return "\n".join(table) + "\n"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass
 class Row:
-    """One provider on one case; the fields down to `share_of_peak` are the JSON's."""
+    """One provider on one case; the fields down to `same_as` are the JSON's."""
 
     case: str
     shape: list[int]
@@ -22,12 +22,15 @@ class Row:
     bytes: int = 0
     flops: int = 0
     share_of_peak: float | None = None
+    same_as: str = ""  #: the provider that does the very same; both have the samples of both
     fault: str = ""
     ours: bool = False
 
     def to_json(self) -> dict:
         values = asdict(self)
         del values["fault"], values["ours"]
+        if not self.same_as:
+            del values["same_as"]
         return values
 
     @property

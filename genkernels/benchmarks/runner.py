@@ -209,7 +209,12 @@ def run_case(
             sessions[row.provider] = session
     by_provider = {row.provider: row for row in rows}
     try:
+        same = training_step.twins(sessions)
         samples, lost = take_turns(sessions, effort)
+        for name, other in same.items():
+            if name in samples and other in samples:
+                samples[name] = samples[other] = samples[name] + samples[other]
+                by_provider[name].same_as = other
         for name, seconds in samples.items():
             row = by_provider[name]
             row.median_s, row.q20_s, row.q80_s = quantiles(seconds)

@@ -115,6 +115,35 @@ def test_a_provider_that_fails_the_gate_shows_no_speed(effort):
     assert "fails the gate" in table and table.rstrip().endswith("| – | – |")
 
 
+@dataclasses.dataclass
+class Detoured(StepProvider):
+    """The same numbers to the bit by one operation more."""
+
+    def open(self, problem):
+        session = StepSession(problem, self)
+        detour = lambda loss: lambda x: loss(x) * 1.0  # noqa: E731
+        session.trainer.moves = [dataclasses.replace(m, loss=detour(m.loss)) for m in session.trainer.moves]
+        return session
+
+
+def test_a_fused_step_that_is_the_reference_s_has_its_samples(effort, capsys):
+    level = StepCase("bigan", "points", torch.float32, gate_steps=3)
+    eager = [provider for provider in training_step.local() if not provider.compiled]
+    detoured = Detoured("detoured", "reference", compiled=False, ours=True)
+    rows, _ = run_case(level, [*eager, detoured], CPU, effort)
+    reference, fused, other = rows
+    assert [row.gate for row in rows] == ["pass"] * 3
+    assert (reference.same_as, fused.same_as, other.same_as) == ("", "reference", "")
+    assert fused.median_s == reference.median_s != other.median_s
+    assert [row.to_json().get("same_as") for row in rows] == [None, "reference", None]
+    assert report.training_step_table({"rows": [row.to_json() for row in rows[:2]]}).rstrip().endswith("| same | – |")
+    report.show(runner.Results({}, rows=rows))
+    assert report.SAME[:40] in capsys.readouterr().out
+
+    (reference, fused), _ = run_case(dataclasses.replace(level, model="gan"), eager, CPU, effort)  # which has kernels
+    assert not fused.same_as and fused.median_s != reference.median_s
+
+
 def test_the_rule_of_the_gate():
     assert not fault_of([1.0, 50.0], [1.00009, 50.004], 0.0)  # 1e-4 of the reference, of 1 where that is smaller
     assert fault_of([1.0, 50.0], [1.0, 50.006], 0.0).startswith("step 2: loss 50, the reference's 50.006")
