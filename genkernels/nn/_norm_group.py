@@ -111,7 +111,7 @@ class Group:
         self._ask(member)
         kept = self._kept.get(member)
         known = kept is not None
-        if not known or looked_on() or not kept.fits(member, weight):
+        if not known or not kept.fits(member, weight) or looked_on():
             kept = None  # nothing holds what is about to be replaced
             if not member._v.numel():
                 raise ValueError(
@@ -142,7 +142,7 @@ class Group:
         return out.weights[0], member._u.clone(), member._v.clone(), out.sigma
 
     def _ask(self, member: SpectralNorm) -> None:
-        if member.routed and member.training:
+        if member.routed and member.training:  # the others are always written
             self._asked.add(member)
 
     def _fitting(self, member: SpectralNorm, weight: Tensor) -> Kept:
@@ -167,9 +167,14 @@ class Group:
         one `asking` among them unless it `writes`, it finds u, v and sigma alone."""
         buckets: dict[tuple, list] = {}
         large: set[SpectralNorm] = set()
+        unseen = not looked_on()
         for member in self.members:
             weight = its_weight if member is asking else member.original() if member.leads() else None
-            if weight is None or not member._buffers["_v"].numel() or not _can_keep(weight):
+            if (
+                weight is None
+                or not member._buffers["_v"].numel()
+                or not (unseen and _real(weight) or _can_keep(weight))
+            ):
                 continue
             scales = member.routed and self.scales(member, weight)
             made = (self._found if scales else self._kept).get(member)
@@ -239,6 +244,12 @@ def looked_on() -> bool:
     return bool(watched) or ops.transforms_active()
 
 
+def _real(weight: Tensor) -> bool:
+    """Whether, where nothing looks on, a weight is one that can be kept: `_can_keep` in few steps."""
+    plain = type(weight) in (Tensor, nn.Parameter) and not wrapped(weight)
+    return plain and not (weight.is_inference() or weight.is_meta)
+
+
 def _can_keep(weight: Tensor) -> bool:
     transformed = ops.transforms_active() or wrapped(weight)
     return not (transformed or weight.is_inference() or weight.is_meta or fake(weight))
@@ -262,7 +273,7 @@ def _vectors(member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
     if member._alien:
         member.write(*searched(member, weight))
         member._alien = False
-    return member._u, member._v
+    return member._buffers["_u"], member._buffers["_v"]
 
 
 @torch.no_grad()

@@ -99,22 +99,22 @@ class Product(NamedTuple):
         return [a for a in range(g.dim()) if a != (1 if self.groups else g.dim() - 1)]
 
 
-def route(layer: nn.Module, scaled: Callable[[nn.Module, Tensor], Tensor | None]) -> bool:
-    """Has a layer that is parametrised call `scaled` before its own ``forward``, which runs where that gives None.
+def route(layer: nn.Module, takes: Callable[[nn.Module, Tensor], Tensor | None]) -> bool:
+    """Has a layer that is parametrised call `takes` before its own ``forward``, which runs where that gives None.
 
     It goes into the class that ``torch.nn.utils.parametrize`` has made for this layer, which copies of it share, and is
     gone with that class. Returns whether that could be done: a class with a ``forward`` of its own keeps it.
     """
     cls = type(layer)
     base = next((kind for kind in FORWARDS if issubclass(cls, kind)), None)
-    if base is None or layer.parametrizations.weight.original.numel() < LARGE or cls.forward is not FORWARDS[base]:
+    if base is None or cls.forward is not FORWARDS[base]:
         return False
     if base is not nn.Linear and cls._conv_forward is not base._conv_forward:
         return False
     plain = FORWARDS[base]
 
     def forward(self, input: Tensor) -> Tensor:
-        y = None if torch.compiler.is_compiling() or not self.training else scaled(self, input)
+        y = None if torch.compiler.is_compiling() else takes(self, input)
         return plain(self, input) if y is None else y
 
     forward.genkernels_forward = forward, plain  # see `genkernels.networks._registry.forward_of`

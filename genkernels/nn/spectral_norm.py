@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -135,25 +136,30 @@ def _register(layer: nn.Module, operator: str, settings: Settings) -> SpectralNo
     # unsafe: the two passes over forward by which torch tests shapes would count as a step
     parametrize.register_parametrization(layer, "weight", part, unsafe=True)
     part.owner = (layer.parametrizations.weight,)
-    part.routed = geometry == Geometry() and _scaled_norm.route(layer, _scaled)
+    if geometry == Geometry() and _scaled_norm.route(layer, _taken):
+        part.routed = layer.parametrizations.weight.original.numel() >= _scaled_norm.LARGE
     layer.register_load_state_dict_pre_hook(_rename_older_keys)
     if convolution and not hasattr(layer, "notes_size"):
         layer.register_forward_pre_hook(_note_size)
     return part
 
 
-def _scaled(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """What a layer in training mode makes of x without its normalised weight, where that saves bytes."""
-    held = layer.parametrizations._modules.get("weight")
+def _taken(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """What a layer makes of x, the way past ``layer.weight``, whose modules within modules take as long as a small
+    product. In training it may do without the normalised weight, where that saves bytes."""
+    held = layer._modules["parametrizations"]._modules.get("weight")
     part = held._modules["0"] if held is not None and len(held._modules) == 1 else None
-    if not isinstance(part, SpectralNorm) or not part.training:
+    if not isinstance(part, SpectralNorm) or parametrize._cache_enabled or torch.jit.is_tracing() or hooked(held, part):
         return None
-    weight, bias = part.original(), layer.bias
-    if not _scaled_norm.suits(layer, weight, bias, x) or not part.group.scales(part, weight):
+    weight, bias = held._parameters.get("original"), layer.bias
+    if weight is None:
         return None
-    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or looked_on() or hooked(held, part):
-        return None
-    return _scaled_norm.forward(layer, weight, bias, x, part.group.found(part, weight).found)
+    if part.routed and part.training and part.group.scales(part, weight):
+        fits = _scaled_norm.suits(layer, weight, bias, x)
+        if fits and not torch.is_autocast_enabled("cpu") and not looked_on():
+            return _scaled_norm.forward(layer, weight, bias, x, part.group.found(part, weight).found)
+    normal = part.group.normalised(part, weight)
+    return F.linear(x, normal, bias) if weight.dim() == 2 else layer._conv_forward(x, normal, bias)
 
 
 def _note_size(layer: nn.Module, arguments: tuple) -> None:

@@ -132,7 +132,7 @@ def test_torchs_spectral_norm_is_ours_but_for_true_convolutions(effort):
     peer = Peer("torch")
     try:
         cases = [spectral_norm.case("critic", weights, None, way) for way in ("forward", "forward+backward")]
-        for case in [*cases, spectral_norm.critic_pass(weights, 8)]:
+        for case in [*cases, *(spectral_norm.layers("layers", weights, side) for side in (8, None))]:
             rows, skipped = run_case(case, [peer], CPU, effort)
             assert [row.fault for row in rows] == [""] and not skipped
         rows, skipped = run_case(spectral_norm.case("blocks", weights[:2], (4, 4), "forward"), [peer], CPU, effort)

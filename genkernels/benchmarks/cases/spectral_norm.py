@@ -1,7 +1,8 @@
 """Benchmark cases of `genkernels.ops.spectral_norm`: the weights of an SN-GAN critic (8 layers, 2.9 M weights), those
-of residual blocks as convolutions, and a whole pass of the critic at batch 2, where the norms weigh most: its yardstick
-is the pass with the weights as they are, and what a provider takes beyond it is the price of the norms. Ours runs the
-layers that `genkernels.nn.spectral_norm_` makes, which decide by bytes which weights they write.
+of residual blocks as convolutions, and two rows of layers at batch 2, where the norms weigh most: a whole pass of the
+critic, and its weights as linear layers side by side ("update and backward": as little as there can be beside them).
+The yardstick of both is the same with the weights as they are, and what a provider takes beyond it is the price of the
+norms. Ours runs the layers that `genkernels.nn.spectral_norm_` makes, which decide by bytes which weights they write.
 
 The pass gives each sample's features beside its score, and all of them are held against the truth as one tensor. Two
 scores alone are a matter of luck: moving the weights by one rounding moves the reference's own by 0.9e-6 to 2.7e-6 of
@@ -49,7 +50,8 @@ def cases(device: str, quick: bool) -> list[Case]:
     rows = [case("critic", critic, None, both), case("convolutions", blocks, size, both)]
     return [
         *rows,
-        critic_pass(critic, 8 if quick else 32),
+        layers("critic pass", critic, 8 if quick else 32),
+        layers("update and backward", critic, None),
         *([] if quick else [case("critic", critic, None, "forward")]),
     ]
 
@@ -69,33 +71,37 @@ def case(variant, weights, size, direction) -> Case:
         outputs=tuple(f"weight {i}" for i in range(count)),
         bytes=4 * numbers * (2 if direction == "forward" else 5),
         flops=_flops(weights, size, direction),
-        settings={"size": size, "pass": False},
+        settings={"size": size, "layers": ""},
         constants=_vectors(count),
     )
 
 
-def critic_pass(weights, side: int, batch: int = 2) -> Case:
-    """One row: the critic's features and scores of a batch of images, and their gradients."""
+def layers(variant: str, weights, side: int | None, batch: int = 2) -> Case:
+    """One row: the critic's features and scores of a batch of images of this side, and their gradients; or, without a
+    side, what linear layers of its weights make of one batch each, and the gradients by the weights."""
     _, plain = _normalisations(weights, None)
     count, numbers = len(weights), sum(math.prod(shape) for shape in weights)
+    kind, shape = ("critic", (batch, 3, side, side)) if side else ("matrices", (batch, _widest(weights)))
+    run = scores if side else products
 
     def inputs(rng):
-        return {"x": torch.randn(batch, 3, side, side, generator=rng, device=rng.device), **_inputs(weights, None, rng)}
+        return {"x": torch.randn(shape, generator=rng, device=rng.device), **_inputs(weights, None, rng)}
 
     return Case(
-        name="spectral_norm/critic pass",
-        shape=(batch, 3, side, side),
+        name=f"spectral_norm/{variant}",
+        shape=shape,
         dtype=torch.float32,
         direction="forward+backward",
         inputs=inputs,
-        op=_Layers(weights),
-        reference=lambda x, *tensors: scores(x, plain(*tensors)[:count]),
-        outputs=("features and scores",),
-        bytes=4 * (5 * numbers - 2 * _unwritten(weights, side, batch)),
-        flops=_flops(weights, None, "forward+backward") + 3 * _pass_flops(weights, side, batch),
-        yardstick=lambda x, *tensors: scores(x, tensors[:count]),
-        settings={"size": None, "pass": True},
-        constants=_vectors(count),
+        op=_Layers(kind, weights),
+        reference=lambda x, *tensors: run(x, plain(*tensors)[:count]),
+        outputs=("features and scores" if side else "products",),
+        bytes=4 * (5 * numbers - 2 * _unwritten(kind, weights, shape)),
+        flops=_flops(weights, None, "forward+backward")
+        + (3 * _pass_flops(weights, side, batch) if side else 4 * batch * numbers),
+        yardstick=lambda x, *tensors: run(x, tensors[:count]),
+        settings={"size": None, "layers": kind},
+        constants=(*_vectors(count), *(() if side else ("x",))),
     )
 
 
@@ -108,31 +114,43 @@ def scores(x: torch.Tensor, weights) -> torch.Tensor:
     return torch.cat([x, F.linear(x, last)], 1)
 
 
+def products(x: torch.Tensor, weights) -> torch.Tensor:
+    """Of each weight as a matrix with as many of the columns as it takes."""
+    flat = [weight.flatten(1) for weight in weights]
+    return torch.cat([F.linear(x[:, : w.shape[1]], w) for w in flat], 1)
+
+
+def _widest(shapes) -> int:
+    return max(math.prod(shape[1:]) for shape in shapes)
+
+
 def _stride(shape) -> int:
     return 1 if shape[-1] == 3 else 2
 
 
 class _Layers:
-    """`scores` by layers that are given their tensors. Their u and v go on from call to call, as in training."""
+    """Layers that are given their tensors. Their u and v go on from call to call, as in training."""
 
-    def __init__(self, weights):
-        self.shapes = weights
+    def __init__(self, kind: str, weights):
+        self.kind, self.shapes = kind, weights
         self._layers: list[nn.Module] = []
         self._vectors: dict[int, tuple] = {}  # by the address of the u that was given, which is kept beside them
 
     def __call__(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         if not self._layers:
-            self._layers = [spectral_norm_(layer) for layer in critic(self.shapes, "meta")]
+            self._layers = [spectral_norm_(layer) for layer in LAYERS[self.kind](self.shapes, "meta")]
             join(part for layer in self._layers for part in parts_below(layer))
         count = len(self._layers)
         for layer, weight, u, v in zip(
             self._layers, tensors[:count], tensors[count : 2 * count], tensors[2 * count :], strict=True
         ):
             held = layer.parametrizations["weight"]
-            held._parameters["original"] = weight  # a tensor of the graph in the place of an `nn.Parameter`
-            _, own_u, own_v = self._vectors.setdefault(id(u), (u, u.clone(), v.clone()))
-            held[0].begin_with(own_u, own_v)
-        return passed(x, self._layers)
+            # a tensor of the graph in the place of an `nn.Parameter`
+            held._parameters["original"] = weight if self.kind == "critic" else weight.flatten(1)
+            if id(u) not in self._vectors:
+                self._vectors[id(u)] = u, u.clone(), v.clone()
+            held[0].begin_with(*self._vectors[id(u)][1:])
+        return RUNS[self.kind](x, self._layers)
 
 
 def passed(x: torch.Tensor, layers) -> torch.Tensor:
@@ -144,6 +162,11 @@ def passed(x: torch.Tensor, layers) -> torch.Tensor:
     return torch.cat([x, last(x)], 1)
 
 
+def side_by_side(x: torch.Tensor, layers) -> torch.Tensor:
+    """`products` by layers."""
+    return torch.cat([layer(x[:, : layer.in_features]) for layer in layers], 1)
+
+
 def critic(shapes, device: str = "cpu") -> list[nn.Module]:
     """Its layers, of weights of these shapes."""
     where = {"bias": False, "device": device}
@@ -151,13 +174,25 @@ def critic(shapes, device: str = "cpu") -> list[nn.Module]:
     return [*convolutions, nn.Linear(*shapes[-1][::-1], **where)]
 
 
-def _unwritten(shapes, side: int, batch: int) -> int:
-    """How many numbers of the critic's weights are never written."""
-    total, x = 0, torch.empty(batch, 3, side, side, device="meta")
-    for layer in critic(shapes, "meta"):
-        x = x if layer.weight.dim() > 2 else x.flatten(1)
-        total += layer.weight.numel() if _scaled_norm.suits(layer, layer.weight, None, x) else 0
-        x = layer(x)
+def matrices(shapes, device: str = "cpu") -> list[nn.Module]:
+    """Linear layers of as many weights."""
+    return [nn.Linear(math.prod(s[1:]), s[0], bias=False, device=device) for s in shapes]
+
+
+#: By the kind of a row: its layers, and what runs them.
+LAYERS, RUNS = {"critic": critic, "matrices": matrices}, {"critic": passed, "matrices": side_by_side}
+
+
+def _unwritten(kind: str, shapes, shape) -> int:
+    """How many numbers of the weights are never written."""
+    total, x = 0, torch.empty(shape, device="meta")
+    for layer in LAYERS[kind](shapes, "meta"):
+        if kind == "matrices":
+            given = x[:, : layer.in_features]
+        else:
+            given = x if layer.weight.dim() > 2 else x.flatten(1)
+            x = layer(given)
+        total += layer.weight.numel() if _scaled_norm.suits(layer, layer.weight, None, given) else 0
     return total
 
 

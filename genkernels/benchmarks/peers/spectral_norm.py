@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from genkernels.benchmarks.cases.spectral_norm import critic, passed
+from genkernels.benchmarks.cases.spectral_norm import LAYERS, RUNS
 from genkernels.benchmarks.peers import Adapter
 
 PEERS = ("torch",)
@@ -26,16 +26,18 @@ def unsupported(peer: str, case) -> str:
 
 def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adapter:
     layers: list[nn.Module] = []
+    kind = settings["layers"] or "critic"
 
     def given(tensors: tuple[Tensor, ...]) -> list[nn.Module]:
         """The layers, which are made once, with these weights, u and v."""
         count = len(tensors) // 3
         weights, u, v = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         if not layers:
-            layers.extend(parametrizations.spectral_norm(layer).train() for layer in critic([w.shape for w in weights]))
+            made = LAYERS[kind]([w.shape for w in weights])
+            layers.extend(parametrizations.spectral_norm(layer).train() for layer in made)
         for layer, weight, left, right in zip(layers, weights, u, v, strict=True):
             held = layer.parametrizations["weight"]
-            held._parameters["original"] = weight
+            held._parameters["original"] = weight if kind == "critic" else weight.flatten(1)
             held[0]._u, held[0]._v = left, right
         return layers
 
@@ -44,6 +46,6 @@ def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adap
             layer.parametrizations["weight"][0](weight) for layer, weight in zip(given(tensors), tensors, strict=False)
         )
 
-    if settings["pass"]:
-        return Adapter(lambda x, *tensors: passed(x, given(tensors)))
+    if settings["layers"]:
+        return Adapter(lambda x, *tensors: RUNS[kind](x, given(tensors)))
     return Adapter(normalised)
