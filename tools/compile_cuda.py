@@ -170,7 +170,7 @@ def main() -> int:
         raise SystemExit("compile_cuda: needs nvcc (on PATH or in CUDA_HOME) and torch")
     include, link = setup.torch_flags(torch_at)
     architectures = setup.architecture_flags(";".join(options.arch))
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = setup.longest_first(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         library = options.output or Path(folder) / "libgenkernels_cuda.so"
