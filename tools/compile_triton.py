@@ -1,18 +1,24 @@
 #!/usr/bin/env python3
 """Compiles every Triton kernel ahead of time, for several GPUs, on a machine that needs none.
 
-    python tools/compile_triton.py [--targets 80 90 100] [--fp64-targets 90] [--only TEXT] [--jobs N]
+    python tools/compile_triton.py [--targets 80 90 100] [--fp64-targets 90] [--pairs] [--only TEXT] [--jobs N]
 
 Records what the sample calls of each module of `genkernels.triton` launch, compiles each configuration for each compute
 capability and reads registers, spilled bytes and shared memory off the machine code. Exits with 1 if anything fails to
 compile, spills a register, or, among the kernels in `WIDE`, forms an address by 32-bit arithmetic. The others are told
 ("32 bits"): offsets within a tile, or of a network's weights, may be narrow, those of samples may not, and which is
 which has not been looked at yet. Compiled kernels land in Triton's cache, so a second run is quick.
+
+With ``--pairs`` it takes a part of the configurations, for a check of each commit: every kernel, and of each kernel
+every type and constant of an argument, every option, and any two of them that come together at all. A release is
+checked without.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import re
 import subprocess
@@ -114,12 +120,36 @@ def narrow_products(ttir: str) -> tuple[list, list]:
     return narrow, widened
 
 
-_specs: list = []  # of a worker process
+def pairs(specs: list) -> list:
+    """Of each kernel a part of its configurations in which any two settings are together that are so in one of all."""
+    chosen = []
+    for alike in _by_kernel(specs).values():
+        found = {index: set(itertools.combinations(_settings(specs[index]), 2)) for index in alike}
+        left = set().union(*found.values())
+        taken = [alike[0]]  # a kernel without arguments has no pairs
+        left -= found[alike[0]]
+        while left:
+            taken.append(max(alike, key=lambda index: len(found[index] & left)))
+            left -= found[taken[-1]]
+        chosen += taken
+    return [specs[index] for index in sorted(chosen)]
 
 
-def _start_worker(only: str) -> None:
-    global _specs
-    _specs = load_specs(only)
+def _by_kernel(specs: list) -> dict[object, list[int]]:
+    kernels: dict[object, list[int]] = {}
+    for index, spec in enumerate(specs):
+        kernels.setdefault(spec.kernel, []).append(index)
+    return kernels
+
+
+def _settings(spec) -> list[tuple[str, str]]:
+    """What a configuration is made of: each argument's type, or its value where that is compiled in, and each
+    option."""
+    arguments = spec.signature | {name: repr(value) for name, value in spec.constants.items()}
+    return [*arguments.items(), *((f"option {name}", repr(value)) for name, value in spec.options.items())]
+
+
+_specs: list = []  # worker processes are forked with it: to record them takes as long as to compile twenty
 
 
 def _work(job: tuple[int, int]) -> Result:
@@ -140,6 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, times ten")
     parser.add_argument("--fp64-targets", type=int, nargs="*", default=[90], help="those of configurations in fp64")
+    parser.add_argument("--pairs", action="store_true", help="only a part in which any two settings still meet")
     parser.add_argument("--only", default="", help="only configurations whose name holds this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
@@ -147,13 +178,17 @@ def main() -> int:
         print("TRITON_INTERPRET is ignored: compiling needs it off", file=sys.stderr)
 
     started = time.time()
+    specs = load_specs(arguments.only)
+    _specs[:] = pairs(specs) if arguments.pairs else specs
     jobs = [
         (index, target)
-        for index, spec in enumerate(load_specs(arguments.only))
+        for index, spec in enumerate(_specs)
         for target in (arguments.fp64_targets if is_fp64(spec) else arguments.targets)
     ]
-    with ProcessPoolExecutor(arguments.jobs, initializer=_start_worker, initargs=(arguments.only,)) as pool:
-        results = list(pool.map(_work, jobs, chunksize=4))
+    # whatever takes longest to compile comes first: at the end it would keep one process busy alone
+    jobs.sort(key=lambda job: not is_fp64(_specs[job[0]]))
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("fork")) as pool:
+        results = list(pool.map(_work, jobs))
 
     print(f"{'kernel':18} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7}  configuration")
     for r in sorted(results):
@@ -164,7 +199,8 @@ def main() -> int:
     narrow = [r.kernel for r in results if r.narrow]
     most = max((r.registers for r in results), default=0)
     print(
-        f"{len(results)} kernels in {time.time() - started:.0f} s: {failed} failed, {spilling} spill, "
+        f"{len(results)} kernels in {time.time() - started:.0f} s ({len(_specs)} of {len(specs)} configurations): "
+        f"{failed} failed, {spilling} spill, "
         f"{len(narrow)} count something in 32 bits, {sum(k in WIDE for k in narrow)} that must not, "
         f"at most {most} registers"
     )

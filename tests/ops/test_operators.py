@@ -15,7 +15,7 @@ from genkernels.ops import _operator
 from genkernels.ops._gradients import Refused
 from genkernels.ops._operator import EAGER, KERNEL, NOT_TRIED, RAISES, REFERENCE
 from tests.ops.samples import FURTHER, LOWER_UNDER_AUTOCAST, SAMPLES
-from tests.processes import two_ranks
+from tests.processes import two_ranks_once
 
 ROOT = Path(gk.__file__).parent
 REPOSITORY = ROOT.parent
@@ -237,7 +237,7 @@ class Cells:
 @functools.cache
 def in_two_processes() -> dict[str, str]:
     """What tests/ops/ddp_rank.py finds wrong, by case."""
-    return two_ranks("tests.ops.ddp_rank")
+    return two_ranks_once("tests.ops.ddp_rank")
 
 
 needs_a_gpu = {"CUDA graph capture": pytest.mark.gpu}

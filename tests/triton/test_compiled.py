@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import types
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,21 @@ def test_the_tool_sees_spills(tool, specs):
     assert tool.resource_usage(tool.compile_spec(spec, 90).asm["cubin"])["STACK"] == 0
     starved = spec._replace(options=spec.options | {"maxnreg": 24})
     assert tool.resource_usage(tool.compile_spec(starved, 90).asm["cubin"])["STACK"] > 0
+
+
+def test_a_part_of_the_configurations_has_every_pair_of_settings(tool, specs):
+    """Types, constants and options of a kernel, any two that come together; and it is a part."""
+    every = list(specs.values())
+    part = tool.pairs(every)
+    assert len(part) < 0.7 * len(every)
+
+    def met(configurations):
+        return {(spec.kernel, frozenset(two)) for spec in configurations for two in combinations(settings(spec), 2)}
+
+    def settings(spec):
+        return [(name, str(spec.constants.get(name, kind))) for name, kind in (spec.signature | spec.options).items()]
+
+    assert {spec.kernel for spec in part} == {spec.kernel for spec in every} and met(part) == met(every)
 
 
 def test_what_a_launcher_gives_a_kernel_is_recorded():
