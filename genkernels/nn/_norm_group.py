@@ -167,14 +167,9 @@ class Group:
         one `asking` among them unless it `writes`, it finds u, v and sigma alone."""
         buckets: dict[tuple, list] = {}
         large: set[SpectralNorm] = set()
-        unseen = not looked_on()
         for member in self.members:
             weight = its_weight if member is asking else member.original() if member.leads() else None
-            if (
-                weight is None
-                or not member._buffers["_v"].numel()
-                or not (unseen and _real(weight) or _can_keep(weight))
-            ):
+            if weight is None or not member._buffers["_v"].numel() or not _can_keep(weight):
                 continue
             scales = member.routed and self.scales(member, weight)
             made = (self._found if scales else self._kept).get(member)
@@ -242,12 +237,6 @@ def looked_on() -> bool:
     """Whether anything but autograd looks on, for which what is kept may be nothing."""
     watched = torch._C._len_torch_dispatch_stack() or torch._guards.TracingContext.try_get() is not None
     return bool(watched) or ops.transforms_active()
-
-
-def _real(weight: Tensor) -> bool:
-    """Whether, where nothing looks on, a weight is one that can be kept: `_can_keep` in few steps."""
-    plain = type(weight) in (Tensor, nn.Parameter) and not wrapped(weight)
-    return plain and not (weight.is_inference() or weight.is_meta)
 
 
 def _can_keep(weight: Tensor) -> bool:
