@@ -4,7 +4,8 @@
 // normalised, last rows first, while the inner caches still have them. Layers go together in groups of about kCache
 // bytes a thread, so that those which fit come from memory once. Convolutions (spectral_norm/convolution.h): two
 // products over taps an iteration, all layers together, σ being a length that is known already. Gradients
-// (spectral_norm/gradient.h): an inner product a layer, then one pass that makes D as it goes.
+// (spectral_norm/gradient.h): an inner product a layer, then one pass that makes D as it goes. A linear layer of a few
+// inputs without its normalised weight (spectral_norm/linear.h): what it makes, and its gradients.
 //
 // Work is cut by each layer's shape alone and its sums are added up in one order, so that neither the number of threads
 // nor the company of other layers changes a bit. Half numbers are computed in fp32.
@@ -16,6 +17,7 @@
 // cost whatever reads the weights next.
 #include "spectral_norm/convolutions.h"
 #include "spectral_norm/gradient.h"
+#include "spectral_norm/linear.h"
 #include "spectral_norm/matrices.h"
 
 namespace genkernels {
@@ -293,6 +295,44 @@ std::vector<Tensor> spectral_norm_backward(std::vector<Tensor> grads, std::optio
   return call.out_weights;
 }
 
+// ---- linear layers of a few inputs ------------------------------------------------------------------------------
+
+template <typename T>
+Linear<T> linear_of(const Tensor& x, const Tensor& weight) {
+  require(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) <= kFew && x.numel() > 0,
+          "spectral_norm_linear: x must be [N, K] of 1 to ", kFew, " inputs, and the weight [M, K]");
+  return {x.size(0), weight.size(0), weight.size(1), data<T>(x), data<T>(weight)};
+}
+
+std::tuple<Tensor, Tensor> spectral_norm_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, double factor) {
+  Tensor y, z;
+  with_dtype<float, double>("spectral_norm_linear: x", x, [&]<typename T>() {
+    const Linear<T> layer = linear_of<T>(x, weight);
+    require(!bias.has_value() || bias->numel() == layer.rows, "spectral_norm_linear: the bias must be [M]");
+    y = empty(x, {layer.inputs, layer.rows}), z = empty(x, {layer.inputs, layer.rows});
+    layer.forward(data<T>(bias), T(factor), mutable_data<T>(y), mutable_data<T>(z));
+  });
+  return {y, z};
+}
+
+// norm: 0 where the weight is not divided by it.
+std::tuple<Tensor, Tensor> spectral_norm_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor z, Tensor u,
+                                                         Tensor v, double factor, double norm, bool by_x) {
+  Tensor by_weight = empty(weight), by_inputs = empty(x, by_x ? shape_of(x) : std::vector<int64_t>{0});
+  with_dtype<float, double>("spectral_norm_linear: x", x, [&]<typename T>() {
+    const Linear<T> layer = linear_of<T>(x, weight);
+    const int64_t count = layer.inputs * layer.rows;
+    require(grad.numel() == count && z.numel() == count && u.numel() == layer.rows && v.numel() == layer.columns,
+            "spectral_norm_linear: gradient, outputs, u and v must fit the layer");
+    std::vector<T> scaled(count);
+    multiply(data<T>(grad), T(factor), scaled.data(), count);
+    const double product = norm == 0 ? 0 : inner(scaled.data(), data<T>(z), count);
+    layer.by_weight(scaled.data(), data<T>(u), data<T>(v), norm != 0, T(-product / norm), mutable_data<T>(by_weight));
+    if (by_x) layer.by_inputs(scaled.data(), mutable_data<T>(by_inputs));
+  });
+  return {by_weight, by_inputs};
+}
+
 }  // namespace
 }  // namespace spectral
 }  // namespace genkernels
@@ -303,4 +343,6 @@ STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   m.impl("spectral_norm_vectors", TORCH_BOX(&spectral_norm_vectors));
   m.impl("spectral_norm_apply", TORCH_BOX(&spectral_norm_apply));
   m.impl("spectral_norm_backward", TORCH_BOX(&spectral_norm_backward));
+  m.impl("spectral_norm_linear", TORCH_BOX(&spectral_norm_linear));
+  m.impl("spectral_norm_linear_backward", TORCH_BOX(&spectral_norm_linear_backward));
 }

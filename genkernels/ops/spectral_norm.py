@@ -249,6 +249,14 @@ def _fake_applied(weights, u, v, sigma, plan, coefficient, at_most):
     return [w.new_empty(w.shape) for w in weights]
 
 
+def _fake_linear(x, weight, bias, factor):
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_linear_backward(grad, x, weight, z, u, v, factor, norm, by_x):
+    return weight.new_empty(weight.shape), x.new_empty(x.shape if by_x else 0)
+
+
 def _fake_backward(grads, grad_sigma, weights, u, v, sigma, plan, coefficient, at_most):
     return [w.new_empty(w.shape) for w in weights]
 
@@ -270,6 +278,8 @@ NORMALISE = OPERATOR.define(
     _fake,
     gradient=Formula(_setup, _backward, constants=(1, 2, 3, 4, 5, 6)),
 )
+#: Inputs of a linear layer that `LINEAR` takes at most: with more of them torch's products are as fast.
+FEW = 8
 #: Of weights that are never written, or not at once: `genkernels.nn._scaled_norm`.
 NO_GPU = dict.fromkeys(("triton", "cuda"), "nothing on a GPU calls it: layers there read normalised weights")
 VECTORS = OPERATOR.define(
@@ -287,6 +297,23 @@ APPLY = OPERATOR.define(
     reference.spectral_norm_apply,
     _fake_applied,
     gradient=Formula(_setup_applied, _backward_applied, constants=(1, 2, 3, 4, 5, 6)),
+    kernels=NO_GPU,
+)
+LINEAR = OPERATOR.define(
+    "spectral_norm_linear(Tensor x, Tensor weight, Tensor? bias, float factor) -> (Tensor, Tensor)",
+    reference.spectral_norm_linear,
+    _fake_linear,
+    gradient=Refused(
+        f"{NAME}_linear: its gradient is spectral_norm_linear_backward, got a call that autograd recorded"
+    ),
+    kernels=NO_GPU,
+)
+LINEAR_BACKWARD = OPERATOR.define(
+    "spectral_norm_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor z, Tensor u, Tensor v, float factor, "
+    "float norm, bool by_x) -> (Tensor, Tensor)",
+    reference.spectral_norm_linear_backward,
+    _fake_linear_backward,
+    gradient=THROUGH_REFERENCE,
     kernels=NO_GPU,
 )
 BACKWARD = OPERATOR.define(

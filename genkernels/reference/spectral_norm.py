@@ -264,6 +264,24 @@ def spectral_norm_apply(
     return out
 
 
+def spectral_norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+    """f W x + b and W x, of x ``[N, K]``, W ``[M, K]`` and b ``[M]``."""
+    z = x @ weight.T
+    return z * factor if bias is None else torch.add(bias, z, alpha=factor), z
+
+
+def spectral_norm_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, z: Tensor, u: Tensor, v: Tensor, factor: float, norm: float, by_x: bool
+) -> tuple[Tensor, Tensor]:
+    r"""Gradients of f W x by W and by x, the latter where it is asked for (else empty): u, v and the norm of W are
+    known, z is W x, and f a constant divided by the norm, or where that is 0 a constant."""
+    scaled = grad * factor
+    by_weight = scaled.T @ x
+    if norm != 0:
+        by_weight = by_weight - torch.outer(u * ((scaled * z).sum() / norm), v)
+    return by_weight, scaled @ weight if by_x else x.new_empty(0)
+
+
 def spectral_norm_backward(
     grads: Sequence[Tensor],
     grad_sigma: Tensor | None,

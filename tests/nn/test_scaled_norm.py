@@ -15,7 +15,7 @@ import genkernels as gk
 from genkernels import backends
 from genkernels import nn as gnn
 from genkernels.nn import _norm_group, _scaled_norm
-from genkernels.nn._scaled_norm import Found, Product, _Scaled
+from genkernels.nn._scaled_norm import Found, Product, _Convolution, _Linear
 from genkernels.nn.spectral_norm import Settings, parts_below
 from tests.checks import assert_as_accurate
 
@@ -26,6 +26,8 @@ LAYERS = {
     "linear": (lambda: nn.Linear(30, 20), (2, 30)),
     "linear of one": (lambda: nn.Linear(30, 20, bias=False), (30,)),
     "linear of sequences": (lambda: nn.Linear(40, 20), (2, 3, 40)),
+    "linear of many": (lambda: nn.Linear(40, 20), (11, 40)),
+    "linear of many sequences": (lambda: nn.Linear(60, 20), (3, 4, 60)),
     "1d": (lambda: nn.Conv1d(12, 8, 5, stride=2, padding=1), (2, 12, 9)),
     "2d": (lambda: nn.Conv2d(12, 10, 3, padding=1), (1, 12, 3, 4)),
     "without bias": (lambda: nn.Conv2d(12, 10, 4, stride=2, padding=1, bias=False), (2, 12, 6, 4)),
@@ -160,11 +162,12 @@ def test_frozen_weights_and_inputs_without_gradient():
 @pytest.mark.parametrize(
     ("product", "x", "weight"),
     [
-        (Product(), (2, 3, 4), (3, 4)),
+        (None, (6, 4), (3, 4)),
+        (None, (10, 4), (3, 4)),
         (Product((2, 1), (1, 0), (1, 2), 2), (2, 4, 4, 4), (4, 2, 2, 2)),
         (Product((1,), (1,), (1,), 1), (1, 3, 4), (2, 3, 3)),
     ],
-    ids=["linear", "2d", "1d"],
+    ids=["linear of few", "linear of many", "2d", "1d"],
 )
 def test_gradients_of_first_and_second_order(product, x, weight, rule):
     settings = Settings(1, RULES[rule].get("coefficient", 1.0), RULES[rule].get("at_most", False), None)
@@ -174,11 +177,11 @@ def test_gradients_of_first_and_second_order(product, x, weight, rule):
     def layer(x, w, b):
         sigma = (u @ w.detach().flatten(1) @ v).view(1)
         found = Found.of(u, v, sigma, sigma.item(), gk.reference.spectral_norm.as_plan([gk.ops.Geometry()]), settings)
-        return _Scaled.apply(x, w, b, found, product)
+        return _Convolution.apply(x, w, b, found, product) if product else _Linear.apply(x, w, b, found)
 
     leaves = [t.requires_grad_() for t in (draw(*x, seed=3), w, draw(weight[0], seed=5))]
     assert torch.autograd.gradcheck(layer, leaves)
-    assert torch.autograd.gradgradcheck(layer, leaves, fast_mode=bool(product.groups))
+    assert torch.autograd.gradgradcheck(layer, leaves, fast_mode=bool(product))
     assert torch.autograd.gradcheck(layer, leaves, check_batched_grad=True)
 
 

@@ -353,6 +353,111 @@ def test_norms_found_alone_are_constants(implementation, device):
         found[-1].sum().backward()
 
 
+# --- a linear layer whose normalised weight is not written ----------------------------------------------------------
+
+# (outputs, columns): less than a vector, between vectors, of several blocks of rows, stretches and chunks of columns
+LAYERS = [(1, 1), (5, 7), (33, 1), (3, 9001), (700, 70), (262, 1030)]
+
+
+def make_layer(inputs, shape, dtype, device, seed=0):
+    """x, weight, bias, gradient, u and v."""
+    rows, columns = shape
+    x, w, b, g, u, v = draw(
+        *((inputs, columns), (rows, columns), (rows,), (inputs, rows), (rows,), (columns,)), device=device, seed=seed
+    )
+    return [t.to(dtype) for t in (x, w, b, g, u / u.norm(), v / v.norm())]
+
+
+def run_layer(functions, tensors, factor=0.7, norm=1.3):
+    x, w, b, g, u, v = tensors
+    y, z = functions.spectral_norm_linear(x, w, b, factor)
+    return y, z, *functions.spectral_norm_linear_backward(g, x, w, z, u, v, factor, norm, True)
+
+
+@pytest.mark.every_build
+@pytest.mark.implementations(only=("cpu",))
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("inputs", range(1, 9))
+def test_a_linear_layer_is_as_accurate_as_the_reference(implementation, device, inputs, dtype):
+    for shape in LAYERS:
+        tensors = make_layer(inputs, shape, dtype, device, seed=inputs)
+        found, plain = run_layer(implementation.functions, tensors), run_layer(reference, tensors)
+        exact = run_layer(reference, [t.double() for t in tensors])
+        # in fp64, where the truth is no better, by the magnitude of what is summed
+        summed = run_layer(reference, [t.double().abs() for t in tensors], norm=-1.3)
+        for name, ours, own, truth, total in zip(("y", "z", "by W", "by x"), found, plain, exact, summed, strict=True):
+            size, beside = (total, 8.0) if dtype == torch.float64 else (truth, 2.0)
+            size = max(1.0, float(size.abs().max()))
+            assert_as_accurate(f"{name} of {shape}", ours, own, truth, beside=beside, size=size)
+
+
+@pytest.mark.implementations(only=("cpu",))
+def test_a_linear_layer_without_a_bias_a_norm_or_a_gradient_by_x(implementation, device):
+    functions = implementation.functions
+    x, w, b, g, u, v = make_layer(3, (9, 14), torch.float64, device)
+    y, z = functions.spectral_norm_linear(x, w, None, 0.7)
+    torch.testing.assert_close(z, x @ w.T)
+    torch.testing.assert_close(y, 0.7 * z)
+    by_weight, by_x = functions.spectral_norm_linear_backward(g, x, w, z, u, v, 1.0, 0.0, False)
+    torch.testing.assert_close(by_weight, g.T @ x)
+    assert by_x.shape == (0,)
+    nan = torch.full_like(z, float("nan"))  # a norm that nothing is divided by has no part in the gradient
+    assert torch.equal(functions.spectral_norm_linear_backward(g, x, w, nan, u, v, 1.0, 0.0, False)[0], by_weight)
+    w[2, 3] = float("nan")
+    y, z = functions.spectral_norm_linear(x, w, b, 0.7)
+    assert torch.equal(y.isnan(), z.isnan()) and z.isnan().all(0).tolist() == [i == 2 for i in range(9)]
+
+
+@pytest.mark.implementations(only=("cpu",))
+def test_a_linear_layer_is_differentiated_as_its_weight_s_norm_is(implementation, device):
+    x, w, b, g, _, _ = make_layer(4, (6, 5), torch.float64, device)
+    left, values, right = torch.linalg.svd(w)
+    u, v, sigma = left[:, 0].contiguous(), right[0].contiguous(), values[0].item()
+
+    def layer(x, w):
+        return 0.7 * x @ w.T / torch.linalg.matrix_norm(w, 2) + b
+
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    by_x, by_weight = torch.autograd.grad(layer(*leaves), leaves, g)
+    y, _, *found = run_layer(implementation.functions, (x, w, b, g, u, v), 0.7 / sigma, sigma)
+    for ours, expected in zip((y, *found), (layer(x, w), by_weight, by_x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.every_build
+@pytest.mark.implementations(only=("cpu",))
+@pytest.mark.parametrize("after", [True, False])
+def test_a_linear_layer_touches_nothing_outside_its_tensors(implementation, device, after):
+    for inputs, shape in itertools.product((1, 3, 8), LAYERS[:4]):
+        tensors = make_layer(inputs, shape, torch.float32, device)
+        plain = run_layer(implementation.functions, tensors)
+        fenced = [beside_forbidden_memory(t, after) for t in tensors]
+        for a, b in zip(run_layer(implementation.functions, fenced), plain, strict=True):
+            assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.implementations(only=("cpu",))
+def test_a_linear_layer_writes_its_results_alone(implementation, device, poisoned_memory):
+    for inputs, shape in itertools.product((1, 4, 7), LAYERS):
+        tensors = [off_address(t, 3) for t in make_layer(inputs, shape, torch.float32, device)]
+        copies = [t.clone() for t in tensors]
+        assert all(t.isfinite().all() for t in run_layer(implementation.functions, tensors))
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors, copies, strict=True))
+
+
+@pytest.mark.implementations(only=("cpu",))
+def test_what_the_kernel_of_a_linear_layer_cannot_take(implementation, device):
+    x, w, b, g, u, v = make_layer(9, (6, 5), torch.float32, device)
+    with pytest.raises(RuntimeError, match="x must be .N, K. of 1 to 8 inputs"):
+        implementation.functions.spectral_norm_linear(x, w, b, 1.0)
+    with pytest.raises(RuntimeError, match="the bias must be .M."):
+        implementation.functions.spectral_norm_linear(x[:2], w, b[:3].clone(), 1.0)
+    with pytest.raises(RuntimeError, match="gradient, outputs, u and v must fit"):
+        implementation.functions.spectral_norm_linear_backward(g[:2], x[:2], w, g[:2], u, v[:4].clone(), 1.0, 1.0, True)
+    with pytest.raises(RuntimeError, match="spectral_norm_linear: its gradient is"):
+        implementation.functions.spectral_norm_linear(x[:2], w.requires_grad_(), b, 1.0)[0].sum().backward()
+
+
 @pytest.mark.threads
 @pytest.mark.every_build
 @pytest.mark.implementations(only=("cpu",))
@@ -368,7 +473,8 @@ def test_same_bits_for_any_number_of_threads(implementation, device):
             found = implementation.functions.spectral_norm_backward(
                 grads, None, weights, left, right, out[-1], plan, 1.0, False
             )
-            runs.append((*out, *found))
+            linear = run_layer(implementation.functions, make_layer(3, (700, 1030), torch.float32, device))
+            runs.append((*out, *found, *linear))
     finally:
         torch.set_num_threads(threads)
     for run in runs[1:]:
@@ -466,6 +572,11 @@ def test_torch_finds_nothing_amiss(implementation, device):
     )
     applied = (weights, out[2:4], out[4:6], out[6], plan, 1.0, False)
     torch.library.opcheck(torch.ops.genkernels.spectral_norm_apply.default, applied)
+    x, w, b, g, left, right = make_layer(2, (5, 7), torch.float32, device)
+    y, z = implementation.functions.spectral_norm_linear(x, w, b, 0.7)
+    torch.library.opcheck(torch.ops.genkernels.spectral_norm_linear.default, (x, w, b, 0.7))
+    arguments = (g.requires_grad_(), x, w.requires_grad_(), z, left, right, 0.7, 1.3, True)
+    opcheck_backward(torch.ops.genkernels.spectral_norm_linear_backward.default, arguments)
     for by_sigma in (None, torch.ones(2)):
         opcheck_backward(
             torch.ops.genkernels.spectral_norm_backward.default,

@@ -11,7 +11,8 @@ as large as a feature, so that one which is wrong shows.
 
 Bytes: forward reads the weights once and writes the normalised ones; backward reads gradients and weights and writes
 gradients; where a layer does without its normalised weight, forward reads the weight, and backward reads and writes the
-gradient. u and v are read and written, but too small to count beside them; of a convolution they are counted.
+gradient (of a linear layer it writes it, and the product reads the weight once more). u and v are read and written, but
+too small to count beside them; of a convolution they are counted.
 
 Flops: a power iteration is two products with the weight, its norm none more; normalising one multiplication a weight;
 backward three (the inner product, the scaling, the outer product). A pass of the critic adds three products an input.
@@ -25,6 +26,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from genkernels import ops
 from genkernels.benchmarks.cases import Case
@@ -129,28 +131,32 @@ def _stride(shape) -> int:
 
 
 class _Layers:
-    """Layers that are given their tensors. Their u and v go on from call to call, as in training."""
+    """Layers that are given their tensors, once for each set of them, and a step of training later at each call: u and
+    v go on from there, and the weights count as written."""
 
     def __init__(self, kind: str, weights):
         self.kind, self.shapes = kind, weights
-        self._layers: list[nn.Module] = []
-        self._vectors: dict[int, tuple] = {}  # by the address of the u that was given, which is kept beside them
+        self._made: dict[int, tuple] = {}  # by the first weight, which is kept beside the layers
 
     def __call__(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        if not self._layers:
-            self._layers = [spectral_norm_(layer) for layer in LAYERS[self.kind](self.shapes, "meta")]
-            join(part for layer in self._layers for part in parts_below(layer))
-        count = len(self._layers)
+        weights = tensors[: len(self.shapes)]
+        if id(weights[0]) not in self._made:
+            self._made[id(weights[0])] = weights, self._layers(*tensors)
+        increment_version(weights)
+        return RUNS[self.kind](x, self._made[id(weights[0])][1])
+
+    def _layers(self, *tensors: torch.Tensor) -> list[nn.Module]:
+        layers = [spectral_norm_(layer) for layer in LAYERS[self.kind](self.shapes, "meta")]
+        join(part for layer in layers for part in parts_below(layer))
+        count = len(layers)
         for layer, weight, u, v in zip(
-            self._layers, tensors[:count], tensors[count : 2 * count], tensors[2 * count :], strict=True
+            layers, tensors[:count], tensors[count : 2 * count], tensors[2 * count :], strict=True
         ):
             held = layer.parametrizations["weight"]
             # a tensor of the graph in the place of an `nn.Parameter`
             held._parameters["original"] = weight if self.kind == "critic" else weight.flatten(1)
-            if id(u) not in self._vectors:
-                self._vectors[id(u)] = u, u.clone(), v.clone()
-            held[0].begin_with(*self._vectors[id(u)][1:])
-        return RUNS[self.kind](x, self._layers)
+            held[0].begin_with(u.clone(), v.clone())
+        return layers
 
 
 def passed(x: torch.Tensor, layers) -> torch.Tensor:
