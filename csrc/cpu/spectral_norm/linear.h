@@ -64,7 +64,7 @@ void products_of_rows(const T* w, const T* x, int64_t columns, double* sums) {
 
 // to_r = Σ_t c[r * N + t] term_t of R rows, n columns of them.
 template <typename T, int N, int R>
-void sums_of_terms(const T* const* term, const T* c, T* const* to, int64_t n) {
+void sums_of_terms(const T* const* term, const T* c, T* to, int64_t columns, int64_t n) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t L = kLanes<T>;
   const T* from[N];
@@ -83,13 +83,13 @@ void sums_of_terms(const T* const* term, const T* c, T* const* to, int64_t n) {
       for (int r = 0; r < R; ++r) sum[r] = t ? sum[r] + by[r][t] * value : by[r][t] * value;
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store_vector<T>(sum[r], to[r] + k);
+    for (int r = 0; r < R; ++r) store_vector<T>(sum[r], to + r * columns + k);
   }
   for (; k < n; ++k)
     for (int r = 0; r < R; ++r) {
       T sum = c[r * N] * from[0][k];
       for (int t = 1; t < N; ++t) sum += c[r * N + t] * from[t][k];
-      to[r][k] = sum;
+      to[r * columns + k] = sum;
     }
 }
 
@@ -164,13 +164,12 @@ struct Linear {
       constexpr int R = N <= 4 ? 2 : 1;
       const auto some = [&]<int Count>(int64_t m, int64_t k, int64_t n) {
         const T* from[N];
-        T c[Count * N], *to[Count];
+        T c[Count * N];
         for (int t = 0; t < N; ++t) {
           from[t] = term[t] + k;
           for (int r = 0; r < Count; ++r) c[r * N + t] = t < inputs ? g[t * rows + m + r] : scale * u[m + r];
         }
-        for (int r = 0; r < Count; ++r) to[r] = out + (m + r) * columns + k;
-        sums_of_terms<T, N, Count>(from, c, to, n);
+        sums_of_terms<T, N, Count>(from, c, out + m * columns + k, columns, n);
       };
       constexpr int64_t kWide = kStretch / sizeof(T);
       each_share(R, [&](int64_t begin, int64_t end) {
