@@ -187,7 +187,10 @@ def _training_steps() -> list[str]:
     ]
     for file in files:
         data = json.loads(file.read_text())
-        parts.append(f"{conditions(data['machine'])} ([{file.name}](../benchmarks/results/{file.name})).")
+        # which rows are of another day or machine
+        others = [n for n in data["machine"].get("notes", ()) if n.startswith(("rows in ", "the rows of "))]
+        told = "".join(f" {note[0].upper()}{note[1:]}." for note in others)
+        parts.append(f"{conditions(data['machine'])} ([{file.name}](../benchmarks/results/{file.name})).{told}")
         parts.append(training_step_table(data).strip())
     return parts
 
