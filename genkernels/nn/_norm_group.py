@@ -13,8 +13,7 @@ from genkernels.networks import operator_norm
 from genkernels.nn import _scaled_norm
 from genkernels.nn._seen import fake, wrapped
 from genkernels.ops._autocast import kept_out
-from genkernels.ops.spectral_norm import VECTORS
-from genkernels.reference.spectral_norm import as_plan
+from genkernels.ops.spectral_norm import NORMALISE, VECTORS
 
 if TYPE_CHECKING:
     from genkernels.nn.spectral_norm import SpectralNorm
@@ -98,13 +97,15 @@ class Group:
         wide = weight.dtype in (torch.float32, torch.float64)
         return plain and wide and _can_keep(weight) and member in self.members and not _by_reference(weight)
 
-    def found(self, member: SpectralNorm, weight: Tensor) -> Vectors:
-        """u, v and sigma of a weight that `scales`."""
+    def known(self, member: SpectralNorm, weight: Tensor) -> Vectors | None:
+        """u, v and sigma of a weight that `scales`, where nothing has changed since they were found."""
         found = self._found.get(member)
-        if found is None or not found.fits(member, weight):
-            self._renew(member, weight, writes=False)
-            found = self._found[member]
-        return found
+        return found if found is not None and found.fits(member, weight) and not _by_reference(weight) else None
+
+    def found(self, member: SpectralNorm, weight: Tensor) -> Vectors:
+        """Those of a weight that `scales` and of which nothing is known."""
+        self._renew(member, weight, writes=False)
+        return self._found[member]
 
     def normalised(self, member: SpectralNorm, weight: Tensor) -> Tensor:
         """What the layer of `member` multiplies by."""
@@ -220,7 +221,7 @@ def _find(jobs: list[tuple], iterations: int) -> ops.SpectralNorm:
     """As `_call` does, without the normalised weights."""
     members, weights, u, v = zip(*jobs, strict=True)
     with kept_out(weights[0]):
-        out = VECTORS(weights, u, v, as_plan([member.geometry for member in members]), iterations)
+        out = VECTORS(weights, u, v, [n for member in members for n in member._plan], iterations)
     count = len(jobs)
     return ops.SpectralNorm([], out[:count], out[count : 2 * count], out[-1])
 
@@ -252,7 +253,7 @@ def _wanted(weight: Tensor) -> int:
 
 
 def _by_reference(weight: Tensor) -> bool:
-    return ops.OPERATORS["spectral_norm"].torch_ops["spectral_norm"].runs_reference([weight])
+    return NORMALISE.runs_reference([weight])
 
 
 def _vectors(member: SpectralNorm, weight: Tensor) -> tuple[Tensor, Tensor]:

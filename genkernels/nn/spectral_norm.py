@@ -154,11 +154,12 @@ def _taken(layer: nn.Module, x: Tensor) -> Tensor | None:
     weight, bias = held._parameters.get("original"), layer.bias
     if weight is None:
         return None
-    if part.routed and part.training and part.group.scales(part, weight):
-        fits = _scaled_norm.suits(layer, weight, bias, x)
-        if fits and not torch.is_autocast_enabled("cpu") and not looked_on():
-            return _scaled_norm.forward(layer, weight, bias, x, part.group.found(part, weight).found)
-    normal = part.group.normalised(part, weight)
+    group = part.group
+    if part.routed and part.training and not torch.is_autocast_enabled("cpu") and not looked_on():
+        vectors = group.known(part, weight)
+        if (vectors or group.scales(part, weight)) and _scaled_norm.suits(layer, weight, bias, x):
+            return _scaled_norm.forward(layer, weight, bias, x, (vectors or group.found(part, weight)).found)
+    normal = group.normalised(part, weight)
     return F.linear(x, normal, bias) if weight.dim() == 2 else layer._conv_forward(x, normal, bias)
 
 
