@@ -99,8 +99,8 @@ class _Block(nn.Module):
         self.horizontal = MaskedConv2d(
             mask_type, inputs, 2 * width, (1, size), groups, region="horizontal", activation="gate"
         )
-        # what is in the vertical stack comes from rows above: every group of channels may see it. No tap is masked: by a
-        # plain convolution between operators of ours Inductor turns all around it channels-last and back
+        # what is in the vertical stack comes from rows above: every group of channels may see it, and no tap is masked;
+        # around a plain convolution among operators of ours, Inductor turns what it is given channels-last and back
         self.link = MaskedConv2d("B", width, 2 * width, 1, bias=False)
         self.out = MaskedConv2d("B", width, width, 1, groups)
         self.vertical_classes = Classes(num_classes, 2 * width) if num_classes else None
