@@ -91,11 +91,7 @@ class Group:
 
     def scales(self, member: SpectralNorm, weight: Tensor) -> bool:
         """Whether a weight may stay unwritten."""
-        if not (member.routed and member.training and weight.numel() >= _scaled_norm.LARGE):
-            return False
-        plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
-        wide = weight.dtype in (torch.float32, torch.float64)
-        return plain and wide and _can_keep(weight) and member in self.members and not _by_reference(weight)
+        return _large(member, weight) and _can_keep(weight) and member in self.members and not _by_reference(weight)
 
     def known(self, member: SpectralNorm, weight: Tensor) -> Vectors | None:
         """u, v and sigma of a weight that `scales`, where nothing has changed since they were found."""
@@ -172,7 +168,7 @@ class Group:
             weight = its_weight if member is asking else member.original() if member.leads() else None
             if weight is None or not member._buffers["_v"].numel() or not _can_keep(weight):
                 continue
-            scales = member.routed and self.scales(member, weight)
+            scales = _large(member, weight) and not _by_reference(weight)
             made = (self._found if scales else self._kept).get(member)
             if member is asking or made is None or not made.fits(member, weight):
                 updates = member.training and not member._updated_for.holds(weight)
@@ -238,6 +234,13 @@ def looked_on() -> bool:
     """Whether anything but autograd looks on, for which what is kept may be nothing."""
     watched = torch._C._len_torch_dispatch_stack() or torch._guards.TracingContext.try_get() is not None
     return bool(watched) or ops.transforms_active()
+
+
+def _large(member: SpectralNorm, weight: Tensor) -> bool:
+    if not (member.routed and member.training and weight.numel() >= _scaled_norm.LARGE):
+        return False
+    wide = weight.dtype in (torch.float32, torch.float64)
+    return wide and type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
 
 
 def _can_keep(weight: Tensor) -> bool:

@@ -163,7 +163,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, found: Found) -> Tensor:
         if x.shape[0] <= FEW:
-            y, z = LINEAR(x, weight, bias, found.factor)
+            dense = x.contiguous(), weight.contiguous(), bias if bias is None else bias.contiguous()
+            y, z = LINEAR.bare(*dense, found.factor)
         else:
             z = F.linear(x, weight)
             y = z * found.factor if bias is None else torch.add(bias, z, alpha=found.factor)
@@ -181,8 +182,8 @@ class _Linear(torch.autograd.Function):
             by_x, by_weight = None, None
             if needs[1] and x.shape[0] <= FEW:
                 norm = found.norm if found.divides else 0.0
-                given = g, x, weight, z, found.u, found.v, found.factor, norm, needs[0]
-                by_weight, by_x = LINEAR_BACKWARD(*given)
+                dense = g.contiguous(), x.contiguous(), weight.contiguous(), z.contiguous()
+                by_weight, by_x = LINEAR_BACKWARD.bare(*dense, found.u, found.v, found.factor, norm, needs[0])
             elif needs[1]:
                 scaled = g * found.factor
                 left, right = scaled, x

@@ -249,12 +249,6 @@ class SpectralNorm(nn.Module):
             self.write(*searched(self, weight))
         self.group.forget(self)
 
-    def begin_with(self, u: Tensor, v: Tensor) -> None:
-        """Goes on from these, which are u and v from now on, for weights that are new."""
-        self._buffers["_u"], self._buffers["_v"] = u, v
-        self._updated_for = Seen()
-        self.group.forget(self)
-
     def resize(self, layer: nn.Module, size: tuple[int, ...]) -> None:
         """Begins anew where the input of a convolution has another size."""
         held = tuple(self._v.shape[1:])

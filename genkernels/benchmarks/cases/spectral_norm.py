@@ -131,32 +131,39 @@ def _stride(shape) -> int:
 
 
 class _Layers:
-    """Layers that are given their tensors, once for each set of them, and a step of training later at each call: u and
-    v go on from there, and the weights count as written."""
+    """Layers that are given their tensors, a step of training later at each call: the weights count as written, and the
+    u and v of each set of tensors go on from where its last call left them."""
 
     def __init__(self, kind: str, weights):
         self.kind, self.shapes = kind, weights
-        self._made: dict[int, tuple] = {}  # by the first weight, which is kept beside the layers
+        self._layers: list[nn.Module] = []
+        self._sets: dict[int, tuple] = {}  # by the first weight, which is kept beside what belongs to it
 
     def __call__(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        weights = tensors[: len(self.shapes)]
-        if id(weights[0]) not in self._made:
-            self._made[id(weights[0])] = weights, self._layers(*tensors)
+        if not self._layers:
+            self._layers = [spectral_norm_(layer) for layer in LAYERS[self.kind](self.shapes, "meta")]
+            join(part for layer in self._layers for part in parts_below(layer))
+        count = len(self._layers)
+        weights = tensors[:count]
+        if id(weights[0]) not in self._sets:
+            self._sets[id(weights[0])] = weights, own_weights(self.kind, weights), [t.clone() for t in tensors[count:]]
         increment_version(weights)
-        return RUNS[self.kind](x, self._made[id(weights[0])][1])
+        put(self._layers, *self._sets[id(weights[0])][1:])
+        return RUNS[self.kind](x, self._layers)
 
-    def _layers(self, *tensors: torch.Tensor) -> list[nn.Module]:
-        layers = [spectral_norm_(layer) for layer in LAYERS[self.kind](self.shapes, "meta")]
-        join(part for layer in layers for part in parts_below(layer))
-        count = len(layers)
-        for layer, weight, u, v in zip(
-            layers, tensors[:count], tensors[count : 2 * count], tensors[2 * count :], strict=True
-        ):
-            held = layer.parametrizations["weight"]
-            # a tensor of the graph in the place of an `nn.Parameter`
-            held._parameters["original"] = weight if self.kind == "critic" else weight.flatten(1)
-            held[0].begin_with(u.clone(), v.clone())
-        return layers
+
+def own_weights(kind: str, weights) -> list[torch.Tensor]:
+    """These as the layers have them."""
+    return list(weights) if kind == "critic" else [weight.flatten(1) for weight in weights]
+
+
+def put(layers, weights, vectors) -> None:
+    """Tensors of the graph in the place of the ``nn.Parameter`` of each layer, and its u and v, the u before the v."""
+    for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+        held = layer._modules["parametrizations"]._modules["weight"]
+        held._parameters["original"] = weight
+        part = held._modules["0"]._buffers
+        part["_u"], part["_v"] = vectors[i], vectors[len(layers) + i]
 
 
 def passed(x: torch.Tensor, layers) -> torch.Tensor:

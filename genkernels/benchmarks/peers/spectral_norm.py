@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from genkernels.benchmarks.cases.spectral_norm import LAYERS, RUNS
+from genkernels.benchmarks.cases.spectral_norm import LAYERS, RUNS, own_weights, put
 from genkernels.benchmarks.peers import Adapter
 
 PEERS = ("torch",)
@@ -25,14 +25,20 @@ def unsupported(peer: str, case) -> str:
 
 
 def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adapter:
-    made: dict[int, tuple] = {}  # by the first weight, which is kept beside the layers
+    layers: list[nn.Module] = []
+    sets: dict[int, tuple] = {}  # by the first weight, which is kept beside what belongs to it
     kind = settings["layers"] or "critic"
 
     def given(tensors: tuple[Tensor, ...]) -> list[nn.Module]:
-        """The layers with these weights, u and v, which are made once for each set of them."""
-        if id(tensors[0]) not in made:
-            made[id(tensors[0])] = tensors, normalised_layers(kind, tensors)
-        return made[id(tensors[0])][1]
+        """The layers, which are made once, with these weights, u and v."""
+        weights = tensors[: len(tensors) // 3]
+        if not layers:
+            made = LAYERS[kind]([w.shape for w in weights])
+            layers.extend(parametrizations.spectral_norm(layer).train() for layer in made)
+        if id(weights[0]) not in sets:
+            sets[id(weights[0])] = weights, own_weights(kind, weights), tensors[len(weights) :]
+        put(layers, *sets[id(weights[0])][1:])
+        return layers
 
     def normalised(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(
@@ -42,15 +48,3 @@ def adapter(peer: str, settings: dict, direction: str, shape: list[int]) -> Adap
     if settings["layers"]:
         return Adapter(lambda x, *tensors: RUNS[kind](x, given(tensors)))
     return Adapter(normalised)
-
-
-def normalised_layers(kind: str, tensors: tuple[Tensor, ...]) -> list[nn.Module]:
-    """Layers with the weights, u and v that lie one after the other among these tensors."""
-    count = len(tensors) // 3
-    weights, u, v = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-    layers = [parametrizations.spectral_norm(layer).train() for layer in LAYERS[kind]([w.shape for w in weights])]
-    for layer, weight, left, right in zip(layers, weights, u, v, strict=True):
-        held = layer.parametrizations["weight"]
-        held._parameters["original"] = weight if kind == "critic" else weight.flatten(1)
-        held[0]._u, held[0]._v = left, right
-    return layers
