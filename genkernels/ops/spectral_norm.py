@@ -304,7 +304,8 @@ LINEAR = OPERATOR.define(
     reference.spectral_norm_linear,
     _fake_linear,
     gradient=Refused(
-        f"{NAME}_linear: its gradient is spectral_norm_linear_backward, got a call that autograd recorded"
+        f"{NAME}_linear: it cannot be differentiated by itself, f being a function of the weight; its gradient is "
+        f"{NAME}_linear_backward"
     ),
     kernels=NO_GPU,
 )
