@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -53,13 +54,16 @@ def two_ranks(module: str) -> dict[str, str]:
 
 
 def two_ranks_once(module: str) -> dict[str, str]:
-    """`two_ranks`, run by the first worker of pytest-xdist that asks; the others wait for what it found."""
+    """`two_ranks`, run by the first worker of pytest-xdist that asks; the others wait for what it found. A test that
+    runs the tests of a copy of the repository has the same workers' names in its environment: what was found is kept by
+    the folder, too."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if run is None:
         return two_ranks(module)
     folder = Path(tempfile.gettempdir()) / f"genkernels-tests-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    with (folder / f"{module}-{run}.json").open("a+") as file:
+    copy = hashlib.sha256(str(REPOSITORY).encode()).hexdigest()[:16]
+    with (folder / f"{module}-{run}-{copy}.json").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         if not (text := file.read()):
