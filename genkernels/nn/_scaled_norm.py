@@ -127,9 +127,11 @@ def suits(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> b
 
 
 def outputs(layer: nn.Module, weight: Tensor, x: Tensor) -> int:
-    """How many numbers a layer makes of x; 0 of a single sample without a batch, which a convolution takes too."""
+    """How many numbers a layer makes of x; 0 of a single sample without a batch, which a convolution takes too, and
+    of what a linear layer cannot take."""
     if weight.dim() == 2:
-        return x.numel() // weight.shape[1] * weight.shape[0]
+        fits = x.dim() > 0 and x.shape[-1] == weight.shape[1]  # torch says what does not
+        return x.numel() // weight.shape[1] * weight.shape[0] if fits else 0
     if x.dim() != weight.dim():
         return 0
     count = x.shape[0] * weight.shape[0]

@@ -240,7 +240,8 @@ class TorchOp:
     def bare(self, *arguments):
         """The torch operator on dense tensors at once, past all that looks at arguments: for the inside of an
         `autograd.Function` whose caller knows that the kernel runs. Between kernels that stream through the caches each
-        step of Python is a miss, and the long way takes some 100 µs."""
+        step of Python is a miss: four long ways in a pass of convolutions took 0.9 ms more (10 µs each where warm).
+        """
         with torch._C._AutoDispatchBelowAutograd():
             return self.run(*arguments)
 

@@ -185,6 +185,17 @@ def test_gradients_of_first_and_second_order(product, x, weight, rule):
     assert torch.autograd.gradcheck(layer, leaves, check_batched_grad=True)
 
 
+@pytest.mark.parametrize(
+    ("x", "sentence"),
+    [(draw(2, 31), "shapes cannot be multiplied"), (draw(2, 30, dtype=torch.float32), "must have the same dtype")],
+)
+def test_torch_says_what_a_linear_layer_cannot_take(x, sentence, taken):
+    ours, _ = both(lambda: nn.Linear(30, 20))
+    with pytest.raises(RuntimeError, match=sentence):
+        ours(x)
+    assert not taken
+
+
 def test_a_penalty_of_second_order_goes_through(taken):
     ours, written = both(critic)
     found = []

@@ -386,7 +386,7 @@ def test_a_linear_layer_is_as_accurate_as_the_reference(implementation, device, 
         # in fp64, where the truth is no better, by the magnitude of what is summed
         summed = run_layer(reference, [t.double().abs() for t in tensors], norm=-1.3)
         for name, ours, own, truth, total in zip(("y", "z", "by W", "by x"), found, plain, exact, summed, strict=True):
-            size, beside = (total, 8.0) if dtype == torch.float64 else (truth, 2.0)
+            size, beside = (total, 4.0) if dtype == torch.float64 else (truth, 2.0)
             size = max(1.0, float(size.abs().max()))
             assert_as_accurate(f"{name} of {shape}", ours, own, truth, beside=beside, size=size)
 

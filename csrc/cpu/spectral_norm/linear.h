@@ -7,14 +7,13 @@
 // of kTall rows are added up.
 #pragma once
 
-#include "layers.h"
+#include "matrix.h"
 
 namespace genkernels {
 namespace spectral {
 
 constexpr int kFew = 8;                 // inputs at most
 constexpr int64_t kShare = 32 * 1024;   // weights that a thread takes at a time
-constexpr int64_t kAcross = 4 * 1024;   // columns whose products are added up in T, the sums of them in fp64
 constexpr int64_t kStretch = 4 * 1024;  // bytes of a row that are done with before the next row
 constexpr int64_t kTall = 256;          // rows whose products are added up one after the other
 
@@ -34,7 +33,7 @@ void products_of_rows(const T* w, const T* x, int64_t columns, double* sums) {
   constexpr int64_t L = kLanes<T>;
   std::fill_n(sums, R * B, 0.0);
   for (int64_t k = 0; k < columns;) {
-    const int64_t end = std::min(columns, k + kAcross);
+    const int64_t end = std::min(columns, k + kChunk);
     Vec sum[R][B] = {};
     for (; k + L <= end; k += L) {
       Vec xs[B];
