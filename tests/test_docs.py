@@ -324,13 +324,15 @@ def test_lost_rows_are_listed_and_training_steps_once_they_are_measured(tool, tm
         )
     ]
     (tmp_path / "made-cpu.json").write_text(json.dumps({"machine": machine, "rows": rows}))
-    (tmp_path / "training_step-cpu.json").write_text(json.dumps({"machine": machine, "rows": ["as it is"]}))
+    step = {"case": "training_step/gan/points", "provider": "compiled", "parted": "step 3: loss 1, the reference's 2"}
+    (tmp_path / "training_step-cpu.json").write_text(json.dumps({"machine": machine, "rows": [step]}))
     for name in ("likelihoods-cpu.json", "demo-cpu.json", "photos32-cpu.json"):
         (tmp_path / name).write_text((speed.RESULTS / name).read_text())
     monkeypatch.setattr(speed, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "training_step_table", lambda data: f"steps: {data['rows'][0]}", raising=False)
+    monkeypatch.setattr(report, "training_step_table", lambda data: f"steps: {data['rows'][0]['case']}")
     page = speed.page()
     assert "| x, float32, forward | 2.00 | 0.40 | **1.00** | 2.00 | 0.40 | 50 % | wrong |" in page
     assert "| made: x, 2×3, float32, forward | torch.compile | 0.40 | made-cpu.json |" in page
     assert "a processor" in page and "eager PyTorch | " not in page
-    assert "## Training steps" in page and "steps: as it is" in page and "training_step-cpu.json" in page
+    assert "## Training steps" in page and "steps: training_step/gan/points" in page
+    assert "training_step-cpu.json" in page and "round: compiled of gan/points (step 3)." in page

@@ -177,7 +177,7 @@ def _training_steps() -> list[str]:
     files = sorted(RESULTS.glob("training_step-*.json"), key=lambda file: len(file.name))
     if not files:
         return []
-    from genkernels.benchmarks.report import training_step_table
+    from genkernels.benchmarks.report import PARTED, training_step_table
 
     parts = [
         "## Training steps",
@@ -187,10 +187,16 @@ def _training_steps() -> list[str]:
     ]
     for file in files:
         data = json.loads(file.read_text())
-        # which rows are of another day or machine
-        others = [n for n in data["machine"].get("notes", ()) if n.startswith(("rows in ", "the rows of "))]
-        told = "".join(f" {note[0].upper()}{note[1:]}." for note in others)
-        parts.append(f"{conditions(data['machine'])} ([{file.name}](../benchmarks/results/{file.name})).{told}")
+        parts.append(f"{conditions(data['machine'])} ([{file.name}](../benchmarks/results/{file.name})).")
+        if runs := data.get("runs"):  # a case is compared within its run
+            told = "; ".join(f"{key}: {conditions(machine)}" for key, machine in runs.items())
+            parts.append(f"Cases that were measured at another time, by the letter of their run: {told}.")
+        parted = [row for row in data["rows"] if row.get("parted")]
+        if parted:
+            told = (
+                f"{row['provider']} of {row['case'].split('/', 1)[1]} ({row['parted'].split(':')[0]})" for row in parted
+            )
+            parts.append(f"{PARTED}: {', '.join(told)}.")
         parts.append(training_step_table(data).strip())
     return parts
 

@@ -32,6 +32,10 @@ SAME = (
     "The same as the reference, operation by operation and bit for bit, there being no kernel that would win; both "
     "rows have the samples of both"
 )
+PARTED = (
+    "Held to the reference in fp64 over all steps of the gate, losses in fp32 leaving it by rounding after the first "
+    "round"
+)
 _LEGEND = (
     "Medians and 20/80 % quantiles of interleaved calls. × reference, × compiled: how many times as fast as eager and "
     "compiled PyTorch. Of peak: bytes/s (or flop/s) as a share of the copy (or product) above. Peak MiB: "
@@ -66,6 +70,8 @@ def lines(results) -> Iterator[tuple[str, str]]:
     notes = [*unsteady(results.rows), *(f"not measured: {note}" for note in results.notes)]
     if same := [row for row in results.rows if row.same_as]:
         notes.append(f"{SAME}: {'; '.join(f'{row.provider} of {row.title}' for row in same)}")
+    if parted := [row for row in results.rows if row.parted]:
+        notes.append(f"{PARTED}: {'; '.join(f'{row.provider} of {row.title}: {row.parted}' for row in parted)}")
     notes += [_LEGEND] if results.rows else ["nothing was measured"]
     for note in notes:
         yield from (("note", part) for part in textwrap.wrap(note, WIDTH, subsequent_indent="  "))
@@ -149,7 +155,7 @@ def training_step_table(results_json: dict | str | os.PathLike) -> str:
 
     Milliseconds a step (medians). × eager: how many times as fast as eager PyTorch the fused step is; × compiled: how
     many times as fast as compiled PyTorch it is inside ``torch.compile``; "same": the fused step is the eager one,
-    operation by operation and bit for bit.
+    operation by operation and bit for bit; run: of which of the file's ``runs`` the line is, where it has several.
 
     Args:
         results_json: what the file holds, or its path.
@@ -162,7 +168,7 @@ def training_step_table(results_json: dict | str | os.PathLike) -> str:
         lines.setdefault((model, preset, row["dtype"]), {})[row["provider"]] = row
     peers = sorted({name for by_provider in lines.values() for name in by_provider} - set(_STEPS))
     heads = ["model", "preset", "precision", "batch", *(f"{name} ms" for name in [*_STEPS.values(), *peers])]
-    heads += ["× eager", "× compiled"]
+    heads += ["× eager", "× compiled", *(["run"] if results_json.get("runs") else [])]
     table = [_markdown(heads), _markdown(["---"] * len(heads))]
     for (model, preset, dtype), by_provider in lines.items():
         times = {name: row["median_s"] for name, row in by_provider.items() if row["median_s"]}
@@ -173,7 +179,10 @@ def training_step_table(results_json: dict | str | os.PathLike) -> str:
         ]
         if by_provider.get("fused", {}).get("same_as"):
             ratios[0] = "same"
-        batch = str(next(iter(by_provider.values()))["shape"][0])
+        first = next(iter(by_provider.values()))
+        if results_json.get("runs"):
+            ratios.append(first.get("run", "–"))
+        batch = str(first["shape"][0])
         table.append(_markdown([model, preset, _PRECISIONS.get(dtype, dtype), batch, *cells, *ratios]))
     return "\n".join(table) + "\n"
 

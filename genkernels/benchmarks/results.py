@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass
 class Row:
-    """One provider on one case; the fields down to `same_as` are the JSON's."""
+    """One provider on one case; the fields down to `parted` are the JSON's."""
 
     case: str
     shape: list[int]
@@ -23,14 +23,16 @@ class Row:
     flops: int = 0
     share_of_peak: float | None = None
     same_as: str = ""  #: the provider that does the very same; both have the samples of both
+    parted: str = ""  #: where rounding led its fp32 losses away from the reference's; the gate held it in fp64 then
     fault: str = ""
     ours: bool = False
 
     def to_json(self) -> dict:
         values = asdict(self)
         del values["fault"], values["ours"]
-        if not self.same_as:
-            del values["same_as"]
+        for name in ("same_as", "parted"):
+            if not values[name]:
+                del values[name]
         return values
 
     @property

@@ -197,6 +197,7 @@ def run_case(
         try:
             session = provider.open(problem)
             row.fault = session.check()
+            row.parted = getattr(session, "parted", "")
         except Unavailable as reason:
             skipped.append((provider.name, str(reason)))
             continue

@@ -144,6 +144,49 @@ def test_a_fused_step_that_is_the_reference_s_has_its_samples(effort, capsys):
     assert not fused.same_as and fused.median_s != reference.median_s
 
 
+@dataclasses.dataclass
+class Parting(StepProvider):
+    """Whose losses are off from a call of each player's on, in fp32 alone or in fp64 as well."""
+
+    first_call: int = 1
+    also_in_double: bool = False
+
+    def open(self, problem):
+        return PartingSession(problem, self)
+
+
+class PartingSession(StepSession):
+    def _start(self, problem, dtype):
+        model, trainer = super()._start(problem, dtype)
+        off = 0.0 if dtype == torch.float64 and not self.provider.also_in_double else 1e-2
+        trainer.moves = [dataclasses.replace(move, loss=self._off(move.loss, off)) for move in trainer.moves]
+        return model, trainer
+
+    def _off(self, loss, off):
+        calls = iter(range(1000))
+        return lambda x: loss(x) + (off if next(calls) >= self.provider.first_call else 0.0)
+
+
+def test_losses_of_players_that_part_by_rounding_are_held_in_fp64(effort, capsys):
+    case = StepCase("gan", "points", torch.float32, gate_steps=3)
+    rounding = Parting("rounding", "auto", compiled=False, ours=True)
+    wrong = dataclasses.replace(rounding, name="wrong", also_in_double=True)
+    at_once = dataclasses.replace(rounding, name="at once", first_call=0)
+    rows, _ = run_case(case, [training_step.local()[0], rounding, wrong, at_once], CPU, effort)
+    assert [row.gate for row in rows] == ["pass", "pass", "fail", "fail"]
+    assert [row.parted[:6] for row in rows] == ["", "step 3", "", ""] and rows[1].median_s
+    assert rows[2].fault.startswith("step 3: loss ") and "in fp64, step 3: loss " in rows[2].fault
+    assert rows[3].fault.startswith("step 1: loss ") and "fp64" not in rows[3].fault
+    assert [row.to_json().get("parted", "")[:6] for row in rows] == ["", "step 3", "", ""]
+    report.show(runner.Results({}, rows=rows[:2]))
+    shown = capsys.readouterr().out
+    assert report.PARTED[:40] in shown and "rounding of training_step/gan/points" in shown
+
+    one_player = Parting("one player", "auto", compiled=False, ours=True)  # whose loss says enough in fp32
+    (row,), _ = run_case(SMALL, [one_player], CPU, effort)
+    assert row.gate == "fail" and not row.parted
+
+
 def test_the_rule_of_the_gate():
     assert not fault_of([1.0, 50.0], [1.00009, 50.004], 0.0)  # 1e-4 of the reference, of 1 where that is smaller
     assert fault_of([1.0, 50.0], [1.0, 50.006], 0.0).startswith("step 2: loss 50, the reference's 50.006")
