@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Takes cases that were measured again into a committed file of results.
+
+    python tools/merge_results.py benchmarks/results/training_step-cpu.json again.json [more.json …]
+
+A case is replaced as a whole, all of its providers, so that what is compared was measured in one run; the rows say of
+which: ``run`` is a key of the file's ``runs``, where that run's machine stands. Rows without it are of the file's own
+``machine``. Refuses a case that would lose a provider.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import string
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a fresh clone, nothing installed
+
+from genkernels._files import write_json
+
+
+def case_of(row: dict) -> tuple:
+    return row["case"], tuple(row["shape"]), row["dtype"], row["direction"]
+
+
+def title(case: tuple) -> str:
+    """As notes and tables have it."""
+    name, shape, dtype, direction = case
+    return "  ".join((name, "×".join(map(str, shape)), dtype, direction))
+
+
+def merge(old: dict, new: dict) -> dict:
+    """`old` with the cases of `new` in their places.
+
+    Raises:
+        ValueError: a case is none of `old`'s, or lacks a provider that `old` has there.
+    """
+    again: dict[tuple, list[dict]] = {}
+    for row in new["rows"]:
+        again.setdefault(case_of(row), []).append(row)
+    providers = {case: {row["provider"] for row in rows} for case, rows in again.items()}
+    known = {case_of(row) for row in old["rows"]}
+    if strange := [title(case) for case in again if case not in known]:
+        raise ValueError(f"a case must be one of the file's, got {'; '.join(strange)}")
+    for row in old["rows"]:
+        case = case_of(row)
+        if case in again and row["provider"] not in providers[case]:
+            raise ValueError(f"{title(case)} must be measured with {row['provider']} too, which the file has there")
+    runs = dict(old.get("runs", {}))
+    key = next(letter for letter in string.ascii_lowercase if letter not in runs)
+    runs[key] = {name: value for name, value in new["machine"].items() if name != "notes"}
+    rows, done = [], set()
+    for row in old["rows"]:
+        case = case_of(row)
+        if case not in again:
+            rows.append(row)
+        elif case not in done:
+            done.add(case)
+            rows += [{**fresh, "run": key} for fresh in again[case]]
+    told = [n for n in old["machine"].get("notes", ()) if not n.startswith(tuple(f"{title(case)}:" for case in again))]
+    told += [note for note in new["machine"].get("notes", ()) if note not in told]
+    used = {row.get("run") for row in rows}
+    runs = {key: run for key, run in runs.items() if key in used}
+    return {**old, "machine": {**old["machine"], "notes": told}, "runs": runs, "rows": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="the file that is rewritten")
+    parser.add_argument("again", nargs="+", type=Path, help="what `genkernels bench --json` wrote")
+    arguments = parser.parse_args()
+    try:
+        results = json.loads(arguments.file.read_text())
+        for file in arguments.again:
+            results = merge(results, json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        print(f"merge_results: {error}", file=sys.stderr)
+        return 2
+    write_json(arguments.file, results, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
