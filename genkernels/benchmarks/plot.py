@@ -1,4 +1,5 @@
-"""The picture of a run: one bar a provider, grouped by case, its length the speed relative to eager PyTorch."""
+"""The picture of a run: one bar a provider, grouped by case, its length the speed relative to eager PyTorch. Of a run
+too large for bars: a line a case, a mark a provider."""
 
 from __future__ import annotations
 
@@ -17,35 +18,131 @@ _NAMES = {
     **{name: f"genkernels {name}" for name in ("cpu", "triton", "cuda")},
 }
 _BAR, _GAP, _COLUMN = 0.24, 0.46, 45  # inches a bar, inches for a group's heading, bars in one column
+_MOST = 3 * _COLUMN  # bars; more of them are drawn as marks
+_LINE, _LINES = 0.2, 64  # inches a case drawn as marks, and how many in one column
 
 
 def draw(groups: list[tuple[str, list]], conditions: list[str], file: BinaryIO, kind: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
 
     groups = [(title, rows) for title, rows in groups if any(row.median_s for row in rows)]
+    if sum(len(rows) for _, rows in groups) > _MOST:
+        figure = _as_marks(groups, conditions)
+    else:
+        figure = _as_bars(groups, conditions)
+    FigureCanvasAgg(figure)
+    figure.savefig(file, format=kind, facecolor="white")
+
+
+def _as_bars(groups, conditions):
     columns = _columns(groups)
     tallest = max((_height(column) for column in columns), default=1.0)
-    caption = [part for line in conditions for part in textwrap.wrap(line, 125 * max(len(columns), 1))]
-    head, foot = 0.6, 0.65 + 0.17 * len(caption)
-    width, height = 8.6 * max(len(columns), 1), head + tallest + foot
-    figure = Figure(figsize=(width, height), dpi=150)
-    FigureCanvasAgg(figure)
+    figure, foot = _page(
+        8.6 * max(len(columns), 1),
+        tallest,
+        0.6,
+        "longer is better; at each bar: milliseconds a call (median), speed relative to eager PyTorch",
+        conditions,
+    )
     speeds = [speed for _, rows in groups for speed in _speeds(rows).values()]
     log = bool(speeds) and max(speeds) / min(speeds) > 30
+    width, height = figure.get_size_inches()
     for place, column in enumerate(columns):
         tall = _height(column)
         start, span = (place * 8.6 + 1.3) / width, 7.1 / width
         axes = figure.add_axes((start, (foot + tallest - tall) / height, span, tall / height))
         _fill(axes, column, speeds, log)
-    figure.text(
-        0.15 / width, 1 - 0.16 / height, "How many times as fast as eager PyTorch", fontsize=14, weight="bold", va="top"
-    )
-    subtitle = "longer is better; at each bar: milliseconds a call (median), speed relative to eager PyTorch"
+    from matplotlib.patches import Patch
+
+    kinds = {_kind(row) for _, rows in groups for row in rows}
+    _legend(figure, [Patch(color=colour, label=label) for label, colour in _COLOURS.items() if label in kinds], 0.08, 3)
+    return figure
+
+
+def _page(width: float, tall: float, head: float, subtitle: str, conditions):
+    """A figure with its heading and its caption, and the inches below what is drawn."""
+    from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
+
+    caption = [part for line in conditions for part in textwrap.wrap(line, round(14.5 * width))]
+    foot = 0.65 + 0.17 * len(caption)
+    height = head + tall + foot
+    figure = Figure(figsize=(width, height), dpi=150)
+    title = "How many times as fast as eager PyTorch"
+    figure.text(0.15 / width, 1 - 0.16 / height, title, fontsize=14, weight="bold", va="top")
     figure.text(0.15 / width, 1 - 0.44 / height, subtitle, fontsize=9, va="top", color="#444444")
-    _legend(figure, width, height, {_kind(row) for _, rows in groups for row in rows})
     figure.text(0.15 / width, 0.1 / height, "\n".join(caption), fontsize=7.5, va="bottom", color="#444444")
-    figure.savefig(file, format=kind, facecolor="white")
+    return figure, foot
+
+
+def _as_marks(groups, conditions):
+    from matplotlib.lines import Line2D
+
+    count = -(-len(groups) // _LINES)
+    each = -(-len(groups) // count)
+    tall = each * _LINE + 0.1
+    subtitle = (
+        "further to the right is better; at each line: milliseconds a call (median), eager and genkernels' best; "
+        "wrong: how many providers' values differ, whose speed is not shown"
+    )
+    width = 8.6 * count
+    figure, foot = _page(width, tall, 0.95, subtitle, conditions)
+    speeds = [speed for _, rows in groups for speed in _speeds(rows).values()]
+    height = figure.get_size_inches()[1]
+    for place in range(count):
+        column = groups[place * each : (place + 1) * each]
+        high = len(column) * _LINE + 0.1
+        box = ((place * 8.6 + 3.1) / width, (foot + tall - high) / height, 4.1 / width, high / height)
+        _mark(figure.add_axes(box), column, (min(speeds), max(speeds)))
+    names = dict.fromkeys(row.provider for _, rows in groups for row in rows if row.provider != "reference")
+    marks = [(name, next(row for _, rows in groups for row in rows if row.provider == name)) for name in names]
+    handles = [Line2D([], [], linestyle="", label=_NAMES.get(name, name), **_style(row)) for name, row in marks]
+    _legend(figure, handles, 0.62, 6)
+    return figure
+
+
+def _style(row) -> dict:
+    """What a provider's mark looks like: its form says which, its colour whose; hollow where it is compiled."""
+    kind = _kind(row)
+    forms = {"compiled": "D", "nflows": "^", "normflows": "v", "FrEIA": "<", "zuko": ">", "one pass": "|"}
+    forms |= {"triton": "s", "cuda": "P"}
+    fill = "white" if row.provider == "fused compiled" else _COLOURS[kind]
+    size = 6 if kind == "genkernels" else 4.5
+    return {
+        **{"marker": forms.get(row.provider, "o"), "markersize": size, "markerfacecolor": fill},
+        **{"markeredgecolor": _COLOURS[kind], "markeredgewidth": 1.3},
+    }
+
+
+def _mark(axes, column, speeds) -> None:
+    labels = []
+    for y, (title, rows) in enumerate(column):
+        name, shape, rest = title.split("  ", 2)
+        labels.append(f"{name.removeprefix('training_step/')}, {shape}, {rest.replace('  ', ', ')}")
+        relative = _speeds(rows)
+        axes.plot([min(relative.values()), max(relative.values())], [y, y], color="#d5d9de", linewidth=1.2, zorder=1)
+        for row in sorted(rows, key=lambda row: row.ours):  # ours above the others
+            if row.provider in relative and row.provider != "reference":
+                axes.plot(relative[row.provider], y, clip_on=False, zorder=3 + row.ours, **_style(row))
+        wrong = sum(row.provider not in relative for row in rows)
+        ours = min((r.median_s for r in rows if r.ours and r.median_s and r.provider != "reference"), default=None)
+        eager = next((r.median_s for r in rows if r.provider == "reference"), None)
+        text = " → ".join(milliseconds(seconds) for seconds in (eager, ours) if seconds)
+        text = f"{text} ms" + (f", {wrong} wrong" if wrong else "")
+        axes.text(
+            1.02, y, text, transform=_mixed(axes), fontsize=7.5, va="center", color="#b00020" if wrong else "#222222"
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(0.9 * speeds[0], 1.1 * speeds[1])
+    axes.set_ylim(len(column) - 0.5, -0.5)
+    axes.axvline(1.0, color="#555555", linewidth=0.8, linestyle=(0, (3, 2)), zorder=0)
+    axes.set_yticks(range(len(column)), labels, fontsize=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8, which="both")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
+    axes.set_xlabel("speed, eager PyTorch = 1, logarithmic", fontsize=8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
 
 
 def _columns(groups):
@@ -141,17 +238,15 @@ def _mixed(axes):
     return axes.get_yaxis_transform()
 
 
-def _legend(figure, width, height, kinds) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=colour, label=label) for label, colour in _COLOURS.items() if label in kinds]
+def _legend(figure, handles, top: float, columns: int) -> None:
+    width, height = figure.get_size_inches()
     figure.legend(
         handles=handles,
         loc="upper right",
-        ncols=3,
+        ncols=columns,
         fontsize=8,
         frameon=False,
-        bbox_to_anchor=(1 - 0.15 / width, 1 - 0.08 / height),
+        bbox_to_anchor=(1 - 0.15 / width, 1 - top / height),
         borderaxespad=0,
         columnspacing=1.0,
         handlelength=1.2,

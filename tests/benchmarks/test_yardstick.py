@@ -171,3 +171,31 @@ def test_a_long_reference_is_called_once_for_its_gate(monkeypatch, toy):
     assert len(calls) == 1
     problem.standard.seconds = 1e9
     assert providers.Backend("reference").open(problem).check() == "" and len(calls) == 1
+
+
+def test_a_run_too_large_for_bars_is_a_line_a_case_and_a_mark_a_provider(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    told = (("reference", 1.0), ("fused", 0.25), ("compiled", None), ("zuko", 2.0))
+    rows = [
+        Row(f"toy/{case}", [1], "float32", "step", name, "pass" if t else "fail", t and t * k, ours=name == "fused")
+        for k, case in enumerate("abc", 1)
+        for name, t in told
+    ]
+    groups = report.groups(rows)
+    plot.draw(groups, [], tmp_path / "bars.svg", "svg")
+    monkeypatch.setattr(plot, "_MOST", len(rows) - 1)
+    monkeypatch.setattr(plot, "_LINES", 2)
+    plot.draw(groups, [], tmp_path / "marks.svg", "svg")
+    assert (tmp_path / "bars.svg").read_text().count("<path") != (tmp_path / "marks.svg").read_text().count("<path")
+
+    figure = plot._as_marks(groups, ["where"])
+    assert [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes] == [
+        ["toy/a, 1, float32, step", "toy/b, 1, float32, step"],
+        ["toy/c, 1, float32, step"],
+    ]
+    first, last = figure.axes
+    assert [text.get_text() for text in first.texts] == ["1000.0 → 250.0 ms, 1 wrong", "2000.0 → 500.0 ms, 1 wrong"]
+    marks = [line.get_xdata()[0] for line in last.lines if len(line.get_xdata()) == 1]
+    assert sorted(marks) == [0.5, 4.0] and all(first.get_xlim()[0] < at < first.get_xlim()[1] for at in marks)
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == {"genkernels", "torch.compile", "zuko"}
