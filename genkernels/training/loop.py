@@ -188,8 +188,7 @@ def _run(
 
 def _restore(run, model, description, bundle, config, data, resume, main) -> tuple[dict, TrainConfig, list[str]]:
     """Writes ``config.json``, and loads the checkpoint of a run that goes on."""
-    facts = data_facts(bundle)
-    data = {"spec": bundle.name, **(data or {}), **facts}
+    data = {"spec": bundle.name, **(data or {}), **data_facts(bundle)}
     state, notes = {}, []
     if resume:
         refuse_changes(run, model, description, bundle, data, config.to_dict())
