@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 from _markdown import table
@@ -199,6 +200,36 @@ def _training_steps() -> list[str]:
             parts.append(f"{PARTED}: {', '.join(told)}.")
         parts.append(training_step_table(data).strip())
     return parts
+
+
+def training_steps(base: str = "") -> str:
+    """Whole training steps in a few lines, and their picture."""
+    file = RESULTS / "training_step-cpu.json"
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in json.loads(file.read_text())["rows"]:
+        found.setdefault((row["dtype"], row["case"]), {})[row["provider"]] = row
+    ratios: dict[tuple, tuple[list, list]] = {}
+    for (dtype, case), rows in found.items():
+        eager, compiled = ratios.setdefault((dtype, case.rsplit("/", 1)[1].removeprefix("two_")), ([], []))
+        times = {name: row["median_s"] for name, row in rows.items() if row["median_s"]}
+        for kept, base_name, ours in ((eager, "reference", "fused"), (compiled, "compiled", "fused compiled")):
+            if base_name in times and ours in times:
+                kept.append(times[base_name] / times[ours])
+    lines = [
+        [preset, _PRECISIONS[dtype], str(len(eager)), *_three(eager), *_three(compiled)]
+        for (dtype, preset), (eager, compiled) in ratios.items()
+    ]
+    each = ("lowest", "median", "highest")
+    header = ["preset", "precision", "models", *(f"× eager, {w}" for w in each), *(f"× compiled, {w}" for w in each)]
+    picture = f"![Speed of whole training steps, a line a model]({base}benchmarks/results/{file.stem}.png)"
+    return f"{table(lines, header)}\n\n{picture}"
+
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def _three(ratios: list[float]) -> list[str]:
+    return [_ratio(f(ratios)) for f in (min, statistics.median, max)] if ratios else ["", "", ""]
 
 
 def swaps(base: str = "", libraries: tuple[str, ...] = ()) -> str:

@@ -291,7 +291,13 @@ def names_text() -> str:
     return "\n".join([*lines, f"Data: {listed(shipped)}, and your own: {listed(own)}."])
 
 
-BLOCKS = {"names": names_text, "rows": _speed.chosen_rows, "likelihoods": _speed.likelihoods, "demo": _speed.demo}
+BLOCKS = {
+    "names": names_text,
+    "rows": _speed.chosen_rows,
+    "steps": _speed.training_steps,
+    "likelihoods": _speed.likelihoods,
+    "demo": _speed.demo,
+}
 
 
 def filled(path: Path, blocks: dict[str, Callable[[], str]]) -> str:

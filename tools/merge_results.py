@@ -5,12 +5,13 @@
 
 A case is replaced as a whole, all of its providers, so that what is compared was measured in one run; the rows say of
 which: ``run`` is a key of the file's ``runs``, where that run's machine stands. Rows without it are of the file's own
-``machine``. Refuses a case that would lose a provider.
+``machine``. Refuses a case that would lose a provider. The picture beside the file is drawn again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import string
 import sys
@@ -18,7 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a fresh clone, nothing installed
 
-from genkernels._files import write_json
+from genkernels._files import replacing, write_json
+from genkernels.backends import NAMES
+from genkernels.benchmarks import plot, report
+from genkernels.benchmarks.results import Row
+
+OURS = {"fused", "fused compiled", *NAMES}
 
 
 def case_of(row: dict) -> tuple:
@@ -66,10 +72,27 @@ def merge(old: dict, new: dict) -> dict:
     return {**old, "machine": {**old["machine"], "notes": told}, "runs": runs, "rows": rows}
 
 
+def draw(results: dict, path: Path) -> None:
+    """The picture of a file; its caption says how many cases are of another run."""
+    names = {field.name for field in dataclasses.fields(Row)}
+    rows = [
+        Row(**{name: value for name, value in row.items() if name in names}, ours=row["provider"] in OURS)
+        for row in results["rows"]
+    ]
+    groups = report.groups(rows)
+    caption = report.conditions(results["machine"])
+    if others := len({case_of(row) for row in results["rows"] if "run" in row}):
+        caption.append(
+            f"{others} of the {len(groups)} cases were measured at another time: the table says when and where"
+        )
+    with replacing(path) as file:
+        plot.draw(groups, caption, file, path.suffix.lstrip("."))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="the file that is rewritten")
-    parser.add_argument("again", nargs="+", type=Path, help="what `genkernels bench --json` wrote")
+    parser.add_argument("again", nargs="*", type=Path, help="what `genkernels bench --json` wrote")
     arguments = parser.parse_args()
     try:
         results = json.loads(arguments.file.read_text())
@@ -79,6 +102,7 @@ def main() -> int:
         print(f"merge_results: {error}", file=sys.stderr)
         return 2
     write_json(arguments.file, results, indent=1)
+    draw(results, arguments.file.with_suffix(".png"))
     return 0
 
 
