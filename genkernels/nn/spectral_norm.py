@@ -268,11 +268,12 @@ class SpectralNorm(nn.Module):
         return held.original if weight is None else weight
 
     def as_original(self, weight: Tensor) -> Tensor:
-        """The original weight where `weight` is the same memory, as a compiled pass hands it on."""
+        """The original weight where `weight` is the same memory, as a compiled pass hands it on, whose views have
+        versions of their own."""
         held = self.original() if self.leads() else None
         if held is None or weight.is_inference() or held.is_inference():
             return weight
-        same = weight.data_ptr() == held.data_ptr() and weight._version == held._version
+        same = weight.data_ptr() == held.data_ptr() and weight.dtype == held.dtype
         return held if same and weight.shape == held.shape and weight.stride() == held.stride() else weight
 
     def leads(self) -> bool:

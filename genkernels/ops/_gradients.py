@@ -33,6 +33,8 @@ class Formula:
     #: Places of arguments that never have a gradient, where lists come or go: autograd, whose cost a step of small
     #: layers feels, is not given their tensors.
     constants: tuple[int, ...] = ()
+    #: ``handed(*arguments)``: what the operator itself is given of them, out of autograd's sight. Not with lists.
+    handed: Callable[..., Sequence] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,12 @@ def _recording(run: Any, reference: Callable, formula: Formula) -> Callable:
     if any(_is_tensor_list(value.type) for value in (*schema.arguments, *schema.returns)):
         return _recording_lists(run, reference, formula)
 
-    def forward(ctx, *arguments):
+    def plain(*arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            output = run(*arguments)
+            return run(*arguments) if formula.handed is None else run(*formula.handed(*arguments))
+
+    def forward(ctx, *arguments):
+        output = plain(*arguments)
         ctx.set_materialize_grads(False)
         formula.setup(ctx, arguments, output)
         return output
@@ -117,8 +122,7 @@ def _recording(run: Any, reference: Callable, formula: Formula) -> Callable:
             return reference(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(*arguments)
+        return plain(*arguments)
 
     return call
 

@@ -4,6 +4,8 @@ to weights in a training run."""
 import copy
 import gc
 import io
+import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -583,6 +585,40 @@ def test_compiled_it_trains_to_the_same_losses(operator):
     )
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler here")
+def test_compiled_weights_are_known_however_they_lie_in_memory():
+    """Inductor gives parameters of four dimensions another layout, and their views other versions."""
+    torch._dynamo.reset()
+    x = batch(dtype=torch.float32)
+    ways = (
+        lambda w: w,
+        lambda w: w.contiguous(memory_format=torch.channels_last),
+        lambda w: w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        lambda w: w.new_zeros(1000)[100 : 100 + w.numel()].view(w.shape).copy_(w),
+    )
+
+    def network():
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(*size, 3, padding=1) for size in ((2, 8), (8, 8), (8, 8), (8, 2))]
+        for layer, way in zip(layers, ways, strict=True):
+            layer.weight = torch.nn.Parameter(way(layer.weight.detach()))
+        return gnn.spectral_norm_(torch.nn.Sequential(*(m for layer in layers for m in (layer, torch.nn.Tanh()))))
+
+    plain, compiled = network(), network()
+    losses = []
+    for net, run in ((plain, plain), (compiled, torch.compile(compiled, fullgraph=True))):
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = sum(run(k * x).square().mean() for k in (1, 2))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    torch.testing.assert_close(losses[3:], losses[:3], rtol=1e-5, atol=0)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=0, atol=1e-5, msg=name)
+
+
 def test_compiled_copies_have_vectors_of_their_own():
     """One code serves them: which layer it normalises for is an input, not a part of it."""
     torch._dynamo.reset()
@@ -601,7 +637,7 @@ def test_compiled_copies_have_vectors_of_their_own():
 def test_a_compiled_pass_does_not_outlive_its_layers():
     net = gnn.spectral_norm_(torch.nn.Linear(2, 2))
     (part,) = net.parametrizations.weight
-    arguments = net.weight.detach(), part._number, [2], [2], part._plan, 1.0, False
+    arguments = net.weight.detach(), part._number, [2, 2], [2, 1], [2], [2], part._plan, 1.0, False
     torch.ops.genkernels.spectral_norm_held(*arguments)
     del net, part
     gc.collect()
