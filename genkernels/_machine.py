@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -61,6 +63,21 @@ def free_memory() -> int | None:
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
         found += [] if soft == resource.RLIM_INFINITY else [soft]
     return min(found, default=None)
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep what tensors free for those that come next, in this process from now on.
+
+    By itself it gives the end of the heap back to the system as soon as it is free, and the next call takes it anew,
+    page by page: a third of some training steps, none of others in the same process. Blocks above 32 MiB come and go
+    as before. Does nothing, and says False, where the environment says what glibc is to do, or where there is no glibc.
+    """
+    told = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    if sys.platform != "linux" or any(name in os.environ for name in told):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h, and the most that either takes
+    return mallopt is not None and bool(mallopt(trim, 2**31 - 1)) and bool(mallopt(mmap, 32 << 20))
 
 
 def is_main_process() -> bool:

@@ -123,7 +123,8 @@ def conditions(machine: dict) -> list[str]:
         " · ".join(filter(None, (machine["device"], instructions, threads, f"torch {versions['torch']}"))),
         " · ".join(filter(None, (f"genkernels {versions['genkernels']}", commit, date))),
         f"reached in this run: copy {machine['copy_bytes_per_s'] / 1e9:,.1f} GB/s (read + written), "
-        f"matrix product {products} Gflop/s",
+        f"matrix product {products} Gflop/s"
+        + ("; what is freed stays with the process" if machine.get("keeps_freed_memory") else ""),
     ]
 
 

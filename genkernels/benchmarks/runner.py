@@ -16,7 +16,7 @@ import torch
 
 from genkernels._config import check_threads
 from genkernels._files import refuse_unwritable, write_json
-from genkernels._machine import cpu_threads
+from genkernels._machine import cpu_threads, keep_freed_memory
 from genkernels._words import UsageError, nearest
 from genkernels.backends import use_backend
 from genkernels.benchmarks import cases as catalogue
@@ -112,6 +112,7 @@ def measure(
 ) -> Results:
     """Every provider on every case; after `limit` seconds, on those begun by then: every third case comes first, so
     that they are of all kinds."""
+    kept = keep_freed_memory()
     began = time.monotonic()
     ceilings = machine.Ceilings(device)
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
@@ -151,7 +152,7 @@ def measure(
     for row in results.rows:
         if row.median_s and row.gate != "none" and (row.bytes or row.flops):  # they are the operator's
             row.share_of_peak = ceilings.share(row.bytes, row.flops, row.dtype, row.median_s)
-    results.machine = machine.describe(device, ceilings, quick)
+    results.machine = {**machine.describe(device, ceilings, quick), "keeps_freed_memory": kept}
     results.notes = _summary(left_out, len(rows_of))
     if late := [case.title for index, case in enumerate(cases) if index not in rows_of]:
         why = "the run being stopped by hand" if results.interrupted else f"the {limit:g} s being over"

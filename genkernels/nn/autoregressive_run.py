@@ -32,7 +32,7 @@ class AutoregressiveRun:
     def joined(steps: list, x: Tensor) -> list:
         """`steps` with every stretch that is faster in one call as a run, for the direction of one pass; x: what comes
         to the first of them, perhaps not yet ``[N, D]``."""
-        if torch.compiler.is_compiling() or not any(isinstance(step, AutoregressiveTransform) for step in steps):
+        if not any(isinstance(step, AutoregressiveTransform) for step in steps):
             return steps
         if not one_call_pays(x):
             return steps

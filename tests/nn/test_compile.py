@@ -57,6 +57,22 @@ def test_loss_is_one_graph(name, preset, backend):
             torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-6)
 
 
+def test_masked_autoregressive_transforms_are_one_call_within_a_graph_too():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MODELS["maf"].from_preset("points", transforms=3).train()
+    x, calls = torch.randn(8, 2), []
+    model.loss(x)
+
+    def counting(graph, inputs):
+        calls.extend(node for node in graph.graph.nodes if "made_forward" in str(node.target))
+        return graph
+
+    expected = model.loss(x)
+    torch.testing.assert_close(torch.compile(model.loss, fullgraph=True, backend=counting)(x), expected)
+    assert len(calls) == 1
+
+
 def apart(results, names, dtype):
     """Asserts that two runs gave the same; None where nothing flows, or zeros."""
     close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-12}

@@ -14,6 +14,7 @@ import time
 
 import torch
 
+from genkernels._machine import keep_freed_memory
 from genkernels.benchmarks import peers
 from genkernels.benchmarks.measure import WIDE_FLOOR, Inputs, Standard, Work, values
 
@@ -64,6 +65,7 @@ def main(peer: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not pass for an answer
     importlib.import_module(peer)
+    keep_freed_memory()
     worker = Worker(peer)
     for line in sys.stdin:
         message = json.loads(line)

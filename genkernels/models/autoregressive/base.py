@@ -100,10 +100,9 @@ class PixelModel(LikelihoodModel):
             # fp32
             exact = self._scaled(index, torch.promote_types(self._like.dtype, torch.float32))
             return -losses.discretized_logistic_mixture_nll(params, exact, self.grey_levels)
-        logits = params.unflatten(1, (self.shape[0], self.grey_levels)).transpose(1, 2)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # cross_entropy sums in the shape of the target: the classes are dimension 1
-        return -F.cross_entropy(logits, index, reduction="none").sum((1, 2, 3))
+        logits = params.unflatten(1, (self.shape[0], self.grey_levels)).flatten(0, 1)  # each channel as an image
+        nats = _cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), index.flatten(0, 1))
+        return -nats.view(index.shape).sum((1, 2, 3))
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
@@ -263,6 +262,18 @@ def _tells_itself(layer: nn.Module) -> bool:
     if hasattr(layer, "stages"):
         return plain(layer, type(layer)) and defined_together(type(layer), "stages", "forward")
     return any(plain(layer, kind) for kind in (MaskedConv2d, nn.Conv2d, Classes, nn.Dropout2d, nn.ModuleList))
+
+
+def _cross_entropy(logits: Tensor, index: Tensor) -> Tensor:
+    """``[N, H, W]`` nats, of logits ``[N, levels, H, W]``.
+
+    A compiled pass has it in operations of which Inductor makes vector code: ``cross_entropy``'s gradient comes out of
+    it several times slower than torch's own kernel.
+    """
+    if not torch.compiler.is_compiling():
+        return F.cross_entropy(logits, index, reduction="none")
+    shifted = logits - logits.detach().amax(1, keepdim=True)
+    return shifted.exp().sum(1).log() - shifted.gather(1, index.unsqueeze(1)).squeeze(1)
 
 
 class Classes(nn.Embedding):
