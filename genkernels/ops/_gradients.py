@@ -134,6 +134,8 @@ def _recording_lists(run: Any, reference: Callable, formula: Formula) -> Callabl
     varying = [i for i in range(len(schema.arguments)) if i not in formula.constants]
     lists = [at for at, i in enumerate(varying) if _is_tensor_list(schema.arguments[i].type)]  # among these
     gives_list = any(_is_tensor_list(value.type) for value in schema.returns)
+    if formula.handed is not None:
+        raise ValueError(f"{schema.name}: a formula with `handed` must have no lists, got {schema}")
     if gives_list and len(schema.returns) > 1:
         raise ValueError(f"{schema.name}: a schema must return tensors or one list of them, got {schema}")
 

@@ -182,6 +182,9 @@ def test_nothing_can_be_left_out(make):
     with pytest.raises(ValueError, match="a schema must give no default values"):
         schema = "toy_whole_default(Tensor x, int n=1) -> Tensor"
         operator.define(schema, copy_of, torch.empty_like, gradient=THROUGH_REFERENCE)
+    with pytest.raises(ValueError, match="a formula with `handed` must have no lists"):
+        handed = Formula(lambda *a: None, lambda *a: (None,), handed=lambda xs: (xs,))
+        operator.define("toy_whole_handed(Tensor[] xs) -> Tensor", sum, lambda xs: xs[0], gradient=handed)
     with pytest.raises(ValueError, match="toy_half: kernels must say for each of cpu, triton, cuda .*, got cpu"):
         make("toy_half", kernels={"cpu": ""})
     with pytest.raises(ValueError, match="kernels must be of cpu, triton, cuda, got 'tpu'"):
