@@ -190,8 +190,8 @@ def _training_steps() -> list[str]:
         data = json.loads(file.read_text())
         parts.append(f"{conditions(data['machine'])} ([{file.name}](../benchmarks/results/{file.name})).")
         if runs := data.get("runs"):  # a case is compared within its run
-            told = "; ".join(f"{key}: {conditions(machine)}" for key, machine in runs.items())
-            parts.append(f"Cases that were measured at another time, by the letter of their run: {told}.")
+            parts.append("Cases that were measured at another time name their run:")
+            parts.append(table([[key, conditions(machine)] for key, machine in runs.items()], ("run", "measured on")))
         parted = [row for row in data["rows"] if row.get("parted")]
         if parted:
             told = (
