@@ -94,6 +94,9 @@ def is_differentiable(name):
     return composability(name)["backward"] != RAISES
 
 
+DIFFERENTIABLE = [name for name in EXAMPLES if is_differentiable(name)]
+
+
 def refusal(name):
     return pytest.raises(RuntimeError, match=f"{name}: .*cannot be differentiated")
 
@@ -278,11 +281,9 @@ def test_compiles_end_to_end_with_its_gradient(name):
     torch.testing.assert_close(tuple(ours), tuple(expected))
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_activation_checkpoints(name):
     """Unpacking what backward saved runs the forward pass again, and must record it."""
-    if not is_differentiable(name):
-        pytest.skip("it has no backward pass")
     function, tensors = SAMPLES[name]()
     leaves = [t.clone().requires_grad_() for t in tensors]
     outputs = checkpoint(function, *leaves, use_reentrant=False)
@@ -304,11 +305,9 @@ class Unused(torch.autograd.Function):
         return (None,) * ctx.count
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_where_no_gradient_arrives_none_is_given(name):
     """As with torch's own operators: a zero in its place would meet infinities."""
-    if not is_differentiable(name):
-        pytest.skip("it has no backward pass")
     function, tensors = SAMPLES[name]()
     leaves = [t.clone().requires_grad_() for t in tensors]
     assert torch.autograd.grad(Unused.apply(*function(*leaves)), leaves, allow_unused=True) == (None,) * len(leaves)
@@ -323,15 +322,13 @@ def gradients_of(name, tensors, **hooks):
     return torch.autograd.grad(sum((o * o).sum() for o in outputs), leaves)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_saved_tensors_come_back_in_any_order_of_memory(name):
     """A hook that moves them away and back owes nobody their strides; their dtype it does.
 
     An operator that keeps its tensors by hand, so that its graph may be gone through more than once, shows hooks none
     of them: what they would do to a dtype concerns it not.
     """
-    if not is_differentiable(name):
-        pytest.skip("it has no backward pass")
     tensors = SAMPLES[name]()[1]
     packed = []
 
@@ -347,11 +344,9 @@ def test_saved_tensors_come_back_in_any_order_of_memory(name):
         gradients_of(name, tensors, pack_hook=lambda t: t, unpack_hook=lambda t: t.half() if t.dtype == F64 else t)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_recorded_backward_pass_in_forward_mode_and_mapped_over(name):
     """``jvp`` of a ``vjp`` whose forward pass ran before: registered operators would give zero tangents in silence."""
-    if not is_differentiable(name):
-        pytest.skip("it has no backward pass")
     function, tensors = SAMPLES[name]()
 
     def tangents():
@@ -374,10 +369,8 @@ def test_a_recorded_backward_pass_in_forward_mode_and_mapped_over(name):
     assert all(t.abs().sum() > 0 for t in expected)
 
 
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - LOWER_UNDER_AUTOCAST))
+@pytest.mark.parametrize("name", sorted(set(DIFFERENTIABLE) - LOWER_UNDER_AUTOCAST))
 def test_second_derivatives_inside_autocast_stay_in_fp32(name):
-    if not is_differentiable(name):
-        pytest.skip("it has no backward pass")
     function, tensors = SAMPLES[name](dtype=torch.float32)
 
     def penalty(inside):
