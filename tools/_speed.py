@@ -204,6 +204,8 @@ def _training_steps() -> list[str]:
 
 def training_steps(base: str = "") -> str:
     """Whole training steps in a few lines, and their picture."""
+    from genkernels.benchmarks.report import PRECISIONS
+
     file = RESULTS / "training_step-cpu.json"
     found: dict[tuple, dict[str, dict]] = {}
     for row in json.loads(file.read_text())["rows"]:
@@ -216,16 +218,13 @@ def training_steps(base: str = "") -> str:
             if base_name in times and ours in times:
                 kept.append(times[base_name] / times[ours])
     lines = [
-        [preset, _PRECISIONS[dtype], str(len(eager)), *_three(eager), *_three(compiled)]
+        [preset, PRECISIONS[dtype], str(len(eager)), *_three(eager), *_three(compiled)]
         for (dtype, preset), (eager, compiled) in ratios.items()
     ]
     each = ("lowest", "median", "highest")
     header = ["preset", "precision", "models", *(f"× eager, {w}" for w in each), *(f"× compiled, {w}" for w in each)]
     picture = f"![Speed of whole training steps, a line a model]({base}benchmarks/results/{file.stem}.png)"
     return f"{table(lines, header)}\n\n{picture}"
-
-
-_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def _three(ratios: list[float]) -> list[str]:

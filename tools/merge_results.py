@@ -37,6 +37,16 @@ def title(case: tuple) -> str:
     return "  ".join((name, "×".join(map(str, shape)), dtype, direction))
 
 
+def read(path: Path) -> dict:
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must be a file of JSON: {error}") from None
+    if not isinstance(results, dict) or not {"machine", "rows"} <= set(results):
+        raise ValueError(f"{path} must hold a machine and rows, as `genkernels bench --json` writes them")
+    return results
+
+
 def merge(old: dict, new: dict) -> dict:
     """`old` with the cases of `new` in their places.
 
@@ -55,7 +65,8 @@ def merge(old: dict, new: dict) -> dict:
         if case in again and row["provider"] not in providers[case]:
             raise ValueError(f"{title(case)} must be measured with {row['provider']} too, which the file has there")
     runs = dict(old.get("runs", {}))
-    key = next(letter for letter in string.ascii_lowercase if letter not in runs)
+    letters = string.ascii_lowercase
+    key = next(key for key in (*letters, *(a + b for a in letters for b in letters)) if key not in runs)
     runs[key] = {name: value for name, value in new["machine"].items() if name != "notes"}
     rows, done = [], set()
     for row in old["rows"]:
@@ -95,9 +106,9 @@ def main() -> int:
     parser.add_argument("again", nargs="*", type=Path, help="what `genkernels bench --json` wrote")
     arguments = parser.parse_args()
     try:
-        results = json.loads(arguments.file.read_text())
+        results = read(arguments.file)
         for file in arguments.again:
-            results = merge(results, json.loads(file.read_text()))
+            results = merge(results, read(file))
     except (OSError, ValueError) as error:
         print(f"merge_results: {error}", file=sys.stderr)
         return 2

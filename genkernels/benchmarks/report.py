@@ -148,7 +148,7 @@ def show(results, file: IO[str] | None = None) -> None:
 # --- whole training steps, for the documentation ---------------------------------------------------------------------
 
 _STEPS = {"reference": "eager", "compiled": "compiled", "fused": "fused", "fused compiled": "fused compiled"}
-_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def training_step_table(results_json: dict | str | os.PathLike) -> str:
@@ -184,7 +184,7 @@ def training_step_table(results_json: dict | str | os.PathLike) -> str:
         if results_json.get("runs"):
             ratios.append(first.get("run", "–"))
         batch = str(first["shape"][0])
-        table.append(_markdown([model, preset, _PRECISIONS.get(dtype, dtype), batch, *cells, *ratios]))
+        table.append(_markdown([model, preset, PRECISIONS.get(dtype, dtype), batch, *cells, *ratios]))
     return "\n".join(table) + "\n"
 
 

@@ -3,6 +3,7 @@ run it is."""
 
 import importlib
 import json
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,12 @@ def test_a_case_is_replaced_as_a_whole_and_names_its_run(merge):
     assert OLD["rows"][0]["median_s"] == 1.0 and "runs" not in OLD
 
 
+def test_there_are_names_for_more_runs_than_letters(merge):
+    many = {**OLD, "runs": {letter: {} for letter in string.ascii_lowercase}}
+    merged = merge(many, results("tuesday", row("maf/points", "reference", 8.0)))
+    assert merged["rows"][-1]["run"] == "aa" and list(merged["runs"]) == ["aa"]
+
+
 def test_nothing_is_lost_or_invented(merge):
     with pytest.raises(ValueError, match=r"nice/points  2×3  float32  step must be measured with fused too"):
         merge(OLD, results("tuesday", row("nice/points", "reference", 5.0)))
@@ -84,19 +91,25 @@ def test_nothing_is_lost_or_invented(merge):
 
 def test_it_rewrites_the_file_or_says_in_a_sentence_why_not(tmp_path):
     pytest.importorskip("matplotlib")
-    file, again, wrong = (tmp_path / name for name in ("old.json", "again.json", "wrong.json"))
+    file, again, wrong, empty = (tmp_path / f"{name}.json" for name in ("old", "again", "wrong", "empty"))
     file.write_text(json.dumps(OLD))
     again.write_text(json.dumps(results("tuesday", row("maf/points", "reference", 9.0))))
     wrong.write_text("{")
+    empty.write_text("{}")
 
     def run(*files):
         command = [sys.executable, TOOLS / "merge_results.py", *files]
         return subprocess.run(command, capture_output=True, text=True)
 
-    for bad in (wrong, tmp_path / "missing.json"):
+    for bad in (wrong, empty, tmp_path / "missing.json"):
         before = file.read_text()
         done = run(file, again, bad)
-        assert done.returncode == 2 and done.stderr.startswith("merge_results: ") and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 2
+            and str(bad) in done.stderr
+            and done.stderr.startswith("merge_results: ")
+            and done.stderr.count("\n") == 1
+        )
         assert file.read_text() == before
     assert not file.with_suffix(".png").exists() and run(file, again).returncode == 0
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
