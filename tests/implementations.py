@@ -26,9 +26,12 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from genkernels import backends, ops
+from tests import interpreter
 from tests.cuda import emulation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+if INTERPRETED and importlib.util.find_spec("triton"):
+    interpreter.patch_once()
 #: The CPU library is not the build that this processor would choose (tests/ops/test_builds.py).
 OTHER_BUILD = "ATEN_CPU_CAPABILITY" in os.environ
 
