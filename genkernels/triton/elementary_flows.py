@@ -71,7 +71,7 @@ def _log_one_plus(b_x, b_plus):
 def _rows_of(rows, blocks, features, ROWS: tl.constexpr, DIM: tl.constexpr):
     """A program's group, its rows [ROWS, 1] counted through all groups, their mask, features [1, DIM] and z's mask."""
     group = tl.program_id(0).to(tl.int64) // blocks
-    o_in = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    o_in = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     o_d = tl.arange(0, DIM)[None, :]
     m_r = o_in < rows
     return group, group * rows + o_in, m_r, o_d, m_r & (o_d < features)
