@@ -139,21 +139,21 @@ def torch_flags(torch_at: Path) -> tuple[list[str], list[str]]:
     return include, ["-L", str(torch_at / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
+def included(*sources: Path) -> list[Path]:
+    """These files and all of csrc that they include, themselves or through another."""
+    seen: set[Path] = set()
+    left = [*sources]
+    while left:
+        path = left.pop().resolve()
+        if path not in seen and path.exists():
+            seen.add(path)
+            left += [path.parent / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M)]
+    return sorted(seen)
+
+
 def longest_first(sources: list[Path]) -> list[Path]:
-    """By the bytes of a source and of all that it includes of its own: compiled last, a long one would leave the other
-    cores idle."""
-
-    def length(source: Path) -> int:
-        seen: set[Path] = set()
-        left = [source]
-        while left:
-            path = left.pop().resolve()
-            if path not in seen and path.exists():
-                seen.add(path)
-                left += [path.parent / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.M)]
-        return sum(path.stat().st_size for path in seen)
-
-    return sorted(sources, key=length, reverse=True)
+    """By the bytes of all that is compiled of csrc: compiled last, a long one would leave the other cores idle."""
+    return sorted(sources, key=lambda source: sum(path.stat().st_size for path in included(source)), reverse=True)
 
 
 def compile_once(job: tuple[str, list[str]]) -> None:
@@ -161,8 +161,9 @@ def compile_once(job: tuple[str, list[str]]) -> None:
     _, command = job
     made = Path(command[command.index("-o") + 1])
     digest = hashlib.sha256(repr(command).encode())
-    for source in [Path(command[command.index("-c") + 1]), *sorted(CSRC.rglob("*.h")), *sorted(CSRC.rglob("*.cuh"))]:
-        digest.update(source.read_bytes())
+    given = [Path(file) for flag, file in zip(command, command[1:], strict=False) if flag in ("-c", "-include")]
+    for path in included(*given):
+        digest.update(path.read_bytes())
     stamp = made.with_suffix(".stamp")
     if made.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():
         return

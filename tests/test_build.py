@@ -203,6 +203,40 @@ print("same")
     assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("name", ["spectral_norm", "made", "autoregressive_sampling"])
+def test_what_a_source_is_made_of_is_what_the_compiler_reads(setup, name):
+    """A change to any of it compiles the source again, and to nothing else."""
+    source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
+    options = [*setup.COMMON_FLAGS, *setup.PORTABLE, *setup.torch_flags(setup.torch_folder())[0]]
+    read = subprocess.run(["g++", *options, "-MM", str(source)], capture_output=True, text=True, check=True).stdout
+    files = {Path(file).resolve() for file in read.replace("\\\n", " ").split()[1:]}
+    own = {file for file in files if ROOT / "csrc" in file.parents}
+    assert len(own) > 5 and set(setup.included(source, Path(setup.PORTABLE[1]))) == own
+
+
+def test_a_changed_header_compiles_again_what_includes_it_alone(setup, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(setup, "run", lambda job: (ran.append(job[0]), Path(job[1][-1]).touch()))
+    (tmp_path / "deep.h").write_text("1")
+    (tmp_path / "near.h").write_text('#include "deep.h"')
+    (tmp_path / "all.h").write_text("2")
+    (tmp_path / "one.cpp").write_text('#include "near.h"')
+    (tmp_path / "two.cpp").write_text("#include <vector>")
+
+    def build():
+        ran.clear()
+        for name in ("one", "two"):
+            files = [str(tmp_path / file) for file in ("all.h", f"{name}.cpp", f"{name}.o")]
+            setup.compile_once((name, ["g++", "-include", files[0], "-c", files[1], "-o", files[2]]))
+        return list(ran)
+
+    assert build() == ["one", "two"] and build() == []
+    (tmp_path / "deep.h").write_text("3")
+    assert build() == ["one"]
+    (tmp_path / "all.h").write_text("4")
+    assert build() == ["one", "two"]
+
+
 def test_the_sources_name_nothing_that_came_after_torch_2_10():
     """Their headers are those of the torch that is there, whatever TORCH_TARGET_VERSION says: a later name stops the
     build on 2.10 to 2.12."""
